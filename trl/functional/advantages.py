@@ -1,0 +1,72 @@
+"""From scores to rewards per token, and from rewards to advantages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def last_true(mask: Tensor) -> Tensor:
+    """`[B]` index of the last True column of `mask` `[B, S]`; -1 in a row without one."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, columns, -1).amax(dim=1) if mask.shape[1] else columns.new_full((len(mask),), -1)
+
+
+def shape_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, token_rewards: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Folds the KL penalty into the rewards: Ziegler et al. 2019, eq. 2, with the score on the last response token.
+
+    Args:
+        scores: `[B]` one number per sequence.
+        kl: `[B, S]` KL of each token, in nats.
+        mask: `[B, S]` bool.
+        kl_coef: weight of the KL.
+        token_rewards: `[B, S]` rewards of single tokens, added to the rest.
+
+    Returns:
+        `[B, S]` rewards and `[B, S]` the part that is not the score (-kl_coef · kl), both detached, floating point,
+        and 0 off the mask. The score of a row without a counted token goes nowhere.
+    """
+    dtype = kl.dtype if kl.is_floating_point() else torch.float32
+    penalty = (-kl_coef * kl.detach()).to(dtype).masked_fill(~mask, 0.0)
+    rewards = penalty.clone()
+    if token_rewards is not None:
+        rewards += token_rewards.detach().to(dtype).masked_fill(~mask, 0.0)
+    last = last_true(mask)
+    rows = (last >= 0).nonzero().squeeze(-1)
+    rewards[rows, last[rows]] += scores.detach().to(dtype)[rows]
+    return rewards, penalty
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: Schulman et al. 2016, eq. 16, backwards over the counted tokens.
+
+    A position off the mask (padding, or a tool's output inside a response) takes no part: the recursion carries over
+    it, as if the counted tokens stood side by side.
+
+    Args:
+        rewards: `[B, S]`.
+        values: `[B, S]` of the state before each token.
+        mask: `[B, S]` bool.
+        gamma: discount in [0, 1].
+        lam: λ in [0, 1]: 0 gives the one-step TD error, 1 the rewards to go minus the value.
+        bootstrap: `[B]` value after the last counted token, for responses that were cut; 0 if None.
+
+    Returns:
+        `[B, S]` advantages and `[B, S]` returns (advantages + values), detached, 0 off the mask.
+    """
+    rewards, values = rewards.detach(), values.detach()
+    next_value = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap.detach().to(values.dtype)
+    running = torch.zeros_like(next_value)
+    columns = []
+    for s in reversed(range(values.shape[1])):
+        here = mask[:, s]
+        delta = rewards[:, s] + gamma * next_value - values[:, s]
+        running = torch.where(here, delta + gamma * lam * running, running)
+        next_value = torch.where(here, values[:, s], next_value)
+        columns.append(running)
+    advantages = torch.stack(columns[::-1], dim=1).masked_fill(~mask, 0.0)
+    return advantages, (advantages + values).masked_fill(~mask, 0.0)

@@ -1,0 +1,48 @@
+"""Running mean and variance as a pure state transition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trl.types import identity
+
+
+class Moments(NamedTuple):
+    """Mean and spread of everything seen so far."""
+
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared distances from the mean
+    count: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation with Bessel's correction; 1 while fewer than two values were seen or all were equal."""
+        var = self.squares / (self.count - 1) if self.count > 1 else 0.0
+        return var**0.5 if var > 0 else 1.0
+
+
+def update_moments(moments: Moments, values: Tensor, reduce: Callable[[Tensor], Tensor] = identity) -> Moments:
+    """Adds `values` to the moments by the parallel formula of Chan et al. 1979.
+
+    Args:
+        moments: what was seen before.
+        values: any shape, of this process; computed in float64.
+        reduce: sums a tensor over all processes, so that every process holds the same moments.
+    """
+    values = values.detach().double()
+    totals = reduce(torch.stack([values.sum(), values.new_tensor(float(values.numel()))]))
+    n = float(totals[1])
+    if n == 0:
+        return moments
+    mean = float(totals[0]) / n
+    squares = float(reduce(((values - mean) ** 2).sum()))
+    delta, count = mean - moments.mean, moments.count + n
+    return Moments(
+        mean=moments.mean + delta * n / count,
+        squares=moments.squares + squares + delta**2 * moments.count * n / count,
+        count=count,
+    )

@@ -1,0 +1,143 @@
+"""The vocabulary of the library: read this first.
+
+Coordinates: `B` sequences, `T` tokens (query + response, padded; for an encoder-decoder the decoder's tokens),
+`S = T - 1` predictions. Column `s` of a per-token array concerns token `s + 1` given the tokens up to `s`.
+Per-token arrays are `[B, S]` and share one boolean `mask`, True where a response token is predicted and counts.
+What stands off the mask is unspecified: it is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Batch = TypeVar("Batch", "Rollout", "Experience")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Queries with their sampled responses, padded on either side."""
+
+    tokens: Tensor  # [B, T] int64
+    attention: Tensor  # [B, T] bool, False on padding
+    mask: Tensor  # [B, S] bool, True where a response token is predicted and counts
+    encoder_tokens: Tensor | None = None  # [B, Q] int64, the queries of an encoder-decoder
+    encoder_attention: Tensor | None = None  # [B, Q] bool
+    sampler_logprobs: Tensor | None = None  # [B, S] as the engine that sampled saw them
+    policy_version: int = 0  # which weights sampled it
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What one model says about a rollout."""
+
+    logprobs: Tensor  # [B, S] log p(token s + 1 | tokens up to s)
+    values: Tensor | None  # [B, S] value of the state in which token s + 1 is chosen
+    entropy: Tensor | None  # [B, S] of the full distribution at s, in nats
+    logits: Tensor | None = None  # [B, S, V], only where a caller asks for them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """A rollout with everything an update needs."""
+
+    rollout: Rollout
+    scores: Tensor  # [B] one number per sequence, from the reward source
+    old_logprobs: Tensor  # [B, S] anchor of the ratio
+    ref_logprobs: Tensor  # [B, S]
+    old_values: Tensor  # [B, S]
+    rewards: Tensor  # [B, S] score on the last response token, minus kl_coef * kl
+    advantages: Tensor  # [B, S] raw; whitening belongs to the update
+    returns: Tensor  # [B, S]
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """A sum and the number of things it sums: tallies add up, and are divided once, at the edge."""
+
+    sum: Tensor  # scalar
+    count: Tensor  # scalar
+
+    @classmethod
+    def of(cls, values: Tensor, mask: Tensor) -> Tally:
+        """Tallies `values` [B, S] where `mask` [B, S] is True."""
+        return cls(values.masked_fill(~mask, 0).sum(), mask.sum())
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.sum + other.sum, self.count + other.count)
+
+    def detach(self) -> Tally:
+        """The same numbers without their graph."""
+        return Tally(self.sum.detach(), self.count)
+
+    def mean(self) -> Tensor:
+        """Sum over count; 0 if nothing was counted."""
+        return self.sum / self.count.clamp(min=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """What a loss function returns for one microbatch: tallies only, so that how a batch is cut changes nothing."""
+
+    objective: Tensor  # scalar: the sum over counted tokens of what is to be minimised
+    metrics: Mapping[str, Tally]  # means over tokens, by statistics key
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)  # [B, S], detached, by statistics key
+
+
+def take(batch: Batch, rows: Tensor | slice, columns: slice | None = None) -> Batch:
+    """Selects rows, and cuts padding: columns of `batch` outside `columns` (token coordinates) are dropped.
+
+    Args:
+        batch: a Rollout or an Experience of `B` sequences.
+        rows: indices [b] or a slice of the batch dimension.
+        columns: a slice `lo:hi` of the token dimension `T`; per-token arrays keep their columns `lo:hi - 1`, and an
+            encoder's tokens those that hold a token.
+
+    Returns:
+        The same type with `b` sequences.
+    """
+    changes: dict[str, object] = {}
+    for name in (f.name for f in fields(batch)):
+        value = getattr(batch, name)
+        if isinstance(value, Rollout):
+            changes[name] = take(value, rows, columns)
+        elif isinstance(value, Tensor):
+            value = value[rows]
+            if columns is not None and name in ("tokens", "attention"):
+                value = value[:, columns]
+            elif columns is not None and value.dim() == 2 and not name.startswith("encoder_"):
+                value = value[:, columns.start : columns.stop - 1]
+            changes[name] = value
+    taken = replace(batch, **changes)  # type: ignore[arg-type]
+    if columns is not None and isinstance(taken, Rollout) and taken.encoder_attention is not None:
+        assert taken.encoder_tokens is not None
+        kept = occupied(taken.encoder_attention)
+        taken = replace(
+            taken,
+            encoder_tokens=taken.encoder_tokens[:, kept],
+            encoder_attention=taken.encoder_attention[:, kept],
+        )
+    return taken
+
+
+def occupied(attention: Tensor) -> slice:
+    """The smallest slice of columns that holds every token of `attention` [B, T]."""
+    columns = attention.any(dim=0).nonzero()
+    if columns.numel() == 0:
+        return slice(0, attention.shape[1])
+    return slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def identity(x: torch.Tensor) -> torch.Tensor:
+    """The cross-process sum of a single process."""
+    return x
