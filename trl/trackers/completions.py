@@ -1,0 +1,39 @@
+"""A table of completions in the form a tracker can show."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+
+def completions_table(
+    tracker: str | None, columns: Sequence[str], rows: Sequence[Sequence[str | float]]
+) -> dict[str, Any]:
+    """`{"game_log": table}` for trackers that show tables or text, else `{}`.
+
+    Args:
+        tracker: "wandb" gets its own table, "tensorboard" Markdown in which the texts are escaped.
+        columns: names.
+        rows: one per completion, in the order of `columns`.
+
+    Raises:
+        ImportError: if the tracker is not installed.
+    """
+    if tracker == "wandb":
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("log_with='wandb' needs wandb: pip install wandb") from error
+        return {"game_log": wandb.Table(columns=list(columns), rows=[list(row) for row in rows])}
+    if tracker == "tensorboard":
+        lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+        return {"game_log": "\n".join(lines)}
+    return {}
+
+
+def _cell(value: str | float) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return html.escape(str(value)).replace("|", "&#124;").replace("\n", " ").replace("\r", " ")

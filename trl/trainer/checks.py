@@ -1,0 +1,90 @@
+"""What `PPOTrainer.step` was given, checked before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_lists(batch_size: int | None, **lists: Any) -> None:
+    """Every argument must be a list of `batch_size` tensors.
+
+    Raises:
+        ValueError: naming the argument, what it is and what is expected.
+    """
+    for name, values in lists.items():
+        if not isinstance(values, list):
+            raise ValueError(f"{name} must be a list of tensors, not {type(values).__name__}")
+        if batch_size is not None and len(values) != batch_size:
+            raise ValueError(f"{name} has {len(values)} elements; batch_size={batch_size} are expected")
+        for i, value in enumerate(values):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name}[{i}] must be a tensor, not {type(value).__name__}")
+
+
+def check_tokens(name: str, sequences: Sequence[Tensor], *, vocabulary: int | None, least: int = 1) -> None:
+    """Every sequence must be 1-D, of whole numbers, not too short, and within the vocabulary.
+
+    Raises:
+        ValueError: naming the sequence and what is wrong with it.
+    """
+    for i, tokens in enumerate(sequences):
+        if tokens.dim() != 1:
+            raise ValueError(f"{name}[{i}] must be 1-D, a row of token ids, not of shape {tuple(tokens.shape)}")
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(f"{name}[{i}] must hold token ids (int64), not {tokens.dtype}")
+        if len(tokens) < least:
+            what = "is empty" if len(tokens) == 0 else f"has {len(tokens)} token"
+            hint = " (the decoder's start token and at least one sampled one)" if least == 2 else ""
+            raise ValueError(f"{name}[{i}] {what}; at least {least} needed{hint}. Leave such samples out of the batch")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
+            raise ValueError(f"{name}[{i}] holds token id {low if low < 0 else high}; the model knows 0 to {vocabulary}-1")
+
+
+def check_room(lengths: Sequence[int], context: int | None, what: str) -> None:
+    """No sequence may be longer than the model's context.
+
+    Raises:
+        ValueError: naming the sequence, its length and the context's.
+    """
+    if context is None:
+        return
+    for i, length in enumerate(lengths):
+        if length > context:
+            raise ValueError(f"{what} of sample {i} is {length} tokens long; the model's context holds {context}: shorten it")
+
+
+def check_scores(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Scores must be one finite number each, 0-D or 1-D.
+
+    Returns:
+        The same as 0-D float32 tensors (float64 stays).
+
+    Raises:
+        ValueError: naming the score and what is wrong with it.
+    """
+    flat = []
+    for i, score in enumerate(scores):
+        if score.dim() > 1 or score.numel() != 1:
+            raise ValueError(f"scores[{i}] must be one number (0-D or 1-D), not of shape {tuple(score.shape)}")
+        if not torch.isfinite(score).all():
+            raise ValueError(f"scores[{i}] is {score.item()}: scores must be finite numbers")
+        flat.append(score.reshape(()) if score.dtype == torch.float64 else score.reshape(()).float())
+    return flat
+
+
+def check_per_token(name: str, values: Sequence[Tensor], responses: Sequence[Tensor]) -> None:
+    """One finite number per response token.
+
+    Raises:
+        ValueError: naming the element and both lengths.
+    """
+    for i, (value, response) in enumerate(zip(values, responses, strict=True)):
+        if value.shape != response.shape:
+            raise ValueError(f"{name}[{i}] has shape {tuple(value.shape)}; its response has {tuple(response.shape)}")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{name}[{i}] holds a number that is not finite")

@@ -1,0 +1,58 @@
+"""The weight of the KL penalty over a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl.functional import adaptive_kl_coef
+
+
+class AdaptiveKLController:
+    """Steers the KL per sequence to a target: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593).
+
+    Args:
+        init_kl_coef: the first coefficient.
+        target: KL wanted, in nats per sequence.
+        horizon: samples over which it reacts.
+    """
+
+    def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
+        self.value = init_kl_coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, current: float, n_steps: int) -> None:
+        """Adapts `value` to a measured KL of `current` nats over `n_steps` samples (those of every process)."""
+        self.value = adaptive_kl_coef(
+            self.value, float(current), target=self.target, horizon=self.horizon, episodes=n_steps
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"value": float(self.value)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a saved coefficient."""
+        self.value = state["value"]
+
+
+class FixedKLController:
+    """Keeps the coefficient.
+
+    Args:
+        kl_coef: the coefficient.
+    """
+
+    def __init__(self, kl_coef: float) -> None:
+        self.value = kl_coef
+
+    def update(self, current: float, n_steps: int) -> None:
+        """Does nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"value": float(self.value)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a saved coefficient."""
+        self.value = state["value"]

@@ -1,0 +1,351 @@
+"""The pieces of a PPO step as public methods, with the names and contracts of TRL 0.4.6.
+
+`PPOTrainer.step` is built on the same functions. A subclass that overrides one of them is heard: `step` calls
+`prepare_model_inputs`, `compute_rewards`, `record_step_stats` and `gather_stats` always, and `batched_forward_pass`,
+`loss` and `train_minibatch` where a subclass has its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import BatchEncoding
+
+from trl.data import PadCollator, pad, place_on_columns, prompt_loader, response_columns
+from trl.functional import entropy, gae, k1, k1_abs, k2, k3, masked_mean, masked_whiten, shape_rewards
+from trl.trackers import completions_table
+from trl.trainer.base import BaseTrainer
+from trl.trainer.ppo_config import PPOConfig
+from trl.training.loop import Updater
+from trl.training.ppo import PPOSettings, experience_statistics, ppo_terms
+from trl.training.scoring import score
+from trl.training.statistics import step_statistics
+from trl.types import Rollout, identity
+
+_KL_OF_TOKEN = {"kl": k1, "abs": k1_abs, "mse": k2, "k3": k3}
+_TRAINER_COLUMNS = ("label", "query", "response")
+
+
+class PPOMethods(BaseTrainer):
+    """What `PPOTrainer.step` is made of."""
+
+    config: PPOConfig
+    optimizer: Any
+    data_collator: PadCollator
+    kl_ctl: Any
+    is_encoder_decoder: bool
+    is_distributed: bool
+    current_device: torch.device
+    current_step: int
+    _forward_columns: Sequence[str]
+    _steps_done: int
+
+    # Batches ---------------------------------------------------------------------------------------------------------
+
+    def prepare_dataloader(self, dataset: Any, data_collator: Callable[..., Any] | None = None) -> DataLoader[Any]:
+        """Shuffled batches of `config.batch_size`; the last one is dropped if it is smaller.
+
+        Args:
+            dataset: a torch dataset or a `datasets.Dataset`, whose unused columns go if `config.remove_unused_columns`.
+            data_collator: makes a batch of a list of examples.
+
+        Raises:
+            ValueError: if `dataset` is neither, or holds less than one batch.
+        """
+        keep = (*self._forward_columns, *_TRAINER_COLUMNS) if self.config.remove_unused_columns else None
+        return prompt_loader(
+            dataset, batch_size=int(self.config.batch_size or 1), collate_fn=data_collator, keep=keep
+        )
+
+    def _collate(self, examples: Sequence[Mapping[str, Tensor]], side: Any) -> dict[str, Tensor]:
+        tokens, attention = pad([e["input_ids"] for e in examples], self.data_collator.pad_token_id, side)
+        return {"input_ids": tokens, "attention_mask": attention}
+
+    def prepare_model_inputs(self, queries: list[Tensor], responses: list[Tensor]) -> BatchEncoding:
+        """Pads queries and responses, on the tokenizer's side, into what the model takes.
+
+        Args:
+            queries: `B` 1-D tensors.
+            responses: `B` 1-D tensors.
+
+        Returns:
+            `input_ids` and `attention_mask` [B, T] of query + response; for an encoder-decoder of the queries, beside
+            `decoder_input_ids` and `decoder_attention_mask` of the responses.
+        """
+        device = self.current_device
+        if self.is_encoder_decoder:
+            encoder = self.data_collator([{"input_ids": q} for q in queries])
+            decoder = self.data_collator([{"input_ids": r} for r in responses])
+            inputs = encoder | {f"decoder_{name}": tensor for name, tensor in decoder.items()}
+        else:
+            inputs = self.data_collator(
+                [{"input_ids": torch.cat([q, r])} for q, r in zip(queries, responses, strict=True)]
+            )
+        return BatchEncoding({name: tensor.to(device) for name, tensor in inputs.items()})
+
+    def _columns(self, attention: Tensor, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[slice]:
+        """Where in [B, S] the sampled tokens are predicted; a decoder's start token is given, not sampled."""
+        given = [1] * len(queries) if self.is_encoder_decoder else [len(q) for q in queries]
+        skipped = int(self.is_encoder_decoder)
+        return response_columns(attention, given, [len(r) - skipped for r in responses])
+
+    def _placed(
+        self, values: Sequence[Tensor], attention: Tensor, queries: Sequence[Tensor], responses: Sequence[Tensor]
+    ) -> Tensor:
+        """One number per response token -> [B, S]."""
+        sampled = [v[1:] for v in values] if self.is_encoder_decoder else values
+        return place_on_columns(sampled, self._columns(attention, queries, responses), attention[:, 1:].float())
+
+    def _rollout(self, queries: list[Tensor], responses: list[Tensor], inputs: Mapping[str, Tensor]) -> Rollout:
+        prefix = "decoder_" if self.is_encoder_decoder else ""
+        attention = inputs[f"{prefix}attention_mask"]
+        mask = self._placed([torch.ones(len(r)) for r in responses], attention, queries, responses)
+        rollout = {"tokens": inputs[f"{prefix}input_ids"], "attention": attention.bool(), "mask": mask.bool()}
+        if self.is_encoder_decoder:
+            rollout["encoder_tokens"] = inputs["input_ids"]
+            rollout["encoder_attention"] = inputs["attention_mask"].bool()
+        return Rollout(**rollout)  # type: ignore[arg-type]
+
+    # Evaluation ------------------------------------------------------------------------------------------------------
+
+    def batched_forward_pass(
+        self,
+        model: nn.Module,
+        queries: list[Tensor],
+        responses: list[Tensor],
+        model_inputs: Mapping[str, Tensor],
+        return_logits: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Evaluates a model on a batch, `config.mini_batch_size` sequences at a time; gradients flow.
+
+        Args:
+            model: with a value head.
+            queries: `B` 1-D tensors.
+            responses: `B` 1-D tensors.
+            model_inputs: as from `prepare_model_inputs`, padded on either side.
+            return_logits: also return the logits, which take `B · S · V` numbers.
+
+        Returns:
+            logprobs [B, S]; logits [B, S, V], divided by the temperature, or None; values [B, S]; masks [B, S] int64,
+            1 where a response token is predicted.
+        """
+        rollout = self._rollout(queries, responses, model_inputs)
+        result = score(
+            model,
+            rollout,
+            batch_size=int(self.config.mini_batch_size or 1),
+            temperature=self.config.temperature,
+            return_logits=return_logits,
+        )
+        assert result.values is not None
+        logits = None if result.logits is None else result.logits / self.config.temperature
+        return result.logprobs, logits, result.values, rollout.mask.long()
+
+    def compute_rewards(
+        self,
+        scores: Sequence[Tensor] | Tensor,
+        logprobs: Tensor,
+        ref_logprobs: Tensor,
+        masks: Tensor,
+        kl: Tensor | None = None,
+        token_rewards: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Rewards per token: the score on the last response token, minus the KL penalty on each.
+
+        Args:
+            scores: `B` scores.
+            logprobs: `[B, S]` of the policy.
+            ref_logprobs: `[B, S]` of the reference.
+            masks: `[B, S]`, not 0 where a response token is predicted.
+            kl: `[B, S]` KL of each token; `config.kl_penalty`'s estimate if None.
+            token_rewards: `[B, S]`, added.
+
+        Returns:
+            `[B, S]` rewards, and `[B, S]` their part that is not score; 0 off the mask.
+
+        Raises:
+            ValueError: if the exact KL is configured and not given.
+        """
+        if kl is None:
+            if self.config.kl_penalty == "full":
+                raise ValueError("kl_penalty='full' cannot be made of logprobs: give kl [B, S]")
+            kl = _KL_OF_TOKEN[self.config.kl_penalty](logprobs, ref_logprobs)
+        flat = scores if isinstance(scores, Tensor) else torch.stack([torch.as_tensor(s).reshape(()) for s in scores])
+        return shape_rewards(
+            flat.to(kl.device), kl, masks.bool(), kl_coef=self.kl_ctl.value, token_rewards=token_rewards
+        )
+
+    # Update ----------------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> PPOSettings:
+        c = self.config
+        return PPOSettings(
+            clip_range=float(c.cliprange or 0),
+            value_clip_range=float(c.cliprange_value or 0),
+            value_coef=float(c.vf_coef or 0),
+            dual_clip=c.dual_clip,
+            importance_cap=c.importance_cap,
+            temperature=c.temperature,
+        )
+
+    def _updater(self) -> Updater:
+        frozen = []
+        if self._steps_done < self.config.value_warmup_steps:
+            frozen = [p for name, p in self.model.named_parameters() if "v_head." not in name]
+        return Updater(
+            model=self.model,
+            optimizer=self.optimizer,
+            accelerator=self.accelerator,
+            max_grad_norm=self.config.max_grad_norm,
+            frozen=frozen,
+        )
+
+    def loss(
+        self,
+        old_logprobs: Tensor,
+        values: Tensor,
+        rewards: Tensor,
+        logits: Tensor,
+        vpreds: Tensor,
+        logprobs: Tensor,
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """PPO's loss of one minibatch, advantages and their whitening included.
+
+        Args:
+            old_logprobs: `[B, S]` before the update.
+            values: `[B, S]` before the update.
+            rewards: `[B, S]`.
+            logits: `[B, S, V]`, for the entropy alone.
+            vpreds: `[B, S]` values now.
+            logprobs: `[B, S]` now.
+            mask: `[B, S]`, not 0 where a response token is predicted.
+
+        Returns:
+            The policy loss, vf_coef · the value loss (scalars with gradients), and statistics by name.
+        """
+        counted = mask.bool()
+        advantages, returns = gae(
+            rewards, values, counted, gamma=float(self.config.gamma or 0), lam=float(self.config.lam or 0)
+        )
+        advantages = masked_whiten(advantages, counted, reduce=self._reduce)
+        spread = entropy(logits)
+        if spread.shape != counted.shape:  # TRL 0.4.6 took any logits here, such as [B, S]
+            spread = spread.mean().expand(counted.shape)
+        terms = ppo_terms(
+            logprobs,
+            vpreds,
+            spread,
+            old_logprobs=old_logprobs,
+            old_values=values,
+            advantages=advantages,
+            returns=returns,
+            mask=counted,
+            settings=self._settings(),
+        )
+        stats = {name: tally.detach().mean() for name, tally in terms.metrics.items()}
+        stats |= experience_statistics(
+            advantages=advantages, returns=returns, values=values, mask=counted, reduce=self._reduce
+        )
+        vf_coef = float(self.config.vf_coef or 0)
+        return (
+            terms.metrics["loss/policy"].mean(),
+            vf_coef * terms.metrics["loss/value"].mean(),
+            stats | dict(terms.arrays),
+        )
+
+    def train_minibatch(
+        self,
+        old_logprobs: Tensor,
+        values: Tensor,
+        rewards: Tensor,
+        logprobs: Tensor,
+        logits: Tensor,
+        vpreds: Tensor,
+        mask: Tensor,
+    ) -> dict[str, Tensor]:
+        """One optimizer step on a minibatch whose forward pass has been made; arguments as for `loss`.
+
+        Returns:
+            The statistics of `loss`, `grad_norm` and the seconds of the optimizer step.
+        """
+        policy_loss, value_loss, stats = self.loss(old_logprobs, values, rewards, logits, vpreds, logprobs, mask)
+        updater = self._updater()
+        updater.optimizer.zero_grad()
+        updater.backward(policy_loss + value_loss, last=True)
+        norm, stepped, seconds = updater.step()
+        return stats | {
+            "grad_norm": torch.tensor(norm),
+            "skipped_updates": torch.tensor(float(not stepped)),
+            "time/ppo/optimizer_step": torch.tensor(seconds),
+        }
+
+    # Statistics ------------------------------------------------------------------------------------------------------
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        """Sums over processes."""
+        return self.accelerator.reduce(tensor, reduction="sum") if self.is_distributed else identity(tensor)
+
+    def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
+        """The statistics of a step.
+
+        Args:
+            kl_coef: weight of the KL in this step's rewards.
+            **data: scores, logprobs, ref_logprobs, non_score_reward, masks [B, S], queries, responses, train_stats.
+        """
+        scores = data["scores"]
+        return step_statistics(
+            kl_coef=kl_coef,
+            scores=scores if isinstance(scores, Tensor) else torch.stack(list(scores)).float(),
+            logprobs=data["logprobs"],
+            ref_logprobs=data["ref_logprobs"],
+            non_score_reward=data["non_score_reward"],
+            mask=data["masks"].bool(),
+            queries=data["queries"],
+            responses=data["responses"],
+            train_stats=data["train_stats"],
+        )
+
+    def gather_stats(self, stats: dict[str, Any]) -> dict[str, Any]:
+        """Averages scalars over processes; distributions stay those of this process."""
+        if not self.is_distributed:
+            return stats
+        names = [k for k, v in stats.items() if isinstance(v, Tensor) and v.dim() == 0]
+        packed = torch.stack([stats[name].to(self.current_device).float() for name in names])
+        means = self._reduce(packed) / self.accelerator.num_processes
+        return stats | dict(zip(names, means, strict=True))
+
+    def log_stats(
+        self,
+        stats: dict[str, Any],
+        batch: Mapping[str, Any],
+        rewards: Sequence[Tensor] | Tensor,
+        columns_to_log: Sequence[str] = ("query", "response"),
+    ) -> None:
+        """Sends statistics, the scores' moments and a table of completions to the tracker, on the main process.
+
+        Args:
+            stats: as from `step`.
+            batch: texts by column name, at least those of `columns_to_log`; else a warning, and no table.
+            rewards: `B` scores.
+            columns_to_log: what the table shows beside the score.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        flat = torch.as_tensor([float(r) for r in rewards])
+        logs = dict(stats)
+        if missing := [c for c in columns_to_log if c not in batch]:
+            warnings.warn(f"the batch has no {missing}: no table of completions is logged", stacklevel=2)
+        else:
+            rows = list(zip(*(batch[c] for c in columns_to_log), flat.tolist(), strict=True))
+            logs |= completions_table(self.config.log_with, [*columns_to_log, "reward"], rows)
+        logs["env/reward_mean"] = flat.mean().item()
+        logs["env/reward_std"] = flat.std().item() if len(flat) > 1 else 0.0
+        logs["env/reward_dist"] = flat.numpy()
+        self.current_step += 1
+        self.accelerator.log(logs, step=self.current_step)

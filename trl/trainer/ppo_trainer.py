@@ -1,0 +1,583 @@
+"""PPO behind one call: `stats = ppo_trainer.step(queries, responses, scores)`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor, nn
+from torch.optim import Adam
+from transformers import PreTrainedTokenizerBase
+
+from trl.core import PPODecorators, convert_to_scalar, set_seed, stats_to_np
+from trl.data import PadCollator
+from trl.functional import Moments, gae, masked_mean, masked_sum, masked_whiten
+from trl.models import PreTrainedModelWrapper, create_reference_model
+from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
+from trl.rollout import generate_responses, stop_tokens, unseen_by_scoring
+from trl.trainer.checks import check_lists, check_per_token, check_room, check_scores, check_tokens
+from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
+from trl.trainer.ppo_config import PPOConfig
+from trl.trainer.ppo_methods import PPOMethods
+from trl.training.loop import UpdateMetrics, optimize
+from trl.training.modes import eval_mode
+from trl.training.ppo import ppo_loss, ppo_minibatches
+from trl.training.scores import ScoreSettings, ends_with, shape_scores
+from trl.training.scoring import exact_kl_of, score
+from trl.training.statistics import stack_updates
+from trl.types import Evaluation, Experience, Rollout, take
+
+logger = logging.getLogger(__name__)
+
+
+class PPOTrainer(PPOMethods):
+    """Trains a language model with a value head by proximal policy optimisation.
+
+    The algorithm is that of Ziegler et al. 2019 (arXiv:1909.08593): PPO (Schulman et al. 2017, arXiv:1707.06347) on
+    scores of whole responses, minus a penalty for drifting away from a reference model.
+
+    Args:
+        config: the settings. It stays live: what is changed on it counts from the next call on.
+        model: the policy with its value head; for a PEFT model only the adapter and the head are trained.
+        ref_model: the frozen reference. If None: the same model with its adapter off for a PEFT model that starts at
+            its base, else a frozen copy of `model`.
+        tokenizer: of the model. Without a pad token, eos pads: padding is masked by lengths.
+        dataset: prompts, batched by `self.dataloader`; optional.
+        optimizer: Adam at `config.learning_rate` if None.
+        data_collator: makes a batch of a list of `dataset`'s examples.
+        num_shared_layers: layers that policy and reference share, frozen in both.
+        lr_scheduler: stepped once per call of `step`.
+
+    Raises:
+        ValueError: if an argument is of the wrong type.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig | None = None,
+        model: PreTrainedModelWrapper | None = None,
+        ref_model: PreTrainedModelWrapper | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dataset: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        num_shared_layers: int | None = None,
+        lr_scheduler: Any = None,
+    ) -> None:
+        if not isinstance(config, PPOConfig):
+            raise ValueError(f"config must be a PPOConfig, not {type(config).__name__}")
+        if not isinstance(model, PreTrainedModelWrapper):
+            raise ValueError(
+                f"model must have a value head, not be a {type(model).__name__}: load it with "
+                "AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead"
+            )
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(f"tokenizer must be a transformers tokenizer, not {type(tokenizer).__name__}")
+        config.validate()
+        set_seed(int(config.seed or 0))
+        self.config = config
+        self.tokenizer = tokenizer
+        self.is_encoder_decoder = bool(model.is_encoder_decoder)
+        self.is_peft_model = bool(model.is_peft_model)
+        self.accelerator = Accelerator(
+            log_with=config.log_with,
+            project_config=ProjectConfiguration(**config.project_kwargs),
+            **config.accelerator_kwargs,
+        )
+        self.is_distributed = self.accelerator.num_processes > 1
+        if config.log_with is not None:
+            settings = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str))}
+            self.accelerator.init_trackers(
+                config.tracker_project_name, config=settings, init_kwargs=dict(config.tracker_kwargs)
+            )
+        reference = self._make_reference(model, ref_model, num_shared_layers)
+        self.dataset = dataset
+        self.data_collator = PadCollator(tokenizer)
+        if dataset is None:
+            warnings.warn("no dataset is given: trainer.dataloader is None, and step takes what you give it", stacklevel=2)
+        self._forward_columns = list(inspect.signature(model.forward).parameters)
+        loader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+        if optimizer is None:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
+            optimizer = Adam(trained, lr=config.learning_rate, fused=fused)
+        self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
+            model, optimizer, loader, lr_scheduler
+        )
+        self.ref_model = (
+            None if reference is None else self.accelerator.prepare_model(reference, evaluation_mode=True)
+        )
+        self.kl_ctl: AdaptiveKLController | FixedKLController = (
+            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)  # type: ignore[arg-type]
+            if config.adap_kl_ctrl
+            else FixedKLController(config.init_kl_coef)  # type: ignore[arg-type]
+        )
+        self.current_device = self.accelerator.device
+        self.current_step = 0
+        self.score_moments = Moments()
+        self._generator = torch.Generator().manual_seed(int(config.seed or 0))
+        self._highest_score = float("-inf")
+        self._compared = 0
+        self._steps_done = 0
+        self._warned_sampling: set[tuple[str, ...]] = set()
+
+    # Sampling --------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        query_tensor: Tensor | list[Tensor],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int = 4,
+        return_prompt: bool = True,
+        **generation_kwargs: Any,
+    ) -> Tensor | list[Tensor]:
+        """Samples responses with `transformers`' generate, the padding taken off.
+
+        Args:
+            query_tensor: one query [Q], or a list of them.
+            length_sampler: draws `max_new_tokens`, once for each `batch_size` queries.
+            batch_size: queries that are sampled together.
+            return_prompt: put the query before the response (decoders).
+            **generation_kwargs: for `generate`. Those that reshape the distribution are named in a warning.
+
+        Returns:
+            `[1, R]` for one query, else a list of 1-D responses. A sampled stop token stays at the end; an
+            encoder-decoder's response begins with the decoder's start token.
+
+        Raises:
+            ValueError: if a query is not a 1-D tensor of the model's token ids.
+        """
+        queries = [query_tensor] if isinstance(query_tensor, Tensor) else query_tensor
+        check_lists(None, query_tensor=queries)
+        check_tokens("query_tensor", queries, vocabulary=self._vocabulary()[0])
+        check_room([len(q) for q in queries], self._context, "the query")
+        model = self.accelerator.unwrap_model(self.model)
+        kwargs = {"pad_token_id": self.data_collator.pad_token_id} | generation_kwargs
+        self._warn_of_reshaped_sampling(model.generation_config, kwargs)
+        with eval_mode(model):
+            responses = generate_responses(
+                model,
+                queries,
+                collate=self._collate,
+                is_encoder_decoder=self.is_encoder_decoder,
+                batch_size=batch_size,
+                return_prompt=return_prompt,
+                length_sampler=length_sampler,
+                generation_kwargs=kwargs,
+            )
+        return responses[0].unsqueeze(0) if isinstance(query_tensor, Tensor) else responses
+
+    # One step --------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        queries: list[Tensor],
+        responses: list[Tensor],
+        scores: list[Tensor],
+        response_masks: list[Tensor] | None = None,
+        token_rewards: list[Tensor] | None = None,
+        sampler_logprobs: list[Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """Learns from one batch: evaluates policy and reference, makes advantages, optimises `ppo_epochs` times.
+
+        Args:
+            queries: `batch_size` 1-D tensors of token ids.
+            responses: `batch_size` 1-D tensors of at least one token; for an encoder-decoder, of the decoder's start
+                token and at least one more.
+            scores: `batch_size` tensors of one number each.
+            response_masks: per response, 1 where a token is the policy's own and 0 where it came from elsewhere (a
+                tool's output): those are context and are not trained on.
+            token_rewards: per response, a reward for each token, on top of the score.
+            sampler_logprobs: per response, log p of each token under the distribution that it was sampled from, if
+                that was another than the policy's: its loss is weighted by min(π_old / π_sampler, importance_cap).
+
+        Returns:
+            Statistics by name: floats, and arrays for distributions (docs/ppo.md lists them).
+
+        Raises:
+            ValueError: naming what is wrong with an argument; nothing has been changed then.
+        """
+        with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache):
+            self.config.validate()
+            started = time.perf_counter()
+            timing: dict[str, float] = {}
+            queries, responses, scores = self._step_safety_checker(
+                int(self.config.batch_size or 1), queries, responses, scores
+            )
+            self._check_extras(responses, response_masks, token_rewards, sampler_logprobs)
+            self._push_if_best(scores)
+            with _timed(timing, "time/ppo/forward_pass"):
+                model_inputs = self.prepare_model_inputs(queries, responses)
+                rollout = self._rollout(queries, responses, model_inputs)
+                rollout = self._with_extras(rollout, queries, responses, response_masks, sampler_logprobs)
+                old, ref_logprobs, exact_kl = self._evaluate(rollout, queries, responses, model_inputs)
+            with _timed(timing, "time/ppo/compute_rewards"):
+                placed = None
+                if token_rewards is not None:
+                    placed = self._placed(token_rewards, rollout.attention, queries, responses)
+                experience, non_score_reward = self._experience(
+                    rollout, old, ref_logprobs, exact_kl, scores, responses, placed
+                )
+            with _timed(timing, "time/ppo/optimize_step"):
+                train_stats = self._optimize(experience, queries, responses, model_inputs)
+            with _timed(timing, "time/ppo/calc_stats"):
+                stats = self.record_step_stats(
+                    kl_coef=self.kl_ctl.value,
+                    scores=scores,
+                    logprobs=old.logprobs,
+                    ref_logprobs=ref_logprobs,
+                    non_score_reward=non_score_reward,
+                    train_stats=train_stats,
+                    masks=rollout.mask,
+                    queries=queries,
+                    responses=responses,
+                )
+                stats |= self._extra_stats(rollout, old)
+                stats = stats_to_np(convert_to_scalar(self.gather_stats(stats)))
+            stats["ppo/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+            self.kl_ctl.update(
+                stats["objective/kl"], int(self.config.batch_size or 1) * self.accelerator.num_processes
+            )
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+            self._steps_done += 1
+            return stats | timing | {"time/ppo/total": time.perf_counter() - started}
+
+    def _evaluate(
+        self, rollout: Rollout, queries: list[Tensor], responses: list[Tensor], model_inputs: Mapping[str, Tensor]
+    ) -> tuple[Evaluation, Tensor, Tensor | None]:
+        """What the policy and, as logprobs [B, S], the reference say before the update; and their exact KL [B, S]."""
+        size, temperature = int(self.config.mini_batch_size or 1), self.config.temperature
+        overridden = self._is_overridden("batched_forward_pass")
+
+        def evaluated(model: nn.Module, policy: bool) -> Evaluation:
+            if overridden:
+                logprobs, _, values, _ = self.batched_forward_pass(model, queries, responses, model_inputs)
+                return Evaluation(logprobs=logprobs, values=values, entropy=None)
+            return score(model, rollout, batch_size=size, temperature=temperature, entropy=policy, values=policy)
+
+        exact = None
+        with torch.no_grad(), eval_mode(self.model):
+            old = evaluated(self.model, policy=True)
+            with self._reference() as reference:
+                ref_logprobs = evaluated(reference, policy=False).logprobs
+            if self.config.kl_penalty == "full":
+                exact = exact_kl_of(self.model, self._reference, rollout, batch_size=size, temperature=temperature)
+        return old, ref_logprobs, exact
+
+    def _experience(
+        self,
+        rollout: Rollout,
+        old: Evaluation,
+        ref_logprobs: Tensor,
+        exact_kl: Tensor | None,
+        scores: list[Tensor],
+        responses: list[Tensor],
+        token_rewards: Tensor | None,
+    ) -> tuple[Experience, Tensor]:
+        """Scores become rewards, rewards advantages. Also returns the part of the rewards [B, S] that is not score."""
+        assert old.values is not None
+        config = self.config
+        shaped, self.score_moments = shape_scores(
+            torch.stack(scores).to(old.logprobs),
+            ends_with(responses, self._stop_tokens()).to(old.logprobs.device),
+            self.score_moments,
+            ScoreSettings(
+                missing_eos_penalty=config.missing_eos_penalty,
+                scale=config.use_score_scaling,
+                center=config.use_score_norm,
+                clip=config.score_clip,
+            ),
+            self._reduce,
+        )
+        extras = {"kl": exact_kl, "token_rewards": token_rewards}
+        rewards, non_score_reward = self.compute_rewards(
+            shaped,
+            old.logprobs,
+            ref_logprobs,
+            rollout.mask.long(),
+            **{name: extra for name, extra in extras.items() if extra is not None},
+        )
+        if config.whiten_rewards:
+            rewards = masked_whiten(rewards, rollout.mask, shift_mean=False, reduce=self._reduce)
+        advantages, returns = gae(
+            rewards, old.values, rollout.mask, gamma=float(config.gamma or 0), lam=float(config.lam or 0)
+        )
+        experience = Experience(
+            rollout=rollout,
+            scores=shaped,
+            old_logprobs=old.logprobs,
+            ref_logprobs=ref_logprobs,
+            old_values=old.values,
+            rewards=rewards,
+            advantages=advantages,
+            returns=returns,
+        )
+        return experience, non_score_reward
+
+    def _optimize(
+        self,
+        experience: Experience,
+        queries: list[Tensor],
+        responses: list[Tensor],
+        model_inputs: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Updates the policy; returns its statistics, a row per optimizer step."""
+        config = self.config
+        if self._is_overridden("loss", "train_minibatch", "batched_forward_pass"):
+            return self._optimize_by_methods(experience, queries, responses, model_inputs)
+        history = optimize(
+            ppo_minibatches(
+                experience,
+                size=config.samples_per_update,
+                epochs=int(config.ppo_epochs or 1),
+                generator=self._generator,
+                denominator=config.loss_denominator,
+                reduce=self._reduce,
+            ),
+            ppo_loss(self.model, self._settings()),
+            self._updater(),
+            microbatch_size=int(config.mini_batch_size or 1),
+            reduce=self._reduce,
+            stop=lambda metrics: self._stops_early(metrics.means["policy/policykl"]),
+        )
+        return stack_updates(history)
+
+    def _optimize_by_methods(
+        self,
+        experience: Experience,
+        queries: list[Tensor],
+        responses: list[Tensor],
+        model_inputs: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The update through this object's public methods, for a subclass that overrides them: more memory, no trimming."""
+        config = self.config
+        history: list[dict[str, Tensor]] = []
+        for _ in range(int(config.ppo_epochs or 1)):
+            order = torch.randperm(len(experience), generator=self._generator)
+            for rows in order.split(config.samples_per_update):
+                part = take(experience, rows.to(self.current_device))
+                some = rows.tolist()
+                logprobs, logits, values, _ = self.batched_forward_pass(
+                    self.model,
+                    [queries[i] for i in some],
+                    [responses[i] for i in some],
+                    {name: tensor[rows.to(tensor.device)] for name, tensor in model_inputs.items()},
+                    return_logits=True,
+                )
+                assert logits is not None
+                stats = self.train_minibatch(
+                    part.old_logprobs, part.old_values, part.rewards, logprobs, logits, values, part.rollout.mask.long()
+                )
+                history.append({name: torch.as_tensor(value).detach() for name, value in stats.items()})
+                if self._stops_early(float(history[-1]["policy/policykl"])):
+                    return _stacked(history)
+        return _stacked(history)
+
+    def _stops_early(self, policy_kl: float) -> bool:
+        """Whether the policy has moved too far for more passes over this batch."""
+        return self.config.early_stopping and policy_kl > 1.5 * float(self.config.target_kl or 0)
+
+    # What a step needs to know ---------------------------------------------------------------------------------------
+
+    def _is_overridden(self, *names: str) -> bool:
+        return any(getattr(type(self), name) is not getattr(PPOMethods, name) for name in names)
+
+    def _make_reference(
+        self, model: PreTrainedModelWrapper, ref_model: Any, num_shared_layers: int | None
+    ) -> PreTrainedModelWrapper | None:
+        """The model whose logprobs anchor the KL; None where that is `model` with its adapter off."""
+        if ref_model is not None:
+            if not isinstance(ref_model, PreTrainedModelWrapper):
+                raise ValueError(
+                    f"ref_model must have a value head, not be a {type(ref_model).__name__}: make it with "
+                    "create_reference_model(model)"
+                )
+            if num_shared_layers is not None:
+                warnings.warn(
+                    f"num_shared_layers={num_shared_layers} is ignored, since a ref_model is given", stacklevel=3
+                )
+            return ref_model
+        if not self.is_peft_model:
+            return create_reference_model(model, num_shared_layers=num_shared_layers)
+        if adapter_starts_at_zero(model):
+            return None
+        logger.warning(
+            "the adapter is not at zero at the start, so that the model without it is not where training starts: the "
+            "reference is a frozen copy of the whole model"
+        )
+        return frozen_copy(model)
+
+    def _reference(self) -> AbstractContextManager[nn.Module]:
+        if self.ref_model is None:
+            return reference_mode(self.model)
+        return nullcontext(self.ref_model)
+
+    def _vocabulary(self) -> tuple[int | None, int | None]:
+        """How many token ids the model reads as a query, and as a response."""
+        trunk = self.accelerator.unwrap_model(self.model).pretrained_model
+        reads = trunk.get_input_embeddings()
+        writes = trunk.get_output_embeddings()
+        size = getattr(reads, "num_embeddings", None)
+        out = writes.weight.shape[0] if writes is not None and hasattr(writes, "weight") else size
+        return size, out if self.is_encoder_decoder or size is None else min(size, out)
+
+    @property
+    def _context(self) -> int | None:
+        """Tokens the model can look at, where its configuration sets a limit."""
+        config = self.accelerator.unwrap_model(self.model).config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    def _stop_tokens(self) -> tuple[int, ...]:
+        """Every token that ends a response."""
+        if self.config.stop_token_ids is not None:
+            return tuple(self.config.stop_token_ids)
+        model = self.accelerator.unwrap_model(self.model)
+        stops = set(stop_tokens(model.generation_config, {}))
+        if self.tokenizer.eos_token_id is not None:
+            stops.add(int(self.tokenizer.eos_token_id))
+        return tuple(sorted(stops))
+
+    def _step_safety_checker(
+        self, batch_size: int | None, queries: list[Tensor], responses: list[Tensor], scores: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Checks what `step` was given, and puts it on the model's device.
+
+        Raises:
+            ValueError: naming the argument, its value and what is expected.
+        """
+        check_lists(batch_size, queries=queries, responses=responses, scores=scores)
+        reads, writes = self._vocabulary()
+        check_tokens("queries", queries, vocabulary=reads)
+        check_tokens("responses", responses, vocabulary=writes, least=2 if self.is_encoder_decoder else 1)
+        if self.is_encoder_decoder:
+            check_room([len(q) for q in queries], self._context, "the query")
+            check_room([len(r) for r in responses], self._context, "the response")
+        else:
+            lengths = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
+            check_room(lengths, self._context, "query + response")
+        flat = check_scores(scores)
+        device = self.current_device
+        return [q.to(device) for q in queries], [r.to(device) for r in responses], [s.to(device) for s in flat]
+
+    def _check_extras(
+        self,
+        responses: list[Tensor],
+        response_masks: list[Tensor] | None,
+        token_rewards: list[Tensor] | None,
+        sampler_logprobs: list[Tensor] | None,
+    ) -> None:
+        for name, values in (
+            ("response_masks", response_masks),
+            ("token_rewards", token_rewards),
+            ("sampler_logprobs", sampler_logprobs),
+        ):
+            if values is not None:
+                check_lists(len(responses), **{name: values})
+                check_per_token(name, values, responses)
+        for i, mask in enumerate(response_masks or []):
+            if not mask[int(self.is_encoder_decoder) :].any():
+                raise ValueError(f"response_masks[{i}] leaves no token to train on: leave such samples out of the batch")
+
+    def _with_extras(
+        self,
+        rollout: Rollout,
+        queries: list[Tensor],
+        responses: list[Tensor],
+        response_masks: list[Tensor] | None,
+        sampler_logprobs: list[Tensor] | None,
+    ) -> Rollout:
+        """The rollout with foreign tokens off its mask, and with what the sampler saw."""
+        if response_masks is not None:
+            own = self._placed([m != 0 for m in response_masks], rollout.attention, queries, responses)
+            rollout = replace(rollout, mask=rollout.mask & own.bool())
+        if sampler_logprobs is not None:
+            seen = self._placed(sampler_logprobs, rollout.attention, queries, responses)
+            rollout = replace(rollout, sampler_logprobs=seen)
+        return rollout
+
+    def _extra_stats(self, rollout: Rollout, old: Evaluation) -> dict[str, Tensor]:
+        """Statistics that TRL 0.4.6 did not have."""
+        stats = {}
+        if old.entropy is not None:
+            stats["objective/full_entropy"] = masked_sum(old.entropy, rollout.mask, dim=1).mean()
+        if rollout.sampler_logprobs is not None:
+            gap = (old.logprobs - rollout.sampler_logprobs).abs()
+            stats["objective/sampler_gap"] = masked_mean(gap, rollout.mask)
+        return stats
+
+    def _warn_of_reshaped_sampling(self, generation_config: Any, kwargs: Mapping[str, Any]) -> None:
+        found = unseen_by_scoring(generation_config, kwargs, self.config.temperature)
+        names = tuple(found)
+        if found and names not in self._warned_sampling:
+            self._warned_sampling.add(names)
+            settings = ", ".join(f"{name}={value!r}" for name, value in found.items())
+            warnings.warn(
+                f"responses are sampled with {settings}, which the log-probabilities of the update (softmax at "
+                f"PPOConfig.temperature={self.config.temperature}) do not know of: expect a biased ratio and a negative KL",
+                stacklevel=3,
+            )
+
+    def _push_if_best(self, scores: list[Tensor]) -> None:
+        kwargs = self.config.push_to_hub_if_best_kwargs
+        if not kwargs:
+            return
+        if self._compared % int(self.config.compare_steps or 1) == 0:
+            mean = torch.stack(scores).mean().item()
+            if mean > self._highest_score:
+                self._highest_score = mean
+                self.push_to_hub(**kwargs)
+        self._compared += 1
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What PPO itself carries from step to step, beside model, optimizer and scheduler."""
+        return {
+            "kl_ctl": self.kl_ctl.state_dict(),
+            "score_moments": list(self.score_moments),
+            "minibatch_order": self._generator.get_state(),
+            "steps_done": self._steps_done,
+            "logged_steps": self.current_step,
+            "highest_score": self._highest_score,
+            "compared": self._compared,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` returned."""
+        self.kl_ctl.load_state_dict(state["kl_ctl"])
+        self.score_moments = Moments(*state["score_moments"])
+        self._generator.set_state(state["minibatch_order"])
+        self._steps_done = state["steps_done"]
+        self.current_step = state["logged_steps"]
+        self._highest_score = state["highest_score"]
+        self._compared = state["compared"]
+
+
+@contextmanager
+def _timed(timing: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    timing[name] = time.perf_counter() - started
+
+
+def _stacked(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """As `stack_updates`, of dicts of tensors."""
+    stacked = {}
+    for name in history[0]:
+        column = [stats[name] for stats in history]
+        if column[0].numel() == 1:
+            stacked[name] = torch.stack([x.reshape(()).float().cpu() for x in column])
+        else:
+            stacked[name] = torch.cat([x.flatten() for x in column]).unsqueeze(0)
+    return stacked

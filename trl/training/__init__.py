@@ -1,0 +1,1 @@
+"""The loop, and what each algorithm puts through it."""

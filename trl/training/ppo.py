@@ -1,0 +1,161 @@
+"""PPO: what a minibatch is, and what its loss is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trl.functional import importance_weights, masked_moments, masked_whiten, policy_loss, value_loss
+from trl.models import evaluate
+from trl.protocols import LossFn, Reduce
+from trl.training.loop import Minibatch
+from trl.types import Experience, Loss, Tally, identity, take
+
+Denominator = Literal["minibatch", "batch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPOSettings:
+    """The numbers in PPO's loss."""
+
+    clip_range: float = 0.2  # ε of the ratio
+    value_clip_range: float = 0.2  # how far a value may move from its old one
+    value_coef: float = 0.1  # weight of the value loss
+    dual_clip: float | None = None  # bound c of the loss where the advantage is negative
+    importance_cap: float = 2.0  # largest weight of a token that another distribution sampled
+    temperature: float = 1.0  # of the distribution that was sampled from
+
+
+def ppo_terms(
+    logprobs: Tensor,
+    values: Tensor,
+    entropy: Tensor,
+    *,
+    old_logprobs: Tensor,
+    old_values: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    settings: PPOSettings,
+    weights: Tensor | None = None,
+) -> Loss:
+    """Policy loss + value_coef · value loss of one microbatch, and what is worth knowing about it.
+
+    All arrays are `[B, S]`; `advantages` are used as they are (whitened or not), `weights` as in `policy_loss`.
+    """
+    policy = policy_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip_range=settings.clip_range,
+        dual_clip=settings.dual_clip,
+        weights=weights,
+    )
+    value = value_loss(values, old_values, returns, mask, clip_range=settings.value_clip_range)
+    drift = (logprobs - old_logprobs).detach()
+    total = Tally(policy.loss.sum + settings.value_coef * value.loss.sum, policy.loss.count)
+    return Loss(
+        objective=total.sum,
+        metrics={
+            "loss/policy": policy.loss,
+            "loss/value": value.loss,
+            "loss/total": total,
+            "policy/entropy": Tally.of(entropy.detach(), mask),
+            "policy/approxkl": Tally.of(0.5 * drift**2, mask),
+            "policy/policykl": Tally.of(-drift, mask),
+            "policy/clipfrac": policy.clipped,
+            "val/vpred": Tally.of(values.detach(), mask),
+            "val/error": value.error,
+            "val/clipfrac": value.clipped,
+        },
+        arrays={"policy/ratio": policy.ratio, "policy/advantages": advantages.detach()},
+    )
+
+
+def ppo_loss(policy: nn.Module, settings: PPOSettings) -> LossFn:
+    """The loss of `policy` on an experience: one forward pass, then `ppo_terms`."""
+
+    def loss(experience: Experience) -> Loss:
+        rollout = experience.rollout
+        now = evaluate(policy, rollout, temperature=settings.temperature, entropy=True, response_only=True)
+        assert now.values is not None and now.entropy is not None
+        weights = None
+        if rollout.sampler_logprobs is not None:
+            weights = importance_weights(
+                experience.old_logprobs, rollout.sampler_logprobs, rollout.mask, cap=settings.importance_cap
+            )
+        return ppo_terms(
+            now.logprobs,
+            now.values,
+            now.entropy,
+            old_logprobs=experience.old_logprobs,
+            old_values=experience.old_values,
+            advantages=experience.advantages,
+            returns=experience.returns,
+            mask=rollout.mask,
+            settings=settings,
+            weights=weights,
+        )
+
+    return loss
+
+
+def ppo_minibatches(
+    experience: Experience,
+    *,
+    size: int,
+    epochs: int,
+    generator: torch.Generator,
+    denominator: Denominator = "minibatch",
+    reduce: Reduce = identity,
+) -> Iterator[Minibatch]:
+    """`epochs` passes over an experience in a new order each, `size` sequences at a time, advantages whitened.
+
+    Whitening spans the whole minibatch, over all processes.
+
+    Args:
+        experience: `B` sequences, a multiple of `size`.
+        size: sequences per optimizer step on this process.
+        epochs: passes over the experience.
+        generator: draws the orders.
+        denominator: "minibatch" divides by the minibatch's own counted tokens, so that each minibatch weighs the same;
+            "batch" by the mean over all minibatches, so that each token of the batch does.
+        reduce: sums a tensor over all processes.
+    """
+    count = len(experience)
+    mean_tokens = reduce(experience.rollout.mask.sum().float()) * size / count
+    for _ in range(epochs):
+        order = torch.randperm(count, generator=generator).to(experience.scores.device)
+        for start in range(0, count, size):
+            part = take(experience, order[start : start + size])
+            mask = part.rollout.mask
+            tokens = mean_tokens if denominator == "batch" else reduce(mask.sum().float())
+            white = masked_whiten(part.advantages, mask, reduce=reduce)
+            part = replace(part, advantages=white)
+            yield Minibatch(
+                experience=part,
+                denominator=tokens.clamp(min=1),
+                means=experience_statistics(
+                    advantages=white, returns=part.returns, values=part.old_values, mask=mask, reduce=reduce
+                ),
+            )
+
+
+def experience_statistics(
+    *, advantages: Tensor, returns: Tensor, values: Tensor, mask: Tensor, reduce: Reduce = identity
+) -> dict[str, Tensor]:
+    """Means and variances, over all processes, of what a minibatch is to learn; arrays are `[B, S]`."""
+    return_mean, return_var, _ = masked_moments(returns, mask, reduce)
+    value_mean, value_var, _ = masked_moments(values, mask, reduce)
+    return {
+        "policy/advantages_mean": masked_moments(advantages, mask, reduce)[0],
+        "returns/mean": return_mean,
+        "returns/var": return_var,
+        "val/mean": value_mean,
+        "val/var": value_var,
+    }

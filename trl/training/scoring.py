@@ -1,0 +1,72 @@
+"""What a model says about a whole batch, a few sequences at a time, outside the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from trl.functional import exact_kl
+from trl.models import evaluate
+from trl.types import Evaluation, Rollout, occupied, take
+
+
+def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, Callable[[Tensor], Tensor]]]:
+    """Parts of the rollout without their padding, and for each the way back to its full width [b, S]."""
+    width = rollout.mask.shape[1]
+    for start in range(0, len(rollout), batch_size):
+        rows = slice(start, start + batch_size)
+        columns = occupied(rollout.attention[rows])
+
+        def widen(narrow: Tensor, columns: slice = columns) -> Tensor:
+            wide = narrow.new_zeros(narrow.shape[0], width, *narrow.shape[2:])
+            wide[:, columns.start : columns.stop - 1] = narrow
+            return wide
+
+        yield take(rollout, rows, columns), widen
+
+
+def score(
+    model: nn.Module,
+    rollout: Rollout,
+    *,
+    batch_size: int,
+    temperature: float,
+    entropy: bool = False,
+    values: bool = True,
+    return_logits: bool = False,
+) -> Evaluation:
+    """Evaluates `model` on every position of a rollout of `B` sequences, `batch_size` of them at a time."""
+    found: dict[str, list[Tensor]] = {"logprobs": [], "values": [], "entropy": [], "logits": []}
+    for piece, widen in _pieces(rollout, batch_size):
+        result = evaluate(
+            model, piece, temperature=temperature, entropy=entropy, values=values, return_logits=return_logits
+        )
+        for name, parts in found.items():
+            if (part := getattr(result, name)) is not None:
+                parts.append(widen(part))
+    joined = {name: torch.cat(parts) if parts else None for name, parts in found.items()}
+    assert joined["logprobs"] is not None
+    return Evaluation(**joined)  # type: ignore[arg-type]
+
+
+def exact_kl_of(
+    policy: nn.Module,
+    reference: Callable[[], AbstractContextManager[nn.Module]],
+    rollout: Rollout,
+    *,
+    batch_size: int,
+    temperature: float,
+) -> Tensor:
+    """`[B, S]` exact KL(policy || reference) at every position; logits stand in memory for `batch_size` sequences only."""
+    parts = []
+    for piece, widen in _pieces(rollout, batch_size):
+        mine = evaluate(policy, piece, values=False, return_logits=True).logits
+        with reference() as model:
+            theirs = evaluate(model, piece, values=False, return_logits=True).logits
+        assert mine is not None and theirs is not None
+        rows = [exact_kl(p.float(), q.float(), temperature=temperature) for p, q in zip(mine, theirs, strict=True)]
+        parts.append(widen(torch.stack(rows)))
+    return torch.cat(parts)
