@@ -1,0 +1,50 @@
+"""The architectures that the tests put through every operation; see the table in docs/models.md."""
+
+from __future__ import annotations
+
+DECODERS = (
+    "GPT-2",
+    "GPT-J",
+    "GPT-Neo",
+    "GPT-NeoX",
+    "OPT",
+    "BLOOM",
+    "CodeGen",
+    "Llama",
+    "Mistral",
+    "Qwen2",
+    "Qwen3",
+    "Gemma 2",
+    "Gemma 3 (text)",
+    "Phi-3",
+    "OLMo 2",
+    "Falcon",
+    "StableLM",
+    "GPT-OSS",
+    "Mixtral",
+    "Qwen3-MoE",
+    "Mamba",
+    "Falcon-Mamba",
+)
+ENCODER_DECODERS = (
+    "T5",
+    "mT5",
+    "FLAN-T5",
+    "BART",
+    "mBART",
+    "Pegasus",
+    "Pegasus-X",
+    "BigBird-Pegasus",
+    "Blenderbot",
+    "Blenderbot-small",
+    "FSMT",
+    "LED",
+    "LongT5",
+    "M2M100",
+    "Marian",
+    "MVP",
+    "PLBart",
+    "ProphetNet",
+    "Switch Transformers",
+)
+SUPPORTED_ARCHITECTURES = DECODERS + ENCODER_DECODERS

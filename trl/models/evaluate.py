@@ -1,0 +1,148 @@
+"""What a model says about a rollout: log-probabilities, values and entropies of its tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trl.functional.logprobs import token_logprobs_and_entropy
+from trl.models.trunk import accepts, base_language_model, forward_parameters, is_encoder_decoder, unwrap
+from trl.models.wrapper import PreTrainedModelWrapper
+from trl.types import Evaluation, Rollout
+
+
+def evaluate(
+    model: nn.Module,
+    rollout: Rollout,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    values: bool = True,
+    response_only: bool = False,
+    return_logits: bool = False,
+) -> Evaluation:
+    """Runs a model over a rollout's tokens.
+
+    Padding may stand on either side: the numbers of a token do not depend on it. The model's training or evaluation
+    mode and the gradient mode are the caller's.
+
+    Args:
+        model: a value-head model, or a plain language model (then there are no values), possibly wrapped by DDP.
+        rollout: `B` sequences of `T` tokens. For an encoder-decoder these are the decoder's, of which the first is its
+            start token, and `encoder_tokens` are the queries.
+        temperature: what sampling divided the logits by; > 0.
+        entropy: compute the entropies as well.
+        values: return the values (they cost next to nothing).
+        response_only: compute logits only for the span of columns in which `rollout.mask` is True anywhere.
+        return_logits: return the logits as well, in the model's own dtype and not divided by the temperature.
+
+    Returns:
+        float32 arrays [B, S]; columns that were not computed are 0.
+
+    Raises:
+        ValueError: if an encoder-decoder gets no `encoder_tokens`, or a decoder gets some.
+    """
+    _check(model, rollout)
+    # Where a model takes positions they come from the mask. Elsewhere rows are moved to the left edge, where counting
+    # from the first column is right whatever the kind of position, and moved back in the end.
+    order = None if accepts(model, "position_ids") else _order(rollout.attention)
+    tokens = _move(_clean(rollout.tokens, rollout.attention), order)  # [B, T]
+    attention = _move(rollout.attention.bool(), order)  # [B, T]
+    mask = _move(F.pad(rollout.mask, (0, 1)), order)  # [B, T], column s as in [B, S]
+    wanted = _span(mask) if response_only else slice(0, tokens.shape[1] - 1)
+
+    inputs = _inputs(model, rollout, tokens, attention)
+    computed, keep = _keep(model, wanted, tokens)
+    output = model(**inputs, **keep, **({"float32_logits": False} if _has_values(model) else {}))
+    logits, critic = (output[0], output[2]) if _has_values(model) else (output.logits, None)  # [B, c, V], [B, T]
+
+    if response_only and computed != wanted:
+        logits = logits[:, wanted.start - computed.start : wanted.stop - computed.start]
+        computed = wanted
+    targets = F.pad(tokens[:, 1:], (0, 1))[:, computed]  # the last column has no next token: any word stands there
+    logprobs, spread = token_logprobs_and_entropy(logits, targets, temperature=temperature, entropy=entropy)
+
+    def place(x: Tensor) -> Tensor:
+        """[B, c, ...] of the computed columns to [B, S, ...] in the rollout's own columns."""
+        edges = (computed.start, tokens.shape[1] - computed.stop)
+        x = F.pad(x, (*(0, 0) * (x.dim() - 2), *edges))
+        return _move(x, None if order is None else order.argsort(dim=1))[:, :-1]
+
+    return Evaluation(
+        logprobs=place(logprobs),
+        values=place(critic[:, computed]) if values and critic is not None else None,
+        entropy=place(spread) if entropy else None,
+        logits=place(logits) if return_logits else None,
+    )
+
+
+def _check(model: nn.Module, rollout: Rollout) -> None:
+    """Refuses rollouts that the model cannot read."""
+    shape = tuple(rollout.tokens.shape)
+    if tuple(rollout.attention.shape) != shape or tuple(rollout.mask.shape) != (shape[0], shape[1] - 1):
+        raise ValueError(
+            f"tokens {shape}, attention {tuple(rollout.attention.shape)} and mask {tuple(rollout.mask.shape)} do not "
+            "fit together: attention must be as wide as tokens, mask one column narrower"
+        )
+    name = type(base_language_model(model)).__name__
+    if is_encoder_decoder(model) != (rollout.encoder_tokens is not None):
+        problem = "is no encoder-decoder, but" if rollout.encoder_tokens is not None else "needs"
+        raise ValueError(f"{name} {problem} the rollout's encoder_tokens: {rollout.encoder_tokens is not None=}")
+
+
+def _has_values(model: nn.Module) -> bool:
+    return isinstance(unwrap(model), PreTrainedModelWrapper)
+
+
+def _clean(tokens: Tensor, attention: Tensor) -> Tensor:
+    """Padding may hold anything, even words outside of the vocabulary: word 0 stands there instead."""
+    return tokens.masked_fill(~attention.bool(), 0)
+
+
+def _order(attention: Tensor) -> Tensor:
+    """[B, T] columns of `attention` [B, T], a row's tokens first and its padding after them."""
+    return torch.argsort(~attention.bool(), dim=1, stable=True)
+
+
+def _move(x: Tensor, order: Tensor | None) -> Tensor:
+    """`x` [B, T, ...] with its columns in `order` [B, T]."""
+    if order is None:
+        return x
+    return x.gather(1, order.reshape(order.shape + (1,) * (x.dim() - 2)).expand_as(x))
+
+
+def _span(mask: Tensor) -> slice:
+    """The smallest slice of columns, at least one wide, that holds every True of `mask` [B, T]."""
+    columns = mask.any(dim=0).nonzero()
+    return slice(int(columns[0]), int(columns[-1]) + 1) if columns.numel() else slice(0, 1)
+
+
+def _inputs(model: nn.Module, rollout: Rollout, tokens: Tensor, attention: Tensor) -> dict[str, Any]:
+    """Keyword arguments of the model's forward."""
+    inputs: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+    if rollout.encoder_tokens is None or rollout.encoder_attention is None:
+        inputs |= {"input_ids": tokens, "attention_mask": attention.long()}
+        if accepts(model, "position_ids"):
+            inputs["position_ids"] = (attention.long().cumsum(dim=1) - 1).clamp(min=0)
+        return inputs
+    order = _order(rollout.encoder_attention)
+    return inputs | {
+        "input_ids": _move(_clean(rollout.encoder_tokens, rollout.encoder_attention), order),
+        "attention_mask": _move(rollout.encoder_attention.long(), order),
+        "decoder_input_ids": tokens,
+        "decoder_attention_mask": attention.long(),
+    }
+
+
+def _keep(model: nn.Module, wanted: slice, tokens: Tensor) -> tuple[slice, dict[str, Any]]:
+    """Which columns the model will compute logits for, and the argument that tells it."""
+    width = tokens.shape[1]
+    parameter = forward_parameters(model).get("logits_to_keep")
+    if parameter is None:
+        return slice(0, width), {}
+    if "Tensor" in str(parameter.annotation):
+        return wanted, {"logits_to_keep": torch.arange(wanted.start, wanted.stop, device=tokens.device)}
+    return slice(wanted.start, width), {"logits_to_keep": width - wanted.start}

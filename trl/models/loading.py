@@ -1,0 +1,207 @@
+"""Finding and reading what a folder or hub id holds beside a plain language model: value heads and adapters."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+VALUE_HEAD_FILE = "v_head.safetensors"
+VALUE_HEAD_PREFIX = "v_head."
+SAFE_FILE, PICKLE_FILE = "model.safetensors", "pytorch_model.bin"
+ADAPTER_CONFIG, ADAPTER_SAFE_FILE, ADAPTER_PICKLE_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+# Arguments that say where files are, for transformers and peft alike.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+
+
+def find_file(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
+    """Local path of the file `name` of a folder or hub id (downloaded if need be); None if it holds none."""
+    from transformers.utils.hub import cached_file
+
+    return cached_file(
+        source,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+
+
+def read_safetensors(path: str, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose names start with `prefix`; others are not read from disk."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+
+
+def read_pickle(path: str, prefix: str = "") -> dict[str, Tensor]:
+    """Same for a legacy `.bin` file, which is a pickle: tensors only, nothing in it is run."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__} instead of tensors by name")
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def read_value_head(source: str, hub: Mapping[str, Any], *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The `v_head.*` tensors that a folder or hub id holds; empty if none were found.
+
+    Looked for in `v_head.safetensors`, then inside the model's own (sharded) safetensors as TRL 0.4-0.11 stored them,
+    then, if `allow_pickle`, inside a legacy (sharded) `pytorch_model.bin`.
+    """
+    path = find_file(source, VALUE_HEAD_FILE, hub)
+    if path is not None:
+        return read_safetensors(path, VALUE_HEAD_PREFIX)
+    head = _read_embedded(source, hub, SAFE_FILE, read_safetensors)
+    if head or not allow_pickle:
+        return head
+    return _read_embedded(source, hub, PICKLE_FILE, read_pickle)
+
+
+def _read_embedded(source: str, hub: Mapping[str, Any], name: str, read: Any) -> dict[str, Tensor]:
+    """`v_head.*` out of the file `name`, or of the shards that its index names."""
+    path = find_file(source, name, hub)
+    if path is not None:
+        return read(path, VALUE_HEAD_PREFIX)
+    index = find_file(source, f"{name}.index.json", hub)
+    if index is None:
+        return {}
+    with open(index, encoding="utf-8") as file:
+        weight_map = json.load(file)["weight_map"]
+    head: dict[str, Tensor] = {}
+    for shard in sorted({file for key, file in weight_map.items() if key.startswith(VALUE_HEAD_PREFIX)}):
+        path = find_file(source, shard, hub)
+        if path is None:
+            raise ValueError(f"{source!r} lacks {shard}, in which its index places the value head")
+        head |= read(path, VALUE_HEAD_PREFIX)
+    return head
+
+
+def warn_of_unread_pickle(source: str, hub: Mapping[str, Any]) -> None:
+    """Says which flag reads the head of an adapter folder of TRL 0.4-0.11, which is in a pickle if it has one."""
+    if find_file(source, PICKLE_FILE, hub) is not None:
+        logger.warning(
+            "%s of %r was not read, since it is a pickle: if it holds a value head, pass allow_pickle=True "
+            "(it is read with weights_only=True); a fresh value head was made",
+            PICKLE_FILE,
+            source,
+        )
+
+
+def read_adapter_config(source: str, hub: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `adapter_config.json` of a folder or hub id; None if it is no PEFT adapter."""
+    path = find_file(source, ADAPTER_CONFIG, hub)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_adapter_weights(source: str, hub: Mapping[str, Any], *, allow_pickle: bool) -> dict[str, Tensor]:
+    """All tensors of an adapter.
+
+    Raises:
+        ValueError: if it is stored as a pickle and `allow_pickle` is False, or not at all.
+    """
+    check_adapter_format(source, hub, allow_pickle=allow_pickle)
+    path = find_file(source, ADAPTER_SAFE_FILE, hub)
+    if path is not None:
+        return read_safetensors(path)
+    path = find_file(source, ADAPTER_PICKLE_FILE, hub)
+    assert path is not None  # checked above
+    return read_pickle(path)
+
+
+def check_adapter_format(source: str, hub: Mapping[str, Any], *, allow_pickle: bool) -> None:
+    """Refuses an adapter that only a pickle holds, unless the caller allows it."""
+    if find_file(source, ADAPTER_SAFE_FILE, hub) is not None:
+        return
+    if find_file(source, ADAPTER_PICKLE_FILE, hub) is None:
+        raise ValueError(f"the PEFT adapter {source!r} holds no {ADAPTER_SAFE_FILE}")
+    if not allow_pickle:
+        raise ValueError(_pickle_refused(source, ADAPTER_PICKLE_FILE, ADAPTER_SAFE_FILE))
+
+
+def load_language_model(parent: Any, source: str, *model_args: Any, allow_pickle: bool, **kwargs: Any) -> Any:
+    """`parent.from_pretrained` with float32 and safetensors as the defaults.
+
+    Args:
+        parent: a transformers auto class.
+        source: folder or hub id of a language model.
+        allow_pickle: read a legacy `.bin` where there are no safetensors.
+        kwargs: transformers' own; `torch_dtype` is `dtype`, and `load_in_8bit` / `load_in_4bit` make a
+            `quantization_config`, which transformers 5 wants.
+
+    Raises:
+        ValueError: if the weights are a pickle and `allow_pickle` is False.
+    """
+    kwargs = transformers_arguments(kwargs, allow_pickle=allow_pickle)
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    try:
+        return parent.from_pretrained(source, *model_args, **kwargs)
+    except OSError as error:
+        for name in (PICKLE_FILE, f"{PICKLE_FILE}.index.json"):
+            if not allow_pickle and _exists(source, name, hub):
+                raise ValueError(_pickle_refused(source, name, SAFE_FILE)) from error
+        raise
+
+
+def _exists(source: str, name: str, hub: Mapping[str, Any]) -> bool:
+    try:
+        return find_file(source, name, hub) is not None
+    except OSError:
+        return False
+
+
+def _pickle_refused(source: str, name: str, safe_name: str) -> str:
+    return (
+        f"{source!r} holds {name}, a pickle, and no {safe_name}: pass allow_pickle=True to read it "
+        "(with weights_only=True), or convert it to safetensors"
+    )
+
+
+def transformers_arguments(kwargs: Mapping[str, Any], *, allow_pickle: bool) -> dict[str, Any]:
+    """Keyword arguments as transformers 5 spells them, with this library's defaults."""
+    kwargs = dict(kwargs)
+    torch_dtype = kwargs.pop("torch_dtype", None)
+    if torch_dtype is not None:
+        if kwargs.get("dtype", torch_dtype) != torch_dtype:
+            raise ValueError(f"dtype={kwargs['dtype']} and torch_dtype={torch_dtype} differ; give one of them")
+        kwargs["dtype"] = torch_dtype
+    quantized = {name: kwargs.pop(name, False) for name in ("load_in_8bit", "load_in_4bit")}
+    if any(quantized.values()):
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError("give load_in_8bit / load_in_4bit or quantization_config, not both")
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(**quantized)
+    if kwargs.get("quantization_config") is None:
+        kwargs.setdefault("dtype", torch.float32)
+    elif kwargs.get("device_map") is None:
+        from accelerate import PartialState
+
+        kwargs["device_map"] = {"": PartialState().device}
+    if kwargs.pop("weights_only", True) is not True:
+        raise ValueError("weights_only=False would run code out of a pickle; only weights_only=True is supported")
+    if not allow_pickle:
+        if kwargs.get("use_safetensors", True) is False:
+            raise ValueError("use_safetensors=False reads a pickle: pass allow_pickle=True as well")
+        kwargs["use_safetensors"] = True
+    return kwargs
+
+
+def as_source(name_or_path: Any) -> str | None:
+    """A folder or hub id as a string; None for anything else."""
+    return os.fspath(name_or_path) if isinstance(name_or_path, (str, os.PathLike)) else None

@@ -1,0 +1,116 @@
+"""Reference models: the frozen start that a policy is kept close to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from trl.models.adapters import is_peft_model
+from trl.models.trunk import base_language_model, unwrap
+
+# Where known architectures keep the layers of their decoder.
+LAYER_PATTERNS = (
+    "transformer.h.{layer}",
+    "transformer.blocks.{layer}",
+    "model.decoder.layers.{layer}",
+    "led.decoder.layers.{layer}",
+    "prophetnet.decoder.layers.{layer}",
+    "gpt_neox.layers.{layer}",
+    "backbone.layers.{layer}",
+    "decoder.block.{layer}",
+    "model.layers.{layer}",
+)
+# What decoders run before their first layer, by a part of its name.
+_EMBEDDING_NAMES = ("emb", "wte", "wpe", "shared", "project_in")
+
+
+def create_reference_model(model: Any, num_shared_layers: int | None = None, pattern: str | None = None) -> Any:
+    """A frozen copy of `model` in evaluation mode.
+
+    With `num_shared_layers` the first layers of the decoder, and everything before them (embeddings, an
+    encoder-decoder's whole encoder), are not copied: both models hold the same tensors, and these are frozen in the
+    model that is trained, too.
+
+    Args:
+        model: a value-head model or a transformers model, unwrapped.
+        num_shared_layers: how many layers the two share; None copies everything.
+        pattern: the name of a layer, such as "transformer.h.{layer}"; by default a known one that fits.
+
+    Returns:
+        A model of the same class.
+
+    Raises:
+        ValueError: if `model` carries an adapter, has no layers under `pattern` or fewer than `num_shared_layers`.
+    """
+    inner = unwrap(model)
+    if is_peft_model(getattr(inner, "pretrained_model", inner)):
+        raise ValueError(
+            "a model with a PEFT adapter needs no reference model: pass ref_model=None, and the disabled adapter "
+            "is the reference"
+        )
+    shared: list[nn.Parameter] = []
+    if num_shared_layers is not None:
+        shared = list(_shared_parameters(base_language_model(inner), num_shared_layers, pattern))
+    elif pattern is not None:
+        raise ValueError(f"pattern={pattern!r} has no use without num_shared_layers")
+    for parameter in shared:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    # What stands in deepcopy's memo counts as copied already, so the copy holds the same parameters.
+    reference = copy.deepcopy(inner, {id(parameter): parameter for parameter in shared})
+    return reference.requires_grad_(False).eval()
+
+
+def _shared_parameters(base: nn.Module, num_shared_layers: int, pattern: str | None) -> Iterator[nn.Parameter]:
+    """Parameters of the first layers and of what runs before them."""
+    if isinstance(num_shared_layers, bool) or not isinstance(num_shared_layers, int) or num_shared_layers < 0:
+        raise ValueError(f"num_shared_layers={num_shared_layers!r} must be a whole number >= 0")
+    pattern = _find_pattern(base, pattern)
+    depth = _depth(base, pattern)
+    if num_shared_layers > depth:
+        raise ValueError(f"num_shared_layers={num_shared_layers} is more than the {depth} layers under {pattern!r}")
+    head, tail = pattern.split("{layer}")
+    stack = head.rstrip(".")
+    first = tuple(f"{head}{layer}{tail}." for layer in range(num_shared_layers))
+    encoder = base.get_encoder() if getattr(base.config, "is_encoder_decoder", False) else None  # type: ignore[operator]
+    encoder_ids = {id(p) for p in encoder.parameters()} if encoder is not None else set()
+    for name, parameter in base.named_parameters():
+        embeds = not name.startswith(f"{stack}.") and any(
+            mark in part for part in name.split(".")[:-1] for mark in _EMBEDDING_NAMES
+        )
+        if name.startswith(first) or id(parameter) in encoder_ids or (embeds and not _is_lm_head(base, parameter)):
+            yield parameter
+
+
+def _is_lm_head(base: Any, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is the language-model head's alone, not tied to the embeddings."""
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    tied = any(parameter is p for p in embeddings.parameters())
+    return not tied and any(parameter is p for p in head.parameters())
+
+
+def _find_pattern(base: nn.Module, pattern: str | None) -> str:
+    """`pattern`, or the known one that names layers of `base`."""
+    candidates = LAYER_PATTERNS if pattern is None else (pattern,)
+    for candidate in candidates:
+        if candidate.count("{layer}") == 1 and _depth(base, candidate):
+            return candidate
+    known = ", ".join(name for name in LAYER_PATTERNS if _depth(base, name)) or "none of the known ones"
+    raise ValueError(
+        f"pattern={pattern!r} names no layer of {type(base).__name__}; "
+        f"known patterns: {', '.join(LAYER_PATTERNS)}; of these fits: {known}"
+    )
+
+
+def _depth(base: nn.Module, pattern: str) -> int:
+    """How many layers there are under `pattern`."""
+    names = {name for name, _ in base.named_modules()}
+    depth = 0
+    while pattern.replace("{layer}", str(depth)) in names:
+        depth += 1
+    return depth

@@ -1,0 +1,87 @@
+"""Looking inside language models: the module under the wrappers, its decoder, what its forward accepts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module under DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def base_language_model(model: nn.Module) -> Any:
+    """The plain transformers model under every wrapper: parallel, value head and PEFT."""
+    inner = unwrap(model)
+    inner = unwrap(getattr(inner, "pretrained_model", inner))
+    if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return inner
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether queries go to an encoder and responses to a decoder."""
+    return bool(getattr(base_language_model(model).config, "is_encoder_decoder", False))
+
+
+def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """The parameters of the forward of the plain transformers model under `model`."""
+    forward = type(base_language_model(model)).forward
+    return dict(inspect.signature(forward).parameters)
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether the plain transformers model names `name` among its forward's parameters."""
+    return name in forward_parameters(model)
+
+
+def has_lm_head(model: nn.Module, namings: list[str] | tuple[str, ...]) -> bool:
+    """Whether a language-model head is there: an output embedding, or a module with one of the names `namings`."""
+    base = base_language_model(model)
+    find = getattr(base, "get_output_embeddings", None)
+    if callable(find) and find() is not None:
+        return True
+    return any(name.rpartition(".")[2] in namings for name, _ in base.named_modules())
+
+
+class LastHiddenState:
+    """Holds what the decoder returned last."""
+
+    value: Tensor | None = None
+
+
+@contextmanager
+def watch_last_hidden_state(model: nn.Module) -> Iterator[LastHiddenState]:
+    """Catches the decoder's last hidden state [B, T, H] in passing.
+
+    Asking a model for `output_hidden_states` keeps those of every layer alive; this keeps the one that is used.
+    """
+    seen = LastHiddenState()
+
+    def from_output(module: nn.Module, args: Any, output: Any) -> None:
+        seen.value = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+
+    def from_input(module: nn.Module, args: Any) -> None:
+        seen.value = args[0]
+
+    decoder = base_language_model(model).get_decoder()
+    head = getattr(decoder, "output_projection", None)
+    if head is not None:  # FSMT's decoder ends in the language-model head and returns logits
+        handle = head.register_forward_pre_hook(from_input)
+    else:
+        handle = decoder.register_forward_hook(from_output)
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,444 @@
+"""A transformers language model with a value head, whatever it is loaded from and however it is saved."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trl.models import adapters, loading
+from trl.models.trunk import base_language_model, has_lm_head, is_encoder_decoder, watch_last_hidden_state
+from trl.models.value_head import ValueHead
+
+logger = logging.getLogger(__name__)
+
+
+class _Architectures:
+    """The classes a wrapper takes as `pretrained_model`; peft's are among them once peft is imported."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> tuple[type, ...]:
+        import sys
+
+        from transformers import PreTrainedModel
+
+        peft = sys.modules.get("peft")
+        return (PreTrainedModel,) if peft is None else (PreTrainedModel, peft.PeftModel)
+
+
+class PreTrainedModelWrapper(nn.Module):
+    """Base of the value-head models: loading, saving, adapters. Use one of its subclasses.
+
+    Its `state_dict` has the plain model's keys and `v_head.*`; its parameters are named `pretrained_model.*` and
+    `v_head.*`; `load_state_dict` takes either spelling.
+
+    Args:
+        pretrained_model: a transformers model with a language-model head, or a `peft.PeftModel` of one.
+        kwargs: the value head's arguments, see `ValueHead`.
+    """
+
+    transformers_parent_class: ClassVar[Any] = None
+    lm_head_namings: ClassVar[list[str]] = ["lm_head", "embed_out"]
+    supported_args: ClassVar[tuple[str, ...]] = (
+        "summary_dropout_prob",
+        "v_head_initializer_range",
+        "v_head_init_strategy",
+    )
+    supported_modules: ClassVar[tuple[str, ...]] = ("v_head",)
+    supported_rm_modules: ClassVar[tuple[str, ...]] = ("score",)
+    supported_pretrained_model_architectures: ClassVar[Any] = _Architectures()
+
+    def __init__(self, pretrained_model: Any = None, **kwargs: Any) -> None:
+        super().__init__()
+        if not isinstance(pretrained_model, self.supported_pretrained_model_architectures):
+            raise ValueError(
+                f"pretrained_model must be a transformers or PEFT model, not {type(pretrained_model).__name__}; "
+                f"{type(self).__name__}.from_pretrained loads one by name or folder"
+            )
+        unknown = sorted(set(kwargs) - set(self.supported_args))
+        if unknown:
+            raise ValueError(f"unknown arguments {unknown} for a model object; known: {list(self.supported_args)}")
+        if not has_lm_head(pretrained_model, self.lm_head_namings):
+            name = type(base_language_model(pretrained_model)).__name__
+            raise ValueError(
+                f"{name} has no language-model head; load it with "
+                f"{getattr(self.transformers_parent_class, '__name__', 'an auto class')}.from_pretrained instead"
+            )
+        self.is_peft_model = adapters.is_peft_model(pretrained_model)
+        if self.is_peft_model:
+            adapters.checked(pretrained_model)
+        self.is_sequential_parallel = False
+        self.pretrained_model = pretrained_model
+        self.v_head = ValueHead(self.config, **kwargs)
+        # Reward adapter: a frozen second adapter and its score head, outside of the state dict.
+        self.reward_score: nn.Linear | None = None
+        self.reward_adapter_name: str | None = None
+
+    # -- computing ----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        *,
+        float32_logits: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Logits, the model's own loss and values.
+
+        Args:
+            input_ids: [B, T] tokens; an encoder-decoder's queries.
+            past_key_values: a cache, for models that take one.
+            attention_mask: [B, T] True or 1 on tokens.
+            float32_logits: False keeps the model's own dtype, which for half precision halves the memory.
+            kwargs: the model's own, such as `position_ids`, `labels`, `decoder_input_ids`, `logits_to_keep`.
+
+        Returns:
+            logits [B, T, V], the loss (None without labels), float32 values [B, T]. For an encoder-decoder `T` is
+            the decoder's. `logits_to_keep` narrows the logits, never the values.
+        """
+        kwargs.pop("return_dict", None)
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        if attention_mask is not None:
+            kwargs["attention_mask"] = attention_mask
+        with watch_last_hidden_state(self.pretrained_model) as seen:
+            output = self.pretrained_model(input_ids=input_ids, **kwargs)
+        if seen.value is None:
+            raise RuntimeError(f"{type(self.pretrained_model).__name__} did not run its decoder in forward")
+        logits, loss = output.logits, output.get("loss")
+        values = self.v_head(seen.value).squeeze(-1)
+        if float32_logits and logits.dtype != torch.float64:
+            logits = logits.float()
+        if self.is_sequential_parallel and input_ids is not None:
+            logits, values = logits.to(input_ids.device), values.to(input_ids.device)
+        return logits, loss, values
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the language model."""
+        if args and self.is_peft_model:
+            kwargs["inputs"], args = args[0], args[1:]  # peft's takes keywords only
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    def compute_reward_score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        ppo_adapter_name: str = "default",
+        **kwargs: Any,
+    ) -> Tensor:
+        """Scores of the reward adapter, without gradients.
+
+        Args:
+            input_ids: [B, T] tokens.
+            attention_mask: [B, T].
+            ppo_adapter_name: the adapter that is active again afterwards.
+            kwargs: the model's own.
+
+        Returns:
+            [B, T, labels].
+
+        Raises:
+            ValueError: if no reward adapter was loaded.
+        """
+        if self.reward_score is None or self.reward_adapter_name is None:
+            raise ValueError("this model has no reward adapter: pass reward_adapter= to from_pretrained")
+        peft_model = self.pretrained_model
+        if ppo_adapter_name not in peft_model.peft_config:
+            raise ValueError(f"ppo_adapter_name={ppo_adapter_name!r} is none of {sorted(peft_model.peft_config)}")
+        training = peft_model.training
+        with adapters.preserve_requires_grad(peft_model), torch.no_grad():
+            peft_model.set_adapter(self.reward_adapter_name)
+            peft_model.eval()
+            try:
+                with watch_last_hidden_state(peft_model) as seen:
+                    peft_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            finally:
+                peft_model.set_adapter(ppo_adapter_name)
+                peft_model.train(training)
+        assert seen.value is not None
+        return self.reward_score(seen.value.to(self.reward_score.weight.dtype))
+
+    # -- loading ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Makes a value-head model out of what there is.
+
+        Args:
+            pretrained_model_name_or_path: a hub id or folder (of a language model, of a saved value-head model, of a
+                PEFT adapter), a transformers model, or a `peft.PeftModel`.
+            model_args: passed to transformers.
+            kwargs: the value head's arguments (see `ValueHead`); `peft_config` (a fresh adapter), `is_trainable` (go
+                on training a loaded adapter), `reward_adapter` and `reward_adapter_name` (a frozen second adapter
+                that scores), `allow_pickle` (read legacy `.bin` files, with `weights_only=True`); everything else
+                goes to transformers. The default dtype is float32.
+
+        Returns:
+            A model of this class, its value head loaded if one was saved.
+
+        Raises:
+            ValueError: for a model without a language-model head, unusable arguments, or weights in a pickle.
+            ImportError: for an adapter without peft.
+        """
+        head_args = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
+        peft_config = kwargs.pop("peft_config", None)
+        is_trainable = kwargs.pop("is_trainable", False)
+        reward_adapter = kwargs.pop("reward_adapter", None)
+        reward_adapter_name = kwargs.pop("reward_adapter_name", "reward_model_adapter")
+        allow_pickle = kwargs.pop("allow_pickle", False)
+
+        source = loading.as_source(pretrained_model_name_or_path)
+        hub = {name: kwargs[name] for name in loading.HUB_ARGUMENTS if kwargs.get(name) is not None}
+        if source is not None:
+            model, has_adapter = cls._load(source, *model_args, is_trainable=is_trainable, allow_pickle=allow_pickle, **kwargs)
+        else:
+            model, has_adapter = pretrained_model_name_or_path, adapters.is_peft_model(pretrained_model_name_or_path)
+            if kwargs or model_args:
+                raise ValueError(f"arguments {sorted(kwargs) or model_args} have no use beside a model object")
+        if peft_config is not None:
+            if has_adapter:
+                raise ValueError("peft_config would add a second adapter to one that is already there; drop one of them")
+            model = adapters.attach_adapter(model, peft_config)
+
+        wrapper = cls(model, **head_args)
+        head: dict[str, Tensor] = {}
+        if source is not None:
+            head = loading.read_value_head(source, hub, allow_pickle=allow_pickle)
+            if not head:
+                logger.info("%r holds no value head: a fresh one was made", source)
+                if has_adapter and not allow_pickle:
+                    loading.warn_of_unread_pickle(source, hub)
+        wrapper.post_init(head)
+        if reward_adapter is not None:
+            wrapper.add_and_load_reward_modeling_adapter(
+                reward_adapter, reward_adapter_name, allow_pickle=allow_pickle, **hub
+            )
+        return wrapper
+
+    @classmethod
+    def _load(
+        cls, source: str, *model_args: Any, is_trainable: bool, allow_pickle: bool, **kwargs: Any
+    ) -> tuple[Any, bool]:
+        """The language model of a folder or hub id, and whether it carries a trained adapter."""
+        if cls.transformers_parent_class is None:
+            raise ValueError(f"{cls.__name__} loads nothing by itself: use one of its subclasses")
+        hub = {name: kwargs[name] for name in loading.HUB_ARGUMENTS if kwargs.get(name) is not None}
+        adapter_config = loading.read_adapter_config(source, hub)
+        if adapter_config is None:
+            return (
+                loading.load_language_model(
+                    cls.transformers_parent_class, source, *model_args, allow_pickle=allow_pickle, **kwargs
+                ),
+                False,
+            )
+        adapters.require_peft(f"the PEFT adapter {source!r}")
+        loading.check_adapter_format(source, hub, allow_pickle=allow_pickle)
+        base = adapter_config.get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"adapter_config.json of {source!r} names no base_model_name_or_path")
+        # A revision or subfolder says where the adapter is, not its base.
+        base_kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+        if adapter_config.get("revision"):
+            base_kwargs["revision"] = adapter_config["revision"]
+        model = loading.load_language_model(
+            cls.transformers_parent_class, base, *model_args, allow_pickle=allow_pickle, **base_kwargs
+        )
+        return adapters.load_adapter(model, source, is_trainable=is_trainable, **hub), True
+
+    def post_init(self, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Fills the value head from the `v_head.*` entries of `state_dict`, and puts it where the last layer is.
+
+        Raises:
+            ValueError: if the entries do not fit, or if a part of the model is offloaded to CPU or disk.
+        """
+        prefix = loading.VALUE_HEAD_PREFIX
+        head = {k[len(prefix) :]: v for k, v in (state_dict or {}).items() if k.startswith(prefix)}
+        if head:
+            wanted = {name: tuple(t.shape) for name, t in self.v_head.state_dict().items()}
+            given = {name: tuple(t.shape) for name, t in head.items()}
+            if wanted != given:
+                raise ValueError(f"the saved value head has shapes {given}, this model needs {wanted}")
+            self.v_head.load_state_dict(head)
+        device_map = getattr(base_language_model(self), "hf_device_map", None) or {}
+        devices = set(device_map.values())
+        if len(devices) > 1 and devices & {"cpu", "disk"}:
+            raise ValueError(f"device_map offloads layers to {sorted(map(str, devices))}; training needs them on devices")
+        embeddings = base_language_model(self).get_output_embeddings()
+        where = self.pretrained_model.device if embeddings is None else embeddings.weight.device
+        self.v_head.to(device=where)
+        self.is_sequential_parallel = len(devices) > 1
+
+    def add_and_load_reward_modeling_adapter(
+        self,
+        adapter_model_id: Any,
+        adapter_name: str = "reward_model_adapter",
+        *,
+        allow_pickle: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Loads a frozen reward adapter with its score head, for `compute_reward_score`.
+
+        Args:
+            adapter_model_id: folder or hub id of a LoRA adapter trained for sequence classification.
+            adapter_name: its name in the model; must contain "reward".
+            allow_pickle: read `adapter_model.bin`, with `weights_only=True`.
+            hub: `revision`, `token` and the like.
+
+        Raises:
+            ValueError: if this model has no adapter of its own, or the adapter no score head.
+        """
+        if not self.is_peft_model:
+            raise ValueError("reward_adapter needs a model that trains an adapter itself: pass peft_config as well")
+        source = os.fspath(adapter_model_id)
+        weights = loading.read_adapter_weights(source, hub, allow_pickle=allow_pickle)
+        self.reward_score = adapters.add_reward_adapter(self.pretrained_model, source, adapter_name, weights)
+        self.reward_adapter_name = adapter_name
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The plain model's entries and `v_head.*`."""
+        state = self.pretrained_model.state_dict(
+            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
+        return self.v_head.state_dict(destination=state, prefix=f"{prefix}v_head.", keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Modules below find their entries by `pretrained_model.`, which `state_dict` leaves out.
+        own = (f"{prefix}pretrained_model.", f"{prefix}v_head.", f"{prefix}reward_score.")
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
+            state_dict[f"{prefix}pretrained_model.{key[len(prefix) :]}"] = state_dict.pop(key)
+        if self.reward_score is not None:  # frozen, and no part of `state_dict`
+            for name, tensor in self.reward_score.state_dict().items():
+                state_dict.setdefault(f"{prefix}reward_score.{name}", tensor)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves a plain language model (or the adapter) as transformers (or peft) does, and the value head beside it.
+
+        Args:
+            save_directory: the folder.
+            args: the language model's own.
+            kwargs: the language model's own, such as `max_shard_size`; `state_dict` may be this wrapper's;
+                `push_to_hub=True` with `repo_id` uploads the folder.
+        """
+        from safetensors.torch import save_file
+
+        state = kwargs.pop("state_dict", None)
+        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
+        push = kwargs.pop("push_to_hub", False)
+        is_main = kwargs.get("is_main_process", args[0] if args and isinstance(args[0], bool) else True)
+        prefix = loading.VALUE_HEAD_PREFIX
+        if state is not None:
+            head = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+            kwargs["state_dict"] = {
+                name.removeprefix("pretrained_model."): t for name, t in state.items() if not name.startswith(prefix)
+            }
+        else:
+            head = self.v_head.state_dict(prefix=prefix)
+        if self.is_peft_model:
+            names = [name for name in self.pretrained_model.peft_config if name != self.reward_adapter_name]
+            kwargs.setdefault("selected_adapters", names)
+        self.pretrained_model.save_pretrained(save_directory, *args, **kwargs)
+        if is_main and head:
+            head = {name: tensor.detach().cpu().contiguous() for name, tensor in head.items()}
+            save_file(head, os.path.join(save_directory, loading.VALUE_HEAD_FILE), metadata={"format": "pt"})
+            if push:
+                _upload(save_directory, **({"repo_id": os.path.basename(os.path.normpath(save_directory))} | upload))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Uploads what `save_pretrained` writes.
+
+        Args:
+            repo_id: the repository, made if it does not exist.
+            kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr` for the upload; others for
+                `save_pretrained`.
+        """
+        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return _upload(folder, **(upload | {"repo_id": repo_id}))
+
+    # -- the language model's own -------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The language model's configuration."""
+        return base_language_model(self).config
+
+    @property
+    def generation_config(self) -> Any:
+        """The language model's generation defaults."""
+        return base_language_model(self).generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        base_language_model(self).generation_config = value
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is."""
+        return self.pretrained_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The language model's dtype; the value head is float32."""
+        return base_language_model(self).dtype
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether queries go to an encoder and responses to a decoder."""
+        return is_encoder_decoder(self)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embeddings."""
+        return base_language_model(self).get_input_embeddings()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Changes the language model's vocabulary size."""
+        return self.pretrained_model.resize_token_embeddings(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Trades compute for memory: activations are computed again in the backward pass."""
+        base = base_language_model(self)
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs)
+        if self.is_peft_model:
+            base.enable_input_require_grads()  # or no gradient reaches the adapters of checkpointed layers
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undoes `gradient_checkpointing_enable`."""
+        base = base_language_model(self)
+        disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
+        disable()
+        if self.is_peft_model:
+            base.disable_input_require_grads()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Turns the PEFT adapter off for the block.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        with adapters.reference_mode(self):
+            yield
+
+
+_UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+
+
+def _upload(folder: Any, *, repo_id: str, private: bool | None = None, token: Any = None, **kwargs: Any) -> Any:
+    """Puts a folder's files into a hub repository."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(folder_path=os.fspath(folder), repo_id=repo_id, **kwargs)
