@@ -1,0 +1,406 @@
+"""What `step` and its neighbours do beyond the golden cases."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import assert_close, tiny_gpt2, tiny_tokenizer
+from tests.trainer.conftest import weights_of
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
+
+
+def moved(before: dict[str, torch.Tensor], trainer: PPOTrainer) -> set[str]:
+    """Names of the weights that changed."""
+    return {name for name, p in trainer.model.named_parameters() if not torch.equal(before[name], p)}
+
+
+def test_a_good_token_becomes_likelier(make_trainer: Any) -> None:
+    """The sign of it all: responses of word 7 score 1, of word 8 score -1."""
+    trainer = make_trainer(init_kl_coef=0.0, learning_rate=3e-3)
+    queries = [torch.tensor([5, 6])] * 4
+    responses = [torch.tensor([7]), torch.tensor([8])] * 2
+    gaps = []
+    for _ in range(8):
+        stats = trainer.step(queries, responses, [torch.tensor(1.0), torch.tensor(-1.0)] * 2)
+        logprobs = stats["objective/logprobs"][:, 1]
+        gaps.append(logprobs[0] - logprobs[1])
+    assert gaps[-1] > gaps[0] + 0.5
+
+
+def test_one_token_responses_and_a_batch_of_one(make_trainer: Any) -> None:
+    trainer = make_trainer(batch_size=1, mini_batch_size=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = trainer.step([torch.tensor([5])], [torch.tensor([7])], [torch.tensor(1.0)])
+    numbers = {k: v for k, v in stats.items() if isinstance(v, float)}
+    assert all(np.isfinite(v) for v in numbers.values()), numbers
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_padding_side_changes_nothing(seq2seq: bool, make_trainer: Any, make_batch: Any) -> None:
+    results = []
+    for side in ("left", "right"):
+        trainer = make_trainer(seq2seq=seq2seq, tokenizer=tiny_tokenizer(side))
+        stats = trainer.step(*make_batch(seq2seq=seq2seq))
+        results.append((stats, weights_of(trainer)))
+    (left, left_weights), (right, right_weights) = results
+    for key in ("objective/kl_dist", "ppo/loss/total", "ppo/policy/entropy", "ppo/returns/mean", "ppo/grad_norm"):
+        assert_close(left[key], right[key], 1e-4)
+    for name, weight in left_weights.items():
+        if not name.endswith("c_attn.bias"):  # the key's bias has no gradient but noise
+            assert_close(weight, right_weights[name], 1e-4)
+
+
+def test_same_seed_same_numbers(make_trainer: Any, make_batch: Any) -> None:
+    runs = []
+    for _ in range(2):
+        trainer = make_trainer(seed=3)
+        runs.append([trainer.step(*make_batch(seed=s)) for s in range(2)])
+    for a, b in zip(*runs, strict=True):
+        for key in a:
+            if "time/" not in key:
+                assert np.array_equal(a[key], b[key]), key
+
+
+def test_token_rewards_add_to_the_score(make_trainer: Any, make_batch: Any) -> None:
+    queries, responses, scores = make_batch()
+    trainer = make_trainer(init_kl_coef=0.0, gamma=1.0, lam=1.0)
+    seen: list[torch.Tensor] = []
+    compute = trainer.compute_rewards
+    trainer.compute_rewards = lambda *a, **k: seen.append(compute(*a, **k)[0]) or compute(*a, **k)
+    token_rewards = [torch.arange(len(r)).float() for r in responses]
+    trainer.step(queries, responses, scores, token_rewards=token_rewards)
+    for row, query, response, score in zip(seen[0], queries, responses, scores, strict=True):
+        start = len(query) - 1
+        expected = torch.arange(len(response)).float()
+        expected[-1] += score
+        assert_close(row[start : start + len(response)], expected)
+        assert row[:start].count_nonzero() == 0 and row[start + len(response) :].count_nonzero() == 0
+
+
+def test_foreign_tokens_are_context_and_not_trained_on(make_trainer: Any) -> None:
+    """With a mask, what a tool wrote takes no part in the KL; it does as part of the context."""
+    query, response = torch.tensor([5, 6]), torch.tensor([7, 8, 9, 10])
+    mask = torch.tensor([1, 0, 0, 1])
+    trainer = make_trainer(batch_size=1, mini_batch_size=1, ppo_epochs=1)
+    stats = trainer.step([query], [response], [torch.tensor(1.0)], response_masks=[mask])
+    assert np.flatnonzero(stats["ppo/policy/advantages"]).tolist() == [1, 4]
+    logprobs = torch.tensor(stats["objective/logprobs"][0])
+    assert_close(stats["objective/entropy"], -(logprobs[1] + logprobs[4]))
+
+
+def test_missing_eos_costs_a_penalty_whatever_the_stop_token(make_trainer: Any) -> None:
+    trainer = make_trainer(missing_eos_penalty=2.0, stop_token_ids=[1, 9], init_kl_coef=0.0)
+    shaped: list[torch.Tensor] = []
+    compute = trainer.compute_rewards
+    trainer.compute_rewards = lambda scores, *a, **k: shaped.append(scores) or compute(scores, *a, **k)
+    responses = [torch.tensor(x) for x in ([4, 1], [4, 9], [4, 5], [9, 4])]
+    stats = trainer.step([torch.tensor([5])] * 4, responses, [torch.tensor(1.0)] * 4)
+    assert shaped[0].tolist() == [1.0, 1.0, -1.0, -1.0]
+    assert stats["ppo/mean_scores"] == 1.0  # as they came
+
+
+def test_stop_tokens_come_from_tokenizer_and_model(make_trainer: Any) -> None:
+    trainer = make_trainer()
+    trainer.model.generation_config.eos_token_id = [4, 9]
+    assert trainer._stop_tokens() == (1, 4, 9)
+
+
+def test_scores_are_scaled_by_running_moments_then_clipped(make_trainer: Any, make_batch: Any) -> None:
+    trainer = make_trainer(use_score_scaling=True, use_score_norm=True, score_clip=1.0)
+    shaped: list[torch.Tensor] = []
+    compute = trainer.compute_rewards
+    trainer.compute_rewards = lambda scores, *a, **k: shaped.append(scores) or compute(scores, *a, **k)
+    history: list[float] = []
+    for values in ([1.0, 2.0, 3.0, 10.0], [0.0, 0.0, 5.0, 5.0]):
+        queries, responses, _ = make_batch()
+        trainer.step(queries, responses, [torch.tensor(v) for v in values])
+        history += values
+        expected = (np.array(values) - np.mean(history)) / np.std(history, ddof=1)
+        assert_close(shaped[-1], np.clip(expected, -1, 1))
+
+
+def test_only_the_value_head_learns_during_warm_up(make_trainer: Any, make_batch: Any) -> None:
+    trainer = make_trainer(value_warmup_steps=1, max_grad_norm=1.0)
+    before = weights_of(trainer)
+    trainer.step(*make_batch())
+    assert moved(before, trainer) == {"v_head.summary.weight", "v_head.summary.bias"}
+    trainer.step(*make_batch())
+    assert "pretrained_model.transformer.wte.weight" in moved(before, trainer)
+
+
+def test_a_token_weighs_the_same_in_every_minibatch_of_a_batch(make_trainer: Any) -> None:
+    """With one pass and SGD, "batch" over two minibatches of unequal lengths moves like one step over both."""
+    queries = [torch.tensor([5, 6])] * 2
+    responses = [torch.arange(7, 15), torch.tensor([9])]
+    scores = [torch.tensor(1.0), torch.tensor(1.0)]
+    norms = {}
+    for denominator in ("minibatch", "batch"):
+        trainer = make_trainer(
+            batch_size=2, mini_batch_size=1, ppo_epochs=1, loss_denominator=denominator, vf_coef=1.0, init_kl_coef=0.0
+        )
+        seen: list[tuple[int, float]] = []
+        from trl.training import ppo
+
+        experience_of: list[Any] = []
+        original = ppo.take
+
+        def spy(batch: Any, rows: Any, columns: Any = None, original: Any = original, kept: Any = experience_of) -> Any:
+            kept.append(batch)
+            return original(batch, rows, columns)
+
+        ppo.take = spy  # type: ignore[assignment]
+        try:
+            trainer.step(queries, responses, scores)
+        finally:
+            ppo.take = original
+        for minibatch in ppo.ppo_minibatches(
+            experience_of[0], size=1, epochs=1, generator=torch.Generator().manual_seed(0), denominator=denominator
+        ):
+            seen.append((int(minibatch.experience.rollout.mask.sum()), float(minibatch.denominator)))
+        norms[denominator] = sorted(seen)
+    assert norms == {"minibatch": [(1, 1.0), (8, 8.0)], "batch": [(1, 4.5), (8, 4.5)]}
+
+
+@pytest.mark.parametrize("penalty", ["abs", "mse", "k3", "full"])
+def test_other_kl_penalties_are_never_a_bonus(penalty: str, make_trainer: Any, make_batch: Any) -> None:
+    trainer = make_trainer(kl_penalty=penalty)
+    assert_close(trainer.step(*make_batch())["ppo/mean_non_score_reward"], 0.0)  # the policy is the reference
+    stats = trainer.step(*make_batch(seed=1))
+    assert stats["ppo/mean_non_score_reward"] < 0
+
+
+def test_the_exact_kl_is_the_vocabulary_sum(make_trainer: Any, make_batch: Any) -> None:
+    trainer = make_trainer(kl_penalty="full", init_kl_coef=1.0, adap_kl_ctrl=False, temperature=0.7)
+    trainer.step(*make_batch())
+    queries, responses, scores = make_batch(seed=1)
+    with torch.no_grad():
+        total, tokens = 0.0, 0
+        for query, response in zip(queries, responses, strict=True):
+            ids = torch.cat([query, response])[None]
+            p, q = (torch.log_softmax(m(ids)[0][0].double() / 0.7, -1) for m in (trainer.model, trainer.ref_model))
+            kl = (p.exp() * (p - q)).sum(-1)[len(query) - 1 : -1]
+            total, tokens = total + kl.sum().item(), tokens + len(kl)
+    stats = trainer.step(queries, responses, scores)
+    assert_close(stats["ppo/mean_non_score_reward"], -total / tokens)
+
+
+def test_sampler_logprobs_weigh_the_loss(make_trainer: Any, make_batch: Any) -> None:
+    queries, responses, scores = make_batch()
+    plain, weighted = make_trainer(ppo_epochs=1), make_trainer(ppo_epochs=1, importance_cap=1.5)
+    reference = plain.step(queries, responses, scores)
+    width = plain.prepare_model_inputs(queries, responses)["input_ids"].shape[1] - 1
+    assert width == reference["objective/logprobs"].shape[1]
+    own = [
+        torch.tensor(row[len(q) - 1 : len(q) - 1 + len(r)])
+        for row, q, r in zip(reference["objective/logprobs"], queries, responses, strict=True)
+    ]
+    same = weighted.step(queries, responses, scores, sampler_logprobs=own)
+    assert_close(same["objective/sampler_gap"], 0.0)
+    assert_close(same["ppo/loss/policy"], reference["ppo/loss/policy"])
+    far = make_trainer(ppo_epochs=1, importance_cap=1.5, mini_batch_size=4)
+    near = make_trainer(ppo_epochs=1, mini_batch_size=4)
+    base = near.step(queries, responses, scores)
+    scaled = far.step(queries, responses, scores, sampler_logprobs=[x - 1.0 for x in own])
+    assert_close(scaled["objective/sampler_gap"], 1.0)
+    assert_close(scaled["ppo/loss/policy"], 1.5 * base["ppo/loss/policy"])  # e is capped at 1.5 on every token
+
+
+def test_early_stopping_ends_a_batch(make_trainer: Any, make_batch: Any) -> None:
+    lengths = {}
+    for target_kl in (1e-9, 1e9):
+        trainer = make_trainer(early_stopping=True, target_kl=target_kl, ppo_epochs=4, learning_rate=1e-2, mini_batch_size=4)
+        stats = trainer.step(*make_batch())
+        lengths[target_kl] = len(stats["ppo/policy/ratio"]) // np.prod(stats["objective/logprobs"].shape)
+    assert lengths[1e9] == 4
+    assert lengths[1e-9] < 4
+
+
+def test_gradient_norm_is_clipped_once_and_logged_before(make_trainer: Any, make_batch: Any) -> None:
+    trainer = make_trainer(max_grad_norm=0.01, ppo_epochs=1, mini_batch_size=1, gradient_accumulation_steps=4)
+    stats = trainer.step(*make_batch())
+    left = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
+    assert stats["ppo/grad_norm"] > 0.011
+    assert_close(left, 0.01, 1e-4)
+
+
+@pytest.mark.parametrize("overridden", ["loss", "train_minibatch", "batched_forward_pass", "compute_rewards"])
+def test_a_subclass_is_heard(overridden: str, make_trainer: Any, make_batch: Any) -> None:
+    """Overriding a piece with itself changes nothing, and the piece is called."""
+    calls: list[str] = []
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(overridden)
+        return getattr(PPOTrainer, overridden)(self, *args, **kwargs)
+
+    subclass = type("Mine", (PPOTrainer,), {overridden: wrapper})
+    mine, plain = make_trainer(trainer_class=subclass), make_trainer()
+    a, b = mine.step(*make_batch()), plain.step(*make_batch())
+    assert calls
+    for key in ("ppo/loss/policy", "ppo/loss/value", "ppo/policy/entropy", "objective/kl", "ppo/grad_norm"):
+        assert_close(a[key], b[key], 1e-4)
+    for name, weight in weights_of(plain).items():
+        if not name.endswith("c_attn.bias"):
+            assert_close(weights_of(mine)[name], weight, 1e-4)
+
+
+def test_a_subclass_can_stop_early(make_trainer: Any, make_batch: Any) -> None:
+    class Mine(PPOTrainer):
+        def loss(self, *args: Any) -> Any:
+            return super().loss(*args)
+
+    trainer = make_trainer(trainer_class=Mine, early_stopping=True, target_kl=1e-9, learning_rate=1e-2, mini_batch_size=4)
+    stats = trainer.step(*make_batch())
+    assert len(stats["ppo/policy/ratio"]) < 4 * np.prod(stats["objective/logprobs"].shape)
+
+
+def test_state_round_trips(make_trainer: Any, make_batch: Any) -> None:
+    first = make_trainer(use_score_scaling=True)
+    first.step(*make_batch())
+    second = make_trainer(use_score_scaling=True, seed=9)
+    second.load_state_dict(first.state_dict())
+    assert second.kl_ctl.value == first.kl_ctl.value
+    assert second.score_moments == first.score_moments and second.score_moments.count == 4
+    assert torch.equal(torch.randperm(9, generator=first._generator), torch.randperm(9, generator=second._generator))
+
+
+def test_dropout_is_off_while_scoring_and_modes_are_kept(make_trainer: Any, make_batch: Any) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(resid_pdrop=0.5, embd_pdrop=0.5))
+    trainer = make_trainer(model=model, ppo_epochs=1)
+    trainer.model.train()
+    stats = trainer.step(*make_batch())
+    assert_close(stats["objective/kl"], 0.0)  # policy and reference are the same model
+    assert trainer.model.training and trainer.model.pretrained_model.training
+
+
+def test_generate(make_trainer: Any) -> None:
+    trainer = make_trainer()
+    queries = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    greedy = {"do_sample": False, "max_new_tokens": 5}
+    together = trainer.generate(queries, batch_size=2, **greedy)
+    alone = [trainer.generate(q, **greedy) for q in queries]
+    assert [a[0].tolist() for a in alone] == [t.tolist() for t in together]
+    assert [t[: len(q)].tolist() for t, q in zip(together, queries, strict=True)] == [q.tolist() for q in queries]
+    bare = trainer.generate(queries, return_prompt=False, **greedy)
+    assert [b.tolist() for b in bare] == [t[len(q) :].tolist() for t, q in zip(together, queries, strict=True)]
+    lengths = iter([2, 3])
+    sampled = trainer.generate(queries, batch_size=1, return_prompt=False, length_sampler=lambda: next(lengths), do_sample=False, eos_token_id=-1)
+    assert [len(s) for s in sampled] == [2, 3]
+
+
+def test_a_generated_stop_token_stays_and_a_prompts_does_not_cut(make_trainer: Any) -> None:
+    trainer = make_trainer(tokenizer=tiny_tokenizer(pad=False))
+    query = torch.tensor([1, 5, 1, 6])  # eos inside the prompt
+    forced = trainer.generate(query, do_sample=False, max_new_tokens=4, forced_eos_token_id=1)[0]
+    assert forced[:4].tolist() == query.tolist()
+    assert forced[-1] == 1 and 1 not in forced[4:-1].tolist()
+
+
+def test_reshaped_sampling_is_named_once(make_trainer: Any) -> None:
+    trainer = make_trainer()
+    query = torch.tensor([5, 6])
+    with pytest.warns(UserWarning, match=r"min_length=4.*repetition_penalty|repetition_penalty=1.2.*min_length=4"):
+        trainer.generate(query, do_sample=True, top_k=0, max_new_tokens=2, min_length=4, repetition_penalty=1.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.generate(query, do_sample=True, top_k=0, max_new_tokens=2, min_length=4, repetition_penalty=1.2)
+        trainer.generate(query, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=2)
+        trainer.generate(query, do_sample=False, max_new_tokens=2)
+
+
+def test_tensorboard_gets_numbers_and_an_escaped_table(tmp_path: Path, make_batch: Any) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
+    config = PPOConfig(batch_size=4, log_with="tensorboard", project_kwargs={"logging_dir": str(tmp_path)})
+    with pytest.warns(UserWarning, match="no dataset"):
+        trainer = PPOTrainer(config, model, None, tiny_tokenizer())
+    queries, responses, scores = make_batch()
+    stats = trainer.step(queries, responses, scores)
+    texts = {"query": ["<script>alert(1)</script>"] * 4, "response": ["a | b\nc"] * 4}
+    trainer.log_stats(stats, texts, scores)
+    with pytest.warns(UserWarning, match=r"no \['response'\]"):
+        trainer.log_stats(stats, {"query": ["x"] * 4}, scores)
+    trainer.accelerator.end_training()
+    folder = next(tmp_path.rglob("events.out*")).parent
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"objective/kl", "env/reward_mean"} <= set(tags["scalars"])
+    text = events.Tensors("game_log/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "<script>" not in text and "&lt;script&gt;" in text
+
+
+def test_save_and_the_card(tmp_path: Path, make_trainer: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trainer = make_trainer()
+    trainer.save_pretrained(tmp_path / "a" / "model")
+    folder = tmp_path / "a" / "model"
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+    assert torch.equal(again.v_head.summary.weight, trainer.model.v_head.summary.weight)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(plain.transformer.wte.weight, trainer.model.pretrained_model.transformer.wte.weight)
+    assert len(AutoTokenizer.from_pretrained(folder)) == 61
+    assert "AutoModelForCausalLMWithValueHead" in (folder / "README.md").read_text()
+
+
+def test_the_best_model_is_pushed(make_trainer: Any, make_batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(push_to_hub_if_best_kwargs={"repo_id": "me/best"}, compare_steps=2)
+    pushed: list[Any] = []
+    monkeypatch.setattr(trainer, "push_to_hub", lambda **kwargs: pushed.append(kwargs))
+    queries, responses, _ = make_batch()
+    for mean in (0.0, 9.0, 1.0, 9.0, 0.5, 9.0):  # looked at: 0.0, 1.0, 0.5
+        trainer.step(queries, responses, [torch.tensor(mean)] * 4)
+    assert pushed == [{"repo_id": "me/best"}] * 2
+
+
+def test_push_to_hub_uploads_a_loadable_folder(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    calls: list[Any] = []
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None:
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id: str, **kwargs: Any) -> None:
+            calls.append(("create", repo_id))
+
+        def upload_folder(self, repo_id: str, folder_path: str, **kwargs: Any) -> str:
+            calls.append(("upload", repo_id, sorted(p.name for p in Path(folder_path).iterdir()), kwargs))
+            return "done"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert make_trainer().push_to_hub("me/model", token="t", commit_message="hello") == "done"
+    assert calls[0] == ("token", "t") and calls[1] == ("create", "me/model")
+    assert {"README.md", "config.json", "model.safetensors", "v_head.safetensors"} <= set(calls[2][2])
+    assert calls[2][3] == {"commit_message": "hello"}
+
+
+def test_shared_layers_stay_frozen(make_trainer: Any, make_batch: Any) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
+    with pytest.warns(UserWarning, match="no dataset"):
+        trainer = PPOTrainer(PPOConfig(batch_size=4), model, None, tiny_tokenizer(), num_shared_layers=1)
+    before = weights_of(trainer)
+    reference = {k: v.clone() for k, v in trainer.ref_model.state_dict().items()}
+    trainer.step(*make_batch())
+    changed = moved(before, trainer)
+    assert changed and not any(".h.0." in name for name in changed)
+    assert all(torch.equal(reference[k], v) for k, v in trainer.ref_model.state_dict().items())
+
+
+def test_a_given_reference_wins_over_shared_layers(make_batch: Any) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
+    reference = create_reference_model(model)
+    with pytest.warns(UserWarning, match="num_shared_layers=1 is ignored"), pytest.warns(UserWarning, match="no dataset"):
+        trainer = PPOTrainer(PPOConfig(batch_size=4), model, reference, tiny_tokenizer(), num_shared_layers=1)
+    assert trainer.ref_model is reference
