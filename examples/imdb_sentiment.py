@@ -86,9 +86,7 @@ class SentimentScore:
         self.batch_size = batch_size
 
     def __call__(self, texts: list[str]) -> list[float]:
-        results = self.pipe(
-            texts, top_k=None, function_to_apply="none", batch_size=self.batch_size, truncation=True
-        )
+        results = self.pipe(texts, top_k=None, function_to_apply="none", batch_size=self.batch_size, truncation=True)
         return [next(x["score"] for x in result if x["label"] in ("POSITIVE", "LABEL_1")) for result in results]
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from trl.types import Loss, Experience
+from trl.types import Experience, Loss
 
 
 class RewardFn(Protocol):

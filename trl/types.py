@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 Batch = TypeVar("Batch", "Rollout", "Experience")
@@ -138,6 +137,6 @@ def occupied(attention: Tensor) -> slice:
     return slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def identity(x: torch.Tensor) -> torch.Tensor:
+def identity(tensor: Tensor) -> Tensor:
     """The cross-process sum of a single process."""
-    return x
+    return tensor

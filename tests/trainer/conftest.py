@@ -54,7 +54,7 @@ def make_batch() -> Callable[..., Batch]:
         responses = [words(3 + (2 * i) % 5) for i in range(n)]
         if seq2seq:
             responses = [torch.cat([torch.tensor([0]), r]) for r in responses]
-        return queries, responses, [s for s in torch.randn(n, generator=random)]
+        return queries, responses, list(torch.randn(n, generator=random))
 
     return make
 

@@ -114,7 +114,10 @@ def test_config_changed_for_the_worse_is_refused_at_the_next_step(make_trainer: 
     ("arguments", "message"),
     [
         ({"config": {"batch_size": 1}}, "config must be a PPOConfig, not dict"),
-        ({"model": "gpt2"}, "model must have a value head, not be a str: load it with AutoModelForCausalLMWithValueHead"),
+        (
+            {"model": "gpt2"},
+            "model must have a value head, not be a str: load it with AutoModelForCausalLMWithValueHead",
+        ),
         ({"tokenizer": "gpt2"}, "tokenizer must be a transformers tokenizer, not str"),
         ({"ref_model": "gpt2"}, "ref_model must have a value head, not be a str: make it with create_reference_model"),
         ({"dataset": [1, 2, 3]}, "dataset must be a torch Dataset or a datasets.Dataset, not list"),

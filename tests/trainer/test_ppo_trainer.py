@@ -216,7 +216,9 @@ def test_sampler_logprobs_weigh_the_loss(make_trainer: Any, make_batch: Any) -> 
 def test_early_stopping_ends_a_batch(make_trainer: Any, make_batch: Any) -> None:
     lengths = {}
     for target_kl in (1e-9, 1e9):
-        trainer = make_trainer(early_stopping=True, target_kl=target_kl, ppo_epochs=4, learning_rate=1e-2, mini_batch_size=4)
+        trainer = make_trainer(
+            early_stopping=True, target_kl=target_kl, ppo_epochs=4, learning_rate=1e-2, mini_batch_size=4
+        )
         stats = trainer.step(*make_batch())
         lengths[target_kl] = len(stats["ppo/policy/ratio"]) // np.prod(stats["objective/logprobs"].shape)
     assert lengths[1e9] == 4
@@ -256,7 +258,9 @@ def test_a_subclass_can_stop_early(make_trainer: Any, make_batch: Any) -> None:
         def loss(self, *args: Any) -> Any:
             return super().loss(*args)
 
-    trainer = make_trainer(trainer_class=Mine, early_stopping=True, target_kl=1e-9, learning_rate=1e-2, mini_batch_size=4)
+    trainer = make_trainer(
+        trainer_class=Mine, early_stopping=True, target_kl=1e-9, learning_rate=1e-2, mini_batch_size=4
+    )
     stats = trainer.step(*make_batch())
     assert len(stats["ppo/policy/ratio"]) < 4 * np.prod(stats["objective/logprobs"].shape)
 
@@ -291,7 +295,14 @@ def test_generate(make_trainer: Any) -> None:
     bare = trainer.generate(queries, return_prompt=False, **greedy)
     assert [b.tolist() for b in bare] == [t[len(q) :].tolist() for t, q in zip(together, queries, strict=True)]
     lengths = iter([2, 3])
-    sampled = trainer.generate(queries, batch_size=1, return_prompt=False, length_sampler=lambda: next(lengths), do_sample=False, eos_token_id=-1)
+    sampled = trainer.generate(
+        queries,
+        batch_size=1,
+        return_prompt=False,
+        length_sampler=lambda: next(lengths),
+        do_sample=False,
+        eos_token_id=-1,
+    )
     assert [len(s) for s in sampled] == [2, 3]
 
 
@@ -401,6 +412,9 @@ def test_shared_layers_stay_frozen(make_trainer: Any, make_batch: Any) -> None:
 def test_a_given_reference_wins_over_shared_layers(make_batch: Any) -> None:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     reference = create_reference_model(model)
-    with pytest.warns(UserWarning, match="num_shared_layers=1 is ignored"), pytest.warns(UserWarning, match="no dataset"):
+    with (
+        pytest.warns(UserWarning, match="num_shared_layers=1 is ignored"),
+        pytest.warns(UserWarning, match="no dataset"),
+    ):
         trainer = PPOTrainer(PPOConfig(batch_size=4), model, reference, tiny_tokenizer(), num_shared_layers=1)
     assert trainer.ref_model is reference

@@ -33,9 +33,7 @@ def pad(sequences: Sequence[Tensor], value: int, side: Side) -> tuple[Tensor, Te
     return tokens, attention
 
 
-def response_columns(
-    attention: Tensor, query_lengths: Sequence[int], response_lengths: Sequence[int]
-) -> list[slice]:
+def response_columns(attention: Tensor, query_lengths: Sequence[int], response_lengths: Sequence[int]) -> list[slice]:
     """The columns of `[B, S]` at which each row's response tokens are predicted.
 
     Args:

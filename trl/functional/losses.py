@@ -70,9 +70,7 @@ def policy_loss(
     )
 
 
-def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float
-) -> ValueLoss:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float) -> ValueLoss:
     """Half the larger of two squared errors: of the value, and of the value held near its old one.
 
     Args:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
-from trl.models.architectures import SUPPORTED_ARCHITECTURES
 from trl.models.autos import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.models.evaluate import evaluate
 from trl.models.reference import create_reference_model
 from trl.models.value_head import ValueHead
 from trl.models.wrapper import PreTrainedModelWrapper
+
+SUPPORTED_ARCHITECTURES = (AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead)
 
 __all__ = [
     "SUPPORTED_ARCHITECTURES",

@@ -173,7 +173,9 @@ def load_adapter(model: Any, source: str, *, is_trainable: bool, **hub: Any) -> 
 def _own_warnings_only() -> Iterator[None]:
     """Keeps quiet what peft's releases ask of later transformers under an older name."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message=r".*is_gradient_checkpointing.* is deprecated", category=FutureWarning
+        )
         yield
 
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from trl.models.wrapper import PreTrainedModelWrapper
+
+_HEAD_ARGUMENTS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
 
 
 class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
     """A decoder (GPT-2, Llama, Mamba ...) with a value head."""
 
     transformers_parent_class: ClassVar[Any] = AutoModelForCausalLM
+    supported_args: ClassVar[tuple[str, ...] | None] = _HEAD_ARGUMENTS
+
+    def __init__(self, pretrained_model: Any, **kwargs: Any) -> None:
+        super().__init__(pretrained_model, **kwargs)
+        if self.is_encoder_decoder:
+            raise ValueError(
+                f"{type(self.config).__name__} is an encoder-decoder; use AutoModelForSeq2SeqLMWithValueHead"
+            )
+
+    def post_init(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Fills the value head from the `v_head.*` entries of `state_dict`, if there are any."""
+        super().post_init(state_dict)
 
 
 class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
@@ -20,10 +36,15 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
 
     transformers_parent_class: ClassVar[Any] = AutoModelForSeq2SeqLM
     lm_head_namings: ClassVar[list[str]] = ["lm_head", "embed_out", "output_projection"]
+    supported_args: ClassVar[tuple[str, ...] | None] = _HEAD_ARGUMENTS
 
-    def __init__(self, pretrained_model: Any = None, **kwargs: Any) -> None:
+    def __init__(self, pretrained_model: Any, **kwargs: Any) -> None:
         super().__init__(pretrained_model, **kwargs)
         if not self.is_encoder_decoder:
             raise ValueError(
                 f"{type(self.config).__name__} is no encoder-decoder; use AutoModelForCausalLMWithValueHead"
             )
+
+    def post_init(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Fills the value head from the `v_head.*` entries of `state_dict`, if there are any."""
+        super().post_init(state_dict)

@@ -44,7 +44,8 @@ def read_safetensors(path: str, prefix: str = "") -> dict[str, Tensor]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (it cannot be iterated)
+        return {name: file.get_tensor(name) for name in names}
 
 
 def read_pickle(path: str, prefix: str = "") -> dict[str, Tensor]:
@@ -140,8 +141,9 @@ def load_language_model(parent: Any, source: str, *model_args: Any, allow_pickle
     Args:
         parent: a transformers auto class.
         source: folder or hub id of a language model.
+        *model_args: transformers' own.
         allow_pickle: read a legacy `.bin` where there are no safetensors.
-        kwargs: transformers' own; `torch_dtype` is `dtype`, and `load_in_8bit` / `load_in_4bit` make a
+        **kwargs: transformers' own; `torch_dtype` is `dtype`, and `load_in_8bit` / `load_in_4bit` make a
             `quantization_config`, which transformers 5 wants.
 
     Raises:

@@ -23,7 +23,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def base_language_model(model: nn.Module) -> Any:
     """The plain transformers model under every wrapper: parallel, value head and PEFT."""
-    inner = unwrap(model)
+    inner: Any = unwrap(model)
     inner = unwrap(getattr(inner, "pretrained_model", inner))
     if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from trl.models import adapters, loading
+from trl.models.saving import save_value_head_model
+from trl.models.sources import load_trunk
 from trl.models.trunk import base_language_model, has_lm_head, is_encoder_decoder, watch_last_hidden_state
 from trl.models.value_head import ValueHead
 
@@ -44,11 +46,7 @@ class PreTrainedModelWrapper(nn.Module):
 
     transformers_parent_class: ClassVar[Any] = None
     lm_head_namings: ClassVar[list[str]] = ["lm_head", "embed_out"]
-    supported_args: ClassVar[tuple[str, ...]] = (
-        "summary_dropout_prob",
-        "v_head_initializer_range",
-        "v_head_init_strategy",
-    )
+    supported_args: ClassVar[tuple[str, ...] | None] = None
     supported_modules: ClassVar[tuple[str, ...]] = ("v_head",)
     supported_rm_modules: ClassVar[tuple[str, ...]] = ("score",)
     supported_pretrained_model_architectures: ClassVar[Any] = _Architectures()
@@ -60,9 +58,9 @@ class PreTrainedModelWrapper(nn.Module):
                 f"pretrained_model must be a transformers or PEFT model, not {type(pretrained_model).__name__}; "
                 f"{type(self).__name__}.from_pretrained loads one by name or folder"
             )
-        unknown = sorted(set(kwargs) - set(self.supported_args))
+        unknown = sorted(set(kwargs) - set(self.supported_args or ()))
         if unknown:
-            raise ValueError(f"unknown arguments {unknown} for a model object; known: {list(self.supported_args)}")
+            raise ValueError(f"unknown arguments {unknown}; the value head knows {list(self.supported_args or ())}")
         if not has_lm_head(pretrained_model, self.lm_head_namings):
             name = type(base_language_model(pretrained_model)).__name__
             raise ValueError(
@@ -187,7 +185,7 @@ class PreTrainedModelWrapper(nn.Module):
             ValueError: for a model without a language-model head, unusable arguments, or weights in a pickle.
             ImportError: for an adapter without peft.
         """
-        head_args = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
+        head_args = {name: kwargs.pop(name) for name in cls.supported_args or () if name in kwargs}
         peft_config = kwargs.pop("peft_config", None)
         is_trainable = kwargs.pop("is_trainable", False)
         reward_adapter = kwargs.pop("reward_adapter", None)
@@ -197,14 +195,25 @@ class PreTrainedModelWrapper(nn.Module):
         source = loading.as_source(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in loading.HUB_ARGUMENTS if kwargs.get(name) is not None}
         if source is not None:
-            model, has_adapter = cls._load(source, *model_args, is_trainable=is_trainable, allow_pickle=allow_pickle, **kwargs)
+            if cls.transformers_parent_class is None:
+                raise ValueError(f"{cls.__name__} loads nothing by itself: use one of its subclasses")
+            model, has_adapter = load_trunk(
+                cls.transformers_parent_class,
+                source,
+                *model_args,
+                is_trainable=is_trainable,
+                allow_pickle=allow_pickle,
+                **kwargs,
+            )
         else:
             model, has_adapter = pretrained_model_name_or_path, adapters.is_peft_model(pretrained_model_name_or_path)
             if kwargs or model_args:
                 raise ValueError(f"arguments {sorted(kwargs) or model_args} have no use beside a model object")
         if peft_config is not None:
             if has_adapter:
-                raise ValueError("peft_config would add a second adapter to one that is already there; drop one of them")
+                raise ValueError(
+                    "peft_config would add a second adapter to one that is already there; drop one of them"
+                )
             model = adapters.attach_adapter(model, peft_config)
 
         wrapper = cls(model, **head_args)
@@ -222,44 +231,18 @@ class PreTrainedModelWrapper(nn.Module):
             )
         return wrapper
 
-    @classmethod
-    def _load(
-        cls, source: str, *model_args: Any, is_trainable: bool, allow_pickle: bool, **kwargs: Any
-    ) -> tuple[Any, bool]:
-        """The language model of a folder or hub id, and whether it carries a trained adapter."""
-        if cls.transformers_parent_class is None:
-            raise ValueError(f"{cls.__name__} loads nothing by itself: use one of its subclasses")
-        hub = {name: kwargs[name] for name in loading.HUB_ARGUMENTS if kwargs.get(name) is not None}
-        adapter_config = loading.read_adapter_config(source, hub)
-        if adapter_config is None:
-            return (
-                loading.load_language_model(
-                    cls.transformers_parent_class, source, *model_args, allow_pickle=allow_pickle, **kwargs
-                ),
-                False,
-            )
-        adapters.require_peft(f"the PEFT adapter {source!r}")
-        loading.check_adapter_format(source, hub, allow_pickle=allow_pickle)
-        base = adapter_config.get("base_model_name_or_path")
-        if not base:
-            raise ValueError(f"adapter_config.json of {source!r} names no base_model_name_or_path")
-        # A revision or subfolder says where the adapter is, not its base.
-        base_kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-        if adapter_config.get("revision"):
-            base_kwargs["revision"] = adapter_config["revision"]
-        model = loading.load_language_model(
-            cls.transformers_parent_class, base, *model_args, allow_pickle=allow_pickle, **base_kwargs
-        )
-        return adapters.load_adapter(model, source, is_trainable=is_trainable, **hub), True
+    def post_init(self, *args: Any, **kwargs: Any) -> None:
+        """Called by `from_pretrained` with the saved value head's entries; the subclasses' takes `state_dict`."""
+        self._place_value_head(*args, **kwargs)
 
-    def post_init(self, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    def _place_value_head(self, state_dict: Mapping[str, Tensor]) -> None:
         """Fills the value head from the `v_head.*` entries of `state_dict`, and puts it where the last layer is.
 
         Raises:
             ValueError: if the entries do not fit, or if a part of the model is offloaded to CPU or disk.
         """
         prefix = loading.VALUE_HEAD_PREFIX
-        head = {k[len(prefix) :]: v for k, v in (state_dict or {}).items() if k.startswith(prefix)}
+        head = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
         if head:
             wanted = {name: tuple(t.shape) for name, t in self.v_head.state_dict().items()}
             given = {name: tuple(t.shape) for name, t in head.items()}
@@ -269,7 +252,9 @@ class PreTrainedModelWrapper(nn.Module):
         device_map = getattr(base_language_model(self), "hf_device_map", None) or {}
         devices = set(device_map.values())
         if len(devices) > 1 and devices & {"cpu", "disk"}:
-            raise ValueError(f"device_map offloads layers to {sorted(map(str, devices))}; training needs them on devices")
+            raise ValueError(
+                f"device_map offloads layers to {sorted(map(str, devices))}; training needs them on devices"
+            )
         embeddings = base_language_model(self).get_output_embeddings()
         where = self.pretrained_model.device if embeddings is None else embeddings.weight.device
         self.v_head.to(device=where)
@@ -303,12 +288,11 @@ class PreTrainedModelWrapper(nn.Module):
 
     # -- saving -------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The plain model's entries and `v_head.*`."""
-        state = self.pretrained_model.state_dict(
-            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
-        )
-        return self.v_head.state_dict(destination=state, prefix=f"{prefix}v_head.", keep_vars=keep_vars)
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain model's entries and `v_head.*`; takes `destination`, `prefix` and `keep_vars` as torch's does."""
+        state = self.pretrained_model.state_dict(*args, **kwargs)
+        kwargs |= {"destination": state, "prefix": kwargs.get("prefix", "") + loading.VALUE_HEAD_PREFIX}
+        return self.v_head.state_dict(**kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         # Modules below find their entries by `pretrained_model.`, which `state_dict` leaves out.
@@ -320,51 +304,27 @@ class PreTrainedModelWrapper(nn.Module):
                 state_dict.setdefault(f"{prefix}reward_score.{name}", tensor)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Saves a plain language model (or the adapter) as transformers (or peft) does, and the value head beside it.
 
         Args:
-            save_directory: the folder.
-            args: the language model's own.
-            kwargs: the language model's own, such as `max_shard_size`; `state_dict` may be this wrapper's;
+            *args: the folder, then what else the language model's `save_pretrained` takes.
+            **kwargs: the language model's own, such as `max_shard_size`; `state_dict` may be this wrapper's;
                 `push_to_hub=True` with `repo_id` uploads the folder.
         """
-        from safetensors.torch import save_file
+        save_value_head_model(self, *args, **kwargs)
 
-        state = kwargs.pop("state_dict", None)
-        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
-        push = kwargs.pop("push_to_hub", False)
-        is_main = kwargs.get("is_main_process", args[0] if args and isinstance(args[0], bool) else True)
-        prefix = loading.VALUE_HEAD_PREFIX
-        if state is not None:
-            head = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
-            kwargs["state_dict"] = {
-                name.removeprefix("pretrained_model."): t for name, t in state.items() if not name.startswith(prefix)
-            }
-        else:
-            head = self.v_head.state_dict(prefix=prefix)
-        if self.is_peft_model:
-            names = [name for name in self.pretrained_model.peft_config if name != self.reward_adapter_name]
-            kwargs.setdefault("selected_adapters", names)
-        self.pretrained_model.save_pretrained(save_directory, *args, **kwargs)
-        if is_main and head:
-            head = {name: tensor.detach().cpu().contiguous() for name, tensor in head.items()}
-            save_file(head, os.path.join(save_directory, loading.VALUE_HEAD_FILE), metadata={"format": "pt"})
-            if push:
-                _upload(save_directory, **({"repo_id": os.path.basename(os.path.normpath(save_directory))} | upload))
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Uploads what `save_pretrained` writes.
 
         Args:
-            repo_id: the repository, made if it does not exist.
-            kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr` for the upload; others for
+            *args: the repository, made if it does not exist.
+            **kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr` for the upload; others for
                 `save_pretrained`.
         """
-        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
+        repo_id = args[0] if args else kwargs.pop("repo_id")
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
-            return _upload(folder, **(upload | {"repo_id": repo_id}))
+            return save_value_head_model(self, folder, push_to_hub=True, repo_id=repo_id, **kwargs)
 
     # -- the language model's own -------------------------------------------------------------------------------
 
@@ -430,15 +390,3 @@ class PreTrainedModelWrapper(nn.Module):
         """
         with adapters.reference_mode(self):
             yield
-
-
-_UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
-
-
-def _upload(folder: Any, *, repo_id: str, private: bool | None = None, token: Any = None, **kwargs: Any) -> Any:
-    """Puts a folder's files into a hub repository."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(folder_path=os.fspath(folder), repo_id=repo_id, **kwargs)

@@ -42,7 +42,9 @@ def check_tokens(name: str, sequences: Sequence[Tensor], *, vocabulary: int | No
             raise ValueError(f"{name}[{i}] {what}; at least {least} needed{hint}. Leave such samples out of the batch")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
-            raise ValueError(f"{name}[{i}] holds token id {low if low < 0 else high}; the model knows 0 to {vocabulary}-1")
+            raise ValueError(
+                f"{name}[{i}] holds token id {low if low < 0 else high}; the model knows 0 to {vocabulary}-1"
+            )
 
 
 def check_room(lengths: Sequence[int], context: int | None, what: str) -> None:
@@ -55,7 +57,9 @@ def check_room(lengths: Sequence[int], context: int | None, what: str) -> None:
         return
     for i, length in enumerate(lengths):
         if length > context:
-            raise ValueError(f"{what} of sample {i} is {length} tokens long; the model's context holds {context}: shorten it")
+            raise ValueError(
+                f"{what} of sample {i} is {length} tokens long; the model's context holds {context}: shorten it"
+            )
 
 
 def check_scores(scores: Sequence[Tensor]) -> list[Tensor]:

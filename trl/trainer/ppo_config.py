@@ -153,7 +153,9 @@ class PPOConfig:
         if self.kl_penalty not in KL_PENALTIES:
             raise ValueError(f"kl_penalty={self.kl_penalty!r} must be one of {', '.join(KL_PENALTIES)}")
         if self.loss_denominator not in LOSS_DENOMINATORS:
-            raise ValueError(f"loss_denominator={self.loss_denominator!r} must be one of {', '.join(LOSS_DENOMINATORS)}")
+            raise ValueError(
+                f"loss_denominator={self.loss_denominator!r} must be one of {', '.join(LOSS_DENOMINATORS)}"
+            )
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm=True works with use_score_scaling=True only")
         assert self.batch_size is not None

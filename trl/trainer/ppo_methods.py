@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from trl.data import PadCollator, pad, place_on_columns, prompt_loader, response_columns
-from trl.functional import entropy, gae, k1, k1_abs, k2, k3, masked_mean, masked_whiten, shape_rewards
+from trl.functional import entropy, gae, k1, k1_abs, k2, k3, masked_whiten, shape_rewards
 from trl.trackers import completions_table
 from trl.trainer.base import BaseTrainer
 from trl.trainer.ppo_config import PPOConfig
@@ -25,10 +25,27 @@ from trl.training.loop import Updater
 from trl.training.ppo import PPOSettings, experience_statistics, ppo_terms
 from trl.training.scoring import score
 from trl.training.statistics import step_statistics
-from trl.types import Rollout, identity
+from trl.types import Experience, Rollout, identity, take
 
 _KL_OF_TOKEN = {"kl": k1, "abs": k1_abs, "mse": k2, "k3": k3}
 _TRAINER_COLUMNS = ("label", "query", "response")
+
+
+class Batch(NamedTuple):
+    """Queries and responses as they came, and padded as the model takes them."""
+
+    queries: list[Tensor]
+    responses: list[Tensor]
+    inputs: Mapping[str, Tensor]
+
+    def rows(self, rows: Tensor) -> Batch:
+        """The samples with the indices `rows` [b], padded as they are."""
+        some = rows.tolist()
+        return Batch(
+            [self.queries[i] for i in some],
+            [self.responses[i] for i in some],
+            {name: tensor[rows.to(tensor.device)] for name, tensor in self.inputs.items()},
+        )
 
 
 class PPOMethods(BaseTrainer):
@@ -44,6 +61,7 @@ class PPOMethods(BaseTrainer):
     current_step: int
     _forward_columns: Sequence[str]
     _steps_done: int
+    _generator: torch.Generator
 
     # Batches ---------------------------------------------------------------------------------------------------------
 
@@ -58,9 +76,7 @@ class PPOMethods(BaseTrainer):
             ValueError: if `dataset` is neither, or holds less than one batch.
         """
         keep = (*self._forward_columns, *_TRAINER_COLUMNS) if self.config.remove_unused_columns else None
-        return prompt_loader(
-            dataset, batch_size=int(self.config.batch_size or 1), collate_fn=data_collator, keep=keep
-        )
+        return prompt_loader(dataset, batch_size=int(self.config.batch_size or 1), collate_fn=data_collator, keep=keep)
 
     def _collate(self, examples: Sequence[Mapping[str, Tensor]], side: Any) -> dict[str, Tensor]:
         tokens, attention = pad([e["input_ids"] for e in examples], self.data_collator.pad_token_id, side)
@@ -88,28 +104,34 @@ class PPOMethods(BaseTrainer):
             )
         return BatchEncoding({name: tensor.to(device) for name, tensor in inputs.items()})
 
-    def _columns(self, attention: Tensor, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[slice]:
-        """Where in [B, S] the sampled tokens are predicted; a decoder's start token is given, not sampled."""
-        given = [1] * len(queries) if self.is_encoder_decoder else [len(q) for q in queries]
-        skipped = int(self.is_encoder_decoder)
-        return response_columns(attention, given, [len(r) - skipped for r in responses])
+    def _attention(self, batch: Batch) -> Tensor:
+        """`[B, T]`: 1 on the tokens whose predictions are trained on or given, 0 on padding."""
+        return batch.inputs["decoder_attention_mask" if self.is_encoder_decoder else "attention_mask"]
 
-    def _placed(
-        self, values: Sequence[Tensor], attention: Tensor, queries: Sequence[Tensor], responses: Sequence[Tensor]
-    ) -> Tensor:
-        """One number per response token -> [B, S]."""
+    def _placed(self, values: Sequence[Tensor], batch: Batch) -> Tensor:
+        """One number per response token -> `[B, S]` float32, 0 elsewhere.
+
+        A decoder's start token is given, not sampled: its number goes nowhere.
+        """
+        attention = self._attention(batch)
+        given = [1] * len(values) if self.is_encoder_decoder else [len(q) for q in batch.queries]
         sampled = [v[1:] for v in values] if self.is_encoder_decoder else values
-        return place_on_columns(sampled, self._columns(attention, queries, responses), attention[:, 1:].float())
+        columns = response_columns(attention, given, [len(v) for v in sampled])
+        return place_on_columns(sampled, columns, attention[:, 1:].float())
 
-    def _rollout(self, queries: list[Tensor], responses: list[Tensor], inputs: Mapping[str, Tensor]) -> Rollout:
-        prefix = "decoder_" if self.is_encoder_decoder else ""
-        attention = inputs[f"{prefix}attention_mask"]
-        mask = self._placed([torch.ones(len(r)) for r in responses], attention, queries, responses)
-        rollout = {"tokens": inputs[f"{prefix}input_ids"], "attention": attention.bool(), "mask": mask.bool()}
-        if self.is_encoder_decoder:
-            rollout["encoder_tokens"] = inputs["input_ids"]
-            rollout["encoder_attention"] = inputs["attention_mask"].bool()
-        return Rollout(**rollout)  # type: ignore[arg-type]
+    def _rollout(self, batch: Batch) -> Rollout:
+        """The batch as the functions of this library know it; its mask follows from lengths."""
+        attention = self._attention(batch).bool()
+        mask = self._placed([torch.ones(len(r)) for r in batch.responses], batch).bool()
+        if not self.is_encoder_decoder:
+            return Rollout(tokens=batch.inputs["input_ids"], attention=attention, mask=mask)
+        return Rollout(
+            tokens=batch.inputs["decoder_input_ids"],
+            attention=attention,
+            mask=mask,
+            encoder_tokens=batch.inputs["input_ids"],
+            encoder_attention=batch.inputs["attention_mask"].bool(),
+        )
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 
@@ -134,7 +156,7 @@ class PPOMethods(BaseTrainer):
             logprobs [B, S]; logits [B, S, V], divided by the temperature, or None; values [B, S]; masks [B, S] int64,
             1 where a response token is predicted.
         """
-        rollout = self._rollout(queries, responses, model_inputs)
+        rollout = self._rollout(Batch(queries, responses, model_inputs))
         result = score(
             model,
             rollout,
@@ -285,6 +307,31 @@ class PPOMethods(BaseTrainer):
             "time/ppo/optimizer_step": torch.tensor(seconds),
         }
 
+    def _optimize_by_methods(self, experience: Experience, batch: Batch) -> dict[str, Tensor]:
+        """The update through this object's public methods, for a subclass that overrides them: more memory, no trimming."""
+        config = self.config
+        history: list[dict[str, Tensor]] = []
+        for _ in range(int(config.ppo_epochs or 1)):
+            order = torch.randperm(len(experience), generator=self._generator)
+            for rows in order.split(config.samples_per_update):
+                part = take(experience, rows.to(self.current_device))
+                some = batch.rows(rows)
+                logprobs, logits, values, _ = self.batched_forward_pass(
+                    self.model, some.queries, some.responses, some.inputs, return_logits=True
+                )
+                assert logits is not None
+                stats = self.train_minibatch(
+                    part.old_logprobs, part.old_values, part.rewards, logprobs, logits, values, part.rollout.mask.long()
+                )
+                history.append({name: torch.as_tensor(value).detach() for name, value in stats.items()})
+                if self._stops_early(float(history[-1]["policy/policykl"])):
+                    return _stacked(history)
+        return _stacked(history)
+
+    def _stops_early(self, policy_kl: float) -> bool:
+        """Whether the policy has moved too far for more passes over this batch."""
+        return self.config.early_stopping and policy_kl > 1.5 * float(self.config.target_kl or 0)
+
     # Statistics ------------------------------------------------------------------------------------------------------
 
     def _reduce(self, tensor: Tensor) -> Tensor:
@@ -349,3 +396,15 @@ class PPOMethods(BaseTrainer):
         logs["env/reward_dist"] = flat.numpy()
         self.current_step += 1
         self.accelerator.log(logs, step=self.current_step)
+
+
+def _stacked(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """As `stack_updates`, of dicts of tensors."""
+    stacked = {}
+    for name in history[0]:
+        column = [stats[name] for stats in history]
+        if column[0].numel() == 1:
+            stacked[name] = torch.stack([x.reshape(()).float().cpu() for x in column])
+        else:
+            stacked[name] = torch.cat([x.flatten() for x in column]).unsqueeze(0)
+    return stacked

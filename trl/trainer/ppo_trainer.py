@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -23,18 +23,19 @@ from trl.data import PadCollator
 from trl.functional import Moments, gae, masked_mean, masked_sum, masked_whiten
 from trl.models import PreTrainedModelWrapper, create_reference_model
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
+from trl.models.limits import context_length, vocabulary_sizes
 from trl.rollout import generate_responses, stop_tokens, unseen_by_scoring
 from trl.trainer.checks import check_lists, check_per_token, check_room, check_scores, check_tokens
 from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
 from trl.trainer.ppo_config import PPOConfig
-from trl.trainer.ppo_methods import PPOMethods
-from trl.training.loop import UpdateMetrics, optimize
+from trl.trainer.ppo_methods import Batch, PPOMethods
+from trl.training.loop import optimize
 from trl.training.modes import eval_mode
 from trl.training.ppo import ppo_loss, ppo_minibatches
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
 from trl.training.scoring import exact_kl_of, score
 from trl.training.statistics import stack_updates
-from trl.types import Evaluation, Experience, Rollout, take
+from trl.types import Evaluation, Experience, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -103,19 +104,19 @@ class PPOTrainer(PPOMethods):
         self.dataset = dataset
         self.data_collator = PadCollator(tokenizer)
         if dataset is None:
-            warnings.warn("no dataset is given: trainer.dataloader is None, and step takes what you give it", stacklevel=2)
+            warnings.warn(
+                "no dataset is given: trainer.dataloader is None, and step takes what you give it", stacklevel=2
+            )
         self._forward_columns = list(inspect.signature(model.forward).parameters)
         loader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
         if optimizer is None:
             trained = [p for p in model.parameters() if p.requires_grad]
             fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
-            optimizer = Adam(trained, lr=config.learning_rate, fused=fused)
+            optimizer = Adam(trained, lr=float(config.learning_rate or 0), fused=fused)
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, loader, lr_scheduler
         )
-        self.ref_model = (
-            None if reference is None else self.accelerator.prepare_model(reference, evaluation_mode=True)
-        )
+        self.ref_model = None if reference is None else self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.kl_ctl: AdaptiveKLController | FixedKLController = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)  # type: ignore[arg-type]
             if config.adap_kl_ctrl
@@ -158,8 +159,8 @@ class PPOTrainer(PPOMethods):
         """
         queries = [query_tensor] if isinstance(query_tensor, Tensor) else query_tensor
         check_lists(None, query_tensor=queries)
-        check_tokens("query_tensor", queries, vocabulary=self._vocabulary()[0])
-        check_room([len(q) for q in queries], self._context, "the query")
+        check_tokens("query_tensor", queries, vocabulary=vocabulary_sizes(self.model)[0])
+        check_room([len(q) for q in queries], context_length(self.model), "the query")
         model = self.accelerator.unwrap_model(self.model)
         kwargs = {"pad_token_id": self.data_collator.pad_token_id} | generation_kwargs
         self._warn_of_reshaped_sampling(model.generation_config, kwargs)
@@ -216,19 +217,18 @@ class PPOTrainer(PPOMethods):
             self._check_extras(responses, response_masks, token_rewards, sampler_logprobs)
             self._push_if_best(scores)
             with _timed(timing, "time/ppo/forward_pass"):
-                model_inputs = self.prepare_model_inputs(queries, responses)
-                rollout = self._rollout(queries, responses, model_inputs)
-                rollout = self._with_extras(rollout, queries, responses, response_masks, sampler_logprobs)
-                old, ref_logprobs, exact_kl = self._evaluate(rollout, queries, responses, model_inputs)
+                batch = Batch(queries, responses, self.prepare_model_inputs(queries, responses))
+                rollout = self._with_extras(self._rollout(batch), batch, response_masks, sampler_logprobs)
+                old, ref_logprobs, exact_kl = self._evaluate(rollout, batch)
             with _timed(timing, "time/ppo/compute_rewards"):
-                placed = None
+                per_token = {} if exact_kl is None else {"kl": exact_kl}
                 if token_rewards is not None:
-                    placed = self._placed(token_rewards, rollout.attention, queries, responses)
+                    per_token["token_rewards"] = self._placed(token_rewards, batch)
                 experience, non_score_reward = self._experience(
-                    rollout, old, ref_logprobs, exact_kl, scores, responses, placed
+                    rollout, old, ref_logprobs, scores, responses, per_token
                 )
             with _timed(timing, "time/ppo/optimize_step"):
-                train_stats = self._optimize(experience, queries, responses, model_inputs)
+                train_stats = self._optimize(experience, batch)
             with _timed(timing, "time/ppo/calc_stats"):
                 stats = self.record_step_stats(
                     kl_coef=self.kl_ctl.value,
@@ -244,24 +244,20 @@ class PPOTrainer(PPOMethods):
                 stats |= self._extra_stats(rollout, old)
                 stats = stats_to_np(convert_to_scalar(self.gather_stats(stats)))
             stats["ppo/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-            self.kl_ctl.update(
-                stats["objective/kl"], int(self.config.batch_size or 1) * self.accelerator.num_processes
-            )
+            self.kl_ctl.update(stats["objective/kl"], int(self.config.batch_size or 1) * self.accelerator.num_processes)
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
             self._steps_done += 1
             return stats | timing | {"time/ppo/total": time.perf_counter() - started}
 
-    def _evaluate(
-        self, rollout: Rollout, queries: list[Tensor], responses: list[Tensor], model_inputs: Mapping[str, Tensor]
-    ) -> tuple[Evaluation, Tensor, Tensor | None]:
+    def _evaluate(self, rollout: Rollout, batch: Batch) -> tuple[Evaluation, Tensor, Tensor | None]:
         """What the policy and, as logprobs [B, S], the reference say before the update; and their exact KL [B, S]."""
         size, temperature = int(self.config.mini_batch_size or 1), self.config.temperature
         overridden = self._is_overridden("batched_forward_pass")
 
         def evaluated(model: nn.Module, policy: bool) -> Evaluation:
             if overridden:
-                logprobs, _, values, _ = self.batched_forward_pass(model, queries, responses, model_inputs)
+                logprobs, _, values, _ = self.batched_forward_pass(model, batch.queries, batch.responses, batch.inputs)
                 return Evaluation(logprobs=logprobs, values=values, entropy=None)
             return score(model, rollout, batch_size=size, temperature=temperature, entropy=policy, values=policy)
 
@@ -279,10 +275,9 @@ class PPOTrainer(PPOMethods):
         rollout: Rollout,
         old: Evaluation,
         ref_logprobs: Tensor,
-        exact_kl: Tensor | None,
         scores: list[Tensor],
         responses: list[Tensor],
-        token_rewards: Tensor | None,
+        per_token: Mapping[str, Tensor],
     ) -> tuple[Experience, Tensor]:
         """Scores become rewards, rewards advantages. Also returns the part of the rewards [B, S] that is not score."""
         assert old.values is not None
@@ -299,13 +294,8 @@ class PPOTrainer(PPOMethods):
             ),
             self._reduce,
         )
-        extras = {"kl": exact_kl, "token_rewards": token_rewards}
         rewards, non_score_reward = self.compute_rewards(
-            shaped,
-            old.logprobs,
-            ref_logprobs,
-            rollout.mask.long(),
-            **{name: extra for name, extra in extras.items() if extra is not None},
+            shaped, old.logprobs, ref_logprobs, rollout.mask.long(), **per_token
         )
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, rollout.mask, shift_mean=False, reduce=self._reduce)
@@ -327,14 +317,12 @@ class PPOTrainer(PPOMethods):
     def _optimize(
         self,
         experience: Experience,
-        queries: list[Tensor],
-        responses: list[Tensor],
-        model_inputs: Mapping[str, Tensor],
+        batch: Batch,
     ) -> dict[str, Tensor]:
         """Updates the policy; returns its statistics, a row per optimizer step."""
         config = self.config
         if self._is_overridden("loss", "train_minibatch", "batched_forward_pass"):
-            return self._optimize_by_methods(experience, queries, responses, model_inputs)
+            return self._optimize_by_methods(experience, batch)
         history = optimize(
             ppo_minibatches(
                 experience,
@@ -351,41 +339,6 @@ class PPOTrainer(PPOMethods):
             stop=lambda metrics: self._stops_early(metrics.means["policy/policykl"]),
         )
         return stack_updates(history)
-
-    def _optimize_by_methods(
-        self,
-        experience: Experience,
-        queries: list[Tensor],
-        responses: list[Tensor],
-        model_inputs: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """The update through this object's public methods, for a subclass that overrides them: more memory, no trimming."""
-        config = self.config
-        history: list[dict[str, Tensor]] = []
-        for _ in range(int(config.ppo_epochs or 1)):
-            order = torch.randperm(len(experience), generator=self._generator)
-            for rows in order.split(config.samples_per_update):
-                part = take(experience, rows.to(self.current_device))
-                some = rows.tolist()
-                logprobs, logits, values, _ = self.batched_forward_pass(
-                    self.model,
-                    [queries[i] for i in some],
-                    [responses[i] for i in some],
-                    {name: tensor[rows.to(tensor.device)] for name, tensor in model_inputs.items()},
-                    return_logits=True,
-                )
-                assert logits is not None
-                stats = self.train_minibatch(
-                    part.old_logprobs, part.old_values, part.rewards, logprobs, logits, values, part.rollout.mask.long()
-                )
-                history.append({name: torch.as_tensor(value).detach() for name, value in stats.items()})
-                if self._stops_early(float(history[-1]["policy/policykl"])):
-                    return _stacked(history)
-        return _stacked(history)
-
-    def _stops_early(self, policy_kl: float) -> bool:
-        """Whether the policy has moved too far for more passes over this batch."""
-        return self.config.early_stopping and policy_kl > 1.5 * float(self.config.target_kl or 0)
 
     # What a step needs to know ---------------------------------------------------------------------------------------
 
@@ -422,22 +375,6 @@ class PPOTrainer(PPOMethods):
             return reference_mode(self.model)
         return nullcontext(self.ref_model)
 
-    def _vocabulary(self) -> tuple[int | None, int | None]:
-        """How many token ids the model reads as a query, and as a response."""
-        trunk = self.accelerator.unwrap_model(self.model).pretrained_model
-        reads = trunk.get_input_embeddings()
-        writes = trunk.get_output_embeddings()
-        size = getattr(reads, "num_embeddings", None)
-        out = writes.weight.shape[0] if writes is not None and hasattr(writes, "weight") else size
-        return size, out if self.is_encoder_decoder or size is None else min(size, out)
-
-    @property
-    def _context(self) -> int | None:
-        """Tokens the model can look at, where its configuration sets a limit."""
-        config = self.accelerator.unwrap_model(self.model).config
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
-
     def _stop_tokens(self) -> tuple[int, ...]:
         """Every token that ends a response."""
         if self.config.stop_token_ids is not None:
@@ -457,15 +394,16 @@ class PPOTrainer(PPOMethods):
             ValueError: naming the argument, its value and what is expected.
         """
         check_lists(batch_size, queries=queries, responses=responses, scores=scores)
-        reads, writes = self._vocabulary()
+        reads, writes = vocabulary_sizes(self.model)
+        context = context_length(self.model)
         check_tokens("queries", queries, vocabulary=reads)
         check_tokens("responses", responses, vocabulary=writes, least=2 if self.is_encoder_decoder else 1)
         if self.is_encoder_decoder:
-            check_room([len(q) for q in queries], self._context, "the query")
-            check_room([len(r) for r in responses], self._context, "the response")
+            check_room([len(q) for q in queries], context, "the query")
+            check_room([len(r) for r in responses], context, "the response")
         else:
             lengths = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
-            check_room(lengths, self._context, "query + response")
+            check_room(lengths, context, "query + response")
         flat = check_scores(scores)
         device = self.current_device
         return [q.to(device) for q in queries], [r.to(device) for r in responses], [s.to(device) for s in flat]
@@ -487,22 +425,23 @@ class PPOTrainer(PPOMethods):
                 check_per_token(name, values, responses)
         for i, mask in enumerate(response_masks or []):
             if not mask[int(self.is_encoder_decoder) :].any():
-                raise ValueError(f"response_masks[{i}] leaves no token to train on: leave such samples out of the batch")
+                raise ValueError(
+                    f"response_masks[{i}] leaves no token to train on: leave such samples out of the batch"
+                )
 
     def _with_extras(
         self,
         rollout: Rollout,
-        queries: list[Tensor],
-        responses: list[Tensor],
+        batch: Batch,
         response_masks: list[Tensor] | None,
         sampler_logprobs: list[Tensor] | None,
     ) -> Rollout:
         """The rollout with foreign tokens off its mask, and with what the sampler saw."""
         if response_masks is not None:
-            own = self._placed([m != 0 for m in response_masks], rollout.attention, queries, responses)
+            own = self._placed([m != 0 for m in response_masks], batch)
             rollout = replace(rollout, mask=rollout.mask & own.bool())
         if sampler_logprobs is not None:
-            seen = self._placed(sampler_logprobs, rollout.attention, queries, responses)
+            seen = self._placed(sampler_logprobs, batch)
             rollout = replace(rollout, sampler_logprobs=seen)
         return rollout
 
@@ -545,7 +484,7 @@ class PPOTrainer(PPOMethods):
         """What PPO itself carries from step to step, beside model, optimizer and scheduler."""
         return {
             "kl_ctl": self.kl_ctl.state_dict(),
-            "score_moments": list(self.score_moments),
+            "score_moments": asdict(self.score_moments),
             "minibatch_order": self._generator.get_state(),
             "steps_done": self._steps_done,
             "logged_steps": self.current_step,
@@ -556,7 +495,7 @@ class PPOTrainer(PPOMethods):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what `state_dict` returned."""
         self.kl_ctl.load_state_dict(state["kl_ctl"])
-        self.score_moments = Moments(*state["score_moments"])
+        self.score_moments = Moments(**state["score_moments"])
         self._generator.set_state(state["minibatch_order"])
         self._steps_done = state["steps_done"]
         self.current_step = state["logged_steps"]
@@ -569,15 +508,3 @@ def _timed(timing: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     timing[name] = time.perf_counter() - started
-
-
-def _stacked(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """As `stack_updates`, of dicts of tensors."""
-    stacked = {}
-    for name in history[0]:
-        column = [stats[name] for stats in history]
-        if column[0].numel() == 1:
-            stacked[name] = torch.stack([x.reshape(()).float().cpu() for x in column])
-        else:
-            stacked[name] = torch.cat([x.flatten() for x in column]).unsqueeze(0)
-    return stacked

@@ -1,0 +1,22 @@
+"""What a model can take: how many token ids, how many positions."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from trl.models.trunk import base_language_model, is_encoder_decoder
+
+
+def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
+    """How many token ids the model reads in a query, and how many it knows in a response; None where it does not say."""
+    trunk = base_language_model(model)
+    reads, writes = trunk.get_input_embeddings(), trunk.get_output_embeddings()
+    read = getattr(reads, "num_embeddings", None)
+    written = writes.weight.shape[0] if writes is not None and hasattr(writes, "weight") else read
+    return read, written if is_encoder_decoder(model) or read is None else min(read, written)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens the model can look at; None where its configuration sets no limit."""
+    limit = getattr(base_language_model(model).config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -1,0 +1,56 @@
+"""Writing a value-head model: a plain language model (or adapter) as everyone reads it, and the value head beside it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from trl.models.loading import VALUE_HEAD_FILE, VALUE_HEAD_PREFIX
+
+_UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+
+
+def save_value_head_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of a value-head model.
+
+    Args:
+        wrapper: the value-head model.
+        *args: the folder, then what else the language model's `save_pretrained` takes.
+        **kwargs: the language model's own; `state_dict` may be the wrapper's; `push_to_hub`.
+
+    Returns:
+        What the upload returned; None without one.
+    """
+    from safetensors.torch import save_file
+
+    folder, *rest = args or (kwargs.pop("save_directory"),)
+    push = kwargs.pop("push_to_hub", False)
+    upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
+    is_main = kwargs.get("is_main_process", rest[0] if rest and not wrapper.is_peft_model else True)
+    state = kwargs.pop("state_dict", None)
+    if state is not None:
+        plain = {k: v for k, v in state.items() if not k.startswith(VALUE_HEAD_PREFIX)}
+        kwargs["state_dict"] = {k.removeprefix("pretrained_model."): v for k, v in plain.items()}
+    else:
+        state = wrapper.v_head.state_dict(prefix=VALUE_HEAD_PREFIX)
+    if wrapper.is_peft_model:
+        names = [name for name in wrapper.pretrained_model.peft_config if name != wrapper.reward_adapter_name]
+        kwargs.setdefault("selected_adapters", names)
+
+    wrapper.pretrained_model.save_pretrained(folder, *rest, **kwargs)
+    if not is_main:
+        return None
+    head = {k: v.detach().cpu().contiguous() for k, v in state.items() if k.startswith(VALUE_HEAD_PREFIX)}
+    save_file(head, os.path.join(folder, VALUE_HEAD_FILE), metadata={"format": "pt"})
+    if not push:
+        return None
+    return upload_folder(folder, **({"repo_id": os.path.basename(os.path.normpath(folder))} | upload))
+
+
+def upload_folder(folder: Any, *, repo_id: str, private: bool | None = None, token: Any = None, **kwargs: Any) -> Any:
+    """Puts a folder's files into a hub repository, made if it does not exist."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(folder_path=os.fspath(folder), repo_id=repo_id, **kwargs)
