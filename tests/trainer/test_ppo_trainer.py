@@ -418,3 +418,25 @@ def test_a_given_reference_wins_over_shared_layers(make_batch: Any) -> None:
     ):
         trainer = PPOTrainer(PPOConfig(batch_size=4), model, reference, tiny_tokenizer(), num_shared_layers=1)
     assert trainer.ref_model is reference
+
+
+@pytest.fixture
+def fresh_accelerate() -> Any:
+    """accelerate fixes the precision once a process; this lets one test have its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_bf16_compute_keeps_float32_weights_and_losses(make_trainer: Any, make_batch: Any) -> None:
+    trainer = make_trainer(ppo_epochs=1, accelerator_kwargs={"mixed_precision": "bf16"}, mini_batch_size=4)
+    stats = trainer.step(*make_batch())
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    states = trainer.optimizer.optimizer.state.values()
+    assert {s["exp_avg"].dtype for s in states} == {torch.float32}
+    assert stats["objective/logprobs"].dtype == np.float32
+    assert_close(stats["ppo/policy/ratio"], np.ones_like(stats["ppo/policy/ratio"]), 0.05)
+    assert all(np.isfinite(v) for v in stats.values() if isinstance(v, float))

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from torch.optim import Adam
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from trl.core import PPODecorators, convert_to_scalar, set_seed, stats_to_np
@@ -83,6 +84,10 @@ class PPOTrainer(PPOMethods):
             )
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"tokenizer must be a transformers tokenizer, not {type(tokenizer).__name__}")
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"optimizer must be a torch optimizer, not {type(optimizer).__name__}")
+        if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
+            raise ValueError(f"lr_scheduler must be a torch learning-rate scheduler, not {type(lr_scheduler).__name__}")
         config.validate()
         set_seed(int(config.seed or 0))
         self.config = config
