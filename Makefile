@@ -1,0 +1,74 @@
+# make demo | test | check -- everything happens in .venv, made on first use.
+# PY=/path/to/python uses an environment of your own instead; PYTHON names the interpreter that .venv is made from.
+PYTHON ?= python3
+VENV ?= .venv
+# Installed first and pinned, so that no later step pulls in another build of it.
+TORCH ?= torch==2.13.0
+# Two workers at the most: each loads torch, and more of them on a small machine only wait for each other.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -lt 2 ] && echo 1 || echo 2)
+ARGS ?=
+
+ifdef PY
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check lint format types slow real bench coverage docs-table dist clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+venv: $(VENV)/.installed  ## .venv with this package, its tests' and its developers' tools
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+demo: $(READY)  ## PPO for positive movie reviews, on the models that ship with the package
+	$(PY) -m trl.demo $(ARGS)
+
+test: $(READY)  ## the suite
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -q $(ARGS)
+
+check: lint types $(READY)  ## lint, format, types and the floors between the packages
+	$(PY) -m pytest -q -p no:cacheprovider tests/test_architecture.py
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(READY)
+	$(PY) -m mypy
+
+format: $(READY)  ## rewrite the sources in the project's format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+slow: $(READY)  ## tests of ten seconds and more
+	$(PY) -m pytest -m slow -q $(ARGS)
+
+real: $(READY)  ## tests on real models and reviews (scripts/fetch_assets.py)
+	$(PY) -m pytest -m real -q $(ARGS)
+
+bench: $(READY)  ## measurements
+	$(PY) -m pytest -m bench -q -s $(ARGS)
+
+coverage: $(READY)  ## the suite with line and branch coverage: 90% of trl/, every branch of trl/functional/
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -q --cov --cov-report= $(ARGS)
+	$(PY) -m coverage report --include='trl/functional/*' --fail-under=100
+	$(PY) -m coverage report --fail-under=90
+
+docs-table: $(READY)  ## docs/models.md, from a run of every architecture
+	$(PY) -m pytest -q tests/models --write-docs $(ARGS)
+
+dist: $(READY)  ## sdist and wheel in dist/
+	$(PY) -m build
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
