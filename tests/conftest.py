@@ -1,0 +1,28 @@
+"""What every test stands on: no network, one thread a process, the same seed."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import pytest
+
+# Before torch, transformers and tokenizers are imported: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["MPLBACKEND"] = "Agg"
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers whatever ran before, on whichever worker."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)

@@ -1,0 +1,80 @@
+"""Reinforcement learning for transformer language models.
+
+Names load on first use, so that `import trl` costs nothing: neither torch nor transformers is imported by it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.5.0.dev0"
+
+_HOMES = {
+    "trl.core": ("set_seed",),
+    "trl.import_utils": ("is_peft_available",),
+    "trl.models": (
+        "SUPPORTED_ARCHITECTURES",
+        "AutoModelForCausalLMWithValueHead",
+        "AutoModelForSeq2SeqLMWithValueHead",
+        "PreTrainedModelWrapper",
+        "create_reference_model",
+    ),
+    "trl.trainer": ("AdaptiveKLController", "BaseTrainer", "FixedKLController", "PPOConfig", "PPOTrainer"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_SUBMODULES = ("core", "functional", "import_utils", "models", "protocols", "trainer", "types")
+_NOT_YET = (
+    "BestOfNSampler",
+    "ConstantLengthDataset",
+    "DataCollatorForCompletionOnlyLM",
+    "RewardTrainer",
+    "SFTTrainer",
+    "compute_accuracy",
+    "extras",
+)
+
+__all__ = [
+    "SUPPORTED_ARCHITECTURES",
+    "AdaptiveKLController",
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "BaseTrainer",
+    "FixedKLController",
+    "PPOConfig",
+    "PPOTrainer",
+    "PreTrainedModelWrapper",
+    "__version__",
+    "create_reference_model",
+    "is_peft_available",
+    "set_seed",
+]
+
+if TYPE_CHECKING:
+    from trl.core import set_seed
+    from trl.import_utils import is_peft_available
+    from trl.models import (
+        SUPPORTED_ARCHITECTURES,
+        AutoModelForCausalLMWithValueHead,
+        AutoModelForSeq2SeqLMWithValueHead,
+        PreTrainedModelWrapper,
+        create_reference_model,
+    )
+    from trl.trainer import AdaptiveKLController, BaseTrainer, FixedKLController, PPOConfig, PPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        globals()[name] = value  # the next access does not come here
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f"trl.{name}")
+    if name in _NOT_YET:
+        # An AttributeError would lose its message: `from trl import name` replaces it by "cannot import name".
+        raise ImportError(f"trl.{name} is not part of trl {__version__} yet; TRL 0.4.6 had it", name=name)
+    raise AttributeError(f"module 'trl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBMODULES, *(name for name in globals() if name.startswith("__"))})

@@ -1,0 +1,443 @@
+"""The face of TRL 0.4.6's `trl.core`: the same names and signatures, on top of `trl.functional`.
+
+Masks may be bool, integer or floating point here: what is not 0 counts. New code calls `trl.functional` itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from trl.functional import masked
+from trl.functional.logprobs import entropy, token_logprobs
+
+WANDB_PADDING = -1
+
+__all__ = [
+    "WANDB_PADDING",
+    "LengthSampler",
+    "PPODecorators",
+    "add_suffix",
+    "average_torch_dicts",
+    "build_bert_batch_from_txt",
+    "clip_by_value",
+    "convert_to_scalar",
+    "entropy_from_logits",
+    "flatten_dict",
+    "listify_batch",
+    "logprobs_from_logits",
+    "masked_mean",
+    "masked_var",
+    "masked_whiten",
+    "pad_to_size",
+    "respond_to_batch",
+    "set_seed",
+    "stack_dicts",
+    "stats_to_np",
+    "top_k_top_p_filtering",
+    "whiten",
+]
+
+
+# Maths ---------------------------------------------------------------------------------------------------------------
+
+
+def _counts(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _floating(values: Tensor) -> Tensor:
+    return values if values.is_floating_point() else values.float()
+
+
+def masked_mean(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
+    """Mean of `values` where `mask` is not 0.
+
+    Args:
+        values: any shape.
+        mask: bool or numbers, broadcastable to `values`.
+        axis: dimensions to average over; all if None.
+
+    Returns:
+        A scalar, or `values` without `axis`. 0 where nothing counts.
+    """
+    return masked.masked_mean(_floating(values), _counts(mask), axis)
+
+
+def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    """Variance of `values` where `mask` is not 0.
+
+    Args:
+        values: any shape.
+        mask: bool or numbers, broadcastable to `values`.
+        unbiased: whether to apply Bessel's correction.
+
+    Returns:
+        A scalar; 0 for fewer than two counted values.
+    """
+    return masked.masked_var(_floating(values), _counts(mask), unbiased)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scales `values` by the moments of those where `mask` is not 0.
+
+    Args:
+        values: any shape.
+        mask: bool or numbers, broadcastable to `values`.
+        shift_mean: whether to remove the mean, or to keep it.
+
+    Returns:
+        The shape of `values`. What stands off the mask is scaled alike, as in TRL 0.4.6; it takes no part in the
+        moments.
+    """
+    values = _floating(values)
+    mean, var, _ = masked.masked_moments(values, _counts(mask))
+    white = (values - mean) * torch.rsqrt(var + 1e-8)
+    return white if shift_mean else white + mean
+
+
+def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scales `values` of any shape to unit variance, and to zero mean unless `shift_mean` is False."""
+    return masked_whiten(values, torch.ones_like(values, dtype=torch.bool), shift_mean)
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities of chosen tokens.
+
+    Args:
+        logits: `[..., V]`, where position i belongs to `labels` at i: shift before the call.
+        labels: `[...]` int64.
+
+    Returns:
+        `[...]` in nats, at least float32.
+
+    Raises:
+        ValueError: if the shapes differ before the vocabulary.
+    """
+    return token_logprobs(logits, labels)
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """`[...]` entropy in nats of the full distribution softmax(logits), for logits `[..., V]`."""
+    return entropy(logits)
+
+
+def clip_by_value(x: Tensor, tensor_min: Tensor | float, tensor_max: Tensor | float) -> Tensor:
+    """Holds `x` between two bounds, each a number or a tensor broadcastable to `x`; the lower one wins a conflict."""
+    lower, upper = (
+        torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (tensor_min, tensor_max)
+    )
+    return torch.maximum(torch.minimum(x, upper), lower)
+
+
+# Statistics ----------------------------------------------------------------------------------------------------------
+
+
+def flatten_dict(nested: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
+    """Turns nested dicts into one, whose keys are the paths joined by `sep`. An empty dict leaves nothing behind.
+
+    Raises:
+        ValueError: if a key contains `sep`.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if sep in key:
+            raise ValueError(f"key {key!r} contains the separator {sep!r}")
+        if isinstance(value, Mapping):
+            flat.update({f"{key}{sep}{path}": leaf for path, leaf in flatten_dict(value, sep).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def stack_dicts(stats_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Flattens and stacks the tensors of several dicts with the same keys.
+
+    Returns:
+        Per key a tensor `[len(stats_dicts), longest]`; shorter ones end in `WANDB_PADDING` (-1).
+
+    Raises:
+        ValueError: if there is no dict, or one lacks a key.
+    """
+    columns = _columns(stats_dicts)
+    return {
+        key: pad_sequence([x.flatten() for x in column], batch_first=True, padding_value=WANDB_PADDING)
+        for key, column in columns.items()
+    }
+
+
+def average_torch_dicts(list_of_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Averages, key by key, the tensors of several dicts with the same keys and shapes.
+
+    Raises:
+        ValueError: if there is no dict, or one lacks a key.
+    """
+    return {
+        key: torch.stack([_floating(x) for x in column]).mean(dim=0)
+        for key, column in _columns(list_of_dicts).items()
+    }
+
+
+def _columns(dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
+    if not dicts:
+        raise ValueError("no dict given: at least one is needed")
+    for i, d in enumerate(dicts):
+        if missing := sorted(set(dicts[0]) - set(d)):
+            raise ValueError(f"dict {i} lacks {missing}, which dict 0 has")
+    return {key: [d[key] for d in dicts] for key in dicts[0]}
+
+
+def add_suffix(input_dict: Mapping[str, Any], suffix: str) -> dict[str, Any]:
+    """The same values under keys that end in `suffix`."""
+    return {key + suffix: value for key, value in input_dict.items()}
+
+
+def convert_to_scalar(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns tensors and arrays that hold one number (shape `[]` or `[1]`) into Python numbers; leaves the rest."""
+    return {
+        key: value.item()
+        if isinstance(value, (Tensor, np.ndarray)) and tuple(value.shape) in ((), (1,))
+        else value
+        for key, value in stats.items()
+    }
+
+
+def stats_to_np(stats_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns tensors into arrays (bfloat16 into float32) and numbers into floats; leaves the rest."""
+    arrays: dict[str, Any] = {}
+    for key, value in stats_dict.items():
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            arrays[key] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        elif isinstance(value, (int, float, np.number, np.bool_)):
+            arrays[key] = float(value)
+        else:
+            arrays[key] = value
+    return arrays
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+def pad_to_size(tensor: Tensor, size: int, dim: int = 1, padding: int = 50256) -> Tensor:
+    """Pads the end of dimension `dim` with `padding` until it is `size` long.
+
+    Raises:
+        ValueError: if there is no such dimension, or it is longer than `size`: nothing is cut.
+    """
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise ValueError(f"dim={dim} is not a dimension of a tensor of shape {tuple(tensor.shape)}")
+    missing = size - tensor.shape[dim]
+    if missing < 0:
+        raise ValueError(f"dimension {dim} of shape {tuple(tensor.shape)} is longer than size={size}")
+    if missing == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_full(shape, padding)], dim=dim)
+
+
+def listify_batch(tensor: Tensor) -> list[Tensor]:
+    """The rows of `tensor` `[B, ...]` as a list of `B` tensors."""
+    return list(tensor.unbind(0))
+
+
+def build_bert_batch_from_txt(
+    text_list: Sequence[str], tokenizer: Any, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Encodes texts into one batch, padded on the right with 0.
+
+    Args:
+        text_list: `B` texts.
+        tokenizer: anything with `encode(text) -> list of ids`.
+        device: where the batch shall lie.
+
+    Returns:
+        `[B, T]` int64 tokens and `[B, T]` float32 attention mask, 1 on tokens and 0 on padding.
+
+    Raises:
+        ValueError: if there is no text.
+    """
+    if not text_list:
+        raise ValueError("text_list is empty: at least one text is needed")
+    rows = [torch.tensor(tokenizer.encode(text), dtype=torch.int64) for text in text_list]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=0)
+    attention = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True, padding_value=0.0)
+    return tokens.to(device), attention.to(device)
+
+
+# Randomness and memory -----------------------------------------------------------------------------------------------
+
+
+def set_seed(seed: int) -> None:
+    """Seeds the global generators of `random`, numpy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class LengthSampler:
+    """Draws lengths uniformly from `min_value` up to, and without, `max_value`.
+
+    The numbers come from numpy's global generator: see `set_seed`.
+    """
+
+    def __init__(self, min_value: int, max_value: int) -> None:
+        """Fixes the range `[min_value, max_value)`.
+
+        Raises:
+            ValueError: if the range is empty.
+        """
+        self.values = list(range(min_value, max_value))
+        if not self.values:
+            raise ValueError(
+                f"no length from min_value={min_value} up to, and without, max_value={max_value}: "
+                "max_value must be larger than min_value"
+            )
+
+    def __call__(self) -> int:
+        """One length."""
+        return int(np.random.choice(self.values))
+
+
+class PPODecorators:
+    """Frees the accelerator's cached memory after a block or function: `with PPODecorators.empty_cuda_cache(True)`."""
+
+    optimize_cuda_cache = False  # what empty_cuda_cache() does if not told; this library never writes it
+
+    @classmethod
+    @contextmanager
+    def empty_cuda_cache(cls, enabled: bool | None = None) -> Iterator[None]:
+        """A context manager and decorator.
+
+        Args:
+            enabled: whether to do anything; `optimize_cuda_cache` of the class if None.
+        """
+        try:
+            yield
+        finally:
+            if (cls.optimize_cuda_cache if enabled is None else enabled) and torch.cuda.is_available():
+                gc.collect()
+                torch.cuda.empty_cache()
+
+
+# Sampling ------------------------------------------------------------------------------------------------------------
+
+
+def top_k_top_p_filtering(
+    logits: Tensor,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    filter_value: float = -float("inf"),
+    min_tokens_to_keep: int = 1,
+) -> Tensor:
+    """Rules out unlikely tokens: first all but the `top_k` likeliest, then the tail beyond probability `top_p`.
+
+    The token with which the sum of probabilities, likeliest first, reaches `top_p` is kept (Holtzman et al. 2020).
+
+    Args:
+        logits: `[..., V]`.
+        top_k: number of tokens to keep; 0 keeps all.
+        top_p: probability to keep; 1 keeps all.
+        filter_value: what stands in place of a ruled-out logit.
+        min_tokens_to_keep: at least this many stay.
+
+    Returns:
+        `[..., V]`, a new tensor wherever something is ruled out.
+    """
+    vocabulary = logits.shape[-1]
+    if top_k > 0:
+        kept = min(max(top_k, min_tokens_to_keep), vocabulary)
+        threshold = logits.topk(kept, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, filter_value)
+    if top_p < 1.0:
+        ordered, indices = logits.sort(dim=-1, descending=True)
+        probs = torch.softmax(ordered.float(), dim=-1)
+        tail = probs.cumsum(dim=-1) - probs >= top_p  # what stands before a token is enough without it
+        tail[..., :min_tokens_to_keep] = False
+        logits = logits.masked_fill(tail.scatter(-1, indices, tail), filter_value)
+    return logits
+
+
+def respond_to_batch(
+    model: nn.Module, queries: Tensor, txt_len: int = 20, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """Samples `txt_len` tokens after each query, at temperature 1; an end-of-sequence token does not stop it.
+
+    Args:
+        model: a decoder with or without a value head, in any mode; dropout is off meanwhile.
+        queries: `[B, Q]` int64 without padding.
+        txt_len: tokens to sample.
+        top_k: see `top_k_top_p_filtering`.
+        top_p: see `top_k_top_p_filtering`.
+
+    Returns:
+        `[B, txt_len]` int64 responses, on the model's device.
+
+    Raises:
+        ValueError: if `queries` is not `[B, Q]` with Q ≥ 1, `txt_len` is negative, the model is an encoder-decoder, or
+            the tokens do not fit into its context.
+    """
+    # These bring transformers, which the rest of this module does without.
+    from trl.models.trunk import base_language_model
+    from trl.training.modes import eval_mode
+
+    _check_room(base_language_model(model).config, queries, txt_len)
+    tokens = queries.to(next(model.parameters()).device)
+    cache = _empty_cache(model)
+    seen = 0  # tokens that the cache holds
+    with eval_mode(model), torch.no_grad():
+        for _ in range(txt_len):
+            inputs: dict[str, Any] = {"attention_mask": torch.ones_like(tokens)}
+            if cache is not None:
+                inputs |= {"past_key_values": cache, "use_cache": True}
+            output = model(input_ids=tokens[:, seen:], **inputs)
+            logits = output[0] if isinstance(output, tuple) else output.logits
+            probs = torch.softmax(top_k_top_p_filtering(logits[:, -1].float(), top_k, top_p), dim=-1)
+            if cache is not None:
+                # A model that left the cache empty is fed from the start each time.
+                seen, cache = (
+                    (tokens.shape[1], cache) if cache.get_seq_length() == tokens.shape[1] else (0, None)
+                )
+            tokens = torch.cat([tokens, torch.multinomial(probs, num_samples=1)], dim=1)
+    return tokens[:, queries.shape[1] :]
+
+
+def _check_room(config: Any, queries: Tensor, txt_len: int) -> None:
+    if queries.dim() != 2 or queries.shape[1] == 0:
+        raise ValueError(
+            f"queries of shape {tuple(queries.shape)} must be [batch, length] with a length of at least 1"
+        )
+    if txt_len < 0:
+        raise ValueError(f"txt_len={txt_len} must be at least 0")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            "respond_to_batch continues queries with a decoder; use generate() of an encoder-decoder"
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    needed = queries.shape[1] + txt_len - 1  # the last token is sampled, never fed
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"queries of {queries.shape[1]} tokens and txt_len={txt_len} need {needed} positions, "
+            f"but the model has {limit}: shorten the queries or lower txt_len"
+        )
+
+
+def _empty_cache(model: nn.Module) -> Any:
+    """An empty key-value cache for a model that takes one, else None."""
+    from transformers import DynamicCache
+
+    from trl.models.trunk import accepts, base_language_model
+
+    adapter = getattr(getattr(model, "pretrained_model", model), "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False) or not accepts(model, "past_key_values"):
+        return None  # a learned prefix takes the cache's place
+    return DynamicCache(config=base_language_model(model).config)
