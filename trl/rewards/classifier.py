@@ -1,0 +1,193 @@
+"""A text classifier, or a reward model with one output, as a source of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+# Tokenizers without a limit of their own report a number about as large as this.
+_NO_LIMIT = 1_000_000
+
+
+class ClassifierReward:
+    """Scores prompt + completion with a sequence classifier.
+
+    The classifier reads text through its own tokenizer, never the policy's token ids: the two vocabularies need have
+    nothing in common. It is put into evaluation mode and stays there. Texts are scored in batches of like length and
+    the scores come back in the order of the texts.
+
+    Args:
+        model: a sequence classifier of transformers: its output has `logits` [B, labels], its config `id2label`.
+        tokenizer: the classifier's own; loaded from where the model came from if None.
+        label: the label whose output is the score, by name in either case, or by index. A reward model with a single
+            output has label 0.
+        output: "logit", the label's raw output, unbounded; or "probability", in [0, 1]: the softmax over the labels, or
+            the sigmoid if there is only one.
+        batch_size: texts in a forward pass; > 0.
+        max_length: tokens beyond which a text is cut, special tokens included, on the tokenizer's `truncation_side`
+            (usually the right: the end of the completion is lost). None is the most that tokenizer and model take.
+
+    Raises:
+        ValueError: if the label is unknown, an argument is out of range, there is no tokenizer, or the tokenizer has
+            more tokens than the model has vectors and so belongs to another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        label: str | int = "POSITIVE",
+        output: Literal["logit", "probability"] = "logit",
+        batch_size: int = 64,
+        max_length: int | None = None,
+    ) -> None:
+        if output not in ("logit", "probability"):
+            raise ValueError(f"output={output!r} is neither 'logit' nor 'probability'")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is not positive")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length} is not positive")
+        self.model = model.eval()
+        self.tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
+        _check_vocabulary(model, self.tokenizer)
+        self.label = _label_index(model, label)
+        self.output = output
+        # Without a padding token two texts cannot share a batch.
+        self.batch_size = 1 if self.tokenizer.pad_token_id is None else batch_size
+        limit = _length_limit(model, self.tokenizer)
+        self.max_length = limit if max_length is None or (limit is not None and limit < max_length) else max_length
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str,
+        *,
+        label: str | int = "POSITIVE",
+        output: Literal["logit", "probability"] = "logit",
+        batch_size: int = 64,
+        max_length: int | None = None,
+        device: str | torch.device | None = None,
+        **model_options: Any,
+    ) -> ClassifierReward:
+        """Loads a classifier and its tokenizer.
+
+        Args:
+            name_or_folder: a folder, or a name on a model hub.
+            label: see the class.
+            output: see the class.
+            batch_size: see the class.
+            max_length: see the class.
+            device: where the classifier runs; None leaves it where it is loaded.
+            model_options: passed to `AutoModelForSequenceClassification.from_pretrained`, which rejects what it does
+                not know; `dtype`, `revision`, `device_map` ...
+
+        Returns:
+            The reward.
+        """
+        model = AutoModelForSequenceClassification.from_pretrained(name_or_folder, **model_options)
+        chosen = {key: model_options[key] for key in ("revision", "token", "cache_dir") if key in model_options}
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **chosen)
+        if device is not None:
+            model = model.to(device)
+        return cls(model, tokenizer, label=label, output=output, batch_size=batch_size, max_length=max_length)
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """Scores texts.
+
+        Args:
+            prompts: `B` beginnings; "" where there is none.
+            completions: `B` continuations, each appended to its prompt as it is, without a space between.
+            columns: other columns of the dataset; not read.
+
+        Returns:
+            `B` numbers: logits or probabilities of the label.
+
+        Raises:
+            ValueError: if the lengths differ, something is not a string, or a text has no tokens.
+        """
+        texts = _joined(prompts, completions)
+        if not texts:
+            return []
+        encodings = self._encode(texts)
+        lengths = [len(ids) for ids in encodings["input_ids"]]
+        if 0 in lengths:
+            raise ValueError(f"text {lengths.index(0)} has no tokens: {texts[lengths.index(0)]!r}")
+        order = sorted(range(len(texts)), key=lengths.__getitem__)
+        scores = [0.0] * len(texts)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = {key: [values[row] for row in rows] for key, values in encodings.items()}
+            for row, score in zip(rows, self._score(batch).tolist(), strict=True):
+                scores[row] = score
+        return scores
+
+    def _encode(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        cut = {"truncation": True, "max_length": self.max_length} if self.max_length is not None else {}
+        return dict(self.tokenizer(texts, **cut))
+
+    @torch.no_grad()
+    def _score(self, batch: dict[str, list[list[int]]]) -> Tensor:
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        if len(batch["input_ids"]) > 1:
+            inputs = self.tokenizer.pad(batch, return_tensors="pt")
+        else:
+            inputs = {key: torch.tensor(values) for key, values in batch.items()}
+        logits = self.model(**{key: values.to(device) for key, values in inputs.items()}).logits.float()  # [B, labels]
+        if self.output == "probability":
+            logits = logits.softmax(dim=-1) if logits.shape[-1] > 1 else logits.sigmoid()
+        return logits[:, self.label]  # [B]
+
+
+def _joined(prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
+    for name, texts in (("prompts", prompts), ("completions", completions)):
+        if isinstance(texts, str):
+            raise ValueError(f"{name} is a string; expected a list of strings")
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{name}[{index}] is of type {type(text).__name__}, not str: a classifier has its own tokenizer "
+                    "and reads text; decode token ids first"
+                )
+    if len(prompts) != len(completions):
+        raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions")
+    return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def _own_tokenizer(model: Any) -> Any:
+    source = getattr(model.config, "_name_or_path", "")
+    if not source:
+        raise ValueError("the model was not loaded from anywhere that could have a tokenizer: pass tokenizer=")
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _check_vocabulary(model: Any, tokenizer: Any) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the classifier vectors for {rows}: it is another model's; "
+            "pass the classifier's own"
+        )
+
+
+def _label_index(model: Any, label: str | int) -> int:
+    names: dict[int, str] = {int(index): name for index, name in model.config.id2label.items()}
+    known = ", ".join(f"{index}: {name}" for index, name in sorted(names.items()))
+    if isinstance(label, str):
+        found = [index for index, name in names.items() if name.lower() == label.lower()]
+        if len(found) != 1:
+            raise ValueError(f"label={label!r} names {len(found)} labels of this classifier, which has {known}")
+        return found[0]
+    if label not in names:
+        raise ValueError(f"label={label} is not a label of this classifier, which has {known}")
+    return label
+
+
+def _length_limit(model: Any, tokenizer: Any) -> int | None:
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    known = [int(limit) for limit in limits if limit is not None and 0 < limit < _NO_LIMIT]
+    return min(known, default=None)
