@@ -39,16 +39,17 @@ class Prompts(Dataset):
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=trl.assets.path("tiny-gpt2-reviews"), help="folder or hub id of the policy")
-    parser.add_argument("--classifier", default=trl.assets.path("tiny-bert-sentiment"), help="folder or hub id of the reward")
-    parser.add_argument("--label", default="POSITIVE", help="the classifier's label that is the score")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=64, help="a multiple of 4")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapter's matrices")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="adapters take about ten times that of whole weights")
-    parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/lora_sentiment"))
+    add = parser.add_argument
+    add("--model", default=trl.assets.path("tiny-gpt2-reviews"), help="folder or hub id of the policy")
+    add("--classifier", default=trl.assets.path("tiny-bert-sentiment"), help="folder or hub id of the reward")
+    add("--label", default="POSITIVE", help="the classifier's label that is the score")
+    add("--steps", type=int, default=30)
+    add("--batch-size", type=int, default=64, help="a multiple of 4")
+    add("--rank", type=int, default=16, help="of the adapter's matrices")
+    add("--learning-rate", type=float, default=2e-3, help="ten times that of whole weights")
+    add("--new-tokens", type=int, default=24)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs/lora_sentiment"))
     return parser.parse_args(arguments)
 
 

@@ -40,13 +40,14 @@ class Prompts(Dataset):
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pretrain-steps", type=int, default=300, help="of making the T5")
-    parser.add_argument("--steps", type=int, default=30, help="of PPO")
-    parser.add_argument("--batch-size", type=int, default=64, help="a multiple of 4")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/t5_sentiment"))
+    add = parser.add_argument
+    add("--pretrain-steps", type=int, default=300, help="of making the T5")
+    add("--steps", type=int, default=30, help="of PPO")
+    add("--batch-size", type=int, default=64, help="a multiple of 4")
+    add("--learning-rate", type=float, default=5e-4)
+    add("--new-tokens", type=int, default=24)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs/t5_sentiment"))
     return parser.parse_args(arguments)
 
 
@@ -120,7 +121,7 @@ def pretrain(model, teacher, queries: Dataset, *, steps: int, batch_size: int, n
             schedule.step()
             losses.append(loss.item())
             if len(losses) % 20 == 0:
-                print(f"pre-training {len(losses)}/{steps}  KL from the teacher {losses[-1]:.2f} nats per token", flush=True)
+                print(f"pre-training {len(losses)}/{steps}  KL {losses[-1]:.2f} nats per token", flush=True)
             if len(losses) == steps:
                 break
     return losses[-1]

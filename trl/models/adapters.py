@@ -86,7 +86,7 @@ def reference_mode(model: nn.Module) -> Iterator[nn.Module]:
 def adapter_starts_at_zero(model: nn.Module) -> bool:
     """Whether the active adapter changes nothing at present, so that the disabled adapter is this very model.
 
-    True for the usual LoRA start (B = 0). False for an adapter that was trained before, and for any kind or start of
+    True for the usual LoRA start (B = 0, or A = 0 in embeddings). False for an adapter that was trained before, and for any kind or start of
     adapter of which it can't be told: a reference must then be a `frozen_copy`.
 
     Raises:
@@ -98,18 +98,23 @@ def adapter_starts_at_zero(model: nn.Module) -> bool:
         return False
     if not _keeps_base_weights(config):
         return False
-    active = set(peft_model.active_adapters)
-    found = False
-    for module in peft_model.modules():
-        for name in ("lora_B", "lora_embedding_B"):
-            for adapter, part in dict(getattr(module, name, None) or {}).items():
-                if adapter not in active:
-                    continue
-                found = True
-                weights = part.parameters() if isinstance(part, nn.Module) else [part]
-                if any(bool(weight.detach().count_nonzero()) for weight in weights):
-                    return False
-    return found
+    products = [
+        pair
+        for module in peft_model.modules()
+        for adapter in peft_model.active_adapters
+        if (pair := _factors(module, adapter)) is not None
+    ]
+    return bool(products) and all(any(not bool(factor.any()) for factor in pair) for pair in products)
+
+
+def _factors(module: nn.Module, adapter: str) -> tuple[Any, Any] | None:
+    """The two matrices whose product a LoRA layer adds (embeddings start with A = 0, others with B = 0)."""
+    for names in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        parts = [getattr(module, name, None) or {} for name in names]
+        if all(adapter in part for part in parts):
+            a, b = (getattr(part[adapter], "weight", part[adapter]) for part in parts)
+            return a.detach(), b.detach()
+    return None
 
 
 def _keeps_base_weights(config: Any) -> bool:

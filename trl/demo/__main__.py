@@ -1,0 +1,74 @@
+"""`python -m trl.demo`: everything that is seen or written. Nothing heavy is imported before the arguments are understood."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from trl.demo.records import DemoSettings
+
+INTERRUPTED = 130  # as a shell reports a command that Ctrl-C ended
+FILES = ("report.html", "curves-light.svg", "curves-dark.svg", "metrics.jsonl", "summary.json", "reviews.json")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m trl.demo",
+        description="PPO for positive film reviews, on two tiny models that come with the package: no download, no GPU.",
+    )
+    usual, add = DemoSettings(), made.add_argument
+    add("--seed", type=int, default=usual.seed, metavar="N", help="of sampling and of the order of minibatches")
+    add("--steps", type=int, default=usual.steps, metavar="N", help="calls of PPOTrainer.step (default: %(default)s)")
+    add("--batch-size", type=int, default=usual.batch_size, metavar="N", help="reviews per step (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="where files go (default: %(default)s)")
+    add("--save-model", action="store_true", help="also write the trained model into DIR/model")
+    return made
+
+
+def prepare(folder: Path) -> None:
+    """Makes the folder, and takes the files of an earlier run out of it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    probe = folder / FILES[-1]
+    probe.write_text("", encoding="utf-8")
+    probe.unlink()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demo. Returns the exit code: 0, 2 for arguments that cannot be used, 130 after Ctrl-C."""
+    commandline = parser()
+    args = commandline.parse_args(arguments)
+    started = time.perf_counter()
+    try:
+        settings = DemoSettings(seed=args.seed, steps=args.steps, batch_size=args.batch_size)
+    except ValueError as error:
+        commandline.error(str(error))
+    try:
+        prepare(args.out)
+    except OSError as error:
+        commandline.error(f"--out {args.out}: cannot be written: {error.strerror or error}")
+    # Nothing is to be downloaded, so nothing is to be asked; read once, when transformers is imported.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        from trl.demo.report import run_and_report
+
+        interrupted = run_and_report(settings, args.out, stream=sys.stdout, started=started, save_model=args.save_model)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    return INTERRUPTED if interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

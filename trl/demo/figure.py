@@ -1,0 +1,144 @@
+"""Score and KL per step as a drawing: SVG by hand, so that nothing needs to be installed to make or to show it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+LIGHT = {
+    "page": "#ffffff", "text": "#1f2328", "muted": "#59636e", "grid": "#d1d9e0", "score": "#0969da", "kl": "#bc4c00",
+}  # fmt: skip
+DARK = {
+    "page": "#0d1117", "text": "#f0f6fc", "muted": "#9198a1", "grid": "#3d444d", "score": "#4493f8", "kl": "#f0883e",
+}  # fmt: skip
+
+STYLE = """
+.curves text { font-family: system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "DejaVu Sans", sans-serif; fill: %(text)s; }
+.curves .page { fill: %(page)s; }
+.curves .title { font-size: 15px; font-weight: 600; }
+.curves .tick, .curves .note { font-size: 12.5px; fill: %(muted)s; }
+.curves .value { font-size: 13px; font-weight: 600; }
+.curves .grid { stroke: %(grid)s; stroke-width: 1; }
+.curves .score { stroke: %(score)s; } .curves .kl { stroke: %(kl)s; }
+.curves .line { fill: none; stroke-width: 2.2; stroke-linejoin: round; stroke-linecap: round; }
+.curves .mark { fill: %(page)s; stroke-width: 2.2; }
+.curves .dot.score { fill: %(score)s; } .curves .dot.kl { fill: %(kl)s; }
+"""
+
+Scale = Callable[[float], float]  # a number -> pixels
+WIDTH, LEFT, RIGHT = 860, 52, 74
+PANEL, TOP, GAP, BOTTOM = 168, 40, 52, 52
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curves:
+    """What is drawn; index 0 of each series is step 1."""
+
+    score: Sequence[float]  # mean P(POSITIVE) of each batch
+    kl: Sequence[float]  # nats per response
+    batch_size: int
+    held_out: tuple[float | None, float | None] = (None, None)  # mean P(POSITIVE) before and after the run
+
+
+def style(colours: dict[str, str]) -> str:
+    """The drawing's style sheet in these colours, which may be `var(--...)`."""
+    return STYLE % colours
+
+
+def standalone(curves: Curves, colours: dict[str, str]) -> str:
+    """The drawing as a file of its own."""
+    return drawing(curves, head=f"<style>{style(colours)}</style>") + "\n"
+
+
+def drawing(curves: Curves, head: str = "") -> str:
+    """The drawing as an `<svg>` element that is styled by `style`.
+
+    Args:
+        curves: the numbers.
+        head: markup to put at its beginning.
+    """
+    height = TOP + 2 * PANEL + GAP + BOTTOM
+    steps = max(len(curves.score), 1)
+    ticks = [int(t) for t in nice_ticks(steps, 8) if t == int(t) and t <= steps]
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / steps
+
+    lower = TOP + PANEL + GAP
+    top_kl = nice_ticks(max([*(k for k in curves.kl if math.isfinite(k)), 1.0]), 4)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="curves" viewBox="0 0 {WIDTH} {height}" role="img" '
+        'aria-labelledby="curves-title curves-text">',
+        '<title id="curves-title">Score and KL per step</title>',
+        f'<desc id="curves-text">{escape(description(curves))}</desc>',
+        head,
+        f'<rect class="page" width="{WIDTH}" height="{height}"/>',
+        *panel("Mean P(POSITIVE) of a batch of reviews", TOP, [0, 0.25, 0.5, 0.75, 1]),
+        *panel("KL to the reference model, nats per review", lower, top_kl),
+        *(text(x(t), lower + PANEL + 20, str(t), "tick", "middle") for t in ticks),
+        text((LEFT + WIDTH - RIGHT) / 2, height - 12, f"PPO step ({curves.batch_size} reviews each)", "note", "middle"),
+        *line("score", curves.score, x, lambda value: TOP + PANEL * (1 - value), "{:.2f}"),
+        *line("kl", curves.kl, x, lambda value: lower + PANEL * (1 - value / top_kl[-1]), "{:.1f}"),
+    ]
+    marks = [(s, v) for s, v in zip((0, steps), curves.held_out, strict=True) if v is not None]
+    for step, value in marks:
+        parts.append(f'<circle class="mark score" cx="{x(step):.1f}" cy="{TOP + PANEL * (1 - value):.1f}" r="4.5"/>')
+    if marks:
+        right = WIDTH - RIGHT
+        label = "held-out prompts: " + " → ".join(f"{value:.2f}" for _, value in marks)
+        parts.append(f'<circle class="mark score" cx="{right - 8 - 6.6 * len(label):.1f}" cy="{TOP - 18}" r="4.5"/>')
+        parts.append(text(right, TOP - 14, label, "note", "end"))
+    return "\n".join(part for part in [*parts, "</svg>"] if part)
+
+
+def description(curves: Curves) -> str:
+    """The drawing in words."""
+    if not curves.score:
+        return "No step was finished."
+    return (
+        f"Over {len(curves.score)} steps of {curves.batch_size} reviews the mean P(POSITIVE) of a batch goes from "
+        f"{curves.score[0]:.2f} to {curves.score[-1]:.2f}, the KL to the reference from {curves.kl[0]:.1f} to "
+        f"{curves.kl[-1]:.1f} nats per review."
+    )
+
+
+def nice_ticks(highest: float, count: int) -> list[float]:
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten from 0 to `highest` or just above, about `count` of them."""
+    rough = highest / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    return [step * i for i in range(math.ceil(highest / step - 1e-9) + 1)]
+
+
+def panel(title: str, top: float, levels: Sequence[float]) -> list[str]:
+    """A title, and a grid line and a number per level."""
+    parts = [text(LEFT - 40, top - 14, title, "title", "start")]
+    for level in levels:
+        y = top + PANEL * (1 - level / levels[-1])
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(text(LEFT - 10, y + 4, f"{level:g}", "tick", "end"))
+    return parts
+
+
+def line(name: str, values: Sequence[float], x: Scale, y: Scale, form: str) -> list[str]:
+    """A series with its last value beside it; numbers that are not finite leave a gap."""
+    pieces: list[list[str]] = [[]]
+    last = None
+    for step, value in enumerate(values, start=1):
+        if math.isfinite(value):
+            last = (x(step), y(value), value)
+            pieces[-1].append(f"{last[0]:.1f},{last[1]:.1f}")
+        elif pieces[-1]:
+            pieces.append([])
+    parts = [f'<polyline class="line {name}" points="{" ".join(piece)}"/>' for piece in pieces if piece]
+    if last is not None:
+        parts.append(f'<circle class="dot {name}" cx="{last[0]:.1f}" cy="{last[1]:.1f}" r="3.5"/>')
+        parts.append(text(last[0] + 12, last[1] + 4.5, form.format(last[2]), "value", "start"))
+    return parts
+
+
+def text(x: float, y: float, words: str, kind: str, anchor: str) -> str:
+    """A line of text."""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'

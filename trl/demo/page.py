@@ -1,0 +1,137 @@
+"""The report of a run: one HTML file that loads nothing and runs nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import asdict
+from html import escape
+
+from trl.demo.figure import DARK, LIGHT, Curves, drawing, style
+from trl.demo.records import DemoResult, HeldOut, Review
+from trl.demo.terminal import clock, plain
+
+SHOWN = 8  # prompts of the table that are open at once
+
+_STYLE = """
+:root { color-scheme: light dark; %s }
+@media (prefers-color-scheme: dark) { :root { %s } }
+body { margin: 0 auto; max-width: 900px; padding: 24px 20px 60px; background: var(--page); color: var(--text);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "DejaVu Sans", sans-serif; }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 0 6px; }
+h2 { font-size: 18px; margin: 36px 0 10px; }
+p { margin: 0 0 12px; }
+.muted, dt, th, summary { color: var(--muted); }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 12px; margin: 20px 0; }
+dl div { border: 1px solid var(--grid); border-radius: 8px; padding: 10px 14px; }
+dt { font-size: 13.5px; } dd { margin: 2px 0 0; font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums; }
+svg { display: block; width: 100%%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%%; font-size: 15px; }
+th { text-align: left; font-weight: 500; font-size: 13.5px; }
+th, td { padding: 8px 12px 8px 0; vertical-align: top; border-bottom: 1px solid var(--grid); overflow-wrap: anywhere; }
+td:first-child { width: 22%%; } td.text { width: 32%%; min-width: 190px; }
+.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.settings td, .settings th { padding: 3px 14px 3px 0; width: auto; }
+summary { cursor: pointer; margin: 14px 0; }
+"""
+
+
+def page(result: DemoResult) -> str:
+    """The report, whatever the run reached; texts are escaped, and a content security policy shuts out the rest."""
+    names = {name: f"var(--{name})" for name in LIGHT}
+    sheet = _STYLE % (_variables(LIGHT), _variables(DARK)) + style(names)
+    digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
+    title = "PPO for positive film reviews"
+    parts = [
+        "<!doctype html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'sha256-{digest}'\">",
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title>",
+        f"<style>{sheet}</style>",
+        "</head>",
+        "<body>",
+        f"<h1>{title}</h1>",
+        '<p class="muted">A tiny GPT-2 of film reviews learns to please a tiny BERT sentiment classifier. Each step it writes '
+        f"{result.settings.batch_size} reviews, the classifier scores them, and PPO makes the better ones likelier; a KL "
+        "penalty keeps it close to the model it was.</p>",
+        *(["<p>This run was interrupted: it shows what was reached.</p>"] if result.interrupted else []),
+        _numbers(result),
+        "<h2>Score and KL per step</h2>",
+        drawing(curves_of(result)) if result.rows else "<p>No step was finished.</p>",
+        *(_texts(result.before, result.after) if result.before is not None else []),
+        "<h2>Settings</h2>",
+        _settings(result),
+        "</body>",
+        "</html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def curves_of(result: DemoResult) -> Curves:
+    """What there is to draw."""
+    return Curves(
+        score=[row.positive for row in result.rows],
+        kl=[row.kl for row in result.rows],
+        batch_size=result.settings.batch_size,
+        held_out=(
+            None if result.before is None else result.before.positive,
+            None if result.after is None else result.after.positive,
+        ),
+    )
+
+
+def _variables(colours: dict[str, str]) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
+
+def _numbers(result: DemoResult) -> str:
+    before, after = result.before, result.after
+    shown: dict[str, str] = {}
+    if before is not None and after is not None:
+        shown["mean P(POSITIVE), held-out prompts"] = f"{before.positive:.2f} → {after.positive:.2f}"
+        shown["KL to the reference, nats per review"] = f"{after.kl:.1f}"
+        shown["perplexity under the reference"] = f"{before.perplexity:.0f} → {after.perplexity:.0f}"
+        shown["different word pairs"] = f"{before.distinct_2:.0%} → {after.distinct_2:.0%}"
+    shown["steps, reviews"] = f"{len(result.rows)}, {len(result.rows) * result.settings.batch_size:,}"
+    shown["minutes"] = clock(result.seconds)
+    return "<dl>" + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in shown.items()) + "</dl>"
+
+
+def _texts(before: HeldOut, after: HeldOut | None) -> list[str]:
+    later = [None] * len(before.reviews) if after is None else after.reviews
+    rows = [_row(old, new) for old, new in zip(before.reviews, later, strict=True)]
+    first, rest = rows[:SHOWN], rows[SHOWN:]
+    parts = [
+        "<h2>The same prompts before and after</h2>",
+        '<p class="muted">Prompts that were held out of training, with the same random numbers both times: the first '
+        f"{len(first)}, not chosen.</p>",
+        _table(first),
+    ]
+    if rest:
+        parts.append(f"<details><summary>{len(rest)} more</summary>{_table(rest)}</details>")
+    return parts
+
+
+def _table(rows: list[str]) -> str:
+    heads = "".join(f"<th>{name}</th>" for name in ("prompt", "P", "before", "P", "after"))
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _row(old: Review, new: Review | None) -> str:
+    cells = [f"<td>{escape(plain(old.prompt))} …</td>"]
+    for review in (old, new):
+        number, words = ("", "") if review is None else (f"{review.positive:.2f}", escape(plain(review.response)))
+        cells.append(f'<td class="number">{number}</td><td class="text">{words}</td>')
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _settings(result: DemoResult) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>"
+        for name, value in asdict(result.settings).items()
+    )
+    return f'<table class="settings"><tbody>{rows}</tbody></table>'

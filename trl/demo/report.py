@@ -1,0 +1,120 @@
+"""A run from its first line on the terminal to its last file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from transformers.utils import logging as transformers_logging
+
+from trl.demo.figure import DARK, LIGHT, standalone
+from trl.demo.page import curves_of, page
+from trl.demo.records import DemoResult, DemoSettings
+from trl.demo.run import Demo
+from trl.demo.terminal import Progress, comparison, verdict
+
+
+def run_and_report(
+    settings: DemoSettings, out: Path, *, stream: TextIO, started: float, save_model: bool = False
+) -> bool:
+    """Trains, shows progress and results on `stream`, and writes the files.
+
+    Args:
+        settings: of the run.
+        out: an existing folder.
+        stream: a terminal, or a file.
+        started: `time.perf_counter()` when the program began.
+        save_model: also write the trained model.
+
+    Returns:
+        Whether it was interrupted; what was reached by then is written.
+    """
+
+    def say(text: str) -> None:
+        stream.write(text + "\n")
+        stream.flush()
+
+    result = DemoResult(settings=settings)
+    transformers_logging.disable_progress_bar()
+    say(f"PPO for positive film reviews: {settings.steps} steps of {settings.batch_size} reviews, seed {settings.seed}")
+    try:
+        demo = Demo(settings)
+        result.before = demo.evaluate()
+        train(demo, result, out / "metrics.jsonl", stream)
+        result.after = demo.evaluate()
+        result.seconds = time.perf_counter() - started
+        if save_model:
+            demo.trainer.save_pretrained(out / "model")
+    except KeyboardInterrupt:
+        # A second Ctrl-C from here on ends the program at once.
+        result.interrupted = True
+        result.seconds = time.perf_counter() - started
+    files = write(result, out)
+    if result.interrupted:
+        say(f"interrupted after {len(result.rows)} of {settings.steps} steps")
+    else:
+        assert result.before is not None and result.after is not None
+        width = min(100, shutil.get_terminal_size((100, 24)).columns)
+        say("\n" + comparison(result.before, result.after, width) + "\n" + verdict(result))
+    say(f"{result.seconds:.0f} s in all. Written:")
+    for path in [*files, *([out / "model"] if save_model and not result.interrupted else [])]:
+        say(f"  {path}")
+    return result.interrupted
+
+
+def train(demo: Demo, result: DemoResult, metrics: Path, stream: TextIO) -> None:
+    """Every step of the run: a line in the file `metrics`, and one on the terminal."""
+    settings = demo.settings
+    progress = Progress(stream, settings.steps, settings.batch_size)
+    with metrics.open("w", encoding="utf-8") as file:
+        try:
+            for row in demo.steps():
+                result.rows.append(row)
+                file.write(json.dumps(asdict(row)) + "\n")
+                file.flush()
+                progress.update(row)
+        finally:
+            progress.close()
+
+
+def summary(result: DemoResult) -> dict[str, Any]:
+    """The run in numbers."""
+    numbers: dict[str, Any] = {
+        "seed": result.settings.seed,
+        "steps": len(result.rows),
+        "seconds": round(result.seconds, 1),
+        "interrupted": result.interrupted,
+    }
+    for name, held_out in (("before", result.before), ("after", result.after)):
+        if held_out is not None:
+            numbers[name] = {k: v for k, v in asdict(held_out).items() if k != "reviews"}
+    return numbers | {"settings": asdict(result.settings)}
+
+
+def write(result: DemoResult, out: Path) -> list[Path]:
+    """Writes the files of a run, whatever it reached; returns their paths."""
+    curves = curves_of(result)
+    texts: Mapping[str, str] = {
+        "report.html": page(result),
+        "curves-light.svg": standalone(curves, LIGHT),
+        "curves-dark.svg": standalone(curves, DARK),
+        "summary.json": json.dumps(summary(result), indent=2) + "\n",
+        "reviews.json": json.dumps(
+            {
+                name: [asdict(review) for review in held_out.reviews]
+                for name, held_out in (("before", result.before), ("after", result.after))
+                if held_out is not None
+            },
+            indent=1,
+        )
+        + "\n",
+    }
+    for name, text in texts.items():
+        (out / name).write_text(text, encoding="utf-8")
+    found = [out / name for name in (*texts, "metrics.jsonl")]
+    return [path for path in found if path.exists()]

@@ -1,0 +1,158 @@
+"""The run itself: a language model of film reviews learns, by PPO, to please a sentiment classifier."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer
+
+import trl.assets
+from trl.demo.records import DemoSettings, HeldOut, Review, StepRow
+from trl.models import AutoModelForCausalLMWithValueHead, create_reference_model
+from trl.rewards import ClassifierReward
+from trl.trainer import PPOConfig, PPOTrainer
+
+HELD_OUT = 64  # prompts that the run never trains on
+
+
+class Prompts(Dataset[Tensor]):
+    """`size` queries: the same prompts over and over."""
+
+    def __init__(self, prompts: Sequence[str], tokenizer: Any, size: int) -> None:
+        self.queries = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.queries[index % len(self.queries)]
+
+
+def split_prompts() -> tuple[list[str], list[str]]:
+    """Prompts to train on and prompts held out, the same for every seed."""
+    prompts = trl.assets.prompts()
+    random.Random(0).shuffle(prompts)
+    return prompts[HELD_OUT:], prompts[:HELD_OUT]
+
+
+def log_odds(probability: float, bound: float) -> float:
+    """log p / (1 - p), held within ± `bound`."""
+    if probability in (0.0, 1.0):
+        return math.copysign(bound, probability - 0.5)
+    return max(-bound, min(bound, math.log(probability / (1 - probability))))
+
+
+def distinct_pairs(texts: Sequence[str]) -> float:
+    """Share of the word pairs of all texts that are different from each other."""
+    pairs = [pair for text in texts for pair in zip(text.lower().split(), text.lower().split()[1:], strict=False)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+class Demo:
+    """The models, the trainer and the classifier of one run."""
+
+    def __init__(self, settings: DemoSettings) -> None:
+        self.settings = settings
+        training, self.held_out = split_prompts()
+        folder = trl.assets.path("tiny-gpt2-reviews")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+        config = PPOConfig(
+            seed=settings.seed,
+            learning_rate=settings.learning_rate,
+            batch_size=settings.batch_size,
+            mini_batch_size=settings.batch_size // settings.minibatches,
+            ppo_epochs=settings.epochs,
+            init_kl_coef=settings.kl_coef,
+            target=settings.kl_target,
+            horizon=settings.kl_horizon,
+            vf_coef=settings.vf_coef,
+            max_grad_norm=1.0,
+        )
+        self.trainer = PPOTrainer(
+            config,
+            model,
+            create_reference_model(model),
+            self.tokenizer,
+            dataset=Prompts(training, self.tokenizer, settings.steps * settings.batch_size),
+            data_collator=list,
+        )
+        self.judge = ClassifierReward.from_pretrained(
+            trl.assets.path("tiny-bert-sentiment"), output="probability", device=self.trainer.current_device
+        )
+
+    def respond(self, queries: list[Tensor]) -> list[Tensor]:
+        """One sampled response per query."""
+        responses = self.trainer.generate(
+            queries,
+            batch_size=len(queries),
+            return_prompt=False,
+            max_new_tokens=self.settings.new_tokens,
+            do_sample=True,
+            top_k=0,
+        )
+        assert isinstance(responses, list)
+        return responses
+
+    def texts(self, tokens: Sequence[Tensor]) -> list[str]:
+        """The text of each row of tokens."""
+        return [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
+
+    def steps(self) -> Iterator[StepRow]:
+        """Trains; yields what each step measured."""
+        bound, size = self.settings.score_clip, self.settings.batch_size
+        for number, queries in enumerate(self.trainer.dataloader, start=1):
+            started = time.perf_counter()
+            responses = self.respond(queries)
+            probabilities = self.judge(self.texts(queries), self.texts(responses))
+            scores = [torch.tensor(log_odds(p, bound)) for p in probabilities]
+            stats = self.trainer.step(queries, responses, scores)
+            positive = torch.tensor(probabilities)
+            yield StepRow(
+                step=number,
+                samples=number * size,
+                positive=positive.mean().item(),
+                positive_std=positive.std(correction=0).item(),
+                kl=float(stats["objective/kl"]),
+                kl_coef=float(stats["objective/kl_coef"]),
+                response_tokens=float(stats["tokens/responses_len_mean"]),
+                entropy=float(stats["ppo/policy/entropy"]),
+                value_explained=float(stats["ppo/val/var_explained"]),
+                seconds=time.perf_counter() - started,
+            )
+
+    @torch.no_grad()
+    def evaluate(self) -> HeldOut:
+        """What the model writes on the held-out prompts: always with the same random numbers, and drawing none from the run."""
+        trainer = self.trainer
+        queries = [torch.tensor(self.tokenizer(prompt)["input_ids"]) for prompt in self.held_out]
+        with torch.random.fork_rng():
+            torch.manual_seed(1234)
+            responses = self.respond(queries)
+        texts = self.texts(responses)
+        probabilities = self.judge(self.held_out, texts)
+        assert trainer.ref_model is not None
+        inputs = trainer.prepare_model_inputs(queries, responses)
+        logprobs, _, _, masks = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
+        ref_logprobs, _, _, _ = trainer.batched_forward_pass(trainer.ref_model, queries, responses, inputs)
+        counted = masks.bool()
+        kl = (logprobs - ref_logprobs).masked_fill(~counted, 0.0).sum(dim=1)  # [B]
+        surprise = -ref_logprobs.masked_fill(~counted, 0.0).sum() / counted.sum()
+        return HeldOut(
+            reviews=[
+                Review(prompt=prompt, response=text, positive=p)
+                for prompt, text, p in zip(self.held_out, texts, probabilities, strict=True)
+            ],
+            positive=sum(probabilities) / len(probabilities),
+            kl=kl.mean().item(),
+            perplexity=surprise.exp().item(),
+            distinct_2=distinct_pairs(texts),
+        )
