@@ -48,9 +48,20 @@ class BaseTrainer:
     tokenizer: Any
     accelerator: Any
 
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
     def step(self, *args: Any) -> Any:
         """One step of optimisation."""
         raise NotImplementedError(f"{type(self).__name__} has no step")
+
+    def loss(self, *args: Any) -> Any:
+        """What a step makes smaller."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def compute_rewards(self, *args: Any) -> Any:
+        """Rewards of single tokens."""
+        raise NotImplementedError(f"{type(self).__name__} has no compute_rewards")
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes model, value head, tokenizer and model card to a folder, on the main process.

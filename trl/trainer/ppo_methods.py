@@ -23,9 +23,10 @@ from trl.trainer.base import BaseTrainer
 from trl.trainer.ppo_config import PPOConfig
 from trl.training.loop import Updater
 from trl.training.ppo import PPOSettings, experience_statistics, ppo_terms
+from trl.training.processes import sum_over_processes
 from trl.training.scoring import score
 from trl.training.statistics import step_statistics
-from trl.types import Experience, Rollout, identity, take
+from trl.types import Experience, Rollout, take
 
 _KL_OF_TOKEN = {"kl": k1, "abs": k1_abs, "mse": k2, "k3": k3}
 _TRAINER_COLUMNS = ("label", "query", "response")
@@ -299,7 +300,7 @@ class PPOMethods(BaseTrainer):
         policy_loss, value_loss, stats = self.loss(old_logprobs, values, rewards, logits, vpreds, logprobs, mask)
         updater = self._updater()
         updater.optimizer.zero_grad()
-        updater.backward(policy_loss + value_loss, last=True)
+        updater.accumulate(policy_loss + value_loss, last=True)
         norm, stepped, seconds = updater.step()
         return stats | {
             "grad_norm": torch.tensor(norm),
@@ -336,7 +337,7 @@ class PPOMethods(BaseTrainer):
 
     def _reduce(self, tensor: Tensor) -> Tensor:
         """Sums over processes."""
-        return self.accelerator.reduce(tensor, reduction="sum") if self.is_distributed else identity(tensor)
+        return sum_over_processes(self.accelerator, tensor)
 
     def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
         """The statistics of a step.

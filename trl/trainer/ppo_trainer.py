@@ -90,7 +90,7 @@ class PPOTrainer(PPOMethods):
             raise ValueError(f"lr_scheduler must be a torch learning-rate scheduler, not {type(lr_scheduler).__name__}")
         config.validate()
         set_seed(int(config.seed or 0))
-        self.config = config
+        super().__init__(config)
         self.tokenizer = tokenizer
         self.is_encoder_decoder = bool(model.is_encoder_decoder)
         self.is_peft_model = bool(model.is_peft_model)

@@ -50,7 +50,7 @@ class Updater:
     max_grad_norm: float | None = None
     frozen: Sequence[nn.Parameter] = field(default_factory=tuple)  # keep their values: their gradients are dropped
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def accumulate(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of `loss`. Only the last microbatch of a minibatch exchanges gradients.
 
         Every process must call this the same number of times, even without a counted token, or the all-reduce hangs.
@@ -130,7 +130,7 @@ def optimize(
         for i, piece in enumerate(pieces):
             columns = occupied(piece.rollout.attention)
             loss = loss_fn(take(piece, slice(None), columns))
-            updater.backward(loss.objective / minibatch.denominator, last=i == len(pieces) - 1)
+            updater.accumulate(loss.objective / minibatch.denominator, last=i == len(pieces) - 1)
             tallies.append({name: tally.detach() for name, tally in loss.metrics.items()})
             arrays.append(_widen(loss.arrays, columns, piece.rollout.mask.shape[1]))
         norm, stepped, seconds = updater.step()
