@@ -64,7 +64,7 @@ coverage: $(READY)  ## the suite with line and branch coverage: 90% of trl/, eve
 	$(PY) -m coverage report --fail-under=90
 
 docs-table: $(READY)  ## docs/models.md, from a run of every architecture
-	$(PY) -m pytest -q tests/models --write-docs $(ARGS)
+	$(PY) scripts/architecture_table.py $(ARGS)
 
 dist: $(READY)  ## sdist and wheel in dist/
 	$(PY) -m build

@@ -132,9 +132,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 def clip_by_value(x: Tensor, tensor_min: Tensor | float, tensor_max: Tensor | float) -> Tensor:
     """Holds `x` between two bounds, each a number or a tensor broadcastable to `x`; the lower one wins a conflict."""
-    lower, upper = (
-        torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (tensor_min, tensor_max)
-    )
+    lower, upper = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (tensor_min, tensor_max))
     return torch.maximum(torch.minimum(x, upper), lower)
 
 
@@ -181,8 +179,7 @@ def average_torch_dicts(list_of_dicts: Sequence[Mapping[str, Tensor]]) -> dict[s
         ValueError: if there is no dict, or one lacks a key.
     """
     return {
-        key: torch.stack([_floating(x) for x in column]).mean(dim=0)
-        for key, column in _columns(list_of_dicts).items()
+        key: torch.stack([_floating(x) for x in column]).mean(dim=0) for key, column in _columns(list_of_dicts).items()
     }
 
 
@@ -203,9 +200,7 @@ def add_suffix(input_dict: Mapping[str, Any], suffix: str) -> dict[str, Any]:
 def convert_to_scalar(stats: Mapping[str, Any]) -> dict[str, Any]:
     """Turns tensors and arrays that hold one number (shape `[]` or `[1]`) into Python numbers; leaves the rest."""
     return {
-        key: value.item()
-        if isinstance(value, (Tensor, np.ndarray)) and tuple(value.shape) in ((), (1,))
-        else value
+        key: value.item() if isinstance(value, (Tensor, np.ndarray)) and tuple(value.shape) in ((), (1,)) else value
         for key, value in stats.items()
     }
 
@@ -386,11 +381,9 @@ def respond_to_batch(
         ValueError: if `queries` is not `[B, Q]` with Q ≥ 1, `txt_len` is negative, the model is an encoder-decoder, or
             the tokens do not fit into its context.
     """
-    # These bring transformers, which the rest of this module does without.
-    from trl.models.trunk import base_language_model
-    from trl.training.modes import eval_mode
+    from trl.training.modes import eval_mode  # brings transformers, which the rest of this module does without
 
-    _check_room(base_language_model(model).config, queries, txt_len)
+    _check_room(model, queries, txt_len)
     tokens = queries.to(next(model.parameters()).device)
     cache = _empty_cache(model)
     seen = 0  # tokens that the cache holds
@@ -402,27 +395,24 @@ def respond_to_batch(
             output = model(input_ids=tokens[:, seen:], **inputs)
             logits = output[0] if isinstance(output, tuple) else output.logits
             probs = torch.softmax(top_k_top_p_filtering(logits[:, -1].float(), top_k, top_p), dim=-1)
-            if cache is not None:
-                # A model that left the cache empty is fed from the start each time.
-                seen, cache = (
-                    (tokens.shape[1], cache) if cache.get_seq_length() == tokens.shape[1] else (0, None)
-                )
+            if cache is not None and cache.get_seq_length() != tokens.shape[1]:
+                cache = None  # the model leaves it empty: it is fed from the start each time
+            seen = 0 if cache is None else tokens.shape[1]
             tokens = torch.cat([tokens, torch.multinomial(probs, num_samples=1)], dim=1)
     return tokens[:, queries.shape[1] :]
 
 
-def _check_room(config: Any, queries: Tensor, txt_len: int) -> None:
+def _check_room(model: nn.Module, queries: Tensor, txt_len: int) -> None:
+    from trl.models.limits import context_length
+    from trl.models.trunk import is_encoder_decoder
+
     if queries.dim() != 2 or queries.shape[1] == 0:
-        raise ValueError(
-            f"queries of shape {tuple(queries.shape)} must be [batch, length] with a length of at least 1"
-        )
+        raise ValueError(f"queries of shape {tuple(queries.shape)} must be [batch, length] with a length of at least 1")
     if txt_len < 0:
         raise ValueError(f"txt_len={txt_len} must be at least 0")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            "respond_to_batch continues queries with a decoder; use generate() of an encoder-decoder"
-        )
-    limit = getattr(config, "max_position_embeddings", None)
+    if is_encoder_decoder(model):
+        raise ValueError("respond_to_batch continues queries with a decoder; use generate() of an encoder-decoder")
+    limit = context_length(model)
     needed = queries.shape[1] + txt_len - 1  # the last token is sampled, never fed
     if limit is not None and needed > limit:
         raise ValueError(

@@ -193,7 +193,7 @@ def test_whether_an_adapter_starts_at_zero() -> None:
     assert not adapter_starts_at_zero(lora(tiny_gpt2(), init_lora_weights=False))
     assert not adapter_starts_at_zero(lora(tiny_gpt2(), init_lora_weights="pissa"))  # changes the base's weights
     assert not adapter_starts_at_zero(lora(tiny_gpt2(), modules_to_save=["ln_f"]))
-    ia3 = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn"], feedforward_modules=[])
+    ia3 = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True)
     assert not adapter_starts_at_zero(Causal.from_pretrained(tiny_gpt2(), peft_config=ia3))
 
 

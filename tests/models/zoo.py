@@ -137,6 +137,7 @@ ZOO = (
         "LED",
         "LED",
         _BART | {"attention_window": 4, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
+        notes="global attention is not trained (see Limits)",
     ),
     _seq2seq("LongT5", "LongT5", _T5 | _NO_BOS | {"local_radius": 4, "global_block_size": 4}),
     _seq2seq("M2M100", "M2M100", _BART),
@@ -165,5 +166,6 @@ ZOO = (
         _T5
         | _NO_BOS
         | {"num_experts": 2, "expert_capacity": 64, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+        notes="expert capacity (see Limits)",
     ),
 )

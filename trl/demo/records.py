@@ -12,22 +12,27 @@ class DemoSettings:
     seed: int = 0
     steps: int = 40
     """Calls of `PPOTrainer.step`."""
-    batch_size: int = 64
+    batch_size: int = 128
     """Reviews written and learnt from in each of them."""
     minibatches: int = 4
     """Optimizer steps per pass over a batch; the batch must divide by it."""
     epochs: int = 2
     """Passes over each batch."""
-    new_tokens: int = 28
+    new_tokens: int = 20
     """Most tokens of a response."""
-    learning_rate: float = 3e-4
+    temperature: float = 0.8
+    """Of sampling, and of every log-probability."""
+    learning_rate: float = 1.5e-3
     kl_coef: float = 0.2
     """First weight of the KL penalty; the controller moves it towards `kl_target`."""
     kl_target: float = 8.0
     """In nats per response."""
     kl_horizon: float = 1000.0
     """Reviews over which the controller reacts."""
-    vf_coef: float = 0.1
+    vf_coef: float = 0.2
+    cliprange_value: float = 2.0
+    lam: float = 0.95
+    shared_layers: int = 2
     score_clip: float = 3.0
     """Log-odds of POSITIVE beyond ± this (0.95) earn nothing more, so that there is no prize for shouting."""
 

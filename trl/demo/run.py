@@ -75,12 +75,15 @@ class Demo:
             target=settings.kl_target,
             horizon=settings.kl_horizon,
             vf_coef=settings.vf_coef,
+            temperature=settings.temperature,
+            cliprange_value=settings.cliprange_value,
+            lam=settings.lam,
             max_grad_norm=1.0,
         )
         self.trainer = PPOTrainer(
             config,
             model,
-            create_reference_model(model),
+            create_reference_model(model, num_shared_layers=settings.shared_layers or None),
             self.tokenizer,
             dataset=Prompts(training, self.tokenizer, settings.steps * settings.batch_size),
             data_collator=list,
@@ -97,6 +100,7 @@ class Demo:
             return_prompt=False,
             max_new_tokens=self.settings.new_tokens,
             do_sample=True,
+            temperature=self.settings.temperature,
             top_k=0,
         )
         assert isinstance(responses, list)

@@ -1,0 +1,64 @@
+"""What the documents say holds: links resolve, tests that are named exist, every statistic is explained."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import tiny_gpt2, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+LINK = re.compile(r"""(?:\]\(|src="|srcset=")([^)"#\s]+)""")
+TEST_NAME = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`|\]\((?:\.\./)*(tests/[\w/]+\.py)\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path):
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target and not target.startswith("mailto:")]
+    missing = [target for target in local if not (page.parent / target).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_tests_that_are_named_exist(page: Path):
+    for path, name, linked in TEST_NAME.findall(page.read_text(encoding="utf-8")):
+        file = ROOT / (path or linked)
+        assert file.exists(), f"{page.name} names {path or linked}"
+        if name:
+            assert f"def {name}(" in file.read_text(encoding="utf-8"), f"{page.name} names {path}::{name}"
+
+
+def test_every_departure_names_a_test():
+    rows = [
+        line
+        for line in (ROOT / "docs/departures.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ") and not line.startswith(("| TRL 0.4.6 |", "| ---"))
+    ]
+    assert len(rows) >= 14
+    for row in rows:
+        assert TEST_NAME.search(row.rstrip(" |").rsplit("|", 1)[-1]), f"no test in: {row}"
+
+
+def documented_statistics() -> set[str]:
+    text = (ROOT / "docs/ppo.md").read_text(encoding="utf-8")
+    return set(re.findall(r"`((?:objective|ppo|tokens|time)/[\w/]+)`", text.split("## Statistics")[1]))
+
+
+def test_every_statistic_is_explained_and_exists():
+    from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
+
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
+    config = PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1)
+    with pytest.warns(UserWarning, match="no dataset"):
+        trainer = PPOTrainer(config, model, create_reference_model(model), tiny_tokenizer())
+    queries = [torch.tensor([5, 6]), torch.tensor([7, 8, 9])]
+    responses = [torch.tensor([10, 11, 12]), torch.tensor([13, 1])]
+    scores = [torch.tensor(1.0), torch.tensor(-1.0)]
+    stats = trainer.step(queries, responses, scores, sampler_logprobs=[torch.zeros(3), torch.zeros(2)])
+    assert {key for key in stats if isinstance(key, str)} - documented_statistics() == set()
+    assert documented_statistics() - set(stats) == set()
