@@ -59,14 +59,14 @@ def gae(
         `[B, S]` advantages and `[B, S]` returns (advantages + values), detached, 0 off the mask.
     """
     rewards, values = rewards.detach(), values.detach()
-    next_value = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap.detach().to(values.dtype)
+    next_value = values.new_zeros(len(values)) if bootstrap is None else bootstrap.detach().to(values.dtype)
     running = torch.zeros_like(next_value)
-    columns = []
+    advantages = torch.zeros_like(values)
     for s in reversed(range(values.shape[1])):
         here = mask[:, s]
         delta = rewards[:, s] + gamma * next_value - values[:, s]
         running = torch.where(here, delta + gamma * lam * running, running)
         next_value = torch.where(here, values[:, s], next_value)
-        columns.append(running)
-    advantages = torch.stack(columns[::-1], dim=1).masked_fill(~mask, 0.0)
+        advantages[:, s] = running
+    advantages = advantages.masked_fill(~mask, 0.0)
     return advantages, (advantages + values).masked_fill(~mask, 0.0)

@@ -31,19 +31,24 @@ class _ChunkedLogprobs(torch.autograd.Function):
         rows = logits.shape[0]
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         chosen = torch.empty(rows, dtype=dtype, device=logits.device)
+        top = torch.empty_like(chosen)
         normalizer = torch.empty_like(chosen)
         entropy = torch.zeros_like(chosen)
         for start in range(0, rows, chunk_rows):
             part = slice(start, start + chunk_rows)
             x = _wide(logits[part]) / temperature if temperature != 1.0 else _wide(logits[part])
-            log_z = torch.logsumexp(x, dim=-1)
+            # The largest logit is taken off first: next to a large common offset the differences would lose their digits.
+            largest = x.amax(dim=-1, keepdim=True)
+            x = x - largest
+            weight = torch.exp(x)
+            z = weight.sum(-1)
+            log_z = torch.log(z)
             chosen[part] = x.gather(-1, tokens[part, None]).squeeze(-1) - log_z
-            normalizer[part] = log_z
+            top[part], normalizer[part] = largest.squeeze(-1), log_z
             if need_entropy:
                 # A logit of -inf is a word of probability 0 and adds nothing; 0 * -inf would be nan.
-                p = torch.exp(x - log_z[:, None])
-                entropy[part] = log_z - (p * x.masked_fill(p == 0, 0.0)).sum(-1)
-        ctx.save_for_backward(logits, tokens, normalizer, entropy)
+                entropy[part] = log_z - (weight * x.masked_fill(weight == 0, 0.0)).sum(-1) / z
+        ctx.save_for_backward(logits, tokens, top, normalizer, entropy)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         ctx.set_materialize_grads(False)
         if not need_entropy:
@@ -54,13 +59,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
         grad_chosen, grad_entropy = grads
-        logits, tokens, normalizer, entropy = ctx.saved_tensors
+        logits, tokens, top, normalizer, entropy = ctx.saved_tensors
         if grad_chosen is None and grad_entropy is None:
             return None, None, None, None, None
         grad_logits = torch.empty_like(logits)
         for start in range(0, logits.shape[0], ctx.chunk_rows):
             part = slice(start, start + ctx.chunk_rows)
-            log_p = _wide(logits[part]) / ctx.temperature - normalizer[part, None]
+            log_p = (_wide(logits[part]) / ctx.temperature - top[part, None]) - normalizer[part, None]
             p = torch.exp(log_p)
             grad = torch.zeros_like(p)
             if grad_chosen is not None:  # d log p_a / dx = onehot(a) - p

@@ -107,4 +107,4 @@ def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Ten
         `[B, S]` detached weights, 1 off the mask.
     """
     gap = (old_logprobs - sampler_logprobs).detach().masked_fill(~mask, 0.0)
-    return gap.exp().clamp(max=cap)
+    return gap.exp().clamp(max=cap).masked_fill(~mask, 1.0)

@@ -56,7 +56,8 @@ def masked_moments(
     """
     count = reduce(mask.expand_as(values).sum().to(values.dtype))
     mean = reduce(masked_sum(values, mask)) / count.clamp(min=1)
-    squares = reduce(masked_sum((values - mean) ** 2, mask))
+    # Masked before it is squared: behind a square, 0 * nan would come back in the gradient.
+    squares = reduce(((values - mean).masked_fill(~mask, 0) ** 2).sum())
     return mean, squares / (count - 1).clamp(min=1), count
 
 
@@ -89,7 +90,7 @@ def masked_whiten(
         `[B, S]`, 0 off the mask.
     """
     mean, var, _ = masked_moments(values, mask, reduce)
-    white = (values - mean) * torch.rsqrt(var + epsilon)
+    white = (values - mean).masked_fill(~mask, 0) * torch.rsqrt(var + epsilon)
     if not shift_mean:
         white = white + mean
     return white.masked_fill(~mask, 0)

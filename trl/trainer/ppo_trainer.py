@@ -114,8 +114,14 @@ class PPOTrainer(PPOMethods):
             )
         self._forward_columns = list(inspect.signature(model.forward).parameters)
         loader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if narrow := {str(p.dtype) for p in trained if p.dtype in (torch.bfloat16, torch.float16)}:
+            logger.warning(
+                "the trained weights are %s: an update smaller than their spacing is lost. For half-precision compute with "
+                "float32 weights, load them in float32 and set accelerator_kwargs={'mixed_precision': 'bf16'}",
+                ", ".join(sorted(narrow)),
+            )
         if optimizer is None:
-            trained = [p for p in model.parameters() if p.requires_grad]
             fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
             optimizer = Adam(trained, lr=float(config.learning_rate or 0), fused=fused)
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
