@@ -42,6 +42,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mini-batch-size", type=int, default=16)
     add("--ppo-epochs", type=int, default=4)
     add("--learning-rate", type=float, default=1.41e-5)
+    add(
+        "--warmup-steps",
+        type=int,
+        default=0,
+        help="steps over which the learning rate rises; Adam's first ones are long",
+    )
     add("--init-kl-coef", type=float, default=0.2)
     add("--target-kl-per-sequence", type=float, default=6.0, help="what the adaptive controller steers to, in nats")
     add("--query-tokens", type=int, nargs=2, default=(2, 8), metavar=("MIN", "MAX"))
@@ -119,11 +125,18 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         log_with=args.log_with,
     )
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (args.warmup_steps + 1)))
     trainer = PPOTrainer(
-        config, model, reference, tokenizer, Examples(dataset), data_collator=lambda rows: {
-            key: [row[key] for row in rows] for key in rows[0]
-        },
-    )  # fmt: skip
+        config,
+        model,
+        reference,
+        tokenizer,
+        Examples(dataset),
+        optimizer=optimizer,
+        data_collator=lambda rows: {key: [row[key] for row in rows] for key in rows[0]},
+        lr_scheduler=warmup,
+    )
     response_length = LengthSampler(args.response_tokens[0], args.response_tokens[1] + 1)
     # Plain sampling: nothing that the log-probabilities of the update do not know of.
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import trl.assets
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -61,7 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         raise SystemExit("LoRA needs peft: pip install 'trl[peft]'") from None
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapter = LoraConfig(
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        target_modules="all-linear",
+        fan_in_fan_out=AutoConfig.from_pretrained(args.model).model_type == "gpt2",  # its matrices stand transposed
+        task_type="CAUSAL_LM",
+    )
     model = AutoModelForCausalLMWithValueHead.from_pretrained(args.model, peft_config=adapter)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained")
