@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
 import trl.assets
-from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, set_seed
 from trl.rewards import ClassifierReward
 
 
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     except ImportError:
         raise SystemExit("LoRA needs peft: pip install 'trl[peft]'") from None
 
+    set_seed(args.seed)  # adapter and value head start at random
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     adapter = LoraConfig(
         r=args.rank,

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
 import trl.assets
+from trl.core import set_seed
 from trl.demo.records import DemoSettings, HeldOut, Review, StepRow
 from trl.models import AutoModelForCausalLMWithValueHead, create_reference_model
 from trl.rewards import ClassifierReward
@@ -61,6 +62,7 @@ class Demo:
 
     def __init__(self, settings: DemoSettings) -> None:
         self.settings = settings
+        set_seed(settings.seed)  # the value head starts at random
         training, self.held_out = split_prompts()
         folder = trl.assets.path("tiny-gpt2-reviews")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
