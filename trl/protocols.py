@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -28,9 +28,3 @@ class Reduce(Protocol):
     """Sums a tensor over all processes."""
 
     def __call__(self, tensor: Tensor) -> Tensor: ...
-
-
-class Tracker(Protocol):
-    """Where statistics go."""
-
-    def log(self, values: Mapping[str, Any], step: int | None = None) -> None: ...

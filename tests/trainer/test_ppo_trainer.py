@@ -58,6 +58,12 @@ def test_padding_side_changes_nothing(seq2seq: bool, make_trainer: Any, make_bat
             assert_close(weight, right_weights[name], 1e-4)
 
 
+def test_scores_of_any_dtype_may_be_mixed(make_trainer: Any, make_batch: Any) -> None:
+    queries, responses, _ = make_batch()
+    scores = [torch.tensor(1), torch.tensor(0.3, dtype=torch.float64), torch.tensor([0.5]), torch.tensor(True)]
+    assert_close(make_trainer().step(queries, responses, scores)["ppo/mean_scores"], 0.7)
+
+
 def test_same_seed_same_numbers(make_trainer: Any, make_batch: Any) -> None:
     runs = []
     for _ in range(2):

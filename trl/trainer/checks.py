@@ -66,7 +66,7 @@ def check_scores(scores: Sequence[Tensor]) -> list[Tensor]:
     """Scores must be one finite number each, 0-D or 1-D.
 
     Returns:
-        The same as 0-D float32 tensors (float64 stays).
+        The same as 0-D float32 tensors.
 
     Raises:
         ValueError: naming the score and what is wrong with it.
@@ -77,7 +77,7 @@ def check_scores(scores: Sequence[Tensor]) -> list[Tensor]:
             raise ValueError(f"scores[{i}] must be one number (0-D or 1-D), not of shape {tuple(score.shape)}")
         if not torch.isfinite(score).all():
             raise ValueError(f"scores[{i}] is {score.item()}: scores must be finite numbers")
-        flat.append(score.reshape(()) if score.dtype == torch.float64 else score.reshape(()).float())
+        flat.append(score.reshape(()).float())
     return flat
 
 
