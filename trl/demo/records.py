@@ -10,22 +10,22 @@ class DemoSettings:
     """What a run is made of; times and results in docs/results/demo.md belong to the defaults."""
 
     seed: int = 0
-    steps: int = 40
+    steps: int = 36
     """Calls of `PPOTrainer.step`."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Reviews written and learnt from in each of them."""
     minibatches: int = 4
     """Optimizer steps per pass over a batch; the batch must divide by it."""
     epochs: int = 2
     """Passes over each batch."""
-    new_tokens: int = 20
+    new_tokens: int = 48
     """Most tokens of a response."""
-    temperature: float = 0.8
+    temperature: float = 0.9
     """Of sampling, and of every log-probability."""
-    learning_rate: float = 1.5e-3
-    kl_coef: float = 0.2
+    learning_rate: float = 3e-4
+    kl_coef: float = 0.05
     """First weight of the KL penalty; the controller moves it towards `kl_target`."""
-    kl_target: float = 8.0
+    kl_target: float = 12.0
     """In nats per response."""
     kl_horizon: float = 1000.0
     """Reviews over which the controller reacts."""
@@ -33,8 +33,8 @@ class DemoSettings:
     cliprange_value: float = 2.0
     lam: float = 0.95
     shared_layers: int = 2
-    score_clip: float = 3.0
-    """Log-odds of POSITIVE beyond ± this (0.95) earn nothing more, so that there is no prize for shouting."""
+    score_clip: float = 3.5
+    """Log-odds of POSITIVE beyond ± this (0.97) earn nothing more, so that there is no prize for shouting."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "minibatches", "epochs", "new_tokens"):
