@@ -1,16 +1,27 @@
-"""Responses by `transformers`' own `generate`, a batch at a time, with the padding taken off again."""
+"""Responses to queries: by our own decoding loop where it can drive the model, else by `transformers`' `generate`."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trl.rollout.engine import Sampled, Sampling, sample, start_token
+
+logger = logging.getLogger(__name__)
+
+# `transformers` samples from this many words if nobody names a number.
+_DEFAULT_TOP_K = 50
+# Memory of keys, values and logits that may be filled beyond the batch size that was asked for, in bytes.
+_FREE_MEMORY = 512 * 2**20
+
 # What makes `generate` sample from another distribution than softmax(logits / temperature), and the value that does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_k": (None, 0),
+    "top_k": (0,),
     "top_p": (None, 1.0),
     "min_p": (None, 0.0),
     "top_h": (None,),
@@ -34,8 +45,32 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+# What our own loop knows how to do; anything else that is asked for is left to `generate`.
+_OWN = {
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "min_new_tokens", "min_length",
+    "eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "num_return_sequences",
+}  # fmt: skip
+# More settings that change what `generate` does, with the values that do not.
+_ELSEWHERE: dict[str, tuple[Any, ...]] = {
+    "stop_strings": (None,),
+    "max_time": (None,),
+    "penalty_alpha": (None,),
+    "remove_invalid_values": (None, False),
+    "renormalize_logits": (None, False),
+    "watermarking_config": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "cache_implementation": (None,),
+    "num_return_sequences": (None, 1),
+    "use_cache": (None, True),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "return_dict_in_generate": (None, False),
+}
+
+
 def _effective(generation_config: Any, kwargs: Mapping[str, Any], name: str) -> Any:
-    return kwargs[name] if name in kwargs else getattr(generation_config, name, None)
+    value = kwargs[name] if name in kwargs else getattr(generation_config, name, None)
+    return _DEFAULT_TOP_K if name == "top_k" and value is None else value
 
 
 def stop_tokens(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -78,6 +113,120 @@ def _cut(response: Tensor, stops: Iterable[int]) -> Tensor:
     return response
 
 
+def own_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[Sampling, int] | str:
+    """The distribution and the most new tokens that a sampling call asks for, or why our own loop does not do it."""
+
+    def value(name: str) -> Any:
+        return _effective(generation_config, kwargs, name)
+
+    for name in kwargs:
+        if name not in _OWN and name not in _NEUTRAL and name not in _ELSEWHERE:
+            return f"{name} is a setting that only generate knows"
+    for name, neutral in (_NEUTRAL | _ELSEWHERE).items():
+        if name not in ("top_k", "top_p", "min_p") and value(name) not in neutral:
+            return f"{name}={value(name)!r}"
+    if value("max_new_tokens") is None:
+        return "max_new_tokens is not given"
+    if (value("min_length") or 0) > 0 and value("min_new_tokens") is None:
+        return f"min_length={value('min_length')} counts the padding of a batch"
+    sampling = Sampling(
+        greedy=not value("do_sample"),
+        temperature=1.0 if value("temperature") is None else float(value("temperature")),
+        top_k=int(value("top_k")),
+        top_p=1.0 if value("top_p") is None else float(value("top_p")),
+        min_p=0.0 if value("min_p") is None else float(value("min_p")),
+        stops=stop_tokens(generation_config, kwargs),
+        least_tokens=max(0, int(value("min_new_tokens") or 0)),
+    )
+    return sampling, int(value("max_new_tokens"))
+
+
+def _rows_at_once(model: Any, batch_size: int, tokens: int) -> int:
+    """Queries that are sampled together: at least `batch_size`, and as many as cost little memory."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = model.get_input_embeddings().weight.element_size()
+    per_row = 2 * size * heads * width * config.num_hidden_layers * tokens + 16 * config.vocab_size
+    return max(batch_size, _FREE_MEMORY // per_row)
+
+
+def sample_responses(
+    model: Any,
+    queries: Sequence[Tensor],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    batch_size: int,
+    length_sampler: Callable[[], int] | None,
+    generator: torch.Generator,
+    values: Callable[[], AbstractContextManager[Callable[[], Tensor] | None]] = nullcontext,
+) -> Sampled:
+    """Samples one response per query with our own loop.
+
+    Args:
+        model: a language model that `obstacle` finds nothing against, in evaluation mode.
+        queries: `N` 1-D token tensors.
+        sampling: the distribution.
+        max_new_tokens: most tokens of a response, where there is no `length_sampler`.
+        batch_size: queries that share one length of the `length_sampler`. More than these are sampled together where
+            that costs little memory.
+        length_sampler: draws the most tokens of a response, once for each `batch_size` queries.
+        generator: draws one number per token. The same state gives the same responses, whatever `batch_size` is.
+        values: a context in which a call gives the values `[b, T]` of the last forward pass.
+
+    Returns:
+        One entry per query, in their order, on the model's device.
+    """
+    count = len(queries)
+    limits = [max_new_tokens] * count
+    if length_sampler is not None:
+        drawn = [int(length_sampler()) for _ in range(0, count, batch_size)]
+        limits = [drawn[row // batch_size] for row in range(count)]
+    if wrong := [limit for limit in limits if limit < 1]:
+        raise ValueError(f"a response of at most {wrong[0]} new tokens is asked for: it must be at least 1")
+    # Numbers of a token stand in one row, so that they do not depend on how long the longest response may be.
+    uniforms = torch.rand(max(limits), count, dtype=torch.float64, generator=generator)
+    rows = _rows_at_once(model, batch_size, max(len(query) for query in queries) + max(limits))
+    order = sorted(range(count), key=lambda row: (len(queries[row]), limits[row]))
+    parts: list[Sampled] = []
+    with values() as critic:
+        for start in range(0, count, rows):
+            some = order[start : start + rows]
+            parts.append(
+                sample(
+                    model,
+                    [queries[row] for row in some],
+                    sampling=sampling,
+                    limits=[limits[row] for row in some],
+                    uniforms=uniforms[:, some],
+                    values=critic,
+                )
+            )
+    back = torch.tensor(order).argsort().tolist()
+
+    def joined(name: str) -> list[Tensor]:
+        tensors = [tensor for part in parts for tensor in getattr(part, name)]
+        return [tensors[row] for row in back]
+
+    return Sampled(
+        responses=joined("responses"),
+        logprobs=joined("logprobs"),
+        values=None if parts[0].values is None else joined("values"),
+    )
+
+
+def with_prompts(
+    model: Any, queries: Sequence[Tensor], responses: Sequence[Tensor], *, return_prompt: bool
+) -> list[Tensor]:
+    """What stands before a response: the start token of an encoder-decoder, or a decoder's query if it is asked for."""
+    if model.config.is_encoder_decoder:
+        return [torch.cat([r.new_tensor([start_token(model)]), r]) for r in responses]
+    if return_prompt:
+        return [torch.cat([q.to(r.device), r]) for q, r in zip(queries, responses, strict=True)]
+    return list(responses)
+
+
 @torch.no_grad()
 def generate_responses(
     model: Any,
@@ -90,7 +239,7 @@ def generate_responses(
     length_sampler: Callable[[], int] | None,
     generation_kwargs: Mapping[str, Any],
 ) -> list[Tensor]:
-    """Samples one response per query.
+    """Samples one response per query with `generate`.
 
     Args:
         model: has `generate`, `generation_config` and parameters.

@@ -1,0 +1,73 @@
+"""A key-value cache that grows in steps, where transformers' own copies all of it for every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+_STEP = 64  # tokens of room that are added at a time, at the least
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values `[B, heads, n, head_dim]` in a buffer with room for more; `keys` and `values` are views of it.
+
+    The room grows by a half, so that all copies together cost no more than a few times the last one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._room: tuple[Tensor, Tensor] | None = None
+        self._length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends the states of new tokens and returns those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self._length + key_states.shape[-2]
+        if self._room is None or end > self._room[0].shape[-2]:
+            room = max(end + _STEP, end + end // 2)
+            self._room = (self._enlarged(key_states, 0, room), self._enlarged(value_states, 1, room))
+        keys, values = self._room
+        keys[:, :, self._length : end] = key_states
+        values[:, :, self._length : end] = value_states
+        self._length = end
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+    def _enlarged(self, like: Tensor, which: int, room: int) -> Tensor:
+        larger = like.new_empty(*like.shape[:2], room, like.shape[3])
+        if self._room is not None:
+            larger[:, :, : self._length] = self._room[which][:, :, : self._length]
+        return larger
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows `indices` [b]."""
+        if self._room is None:
+            return
+        keys, values = (part[indices] for part in self._room)
+        self._room = (keys, values)
+        self.keys, self.values = keys[:, :, : self._length], values[:, :, : self._length]
+
+
+def growing_cache(config: Any) -> DynamicCache:
+    """The cache that a model's decoder asks for, with plain layers replaced by growing ones.
+
+    Layers of another kind (sliding windows, recurrent states) stay as they are.
+
+    Args:
+        config: the decoder's configuration, which names the kinds of its layers.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if not cache.layers:
+        cache.layer_class_to_replicate = GrowingLayer
+    return cache
+
+
+def select_rows(cache: Any, indices: Tensor) -> None:
+    """Keeps the rows `indices` [b] of every layer of a cache."""
+    with torch.no_grad():
+        cache.batch_select_indices(indices)

@@ -1,0 +1,320 @@
+"""Our own decoding loop: one random number a row and token, finished rows leave the batch, and what was sampled is recorded.
+
+It drives a plain transformers language model through its forward pass and a key-value cache. Which models it can drive is
+not a list: `drives` compares it with the model's own forward pass once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer, EncoderDecoderCache
+
+from trl.functional.sampling import cut_logits, draw
+from trl.rollout.cache import GrowingLayer, growing_cache
+
+logger = logging.getLogger(__name__)
+
+# Rows are taken out of the batch once this share of it has finished: each time copies the cache of those that stay.
+_COMPACT_SHARE = 0.25
+# Of the check in `obstacle`, in standard deviations of the logits; by the bytes of a number of the model's weights.
+_CHECK_TOLERANCE = {8: 5e-3, 4: 5e-3, 2: 0.2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """The distribution of a token, and what ends a response."""
+
+    greedy: bool = False  # the likeliest word; the settings below then play no part
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stops: tuple[int, ...] = ()  # tokens that end a response
+    least_tokens: int = 0  # until then no stop token is drawn
+
+    def logits(self, raw: Tensor, drawn: int) -> Tensor:
+        """`[B, V]` float32 logits of what is drawn from, after `drawn` tokens."""
+        logits = raw.float() / self.temperature if self.temperature != 1.0 and not self.greedy else raw.float()
+        if drawn < self.least_tokens and self.stops:
+            logits = logits.index_fill(-1, torch.tensor(self.stops, device=logits.device), -torch.inf)
+        if self.greedy:
+            return logits
+        return cut_logits(logits, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """Responses and what was seen while they were sampled; each list has an entry per query."""
+
+    responses: list[Tensor]  # 1-D int64; a sampled stop token is the last
+    logprobs: list[Tensor]  # 1-D float32, under the distribution that was sampled from; 0 if greedy
+    values: list[Tensor] | None = None  # 1-D float32, of the state in which each token was chosen
+
+
+class _Decoder:
+    """The model's side of decoding: a cache, and the logits of the next token of each row."""
+
+    def __init__(self, model: Any, queries: Sequence[Tensor], room: int) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.cache: Any = None
+        self.room = room
+        self.copies: Tensor | None = None  # which row of the last forward pass each row of the batch is, if not its own
+
+    def begin(self) -> Tensor:
+        """Reads the queries; returns the logits `[B, V]` of the first tokens."""
+        raise NotImplementedError
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Reads one token `[b]` of each row; returns the logits `[b, V]` of the next."""
+        raise NotImplementedError
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the rows `[b]` alone."""
+        self.cache.batch_select_indices(rows)
+
+
+def _accepts(model: Any, name: str) -> bool:
+    """Whether the plain model under a PEFT wrapper names `name` in its forward."""
+    plain = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    return name in inspect.signature(type(plain).forward).parameters
+
+
+class _CausalDecoder(_Decoder):
+    """Queries are padded on the left, so that every row's next token is in the same column.
+
+    A query that stands in the batch several times is read once.
+    """
+
+    def __init__(self, model: Any, queries: Sequence[Tensor], room: int) -> None:
+        super().__init__(model, queries, room)
+        width = max(len(query) for query in queries)
+        found: dict[tuple[int, ...], int] = {}
+        self.source = [found.setdefault(tuple(query.tolist()), len(found)) for query in queries]
+        queries = [torch.tensor(query) for query in found]
+        self.tokens = torch.zeros(len(queries), width, dtype=torch.int64)
+        self.attention = torch.zeros(len(queries), width + room, dtype=torch.int64)
+        for row, query in enumerate(queries):
+            self.tokens[row, width - len(query) :] = query
+            self.attention[row, width - len(query) :] = 1
+        self.tokens, self.attention = self.tokens.to(self.device), self.attention.to(self.device)
+        self.width = width
+        self.ragged = any(len(query) != width for query in queries)
+        self.positions = _accepts(model, "position_ids")
+        self.keeps = _accepts(model, "logits_to_keep")
+        self.cache = growing_cache(model.config)
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        attention = self.attention[:, : self.width]
+        inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
+        if self.ragged or not self.positions:
+            inputs["attention_mask"] = attention
+        if self.positions:
+            positions = attention.cumsum(dim=1)[:, -tokens.shape[1] :] - 1
+            inputs["position_ids"] = positions.clamp(min=0)
+        if self.keeps:
+            inputs["logits_to_keep"] = 1
+        return self.model(**inputs).logits[:, -1]
+
+    def begin(self) -> Tensor:
+        logits = self._forward(self.tokens)
+        if len(self.source) == len(self.tokens):
+            return logits
+        self.copies = torch.tensor(self.source, device=self.device)
+        self.keep(self.copies)
+        return logits[self.copies]
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        self.copies = None
+        self.width += 1
+        return self._forward(tokens[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.attention = self.attention[rows]
+
+
+class _Seq2SeqDecoder(_Decoder):
+    """Queries are read by the encoder once; the decoder begins with its start token."""
+
+    def __init__(self, model: Any, queries: Sequence[Tensor], room: int) -> None:
+        super().__init__(model, queries, room)
+        width = max(len(query) for query in queries)
+        tokens = torch.zeros(len(queries), width, dtype=torch.int64)
+        self.attention = torch.zeros(len(queries), width, dtype=torch.int64)
+        for row, query in enumerate(queries):
+            tokens[row, : len(query)] = query
+            self.attention[row, : len(query)] = 1
+        self.tokens, self.attention = tokens.to(self.device), self.attention.to(self.device)
+        self.start = start_token(model)
+        config = model.config.get_text_config(decoder=True)
+        self.cache = EncoderDecoderCache(growing_cache(config), growing_cache(config))
+        self.encoded: Any = None
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        return self.model(
+            encoder_outputs=self.encoded,
+            attention_mask=self.attention,
+            decoder_input_ids=tokens,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+    def begin(self) -> Tensor:
+        self.encoded = self.model.get_encoder()(input_ids=self.tokens, attention_mask=self.attention)
+        return self._forward(torch.full((len(self.tokens), 1), self.start, device=self.device))
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        return self._forward(tokens[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.attention = self.attention[rows]
+        self.encoded = type(self.encoded)(last_hidden_state=self.encoded.last_hidden_state[rows])
+
+
+def start_token(model: Any) -> int:
+    """The token with which an encoder-decoder's responses begin.
+
+    Raises:
+        ValueError: if neither the generation configuration nor the model's names one.
+    """
+    for config in (model.generation_config, model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            token = getattr(config, name, None)
+            if isinstance(token, int):
+                return token
+    raise ValueError(f"{type(model).__name__} names no decoder_start_token_id")
+
+
+def _decoder(model: Any, queries: Sequence[Tensor], room: int) -> _Decoder:
+    kind = _Seq2SeqDecoder if model.config.is_encoder_decoder else _CausalDecoder
+    return kind(model, queries, room)
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    queries: Sequence[Tensor],
+    *,
+    sampling: Sampling,
+    limits: Sequence[int],
+    uniforms: Tensor,
+    values: Callable[[], Tensor] | None = None,
+) -> Sampled:
+    """Samples one response per query, all of them at once.
+
+    Args:
+        model: a plain transformers language model (or one with adapters), in evaluation mode.
+        queries: `B` 1-D token tensors.
+        sampling: the distribution.
+        limits: most tokens of each response, ≥ 1.
+        uniforms: `[max(limits), B]` float64 in [0, 1): token `t` of row `b` is drawn by `uniforms[t, b]`, so that a
+            response depends on neither the batch it stands in nor the length of the others.
+        values: gives `[b, T]` values of the forward pass that was just made.
+
+    Returns:
+        The responses, without the decoder's start token of an encoder-decoder.
+    """
+    count, longest = len(queries), max(limits)
+    decoder = _decoder(model, queries, longest)
+    device = decoder.device
+    limit = torch.tensor(list(limits), device=device)
+    stops = torch.tensor(sampling.stops, device=device)
+    uniforms = uniforms.to(device)
+    tokens = torch.zeros(count, longest, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(count, longest, device=device)
+    critic = torch.zeros(count, longest, device=device)
+    lengths = torch.zeros(count, dtype=torch.int64, device=device)
+    rows = torch.arange(count, device=device)  # which query each row of the running batch belongs to
+    live = torch.ones(count, dtype=torch.bool, device=device)  # of the running batch
+    raw = decoder.begin()
+    for t in range(longest):
+        logits = sampling.logits(raw, t)
+        if sampling.greedy:
+            chosen, seen = logits.argmax(dim=-1), logits.new_zeros(len(rows))
+        else:
+            chosen, seen = draw(logits, uniforms[t, rows])
+        tokens[rows, t], logprobs[rows, t] = chosen, seen
+        if values is not None:
+            value = values()[:, -1].float()
+            critic[rows, t] = value if decoder.copies is None else value[decoder.copies]
+        lengths[rows] += live.long()
+        live = live & (limit[rows] > t + 1)
+        if len(stops):
+            live = live & ~torch.isin(chosen, stops)
+        left = int(live.sum())
+        if left == 0:
+            break
+        if left <= (1 - _COMPACT_SHARE) * len(rows):
+            kept = live.nonzero().squeeze(-1)
+            decoder.keep(kept)
+            rows, chosen, live = rows[kept], chosen[kept], live[kept]
+        raw = decoder.advance(chosen)
+    sizes = lengths.tolist()
+
+    def cut(table: Tensor) -> list[Tensor]:
+        return [row[:size].clone() for row, size in zip(table, sizes, strict=True)]
+
+    return Sampled(responses=cut(tokens), logprobs=cut(logprobs), values=None if values is None else cut(critic))
+
+
+def obstacle(model: Any) -> str | None:
+    """Why the engine cannot drive a model; None if it can.
+
+    Two short prompts of different lengths are decoded for a few tokens, and the logits compared with those of plain forward
+    passes over each sequence alone, without cache or padding.
+    """
+    name = type(model).__name__
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if not callable(supports) or not supports() or getattr(model, "_is_stateful", False):
+        return f"{name} keeps its state in another way than in a key-value cache"
+    if not model.config.is_encoder_decoder:
+        kinds = {type(layer) for layer in growing_cache(model.config).layers}
+        if strange := kinds - {GrowingLayer, DynamicSlidingWindowLayer}:
+            return f"{name} has layers whose state is a {sorted(kind.__name__ for kind in strange)}"
+    try:
+        gap = _gap(model)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        return f"{name} could not be decoded step by step: {type(error).__name__}: {error}"
+    if not gap <= _CHECK_TOLERANCE.get(model.get_input_embeddings().weight.element_size(), 0.2):
+        return f"{name} decoded step by step is off its own forward pass by {gap:.1e} standard deviations of its logits"
+    return None
+
+
+@torch.no_grad()
+def _gap(model: Any) -> float:
+    """Largest difference of logits between decoding and plain forward passes, in standard deviations of a row's logits."""
+    words = model.get_input_embeddings().weight.shape[0]
+    device = next(model.parameters()).device
+    # Words from the middle of the vocabulary: special tokens stand at its ends.
+    word = [words // 2 + i % max(1, words // 4) for i in range(12)]
+    queries = [torch.tensor(word[:3], device=device), torch.tensor(word[3:8], device=device)]
+    given = [
+        torch.tensor([a, b], device=device) for a, b in ((word[8], word[9]), (word[10], word[11]), (word[0], word[5]))
+    ]
+    decoder = _decoder(model, queries, 4)
+    seen = [decoder.begin(), *(decoder.advance(tokens) for tokens in given[:2])]
+    decoder.keep(torch.tensor([1], device=device))
+    seen.append(decoder.advance(given[2][1:]))
+    largest = 0.0
+    for row, query in enumerate(queries):
+        steps = len(given) if row == 1 else len(given) - 1
+        written = torch.stack([tokens[row] for tokens in given[:steps]])
+        if model.config.is_encoder_decoder:
+            begin = torch.tensor([start_token(model)], device=device)
+            tokens = torch.cat([begin, written])[None]
+            plain = model(input_ids=query[None], decoder_input_ids=tokens, use_cache=False).logits[0]
+        else:
+            plain = model(input_ids=torch.cat([query, written])[None], use_cache=False).logits[0, len(query) - 1 :]
+        decoded = torch.stack([logits[row if len(logits) > 1 else 0] for logits in seen[: steps + 1]])
+        gap = (decoded.float() - plain.float()).abs().amax(dim=-1) / plain.float().std(dim=-1)
+        largest = max(largest, gap.max().item())
+    return largest
