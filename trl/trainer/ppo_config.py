@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 KL_PENALTIES = ("kl", "abs", "mse", "k3", "full")
 LOSS_DENOMINATORS = ("minibatch", "batch")
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass
@@ -103,6 +104,10 @@ class PPOConfig:
     """"minibatch": mean over each optimizer step's response tokens; "batch": every token of the batch weighs the same."""
     importance_cap: float = 2.0
     """Largest correction of a token for which `sampler_logprobs` are given to `step`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What passes through the models compute in. "auto": bfloat16 where the hardware is faster with it and the model is
+    large enough to gain. Weights, optimizer, losses and value head are float32 all the same; a float32 reference is held
+    in this dtype."""
 
     def __post_init__(self) -> None:
         if self.forward_batch_size is not None:
@@ -156,6 +161,8 @@ class PPOConfig:
             raise ValueError(
                 f"loss_denominator={self.loss_denominator!r} must be one of {', '.join(LOSS_DENOMINATORS)}"
             )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm=True works with use_score_scaling=True only")
         assert self.batch_size is not None

@@ -21,6 +21,7 @@ from trl.functional import entropy, gae, k1, k1_abs, k2, k3, masked_whiten, shap
 from trl.trackers import completions_table
 from trl.trainer.base import BaseTrainer
 from trl.trainer.ppo_config import PPOConfig
+from trl.training.compute import Compute
 from trl.training.loop import Updater
 from trl.training.ppo import PPOSettings, experience_statistics, ppo_terms
 from trl.training.processes import sum_over_processes
@@ -56,6 +57,7 @@ class PPOMethods(BaseTrainer):
     optimizer: Any
     data_collator: PadCollator
     kl_ctl: Any
+    compute: Compute
     is_encoder_decoder: bool
     is_distributed: bool
     current_device: torch.device
@@ -226,6 +228,8 @@ class PPOMethods(BaseTrainer):
             accelerator=self.accelerator,
             max_grad_norm=self.config.max_grad_norm,
             frozen=frozen,
+            computing=self.compute.passes,
+            after_step=self.compute.weights_changed,
         )
 
     def loss(

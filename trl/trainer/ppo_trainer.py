@@ -25,11 +25,20 @@ from trl.functional import Moments, gae, masked_mean, masked_sum, masked_whiten
 from trl.models import PreTrainedModelWrapper, create_reference_model
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
 from trl.models.limits import context_length, vocabulary_sizes
-from trl.rollout import generate_responses, stop_tokens, unseen_by_scoring
+from trl.rollout import (
+    generate_responses,
+    obstacle,
+    own_sampling,
+    sample_responses,
+    stop_tokens,
+    unseen_by_scoring,
+    with_prompts,
+)
 from trl.trainer.checks import check_lists, check_per_token, check_room, check_scores, check_tokens
 from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_methods import Batch, PPOMethods
+from trl.training.compute import Compute
 from trl.training.loop import optimize
 from trl.training.modes import eval_mode
 from trl.training.ppo import ppo_loss, ppo_minibatches
@@ -39,6 +48,7 @@ from trl.training.statistics import stack_updates
 from trl.types import Evaluation, Experience, Rollout
 
 logger = logging.getLogger(__name__)
+_UNKNOWN = object()
 
 
 class PPOTrainer(PPOMethods):
@@ -127,6 +137,9 @@ class PPOTrainer(PPOMethods):
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, loader, lr_scheduler
         )
+        self.compute = Compute(self.model, config.dtype, self.accelerator)
+        if reference is not None:
+            self.compute.adopt_reference(reference, model)
         self.ref_model = None if reference is None else self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.kl_ctl: AdaptiveKLController | FixedKLController = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)  # type: ignore[arg-type]
@@ -141,6 +154,8 @@ class PPOTrainer(PPOMethods):
         self._compared = 0
         self._steps_done = 0
         self._warned_sampling: set[tuple[str, ...]] = set()
+        self._obstacle: Any = _UNKNOWN  # what keeps our own decoding loop from driving the model: text, or None
+        self._reasons: set[str] = set()
 
     # Sampling --------------------------------------------------------------------------------------------------------
 
@@ -152,12 +167,15 @@ class PPOTrainer(PPOMethods):
         return_prompt: bool = True,
         **generation_kwargs: Any,
     ) -> Tensor | list[Tensor]:
-        """Samples responses with `transformers`' generate, the padding taken off.
+        """Samples responses: with our own decoding loop, or with `transformers`' generate where that cannot do it.
+
+        One random number is drawn for each token, from a generator that torch's global one seeds: `set_seed` gives the
+        same responses again, whatever the batch size is.
 
         Args:
             query_tensor: one query [Q], or a list of them.
             length_sampler: draws `max_new_tokens`, once for each `batch_size` queries.
-            batch_size: queries that are sampled together.
+            batch_size: queries that are sampled together; more, where that takes little memory.
             return_prompt: put the query before the response (decoders).
             **generation_kwargs: for `generate`. Those that reshape the distribution are named in a warning.
 
@@ -175,18 +193,51 @@ class PPOTrainer(PPOMethods):
         model = self.accelerator.unwrap_model(self.model)
         kwargs = {"pad_token_id": self.data_collator.pad_token_id} | generation_kwargs
         self._warn_of_reshaped_sampling(model.generation_config, kwargs)
-        with eval_mode(model):
-            responses = generate_responses(
-                model,
-                queries,
-                collate=self._collate,
-                is_encoder_decoder=self.is_encoder_decoder,
-                batch_size=batch_size,
-                return_prompt=return_prompt,
-                length_sampler=length_sampler,
-                generation_kwargs=kwargs,
-            )
+        lengths = {} if length_sampler is None else {"max_new_tokens": 1}  # the sampler's own numbers count
+        asked = self._own_sampling(model, kwargs | lengths)
+        with eval_mode(model), self.compute.fresh_passes():
+            if isinstance(asked, str):
+                responses = generate_responses(
+                    model,
+                    queries,
+                    collate=self._collate,
+                    is_encoder_decoder=self.is_encoder_decoder,
+                    batch_size=batch_size,
+                    return_prompt=return_prompt,
+                    length_sampler=length_sampler,
+                    generation_kwargs=kwargs,
+                )
+            else:
+                sampled = sample_responses(
+                    model.pretrained_model,
+                    queries,
+                    sampling=asked[0],
+                    max_new_tokens=asked[1],
+                    batch_size=batch_size,
+                    length_sampler=length_sampler,
+                    generator=self._sampling_generator(),
+                )
+                responses = with_prompts(
+                    model.pretrained_model, queries, sampled.responses, return_prompt=return_prompt
+                )
         return responses[0].unsqueeze(0) if isinstance(query_tensor, Tensor) else responses
+
+    def _own_sampling(self, model: PreTrainedModelWrapper, kwargs: Mapping[str, Any]) -> Any:
+        """What our own loop is to draw from, or why it is not used: logged once for each reason."""
+        asked = own_sampling(model.generation_config, kwargs)
+        if self._obstacle is _UNKNOWN:
+            with eval_mode(model):
+                self._obstacle = obstacle(model.pretrained_model)
+        reason = self._obstacle or (asked if isinstance(asked, str) else None)
+        if reason is not None and reason not in self._reasons:
+            self._reasons.add(reason)
+            logger.info("sampling with transformers' generate: %s", reason)
+        return reason or asked
+
+    def _sampling_generator(self) -> torch.Generator:
+        """A generator for one call: seeded by torch's global one, and another on each process."""
+        seed = int(torch.randint(2**62, (), dtype=torch.int64))
+        return torch.Generator().manual_seed(seed + self.accelerator.process_index)
 
     # One step --------------------------------------------------------------------------------------------------------
 
@@ -273,7 +324,10 @@ class PPOTrainer(PPOMethods):
             return score(model, rollout, batch_size=size, temperature=temperature, entropy=policy, values=policy)
 
         exact = None
-        with torch.no_grad(), eval_mode(self.model):
+        # Where a subclass has the update go through its own methods, passes are float32, here and there.
+        own_way = self._is_overridden("loss", "train_minibatch", "batched_forward_pass")
+        passes = nullcontext() if own_way else self.compute.fresh_passes()
+        with torch.no_grad(), eval_mode(self.model), passes:
             old = evaluated(self.model, policy=True)
             with self._reference() as reference:
                 ref_logprobs = evaluated(reference, policy=False).logprobs

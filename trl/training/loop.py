@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,8 @@ class Updater:
     accelerator: Any
     max_grad_norm: float | None = None
     frozen: Sequence[nn.Parameter] = field(default_factory=tuple)  # keep their values: their gradients are dropped
+    computing: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which forward and backward passes are made
+    after_step: Callable[[], None] = lambda: None  # the weights have changed
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of `loss`. Only the last microbatch of a minibatch exchanges gradients.
@@ -79,6 +81,7 @@ class Updater:
             )
             return norm, False, time.perf_counter() - started
         self.optimizer.step()
+        self.after_step()
         return norm, True, time.perf_counter() - started
 
 
@@ -129,8 +132,9 @@ def optimize(
         tallies, arrays = [], []
         for i, piece in enumerate(pieces):
             columns = occupied(piece.rollout.attention)
-            loss = loss_fn(take(piece, slice(None), columns))
-            updater.accumulate(loss.objective / minibatch.denominator, last=i == len(pieces) - 1)
+            with updater.computing():
+                loss = loss_fn(take(piece, slice(None), columns))
+                updater.accumulate(loss.objective / minibatch.denominator, last=i == len(pieces) - 1)
             tallies.append({name: tally.detach() for name, tally in loss.metrics.items()})
             arrays.append(_widen(loss.arrays, columns, piece.rollout.mask.shape[1]))
         norm, stepped, seconds = updater.step()
