@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -123,6 +123,20 @@ class PreTrainedModelWrapper(nn.Module):
         if args and self.is_peft_model:
             kwargs["inputs"], args = args[0], args[1:]  # peft's takes keywords only
         return self.pretrained_model.generate(*args, **kwargs)
+
+    @contextmanager
+    def watch_values(self) -> Iterator[Callable[[], Tensor]]:
+        """Gives a function that returns the float32 values [B, 1] at the last column of the forward pass just made.
+
+        For passes of `pretrained_model` itself, as sampling makes them.
+        """
+        with watch_last_hidden_state(self.pretrained_model) as seen:
+
+            def values() -> Tensor:
+                assert seen.value is not None, "no forward pass was made"
+                return self.v_head(seen.value[:, -1:]).squeeze(-1)
+
+            yield values
 
     def compute_reward_score(
         self,
