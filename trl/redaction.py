@@ -84,9 +84,9 @@ def _names_secret(key: Any) -> bool:
 
 
 def _hide(value: Any, name: str) -> Any:
-    """Everything below a secret name; a number under `*_token` may be a statistic, and a switch says nothing."""
-    is_number = isinstance(value, int | float) and name.upper().endswith("TOKEN")
-    return value if value is None or isinstance(value, bool) or is_number else REDACTED
+    """What stands under a secret name, unless it is a switch or a statistic: a float, or a count per token."""
+    is_count = isinstance(value, int) and name.upper().endswith("TOKEN")
+    return value if value is None or isinstance(value, bool | float) or is_count else REDACTED
 
 
 def _text_redactor() -> Callable[[str], str]:
