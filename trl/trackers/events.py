@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from datetime import datetime, timezone
 
 from trl.redaction import redact
@@ -11,8 +10,8 @@ from trl.trackers.plain import clean_text
 
 _LONGEST = 20_000  # characters
 _ESCAPE_SEQUENCE = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?")
-_HIDDEN = {"Cc", "Zl", "Zp"}
-_REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+# Control characters, separators of lines, and marks that reorder what is shown.
+_HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def event_line(text: str) -> str:
@@ -28,8 +27,4 @@ def event_line(text: str) -> str:
 def _printable(text: str) -> str:
     """Without terminal sequences, control characters, and marks that reorder a line."""
     text = _ESCAPE_SEQUENCE.sub("", clean_text(text)).replace("\r\n", "\n").replace("\n", "\\n").replace("\t", " ")
-    return "".join(
-        character
-        for character in text
-        if unicodedata.category(character) not in _HIDDEN and unicodedata.bidirectional(character) not in _REORDERING
-    )
+    return _HIDDEN.sub("", text)

@@ -44,26 +44,21 @@ class CompletionRecord:
     """Why there is no score."""
 
 
-_NOBODY = CompletionRecord(prompt_id="", prompt="", completion="")
-
-
 def write_records(folder: Path, step: int, records: Sequence[CompletionRecord]) -> Path:
     """Writes the samples of a step into `folder`: Parquet, or JSON lines where pyarrow is missing.
 
     Columns: step, prompt_id, prompt, completion, reward/NAME for every component, score, advantage, kl, length,
     finish_reason, time/reward (seconds) and error. A number that is not finite becomes null.
     """
-    components = sorted({name for record in records for name in record.rewards})
+    kinds = _columns(sorted({name for record in records for name in record.rewards}))
     # Lists, not mappings: a component named "password" holds a number like any other.
-    names, *cells = redact(
-        [[*_row(_NOBODY, step, components)], *(list(_row(r, step, components).values()) for r in records)]
-    )
-    rows = [dict(zip(names, row, strict=True)) for row in cells]
+    names, *rows = redact([list(kinds), *([_cell(record, step, name) for name in kinds] for record in records)])
     if parquet_is_there():
-        path, data = folder / f"step-{step:08d}.parquet", _parquet(rows, [n for n in names if n.startswith(_REWARD)])
+        path, data = folder / f"step-{step:08d}.parquet", _parquet(dict(zip(names, kinds.values(), strict=True)), rows)
     else:
         path = folder / f"step-{step:08d}.jsonl"
-        data = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+        lines = (json.dumps(dict(zip(names, row, strict=True)), allow_nan=False) for row in rows)
+        data = "".join(line + "\n" for line in lines).encode()
     write_atomic(path, data)
     return path
 
@@ -104,46 +99,47 @@ def parquet_is_there() -> bool:
     return importlib.util.find_spec("pyarrow") is not None
 
 
-def _row(record: CompletionRecord, step: int, components: Sequence[str]) -> dict[str, Any]:
+def _columns(components: Sequence[str]) -> dict[str, type]:
+    """The kind of every column, spelt out, since one of nulls alone has no type to be guessed."""
     return {
-        "step": step,
-        "prompt_id": clean_text(record.prompt_id),
-        "prompt": clean_text(record.prompt),
-        "completion": clean_text(record.completion),
-        **{_REWARD + name: _finite(record.rewards.get(name)) for name in components},
-        "score": _finite(record.score),
-        "advantage": _finite(record.advantage),
-        "kl": _finite(record.kl),
-        "length": int(record.length),
-        "finish_reason": clean_text(record.finish_reason),
-        "time/reward": _finite(record.reward_seconds),
-        "error": None if record.error is None else clean_text(record.error),
+        "step": int,
+        "prompt_id": str,
+        "prompt": str,
+        "completion": str,
+        **{_REWARD + name: float for name in components},
+        "score": float,
+        "advantage": float,
+        "kl": float,
+        "length": int,
+        "finish_reason": str,
+        "time/reward": float,
+        "error": str,
     }
 
 
-def _finite(value: Any) -> float | None:
+def _cell(record: CompletionRecord, step: int, column: str) -> int | float | str | None:
+    if column == "step":
+        return step
+    if column == "time/reward":
+        value: Any = record.reward_seconds
+    elif column.startswith(_REWARD):
+        value = record.rewards.get(column.removeprefix(_REWARD))
+    else:
+        value = getattr(record, column)
+    if isinstance(value, str):
+        return clean_text(value)
     number = as_number(value)
-    return float(number) if number is not None and math.isfinite(number) else None
+    return number if number is not None and math.isfinite(number) else None
 
 
-def _parquet(rows: list[dict[str, Any]], components: Sequence[str]) -> bytes:
+def _parquet(kinds: Mapping[str, type], rows: Sequence[Sequence[Any]]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
-    # Spelt out, since a column of nulls alone has no type to be guessed.
-    texts, numbers = ("prompt_id", "prompt", "completion"), ("score", "advantage", "kl")
-    schema = pyarrow.schema(
-        [
-            ("step", pyarrow.int64()),
-            *((name, pyarrow.string()) for name in texts),
-            *((_REWARD + name, pyarrow.float64()) for name in components),
-            *((name, pyarrow.float64()) for name in numbers),
-            ("length", pyarrow.int64()),
-            ("finish_reason", pyarrow.string()),
-            ("time/reward", pyarrow.float64()),
-            ("error", pyarrow.string()),
-        ]
-    )
+    types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in kinds.items()])
+    columns = [[row[index] for row in rows] for index in range(len(kinds))]
+    arrays = [pyarrow.array(column, type=kind) for column, kind in zip(columns, schema.types, strict=True)]
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), buffer)
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=schema), buffer)
     return buffer.getvalue()
