@@ -358,6 +358,8 @@ def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path: Path, save
     with RunDirectory.open(tmp_path / "run") as run:
         assert run.truncate_after(saved) == (5 - saved, 5 - saved)
         assert (run.path / "metrics.jsonl").read_bytes() == b"".join(bytes_of_rows[:saved])
+        left = sorted(path.name for path in (run.path / "completions").iterdir())
+        assert left == [f"step-{step:08d}.parquet" for step in range(1, saved + 1)]
         assert not (run.path / "summary.json").exists()
         for step in range(saved + 1, 8):
             write_step(run, step)
