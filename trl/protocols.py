@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -28,3 +28,15 @@ class Reduce(Protocol):
     """Sums a tensor over all processes."""
 
     def __call__(self, tensor: Tensor) -> Tensor: ...
+
+
+class Tracker(Protocol):
+    """Shows or keeps the statistics of a run."""
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        """Takes the statistics of a step by name: numbers, and whatever else the tracker can show."""
+        ...
+
+    def close(self) -> None:
+        """Called once, after the last row."""
+        ...

@@ -1,6 +1,19 @@
-"""Prompts and responses as padded batches."""
+"""Prompts: where they come from, in which order they are taken; and padded batches of them."""
 
 from trl.data.collators import PadCollator, pad, place_on_columns, response_columns
 from trl.data.loader import is_hub_dataset, prompt_loader
+from trl.data.prompts import Prompt, fingerprint, load_prompts
+from trl.data.sampler import PromptSampler
 
-__all__ = ["PadCollator", "is_hub_dataset", "pad", "place_on_columns", "prompt_loader", "response_columns"]
+__all__ = [
+    "PadCollator",
+    "Prompt",
+    "PromptSampler",
+    "fingerprint",
+    "is_hub_dataset",
+    "load_prompts",
+    "pad",
+    "place_on_columns",
+    "prompt_loader",
+    "response_columns",
+]

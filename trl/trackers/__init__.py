@@ -1,5 +1,23 @@
 """Where statistics and completions go."""
 
 from trl.trackers.completions import completions_table
+from trl.trackers.lock import RunLocked
+from trl.trackers.metrics import read_metrics, without_times
+from trl.trackers.paths import run_folder
+from trl.trackers.records import CompletionRecord, read_completions
+from trl.trackers.run_directory import NullRunDirectory, RunDirectory
+from trl.trackers.safe import NullTracker, SafeTracker
 
-__all__ = ["completions_table"]
+__all__ = [
+    "CompletionRecord",
+    "NullRunDirectory",
+    "NullTracker",
+    "RunDirectory",
+    "RunLocked",
+    "SafeTracker",
+    "completions_table",
+    "read_completions",
+    "read_metrics",
+    "run_folder",
+    "without_times",
+]

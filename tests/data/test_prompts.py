@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import tiny_tokenizer
+from trl.data import Prompt, fingerprint, load_prompts
+
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w40 ' if m.role == 'user' else 'w41 ' }}{{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}w42{% endif %}"
+)
+
+
+def tokenizer(chat: bool = False) -> Any:
+    made = tiny_tokenizer()
+    if chat:
+        made.chat_template = TEMPLATE
+    return made
+
+
+def load(source: Any, **settings: Any) -> list[Prompt]:
+    return load_prompts(source, tokenizer(), **settings)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_texts() -> None:
+    first, second = load(["w5 w6", "w7"])
+    assert (first.id, first.text, first.columns) == ("0", "w5 w6", {})
+    assert first.tokens.tolist() == [5, 6] and first.tokens.dtype == torch.int64
+    assert (second.id, second.tokens.tolist()) == ("1", [7])
+
+
+@pytest.mark.parametrize("tokens", [[5, 6], torch.tensor([5, 6]), np.array([5, 6], dtype=np.int32), (5, 6)])
+def test_token_ids(tokens: Any) -> None:
+    (prompt,) = load([tokens])
+    assert (prompt.text, prompt.tokens.tolist(), prompt.tokens.dtype) == ("w5 w6", [5, 6], torch.int64)
+
+
+def test_chat_goes_through_the_models_template_up_to_where_it_speaks() -> None:
+    chat = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}, {"role": "user", "content": "w7"}]
+    (prompt,) = load_prompts([chat], tokenizer(chat=True))
+    assert prompt.text == "w40 w5 w41 w6 w40 w7 w42"
+    assert prompt.tokens.tolist() == [40, 5, 41, 6, 40, 7, 42]
+
+
+def test_special_tokens_are_added_to_texts_and_not_to_rendered_chats() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    with_bos = tokenizer(chat=True)
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
+    text, chat = load_prompts(["w5", user("w5")], with_bos)
+    assert text.tokens.tolist() == [2, 5]
+    assert chat.tokens.tolist() == [40, 5, 42]
+
+
+def test_rows_of_columns() -> None:
+    rows = [{"prompt": "w5", "label": 1, "id": 70}, {"query": [6, 7], "id": "b"}, {"messages": user("w8"), "id": "c"}]
+    first, second, third = load_prompts(rows, tokenizer(chat=True))
+    assert [p.id for p in (first, second, third)] == ["70", "b", "c"]
+    assert [p.tokens.tolist() for p in (first, second, third)] == [[5], [6, 7], [40, 8, 42]]
+    assert first.columns == {"label": 1, "id": 70}
+    assert second.columns == {"label": None, "id": "b"}
+
+
+def test_prompt_comes_before_query_and_messages() -> None:
+    (prompt,) = load([{"messages": user("w9"), "query": "w6", "prompt": "w5", "prompt_id": "x", "id": "y"}])
+    assert prompt.text == "w5" and prompt.id == "x"
+    assert set(prompt.columns) == {"messages", "query", "prompt_id", "id"}
+
+
+def test_prompts_may_be_given_again() -> None:
+    prompts = load([{"prompt": "w5 w6", "label": 1}])
+    (again,) = load(prompts)
+    assert (again.id, again.text, again.columns) == ("0", "w5 w6", {"label": 1})
+    with pytest.raises(ValueError, match="max_tokens=1"):
+        load(prompts, max_tokens=1)
+
+
+def test_dataset_in_whatever_format() -> None:
+    import datasets
+
+    rows = {"query": ["w5", "w6 w7"], "label": [1, 0], "input_ids": [[5], [6, 7]]}
+    dataset = datasets.Dataset.from_dict(rows)
+    dataset.set_format("torch", columns=["input_ids"])
+    first, second = load(dataset)
+    assert second.text == "w6 w7" and second.columns == {"label": 0, "input_ids": [6, 7]}
+    with pytest.raises(ValueError, match="a DatasetDict of train, not a list of rows: give one of its splits"):
+        load(datasets.DatasetDict(train=dataset))
+
+
+def test_files_of_every_kind_say_the_same(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": "w5 w6", "topic": "a,b"}, {"prompt": "w7", "topic": 'say "é"\nw9'}]
+    jsonl = tmp_path / "p.jsonl"
+    # With a byte-order mark, an empty line, and none at the end.
+    jsonl.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode())
+    csv = tmp_path / "p.CSV"
+    csv.write_bytes('prompt,topic\r\nw5 w6,"a,b"\r\n\r\nw7,"say ""é""\nw9"\r\n'.encode())
+    parquet = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
+    expected = [("0", "w5 w6", [5, 6], "a,b"), ("1", "w7", [7], 'say "é"\nw9')]
+    for path in (jsonl, str(csv), parquet):
+        found = [(p.id, p.text, p.tokens.tolist(), p.columns["topic"]) for p in load(path)]
+        assert found == expected, path
+
+
+def test_separators_within_a_json_text_do_not_end_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "w5\u2028w6"}\n"w7"\n', encoding="utf-8")
+    assert [p.text for p in load(path)] == ["w5\u2028w6", "w7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("p.jsonl", b'{"prompt": "w5"}\n\n{"prompt": }\n', r"p\.jsonl:3 \(row 1\) is not JSON: .* at column 12"),
+        ("p.jsonl", b'"w5"\n"\xff"\n', r"p\.jsonl:2 \(row 1\) is not UTF-8"),
+        ("p.jsonl", b'"w5"\n' + b"[" * 100_000 + b"\n", r"p\.jsonl:2 \(row 1\) is nested too deeply"),
+        ("p.jsonl", b'"w5"\n{"text": "w6"}\n', r"p\.jsonl:2 \(row 1\) has the columns text: one of them must be prompt"),
+        ("p.jsonl", b'"w5"\n{"prompt": null}\n', r"p\.jsonl:2 \(row 1\), column 'prompt', is None"),
+        ("p.jsonl", b'"w5"\n17\n', r"p\.jsonl:2 \(row 1\) is of type int"),
+        ("p.jsonl", b"\n", "there are no prompts"),
+        ("p.csv", b"", "there are no prompts"),
+        ("p.csv", b"prompt,a\nw5,1\nw6\n", r"p\.csv:3 \(row 1\) has 1 cells and the header 2: prompt, a"),
+        ("p.csv", b"prompt,prompt\nw5,1\n", r"p\.csv:1 names a column twice"),
+        ("p.csv", b'prompt,a\n"w5\nw5",1\nw6,"1"2\n', r"p\.csv:4 is not CSV"),
+        ("p.csv", b"prompt\nw5\n\xff\n", r"p\.csv:\d+ or a line soon after it is not UTF-8"),
+        ("p.csv", b"prompt,a\nw5,1\n,2\n", r"p\.csv:3 \(row 1\), column 'prompt', is an empty text"),
+        ("p.parquet", b"PAR1 no", r"p\.parquet is not Parquet"),
+        ("p.txt", b"w5\n", r"is not a path to one of \.jsonl"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ([], "there are no prompts"),
+        ("w5 w6", "a single prompt goes into a list"),
+        ("gone.jsonl", "'gone.jsonl' is no file"),
+        ("p\0.jsonl", "NUL"),
+        (None, "of type NoneType"),
+        ({"w5"}, "of type set"),
+        ((text for text in ["w5"]), "of type generator"),
+        ({"prompt": ["w5"]}, "a dict of prompt, not a list of rows"),
+        (["w5", ""], r"prompts\[1\] is an empty text"),
+        ([[]], r"prompts\[0\] is empty"),
+        ([[1.5]], r"prompts\[0\] holds torch.float32 values"),
+        ([[True]], r"prompts\[0\] holds torch.bool values"),
+        ([[5, 61]], r"prompts\[0\] holds token 61; the tokenizer knows 0 to 60"),
+        ([[5, -1]], r"prompts\[0\] holds token -1"),
+        ([[[5]]], r"prompts\[0\] is of type list and shape \[1, 1\]"),
+        ([["w5", "w6"]], r"prompts\[0\] is \['w5', 'w6'\]: expected a text, token ids or chat messages"),
+        ([{"prompt": "w5", 3: 1}], "a column named 3"),
+        ([{"prompt": "w5", "completions": 1}], "column 'completions', which a reward gets"),
+        (user("w5"), "one chat is a list of messages in the list"),
+        ([{"prompt": "w5", "id": "a"}, {"prompt": "w5", "id": None}], r"prompts\[1\] has id=None"),
+        ([{"prompt": "w5", "id": 1.0}], "id=1.0"),
+        ([{"prompt": "w5", "id": "a"}, {"prompt": "w6", "id": "a"}], r"prompts\[1\].* has the id 'a' of prompts\[0\]"),
+        ([{"prompt": "w5", "id": 1}, "w6"], r"prompts\[1\] has the id '1' of prompts\[0\]"),
+    ],
+)
+def test_bad_sources(source: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        load(source)
+
+
+def test_text_of_which_no_token_is_left() -> None:
+    with pytest.raises(ValueError, match=r"prompts\[1\] has no tokens: '  '"):
+        load(["w5", "  "])
+
+
+def test_too_long_prompts_are_counted_and_named() -> None:
+    source = ["w5", "w5 w6 w7", [5, 6, 7, 8]]
+    assert len(load(source, max_tokens=4)) == 3
+    reason = (
+        r"2 of 3 prompts have more than max_tokens=2 tokens: prompts\[1\] has 3, prompts\[2\] has 4; the longest has 4"
+    )
+    with pytest.raises(ValueError, match=reason):
+        load(source, max_tokens=2)
+    for bad in (0, True, 1.5):
+        with pytest.raises(ValueError, match=f"max_tokens={bad}"):
+            load(source, max_tokens=bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("chat", "reason"),
+    [
+        ([{"role": "user"}], "message 0 is .*, not a mapping with role and content"),
+        ([{"role": "user", "content": "w5"}, "w6"], "message 1 is 'w6', not a mapping"),
+        ([*user("w5"), {"role": "assistant", "content": "w6"}], "ends with a message of the assistant"),
+    ],
+)
+def test_bad_chats(chat: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        load_prompts([chat], tokenizer(chat=True))
+
+
+def test_chat_without_a_template_or_one_that_refuses() -> None:
+    with pytest.raises(ValueError, match=r"prompts\[0\] is a chat, and the tokenizer has no chat template"):
+        load([user("w5")])
+    strict = tokenizer()
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"prompts\[1\] was refused by the chat template: .*roles must alternate"):
+        load_prompts(["w5", user("w5")], strict)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="pip install pyarrow"):
+        load(tmp_path / "p.parquet")
+
+
+def test_fingerprint_sees_ids_tokens_and_order() -> None:
+    def of(source: Any) -> str:
+        return fingerprint(load(source))
+
+    same = of(["w5", "w6"])
+    assert same == of([[5], [6]]) and len(same) == 64
+    others = [["w6", "w5"], ["w5", "w7"], ["w5"], [{"prompt": "w5", "id": "a"}, {"prompt": "w6", "id": "b"}]]
+    assert same not in [of(source) for source in others]

@@ -1,0 +1,214 @@
+"""Prompts as the training loop takes them: text, tokens, a name that lasts, and columns for the reward."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.data.sources import read_rows
+
+_PROMPT_COLUMNS = ("prompt", "query", "messages")
+_ID_COLUMNS = ("prompt_id", "id")
+# What a reward function is called with beside the columns.
+_TAKEN = ("prompts", "completions", "completion_ids")
+_CHUNK = 1024  # texts that are tokenised together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """What is asked, once as text and once as tokens."""
+
+    id: str  # the row's `prompt_id` or `id`, else the row's number from 0: the same in every run
+    text: str  # what `tokens` say; of chat messages, the filled-in template
+    tokens: Tensor  # [Q] int64
+    columns: Mapping[str, Any]  # everything else that stands in the row, for the reward
+
+
+@dataclass(slots=True, kw_only=True)
+class _Draft:
+    where: str
+    id: str
+    text: str
+    tokens: Tensor | None  # None until the text is tokenised
+    templated: bool  # the chat template wrote the special tokens already
+    columns: dict[str, Any]
+
+
+def load_prompts(source: Any, tokenizer: Any, *, max_tokens: int | None = None) -> list[Prompt]:
+    """Reads, renders and tokenises prompts. Nothing is cut: a prompt that does not fit is refused.
+
+    A row is a text; token ids (a list, an array or a tensor, 1-D); a chat, as a list of messages with `role` and `content`,
+    which the model's template renders with its generation prompt; a mapping with one of those under `prompt`, `query` or
+    `messages` (the first of them that there is); or a `Prompt`. The other columns of a mapping go to the reward; one that
+    is missing from some rows is None there.
+
+    Args:
+        source: a list of rows, a `datasets.Dataset`, or a path to JSONL, CSV or Parquet.
+        tokenizer: of the model, from transformers. It adds its special tokens to texts, not to rendered chats, whose
+            template has them.
+        max_tokens: longest prompt that is taken, in tokens.
+
+    Raises:
+        ValueError: naming the row (and the line of the file) of what is no prompt, empty, longer than `max_tokens`, or
+            has an id that another row has; or if there are no rows.
+        ImportError: if a Parquet file is to be read and pyarrow is missing.
+    """
+    if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1):
+        raise ValueError(f"max_tokens={max_tokens!r} must be a whole number of at least 1, or None")
+    drafts = [_draft(where, index, row, tokenizer) for index, (where, row) in enumerate(read_rows(source))]
+    if not drafts:
+        raise ValueError(f"there are no prompts in {source!r}" if isinstance(source, str) else "there are no prompts")
+    _check_ids(drafts)
+    _tokenise(drafts, tokenizer)
+    _check_lengths(drafts, max_tokens)
+    names = dict.fromkeys(name for draft in drafts for name in draft.columns)
+    prompts = []
+    for draft in drafts:
+        assert draft.tokens is not None
+        columns = {name: draft.columns.get(name) for name in names}
+        prompts.append(Prompt(id=draft.id, text=draft.text, tokens=draft.tokens, columns=columns))
+    return prompts
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """A digest of ids and tokens in their order, by which a resumed run sees that its prompts are others."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.id, prompt.tokens.tolist()]).encode())
+    return digest.hexdigest()
+
+
+def _draft(where: str, index: int, row: Any, tokenizer: Any) -> _Draft:
+    if isinstance(row, Prompt):
+        return _Draft(
+            where=where, id=row.id, text=row.text, tokens=row.tokens, templated=False, columns=dict(row.columns)
+        )
+    name, columns = str(index), {}
+    if isinstance(row, Mapping):
+        column = next((name for name in _PROMPT_COLUMNS if name in row), None)
+        if column is None:
+            hint = "; one chat is a list of messages in the list" if {"role", "content"} <= set(row) else ""
+            raise ValueError(
+                f"{where} has the columns {', '.join(map(str, row)) or '(none)'}: one of them must be "
+                f"{', '.join(_PROMPT_COLUMNS[:-1])} or {_PROMPT_COLUMNS[-1]}{hint}"
+            )
+        columns = {key: value for key, value in row.items() if key != column}
+        _check_columns(where, columns)
+        name = _id(where, columns, default=name)
+        where, row = f"{where}, column {column!r},", row[column]
+    text, tokens, templated = _content(where, row, tokenizer)
+    return _Draft(where=where, id=name, text=text, tokens=tokens, templated=templated, columns=columns)
+
+
+def _check_columns(where: str, columns: Mapping[Any, Any]) -> None:
+    for name in columns:
+        if not isinstance(name, str):
+            raise ValueError(f"{where} has a column named {name!r}; a name must be a text")
+        if name in _TAKEN:
+            raise ValueError(f"{where} has a column {name!r}, which a reward gets from the loop: rename or remove it")
+
+
+def _id(where: str, columns: Mapping[str, Any], default: str) -> str:
+    column = next((name for name in _ID_COLUMNS if name in columns), None)
+    if column is None:
+        return default
+    value = columns[column]
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise ValueError(f"{where} has {column}={value!r}, not a whole number or a text")
+    return str(value)
+
+
+def _content(where: str, content: Any, tokenizer: Any) -> tuple[str, Tensor | None, bool]:
+    """Text, tokens if they are known, and whether the text came out of the chat template."""
+    if isinstance(content, str):
+        if not content:
+            raise ValueError(f"{where} is an empty text")
+        return content, None, False
+    if isinstance(content, Sequence) and not isinstance(content, bytes) and any(
+        isinstance(item, Mapping) for item in content
+    ):  # fmt: skip
+        return _rendered(where, content, tokenizer), None, True
+    tokens = _token_ids(where, content, len(tokenizer))
+    return tokenizer.decode(tokens), tokens, False
+
+
+def _rendered(where: str, messages: Sequence[Any], tokenizer: Any) -> str:
+    """A chat through the model's template, up to where the model is to speak."""
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ValueError(f"{where} message {number} is {str(message)[:80]!r}, not a mapping with role and content")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{where} ends with a message of the assistant: nothing is left to answer")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{where} is a chat, and the tokenizer has no chat template: give texts, or set chat_template")
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except ImportError:
+        raise
+    except Exception as error:  # a template raises what it likes; the place is what is missing from it
+        raise ValueError(f"{where} was refused by the chat template: {error}") from error
+    if not text:
+        raise ValueError(f"{where} is an empty text after the chat template")
+    return str(text)
+
+
+def _token_ids(where: str, content: Any, vocabulary: int) -> Tensor:
+    try:
+        tokens = torch.as_tensor(content)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shown = repr(content)[:80]
+        raise ValueError(f"{where} is {shown}: expected a text, token ids or chat messages") from error
+    if tokens.dim() != 1:
+        raise ValueError(
+            f"{where} is of type {type(content).__name__} and shape {list(tokens.shape)}: expected a text, a 1-D list of "
+            "token ids or chat messages"
+        )
+    if not len(tokens):
+        raise ValueError(f"{where} is empty")
+    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+        raise ValueError(f"{where} holds {tokens.dtype} values, not token ids")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"{where} holds token {low if low < 0 else high}; the tokenizer knows 0 to {vocabulary - 1}")
+    return tokens.to("cpu", torch.int64)
+
+
+def _tokenise(drafts: Sequence[_Draft], tokenizer: Any) -> None:
+    for templated in (False, True):
+        waiting = [draft for draft in drafts if draft.tokens is None and draft.templated == templated]
+        for start in range(0, len(waiting), _CHUNK):
+            chunk = waiting[start : start + _CHUNK]
+            # verbose=False: too long a prompt is refused below, with its row.
+            ids = tokenizer([d.text for d in chunk], add_special_tokens=not templated, verbose=False)["input_ids"]
+            for draft, found in zip(chunk, ids, strict=True):
+                draft.tokens = torch.tensor(found, dtype=torch.int64)
+
+
+def _check_ids(drafts: Sequence[_Draft]) -> None:
+    seen: dict[str, str] = {}
+    for draft in drafts:
+        if draft.id in seen:
+            raise ValueError(f"{draft.where} has the id {draft.id!r} of {seen[draft.id]}: an id names one prompt")
+        seen[draft.id] = draft.where
+
+
+def _check_lengths(drafts: Sequence[_Draft], max_tokens: int | None) -> None:
+    lengths = [0 if draft.tokens is None else len(draft.tokens) for draft in drafts]
+    for draft, length in zip(drafts, lengths, strict=True):
+        if not length:
+            raise ValueError(f"{draft.where} has no tokens: {draft.text[:80]!r}")
+    if max_tokens is None:
+        return
+    long = [f"{d.where} has {n}" for d, n in zip(drafts, lengths, strict=True) if n > max_tokens]
+    if long:
+        more = "" if len(long) <= 3 else ", ..."
+        raise ValueError(
+            f"{len(long)} of {len(drafts)} prompts have more than max_tokens={max_tokens} tokens: "
+            f"{', '.join(long[:3])}{more}; the longest has {max(lengths)}"
+        )

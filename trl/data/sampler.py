@@ -1,0 +1,150 @@
+"""Which prompts the next step takes: seeded, sharded, and resumable at any step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+Remainder = Literal["carry", "drop"]
+
+_VERSION = 1
+
+
+class PromptSampler:
+    """Endless batches of indices, epoch after epoch, each in an order of its own.
+
+    The order of an epoch is a function of `seed` and the epoch's number alone: the raw stream of NumPy's PCG64, which does
+    not change between versions, and no global generator. The prompts of a step are the same whatever the number of
+    processes: every one of them computes the batch and takes its part, so nothing has to be exchanged, and nothing can
+    hang.
+
+    Args:
+        size: number of prompts.
+        batch_size: prompts of one step over all processes; a multiple of `world`.
+        seed: of the orders, 0 or more.
+        rank: this process.
+        world: number of processes.
+        shuffle: False takes the prompts in the order in which they stand.
+        remainder: what to do where an epoch does not divide by `batch_size`. "carry" fills the batch from the next epoch:
+            every prompt is taken once per epoch, and `size` may be below `batch_size`. "drop" leaves the last prompts of
+            each order out, and counts them in `dropped`.
+
+    Raises:
+        ValueError: naming the argument that is out of range, or with "drop", a `size` below one batch.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+        remainder: Remainder = "carry",
+    ) -> None:
+        lowest = {"size": (size, 1), "batch_size": (batch_size, 1), "seed": (seed, 0), "world": (world, 1)}
+        for name, (value, least) in (lowest | {"rank": (rank, 0)}).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        if rank >= world:
+            raise ValueError(f"rank={rank} must be below world={world}")
+        if batch_size % world:
+            raise ValueError(f"batch_size={batch_size} over all processes is not a multiple of world={world}")
+        if remainder not in get_args(Remainder):
+            raise ValueError(f"remainder={remainder!r} must be one of {', '.join(get_args(Remainder))}")
+        if remainder == "drop" and size < batch_size:
+            raise ValueError(
+                f"{size} prompts are less than one batch of batch_size={batch_size}: every epoch would be dropped whole; "
+                "remainder='carry' fills the batch from the next epoch"
+            )
+        self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, bool(shuffle)
+        self.rank, self.world, self.remainder = rank, world, remainder
+        self.epoch = 0  # of the next prompt, from 0
+        self.position = 0  # of the next prompt in its epoch, 0 to size - 1
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # of one epoch
+        if self._left_over:
+            logger.warning("%d of %d prompts are left out of every epoch (remainder='drop')", self._left_over, size)
+
+    @property
+    def dropped(self) -> int:
+        """Prompts that were left out so far, over all processes."""
+        return self.epoch * self._left_over
+
+    def next(self) -> list[int]:
+        """The indices of this process in the next batch, `batch_size / world` of them."""
+        batch: list[int] = []
+        while len(batch) < self.batch_size:
+            stop = min(self.position + self.batch_size - len(batch), self.size - self._left_over)
+            batch += self._order_of(self.epoch)[self.position : stop].tolist()
+            self.position = stop
+            if self.position == self.size - self._left_over:
+                self.epoch, self.position = self.epoch + 1, 0
+        share = self.batch_size // self.world
+        return batch[self.rank * share : (self.rank + 1) * share]
+
+    def __next__(self) -> list[int]:
+        return self.next()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch begins, and what that depends on: a few JSON values, the same on every process."""
+        return {"version": _VERSION, "epoch": self.epoch, "position": self.position} | self._plan()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` was taken. The number of processes may differ, everything else must not.
+
+        Raises:
+            ValueError: naming every difference in size, batch_size, seed, shuffle or remainder, or what is wrong with
+                `state`; the sampler is unchanged then.
+        """
+        expected = {"version", "epoch", "position", *self._plan()}
+        if set(state) != expected:
+            raise ValueError(f"the sampler's state holds {', '.join(sorted(state))}, not {', '.join(sorted(expected))}")
+        if state["version"] != _VERSION:
+            raise ValueError(f"the sampler's state has version {state['version']!r}; this trl reads {_VERSION}")
+        differences = [
+            f"{name} was {state[name]!r} and is {value!r} now"
+            for name, value in self._plan().items()
+            if state[name] != value
+        ]
+        if differences:
+            raise ValueError("the prompts cannot go on where they were: " + "; ".join(differences))
+        epoch, position = state["epoch"], state["position"]
+        for name, value, end in (("epoch", epoch, None), ("position", position, self.size - self._left_over)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0 or (end is not None and value >= end):
+                limit = "" if end is None else f" to {end - 1}"
+                raise ValueError(f"the sampler's state has {name}={value!r}, not a whole number from 0{limit}")
+        if self.remainder == "drop" and position % self.batch_size:
+            raise ValueError(
+                f"the sampler's state has position={position}, not a multiple of batch_size={self.batch_size}"
+            )
+        self.epoch, self.position = epoch, position
+
+    @property
+    def _left_over(self) -> int:
+        """Prompts of every epoch that are not taken."""
+        return self.size % self.batch_size if self.remainder == "drop" else 0
+
+    def _plan(self) -> dict[str, Any]:
+        names = ("size", "batch_size", "seed", "shuffle", "remainder")
+        return {name: getattr(self, name) for name in names}
+
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        if self._order is None or self._order[0] != epoch:
+            order = np.arange(self.size)
+            if self.shuffle:
+                # Sorting by random 64-bit keys, not Generator.permutation, whose algorithm NumPy may change.
+                bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
+                order = np.argsort(bits.random_raw(self.size), kind="stable")
+            self._order = (epoch, order)
+        return self._order[1]

@@ -1,0 +1,130 @@
+"""Rows of prompts from wherever they stand, each with the words that name it in an error."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from pathlib import Path
+from typing import Any
+
+from trl.data.loader import is_hub_dataset
+
+Located = tuple[str, Any]  # "prompts.jsonl:3 (row 2)", the row
+
+_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
+
+
+def read_rows(source: Any) -> Iterator[Located]:
+    """The rows of a source, in order, each with its place: file and line, and the row's number from 0.
+
+    Args:
+        source: a path to JSONL, CSV (with a header) or Parquet; a `datasets.Dataset`; a sequence of rows.
+
+    Raises:
+        ValueError: if `source` is something else, or a file does not hold what its name says; the place is named.
+        ImportError: if a Parquet file is to be read and pyarrow is missing.
+    """
+    if isinstance(source, str | Path):
+        return _file_rows(Path(source))
+    if is_hub_dataset(source):
+        plain = source.with_format(None)  # Python values, whatever format was set
+        return ((f"prompts[{index}]", row) for index, row in enumerate(plain))
+    if isinstance(source, Mapping):
+        names = ", ".join(map(str, list(source)[:8]))
+        raise ValueError(
+            f"prompts is a {type(source).__name__} of {names}, not a list of rows: give one of its splits, or a list with "
+            "one mapping per prompt"
+        )
+    unordered = isinstance(source, set | frozenset | bytes)
+    if unordered or not isinstance(source, Sized) or not hasattr(source, "__getitem__"):
+        raise ValueError(
+            f"prompts is of type {type(source).__name__}: expected a list, a datasets.Dataset or a path to one of "
+            f"{', '.join(_SUFFIXES)}; make a list of what has no order or no length"
+        )
+    return ((f"prompts[{index}]", source[index]) for index in range(len(source)))
+
+
+def _file_rows(path: Path) -> Iterator[Located]:
+    if "\0" in str(path):
+        raise ValueError(f"prompts={str(path)!r} is no path: it holds a NUL character")
+    suffix = path.suffix.lower()
+    readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    if suffix not in readers:
+        raise ValueError(
+            f"prompts={str(path)!r} is not a path to one of {', '.join(_SUFFIXES)}; a single prompt goes into a list"
+        )
+    if not path.is_file():
+        raise ValueError(f"prompts={str(path)!r} is no file")
+    return readers[suffix](path)
+
+
+def _jsonl_rows(path: Path) -> Iterator[Located]:
+    """One JSON value per line. Lines end at a line feed alone: JSON allows other separators inside a text."""
+    index = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number} (row {index})"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                row = json.loads(text)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where} is not UTF-8: {error}") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+            except RecursionError as error:
+                raise ValueError(f"{where} is nested too deeply") from error
+            yield where, row
+            index += 1
+
+
+def _csv_rows(path: Path) -> Iterator[Located]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        rows = _csv_cells(path, reader)
+        header = next(rows, ("", []))[1]
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}:1 names a column twice: {', '.join(header)}")
+        index = 0
+        for line, cells in rows:
+            if not cells:  # an empty line
+                continue
+            where = f"{path}:{line} (row {index})"
+            if len(cells) != len(header):
+                raise ValueError(f"{where} has {len(cells)} cells and the header {len(header)}: {', '.join(header)}")
+            yield where, dict(zip(header, cells, strict=True))
+            index += 1
+
+
+def _csv_cells(path: Path, reader: Any) -> Iterator[tuple[str, list[str]]]:
+    """The line at which each record begins, and its cells: a quoted cell may run over several lines."""
+    while True:
+        line = str(reader.line_num + 1)
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path}:{line} is not CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{line} or a line soon after it is not UTF-8: {error}") from error
+        if cells is None:
+            return
+        yield line, cells
+
+
+def _parquet_rows(path: Path) -> Iterator[Located]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f"reading {path} needs pyarrow: pip install pyarrow (it comes with 'trl[datasets]')"
+        ) from error
+    try:
+        batches: Iterable[Any] = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for index, row in enumerate(rows):
+            yield f"{path} (row {index})", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not Parquet: {error}") from error

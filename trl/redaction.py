@@ -1,0 +1,108 @@
+"""Secrets are taken out of whatever is written: settings, logs, records of a run, rows for a tracker."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import quote
+
+REDACTED = "[redacted]"
+
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:TOKEN|API_?KEY)$|SECRET|PASSWORD|PASSWD|PASSPHRASE|ACCESS_KEY|PRIVATE_KEY|CREDENTIAL|AUTHORIZATION"
+)
+# Of a tokenizer, and of statistics per token: `_TOKEN` at the end, and no secret.
+_TEXT_TOKEN = re.compile(
+    r"(?:^|_)(?:PAD|EOS|BOS|UNK|SEP|CLS|MASK|IMAGE|AUDIO|VIDEO|STOP|START|END|FIRST|LAST|NEXT|PER|EACH)_TOKEN$"
+)
+# Every repetition is bounded, or cannot begin inside another: a text of megabytes takes time in proportion to it.
+_SECRET_TEXT = (
+    # user:password of a URL; the password may hold an @
+    (re.compile(r"(://)[^/\s?#\"'<>]*@"), rf"\1{REDACTED}@"),
+    # ?token=... of a URL, NAME_API_KEY=... of a shell, and headers
+    (re.compile(r"(?i)([?&](?:[\w-]{0,32}(?:token|key|secret|password)|sig|signature)=)[^&\s#\"']+"), rf"\1{REDACTED}"),
+    (re.compile(r"([A-Z0-9]_(?:TOKEN|API_KEY|SECRET|PASSWORD)=)[^\s\"']+"), rf"\1{REDACTED}"),
+    (re.compile(r"(?i)(\bauthorization[\"']?\s{0,4}[:=]\s{0,4}[\"']?)[^\r\n\"']+"), rf"\1{REDACTED}"),
+    (re.compile(r"(?i)(\bbearer\s{1,4})[\w.~+/=-]{20,}"), rf"\1{REDACTED}"),
+    # The forms in which well-known services hand out keys.
+    (re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{16,})"), REDACTED),
+)
+# Values of switches, which would be taken out of every text.
+_NO_SECRET = {"true", "false", "none", "null"}
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a setting or environment variable of this name holds a secret, in any case and spelling.
+
+    True for `HF_TOKEN`, `*_TOKEN`, `token`, `*_API_KEY`, `apiKey`, `*_SECRET`, `*PASSWORD*`, `AWS_SECRET_ACCESS_KEY` and
+    the like; False for `pad_token`, `max_new_tokens`, `kl_per_token`.
+    """
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name).upper()
+    return bool(_SECRET_NAME.search(words)) and not _TEXT_TOKEN.search(words)
+
+
+def redact(value: Any) -> Any:
+    """The same value with secrets replaced by `[redacted]`.
+
+    A secret is: what stands under a secret name (see `is_secret_name`) in a mapping; the value of an environment variable
+    of such a name, wherever it occurs in a text (as a whole word if it has 4 to 7 characters; shorter ones are not looked
+    for); user and password of a URL, and keys in its query; what follows `Bearer`; what looks like a service's key.
+
+    Args:
+        value: text, bytes, paths, and mappings, lists, tuples and sets of them at any depth. Anything else is returned
+            as it is.
+
+    Returns:
+        A copy in which mappings are dicts; `value` is not changed.
+    """
+    return _redact(value, _text_redactor())
+
+
+def _redact(value: Any, clean: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, bytes):
+        return clean(value.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+    if isinstance(value, PurePath):
+        return type(value)(clean(str(value)))
+    if isinstance(value, Mapping):
+        return {
+            _redact(key, clean): _hide(item, key) if _names_secret(key) else _redact(item, clean)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        kind = type(value) if type(value) in (list, tuple, set, frozenset) else list
+        return kind(_redact(item, clean) for item in value)
+    return value
+
+
+def _names_secret(key: Any) -> bool:
+    return isinstance(key, str) and is_secret_name(key)
+
+
+def _hide(value: Any, name: str) -> Any:
+    """What stands under a secret name, unless it is a switch or a statistic: a float, or a count per token."""
+    is_count = isinstance(value, int) and name.upper().endswith("TOKEN")
+    return value if value is None or isinstance(value, bool | float) or is_count else REDACTED
+
+
+def _text_redactor() -> Callable[[str], str]:
+    """Redacts one text, knowing the environment as it is now."""
+    values = {value.strip() for name, value in os.environ.items() if is_secret_name(name)}
+    values = {value for value in values if len(value) >= 4 and value.lower() not in _NO_SECRET}
+    # A longer secret first: a shorter one may be its beginning.
+    forms = sorted({form for value in values for form in (value, quote(value, safe=""))}, key=len, reverse=True)
+    patterns = [re.escape(form) if len(form) >= 8 else rf"(?<!\w){re.escape(form)}(?!\w)" for form in forms]
+    known = re.compile("|".join(patterns)) if patterns else None
+
+    def clean(text: str) -> str:
+        if known is not None:
+            text = known.sub(REDACTED, text)
+        for pattern, replacement in _SECRET_TEXT:
+            text = pattern.sub(replacement, text)
+        return text
+
+    return clean

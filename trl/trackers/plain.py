@@ -1,0 +1,94 @@
+"""Anything as plain data: what YAML and JSON can hold, without secrets."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+from trl.redaction import redact
+
+_MANY = 64  # elements of an array that is written out
+
+
+def plain(value: Any) -> Any:
+    """Dictionaries with text keys, lists, texts, numbers, booleans and None; secrets are redacted.
+
+    Dataclasses become mappings of their fields; sets are sorted; functions and classes become `module:name`; small arrays
+    become lists. Of anything else the type is named, never an address in memory: the same settings give the same text.
+    """
+    return redact(_plain(value))
+
+
+def as_number(value: Any) -> int | float | None:
+    """A Python number, if `value` is one, of whatever kind, or an array or tensor of a single element."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    shape, item = getattr(value, "shape", None), getattr(value, "item", None)
+    if callable(item) and isinstance(shape, tuple) and math.prod(shape) == 1:
+        return as_number(item())
+    return None
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Plain data as JSON of ASCII characters alone; numbers that are not finite become null.
+
+    ASCII, since some readers of JSON lines take U+2028 and its like for the end of a line.
+    """
+    return json.dumps(_finite(plain(value)), indent=indent, allow_nan=False)
+
+
+def clean_text(text: str) -> str:
+    """The text as valid UTF-8: halves of surrogate pairs, which a broken decoder leaves, are spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return clean_text(str(value))
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, numbers.Integral | numbers.Real):
+        return as_number(value)
+    if isinstance(value, PurePath):
+        return clean_text(str(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {clean_text(str(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(item) for item in value), key=repr)
+    if hasattr(value, "tolist") and math.prod(getattr(value, "shape", ())) <= _MANY:
+        return _plain(value.tolist())
+    return _named(value)
+
+
+def _named(value: Any) -> str:
+    if hasattr(value, "__qualname__") and hasattr(value, "__module__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    kind = type(value)
+    if kind.__module__ == "torch" and not hasattr(value, "shape"):
+        return str(value)  # a dtype or a device
+    shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
+    return f"<{kind.__module__}:{kind.__qualname__}{shape}>"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value

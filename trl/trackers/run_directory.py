@@ -1,0 +1,314 @@
+"""One folder per run: what it was made of, what it measured, what it wrote, and what happened."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl.files import append_line, write_atomic
+from trl.trackers.environment import differences, environment
+from trl.trackers.events import event_line
+from trl.trackers.lock import RunLock
+from trl.trackers.metrics import complete_rows, metrics_line
+from trl.trackers.paths import run_folder
+from trl.trackers.plain import plain, to_json
+from trl.trackers.records import CompletionRecord, parquet_is_there, step_of, write_records
+
+logger = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """The record of a run, and its only writer. Made by `create` or `open`, never directly.
+
+    | file | what is in it | how it is written |
+    | --- | --- | --- |
+    | `config.resolved.yaml` | every setting | whole or not at all |
+    | `environment.json` | versions, git commit, machine | whole or not at all |
+    | `metrics.jsonl` | a row of numbers per step | appended, a line at a time |
+    | `completions/step-00000012.parquet` | every sample of the step | whole or not at all |
+    | `events.log` | what happened, with times | appended, a line at a time |
+    | `summary.json` | how it ended | whole or not at all |
+    | `checkpoints/` | made by whoever saves | |
+
+    Everything is UTF-8 and without secrets (`trl.redaction`). What is written whole is durable when the call returns; an
+    appended line outlives the process at once, and a power cut after `sync`. All writers raise `OSError` where the disk is
+    full or read-only, and leave no half of a line behind.
+
+    It is a tracker (`log`, `close`) and a context manager.
+    """
+
+    def __init__(self, path: Path, lock: RunLock) -> None:
+        self.path = path
+        self._lock = lock
+        self._last_step: int | None = None
+        self._warned_parquet = False
+
+    # Opening ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str | Path, root: str | Path | None = None) -> RunDirectory:
+        """Starts a run in a new folder, or in an empty one.
+
+        Args:
+            path: of the folder; folders above it are made.
+            root: if given, `path` is a name inside of it (see `trl.trackers.paths.run_folder`).
+
+        Raises:
+            ValueError: if there is something in the folder already, or `path` is not allowed.
+            RunLocked: if another process is starting a run there.
+        """
+        folder = run_folder(path, root)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, not the folder of a run")
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_new(folder)
+        run = cls(folder, RunLock(folder / ".lock"))
+        try:
+            _check_new(folder)  # again: another process may have held the lock until now
+            run._sweep()
+            for name in ("completions", "checkpoints"):
+                (folder / name).mkdir(exist_ok=True)
+            write_atomic(folder / "environment.json", (to_json(environment(), indent=2) + "\n").encode())
+            write_atomic(folder / "metrics.jsonl", b"")
+            run.event("run created")
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, root: str | Path | None = None) -> RunDirectory:
+        """Goes on with a run. What a killed process left half-written is taken off; follow with `truncate_after`.
+
+        Args:
+            path: of the folder.
+            root: as in `create`; what is in the folder must then lie inside of it, too.
+
+        Raises:
+            ValueError: if there is no run, or `path` is not allowed.
+            RunLocked: if another process writes it.
+        """
+        folder = run_folder(path, root)
+        if not cls.exists(folder):
+            raise ValueError(f"{folder} is not the folder of a run: there is no events.log in it")
+        if root is not None:
+            for entry in folder.iterdir():
+                if not entry.resolve().is_relative_to(folder):
+                    raise ValueError(f"{entry} leads out of the run through a symbolic link")
+        run = cls(folder, RunLock(folder / ".lock"))
+        try:
+            run._sweep()
+            run._mend()
+            run._note_environment()
+            previous = run._lock.left_by
+            run.event("run opened" + (f"; {previous} ended without closing it" if previous else ""))
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @staticmethod
+    def exists(path: str | Path, root: str | Path | None = None) -> bool:
+        """Whether there is a run to `open`."""
+        return (run_folder(path, root) / "events.log").is_file()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder for checkpoints."""
+        return self.path / "checkpoints"
+
+    # Writing ---------------------------------------------------------------------------------------------------------
+
+    def write_config(self, config: Any) -> None:
+        """Writes `config.resolved.yaml`.
+
+        Args:
+            config: a dataclass or a mapping; see `trl.trackers.plain.plain` for what becomes of its values.
+        """
+        import yaml
+
+        text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+        write_atomic(self.path / "config.resolved.yaml", text.encode("utf-8"))
+
+    def read_config(self) -> Any:
+        """What `write_config` wrote, as plain data; None if it has not been called."""
+        import yaml
+
+        path = self.path / "config.resolved.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes `summary.json`: what the run came to."""
+        write_atomic(self.path / "summary.json", (to_json(summary, indent=2) + "\n").encode())
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        """Appends the numbers of `row` to `metrics.jsonl` (see `trl.trackers.metrics.metrics_line`).
+
+        Args:
+            row: statistics by name. Times and speeds stand under `time/`: they alone may differ in a run of the same seed.
+            step: higher than that of every row before.
+
+        Raises:
+            ValueError: if there is a row of this step or a later one already.
+        """
+        if self._last_step is not None and step <= self._last_step:
+            raise ValueError(f"metrics.jsonl has a row of step {self._last_step} already; step {step} is not after it")
+        append_line(self.path / "metrics.jsonl", metrics_line(row, step))
+        self._last_step = step
+
+    def log_completions(self, records: Sequence[CompletionRecord], step: int) -> None:
+        """Writes every sample of a step into `completions/` (see `trl.trackers.records.write_records`)."""
+        if not self._warned_parquet and not parquet_is_there():
+            self._warned_parquet = True
+            logger.warning("pyarrow is not installed: completions are written as .jsonl (pip install pyarrow)")
+            self.event("completions are written as .jsonl, since pyarrow is not installed")
+        write_records(self.path / "completions", step, records)
+
+    def event(self, text: str) -> None:
+        """Appends a line to `events.log`: UTC time and text (see `trl.trackers.events.event_line`)."""
+        append_line(self.path / "events.log", event_line(text))
+
+    def sync(self) -> None:
+        """Makes every appended line durable: call it before a checkpoint is published that relies on them."""
+        for name in ("metrics.jsonl", "events.log"):
+            descriptor = os.open(self.path / name, os.O_RDWR)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    # Resuming and closing --------------------------------------------------------------------------------------------
+
+    def truncate_after(self, step: int) -> tuple[int, int]:
+        """Takes off what was recorded after a step, so that a resumed run records it once.
+
+        Rows up to `step` stay as they are, to the byte. The summary goes, too: the run is not over.
+
+        Args:
+            step: the last that counts, that of the checkpoint; -1 takes off everything.
+
+        Returns:
+            Rows of metrics and files of completions that were taken off.
+
+        Raises:
+            ValueError: if `metrics.jsonl` is damaged before its end; line and file are named.
+        """
+        path = self.path / "metrics.jsonl"
+        data = path.read_bytes() if path.exists() else b""
+        rows = complete_rows(path, data)
+        kept = [(row["step"], end) for row, end in rows if row["step"] <= step]
+        end = kept[-1][1] if kept else 0
+        if end != len(data) or not path.exists():
+            write_atomic(path, data[:end])
+        files = [entry for entry in self._completion_files() if (step_of(entry) or 0) > step]
+        for entry in files:
+            entry.unlink()
+        (self.path / "summary.json").unlink(missing_ok=True)
+        self._last_step = kept[-1][0] if kept else None
+        taken = len(rows) - len(kept)
+        self.event(f"records after step {step} taken off: {taken} rows, {len(files)} files of completions")
+        if step > 0 and self._last_step != step:
+            last = "none" if self._last_step is None else str(self._last_step)
+            logger.warning("%s lacks the rows up to step %d; its last is %s", path, step, last)
+            self.event(f"metrics.jsonl lacks the rows up to step {step}; its last is {last}")
+        return taken, len(files)
+
+    def close(self) -> None:
+        """Lets other processes write the run; a second call does nothing."""
+        self._lock.release()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _completion_files(self) -> list[Path]:
+        folder = self.path / "completions"
+        return sorted(entry for entry in folder.iterdir() if step_of(entry) is not None) if folder.is_dir() else []
+
+    def _sweep(self) -> None:
+        """Removes the temporary files of a killed `write_atomic`."""
+        for folder in (self.path, self.path / "completions"):
+            if folder.is_dir():
+                for entry in folder.glob(".*.tmp"):
+                    entry.unlink()
+
+    def _mend(self) -> None:
+        """Takes the half of a last line off what is appended to, and finds the last step."""
+        metrics, events = self.path / "metrics.jsonl", self.path / "events.log"
+        data = metrics.read_bytes() if metrics.exists() else b""
+        rows = complete_rows(metrics, data)
+        self._last_step = rows[-1][0]["step"] if rows else None
+        whole = rows[-1][1] if rows else 0
+        if whole != len(data) or not metrics.exists():
+            write_atomic(metrics, data[:whole])
+        data = events.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            write_atomic(events, data[:whole])
+
+    def _note_environment(self) -> None:
+        """Writes `environment.json` anew, and what changed into the events."""
+        path = self.path / "environment.json"
+        text = to_json(environment(), indent=2) + "\n"
+        try:
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError:
+            before = {}
+        for line in differences(before, json.loads(text)):
+            self.event(f"environment changed: {line}")
+        write_atomic(path, text.encode())
+
+
+class NullRunDirectory:
+    """Takes everything that a `RunDirectory` takes, and writes nothing: without a run directory, and on other ranks."""
+
+    def write_config(self, config: Any) -> None:
+        """Does nothing."""
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        """Does nothing."""
+
+    def log_completions(self, records: Sequence[CompletionRecord], step: int) -> None:
+        """Does nothing."""
+
+    def event(self, text: str) -> None:
+        """Does nothing."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
+    def truncate_after(self, step: int) -> tuple[int, int]:
+        """Takes nothing off."""
+        return 0, 0
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def _check_new(folder: Path) -> None:
+    """What a process leaves that is killed before its first event is no run yet; anything else is not written over."""
+    if found := sorted(entry.name for entry in folder.iterdir() if not _is_leftover(entry)):
+        what = (
+            "holds a run already: resume it" if "events.log" in found else f"is not empty ({found[0]}, ...): empty it"
+        )
+        raise ValueError(f"{folder} {what}, or choose another folder")
+
+
+def _is_leftover(entry: Path) -> bool:
+    """Whether a killed `create` may have left it: it has no event then."""
+    if entry.name == ".lock" or (entry.name.startswith(".") and entry.name.endswith(".tmp")):
+        return True
+    if entry.name in ("completions", "checkpoints"):
+        return entry.is_dir() and not any(entry.iterdir())
+    if entry.name == "metrics.jsonl":
+        return entry.is_file() and entry.stat().st_size == 0
+    return entry.name == "environment.json" and not (entry.parent / "events.log").exists()

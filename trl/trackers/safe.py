@@ -1,0 +1,128 @@
+"""A tracker that cannot hurt the run: dead, slow or full, it costs a step next to nothing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from trl.redaction import redact
+from trl.trackers.plain import as_number
+
+if TYPE_CHECKING:
+    from trl.protocols import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+class NullTracker:
+    """Takes rows and forgets them."""
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class SafeTracker:
+    """Runs a tracker on a thread of its own, behind a queue of limited length.
+
+    `log` never waits and never raises. An exception of the tracker is logged once and counted in `failures`; a row that
+    finds the queue full, or that the tracker had not taken when time was up, is counted in `dropped`. Rows arrive in their
+    order, without secrets. The tracker must not draw from the global random generators: the run does, too.
+
+    Args:
+        tracker: anything with `log(row, step)` and `close()`.
+        name: of the tracker, in messages; its class if None.
+        capacity: most rows that wait.
+        close_timeout: most seconds that `close` waits for the tracker to take what is left.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self, tracker: Tracker, *, name: str | None = None, capacity: int = 256, close_timeout: float = 5.0
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity={capacity} must be at least 1")
+        if not 0 <= close_timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(f"close_timeout={close_timeout} must be 0 or more seconds")
+        self.name = name or type(tracker).__name__
+        self.failures = 0
+        self.dropped = 0
+        self._tracker = tracker
+        self._capacity = capacity
+        self._close_timeout = close_timeout
+        self._rows: deque[tuple[dict[str, Any], int]] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        # A daemon: an interpreter that ends does not wait for a tracker that hangs.
+        self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
+        self._thread.start()
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        """Hands a row to the tracker's thread. The mapping is copied, arrays in it are not."""
+        with self._changed:
+            full = self._closing or len(self._rows) >= self._capacity
+            if full:
+                self.dropped += 1
+                first = self.dropped == 1
+            else:
+                self._rows.append((dict(row), step))
+                self._changed.notify()
+        if full and first:
+            reason = "is closed" if self._closing else f"is behind by {self._capacity} rows"
+            logger.warning("tracker %s %s: rows are dropped, from step %d on", self.name, reason, step)
+
+    def close(self) -> None:
+        """Waits for the tracker at most `close_timeout` seconds, and gives up what it has not taken then."""
+        deadline = time.monotonic() + self._close_timeout
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        with self._changed:
+            left = len(self._rows)
+            self.dropped += left
+            self._rows.clear()
+        if self._thread.is_alive():
+            logger.warning(
+                "tracker %s did not finish within %g s: %d rows are dropped", self.name, self._close_timeout, left
+            )
+
+    def __enter__(self) -> SafeTracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        while (item := self._next()) is not None:
+            row, step = item
+            self._guarded(partial(self._pass_on, row, step), f"log of step {step}")
+        self._guarded(self._tracker.close, "close")
+
+    def _pass_on(self, row: dict[str, Any], step: int) -> None:
+        numbers = {key: value for key, value in row.items() if as_number(value) is not None}
+        others = {key: value for key, value in row.items() if key not in numbers}
+        self._tracker.log(numbers | redact(others), step)
+
+    def _next(self) -> tuple[dict[str, Any], int] | None:
+        """The oldest row, as soon as there is one; None when it is closed and nothing is left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._rows or self._closing)
+            return self._rows.popleft() if self._rows else None
+
+    def _guarded(self, call: Callable[[], None], what: str) -> None:
+        try:
+            call()
+        except (Exception, SystemExit):  # whatever a tracker's client raises, the run goes on
+            self.failures += 1
+            if self.failures == 1:
+                logger.warning("tracker %s failed (%s); it is counted from now on", self.name, what, exc_info=True)
