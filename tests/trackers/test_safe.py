@@ -135,7 +135,7 @@ def weights_after_training(tracker: Any) -> tuple[dict[str, torch.Tensor], float
     queries = [torch.tensor([5, 6, 7])] * 4
     seconds = 0.0
     for step in range(3):
-        responses = trainer.generate(queries, return_prompt=False, do_sample=True, max_new_tokens=6)
+        responses = trainer.generate(queries, return_prompt=False, do_sample=True, top_k=0, max_new_tokens=6)
         stats = trainer.step(queries, list(responses), [torch.tensor(float(len(set(r.tolist())))) for r in responses])
         started = time.perf_counter()
         tracker.log(stats, step)

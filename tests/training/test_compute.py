@@ -25,8 +25,8 @@ def policy(build: Callable[..., Any] = tiny_gpt2, **overrides: Any) -> Any:
     return AutoModelForCausalLMWithValueHead.from_pretrained(build(**overrides), summary_dropout_prob=0.0)
 
 
-def rollout(rows: int = 3, width: int = 12) -> Rollout:
-    tokens = torch.randint(3, 61, (rows, width), generator=torch.Generator().manual_seed(0))
+def rollout(rows: int = 3, width: int = 12, seed: int = 0) -> Rollout:
+    tokens = torch.randint(3, 61, (rows, width), generator=torch.Generator().manual_seed(seed))
     attention = torch.ones(rows, width, dtype=torch.bool)
     return Rollout(tokens=tokens, attention=attention, mask=attention[:, 1:])
 
@@ -61,21 +61,28 @@ def test_36_gradients_point_where_those_of_float64_do(name: str) -> None:
         assert cosine > 0.995, parameter_name
 
 
-def test_gradients_of_several_passes_add_up_in_float32() -> None:
-    """256 + 1 = 256 in bfloat16: a sum in it would lose small parts."""
+@pytest.mark.parametrize("foreign", [False, True], ids=["own buffer", "somebody's gradient"])
+def test_gradients_of_several_passes_add_up_in_float32(foreign: bool) -> None:
     model = policy()
     copies = NarrowCopies(model)
     copies.refresh()
-    for _ in range(2):
-        with copies.stand_in():
-            evaluate(model, rollout()).logprobs.mean().backward()
-    twice = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    with copies.stand_in():
-        evaluate(model, rollout()).logprobs.mean().backward()
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            assert torch.equal(twice[name], 2 * p.grad)
+
+    def run(seeds: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        for seed in seeds:
+            with copies.stand_in():
+                evaluate(model, rollout(seed=seed)).logprobs.mean().backward()
+            if foreign:
+                for p in model.parameters():
+                    p.grad = None if p.grad is None else p.grad.clone()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    first, second, third = (run((seed,)) for seed in (1, 2, 3))
+    together = run((1, 2, 3))
+    assert len(together) > 10
+    for name, gradient in together.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, first[name] + second[name] + third[name])
 
 
 def test_weights_come_back_after_an_error() -> None:

@@ -13,41 +13,52 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ROWS = 256
+# Size of a chunk in float32, in bytes: on a CPU it stays in the cache, on a GPU it keeps the device busy.
+_CHUNK_BYTES = {"cpu": 4 * 2**20, "other": 256 * 2**20}
+_FLOOR = -1e30  # stands for the logit -inf where 0 * -inf would be nan
 
 
-def _wide(x: Tensor) -> Tensor:
+def _rows_of_chunk(logits: Tensor, chunk_rows: int | None) -> int:
+    """Rows of `[N, V]` logits that stand in memory in float32 at a time."""
+    if chunk_rows is not None:
+        return chunk_rows
+    size = _CHUNK_BYTES.get(logits.device.type, _CHUNK_BYTES["other"])
+    return max(1, size // (4 * logits.shape[-1]))
+
+
+def _wide_dtype(logits: Tensor) -> torch.dtype:
     """At least float32: the log-softmax of half-precision logits loses the tail."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """[N, V] logits, [N] tokens -> [N] logprobs, [N] entropies."""
+    """[N, V] logits, [N] tokens -> [N] logprobs, [N] entropies. Two buffers of one chunk are all it takes."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, chunk_rows: int, need_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        rows = logits.shape[0]
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        chosen = torch.empty(rows, dtype=dtype, device=logits.device)
-        top = torch.empty_like(chosen)
-        normalizer = torch.empty_like(chosen)
-        entropy = torch.zeros_like(chosen)
+        rows, words = logits.shape
+        chosen = torch.empty(rows, dtype=_wide_dtype(logits), device=logits.device)
+        top, normalizer, entropy = torch.empty_like(chosen), torch.empty_like(chosen), torch.zeros_like(chosen)
+        buffers = [chosen.new_empty(min(chunk_rows, rows), words) for _ in range(2 if need_entropy else 1)]
         for start in range(0, rows, chunk_rows):
-            part = slice(start, start + chunk_rows)
-            x = _wide(logits[part]) / temperature if temperature != 1.0 else _wide(logits[part])
+            part = slice(start, min(rows, start + chunk_rows))
+            x = buffers[0][: part.stop - start].copy_(logits[part])
+            if temperature != 1.0:
+                x /= temperature
             # The largest logit is taken off first: next to a large common offset the differences would lose their digits.
             largest = x.amax(dim=-1, keepdim=True)
-            x = x - largest
-            weight = torch.exp(x)
+            x -= largest
+            picked = x.gather(-1, tokens[part, None]).squeeze(-1)
+            weight = torch.exp(x, out=buffers[-1][: len(x)])
             z = weight.sum(-1)
             log_z = torch.log(z)
-            chosen[part] = x.gather(-1, tokens[part, None]).squeeze(-1) - log_z
+            chosen[part] = picked - log_z
             top[part], normalizer[part] = largest.squeeze(-1), log_z
             if need_entropy:
-                # A logit of -inf is a word of probability 0 and adds nothing; 0 * -inf would be nan.
-                entropy[part] = log_z - (weight * x.masked_fill(weight == 0, 0.0)).sum(-1) / z
+                # A logit of -inf is a word of probability 0 and adds nothing.
+                entropy[part] = log_z - torch.bmm(weight[:, None], x.clamp_(min=_FLOOR)[..., None]).flatten() / z
         ctx.save_for_backward(logits, tokens, top, normalizer, entropy)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         ctx.set_materialize_grads(False)
@@ -62,24 +73,32 @@ class _ChunkedLogprobs(torch.autograd.Function):
         logits, tokens, top, normalizer, entropy = ctx.saved_tensors
         if grad_chosen is None and grad_entropy is None:
             return None, None, None, None, None
+        rows, words = logits.shape
         grad_logits = torch.empty_like(logits)
-        for start in range(0, logits.shape[0], ctx.chunk_rows):
-            part = slice(start, start + ctx.chunk_rows)
-            log_p = (_wide(logits[part]) / ctx.temperature - top[part, None]) - normalizer[part, None]
-            p = torch.exp(log_p)
-            grad = torch.zeros_like(p)
-            if grad_chosen is not None:  # d log p_a / dx = onehot(a) - p
-                grad -= grad_chosen[part, None] * p
-                grad.scatter_add_(-1, tokens[part, None], grad_chosen[part, None].to(grad.dtype))
+        buffers = [top.new_empty(min(ctx.chunk_rows, rows), words) for _ in range(2)]
+        for start in range(0, rows, ctx.chunk_rows):
+            part = slice(start, min(rows, start + ctx.chunk_rows))
+            log_p = buffers[0][: part.stop - start].copy_(logits[part])
+            if ctx.temperature != 1.0:
+                log_p /= ctx.temperature
+            log_p -= top[part, None]
+            log_p -= normalizer[part, None]
+            p = torch.exp(log_p, out=buffers[1][: len(log_p)])
             if grad_entropy is not None:  # dH / dx = -p (log p + H)
-                log_p = log_p.masked_fill(p == 0, 0.0)
-                grad -= grad_entropy[part, None] * p * (log_p + entropy[part, None])
-            grad_logits[part] = grad / ctx.temperature
+                slope = log_p.clamp_(min=_FLOOR).add_(entropy[part, None]).mul_(grad_entropy[part, None])
+                if grad_chosen is not None:  # d log p_a / dx = onehot(a) - p
+                    slope += grad_chosen[part, None]
+                grad = p.mul_(slope).neg_()
+            else:
+                grad = p.mul_(grad_chosen[part, None]).neg_()
+            if grad_chosen is not None:
+                grad.scatter_add_(-1, tokens[part, None], grad_chosen[part, None].to(grad.dtype))
+            grad_logits[part] = grad.div_(ctx.temperature)
         return grad_logits, None, None, None, None
 
 
 def token_logprobs_and_entropy(
-    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk_rows: int = CHUNK_ROWS, entropy: bool = True
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk_rows: int | None = None, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `tokens` and entropies under softmax(logits / temperature).
 
@@ -87,7 +106,7 @@ def token_logprobs_and_entropy(
         logits: `[..., V]`, any floating dtype; computed in float32, or in float64 if given so.
         tokens: `[...]` int64, the token whose log-probability is wanted at each position.
         temperature: what sampling divided the logits by; > 0.
-        chunk_rows: positions that stand in memory in float32 at a time.
+        chunk_rows: positions that stand in memory in float32 at a time; None is what suits the device.
         entropy: False spares the entropy; zeros are returned in its place.
 
     Returns:
@@ -101,16 +120,18 @@ def token_logprobs_and_entropy(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be > 0")
     flat = logits.reshape(-1, logits.shape[-1])
-    chosen, spread = _ChunkedLogprobs.apply(flat, tokens.reshape(-1), float(temperature), chunk_rows, entropy)
+    chosen, spread = _ChunkedLogprobs.apply(
+        flat, tokens.reshape(-1), float(temperature), _rows_of_chunk(flat, chunk_rows), entropy
+    )
     return chosen.view(tokens.shape), spread.view(tokens.shape)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk_rows: int | None = None) -> Tensor:
     """`[...]` log p(token) under softmax(logits / temperature): see `token_logprobs_and_entropy`."""
     return token_logprobs_and_entropy(logits, tokens, temperature=temperature, chunk_rows=chunk_rows, entropy=False)[0]
 
 
-def entropy(logits: Tensor, *, temperature: float = 1.0, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+def entropy(logits: Tensor, *, temperature: float = 1.0, chunk_rows: int | None = None) -> Tensor:
     """`[...]` entropy in nats of softmax(logits / temperature), for logits `[..., V]`."""
     anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return token_logprobs_and_entropy(logits, anything, temperature=temperature, chunk_rows=chunk_rows)[1]

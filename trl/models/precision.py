@@ -7,7 +7,7 @@ gradients once a pass is over, the value head, and what the model itself wants i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -38,7 +38,31 @@ class NarrowCopies:
             if parameter.dtype == torch.float32 and not any(part in f"{name}." for part in keep)
         ]
         self._copies: list[Tensor] = []
+        self._gradients: dict[int, Tensor] = {}  # float32, by place in the list; kept, so that no step allocates them anew
+        self._pending: set[int] = set()  # places whose gradient of this pass is in `_gradients`
         self._active = False
+        for place, parameter in enumerate(self._parameters):
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._widening(place))
+
+    def _widening(self, place: int) -> Callable[[Tensor], None]:
+        """A hook that takes a narrow gradient off its parameter as soon as it is there, and adds it up in float32."""
+
+        def hook(parameter: Tensor) -> None:
+            narrow = parameter.grad
+            if narrow is None or not self._active:
+                return
+            if place not in self._gradients:
+                self._gradients[place] = torch.empty_like(narrow, dtype=torch.float32)
+            wide = self._gradients[place]
+            if place in self._pending:
+                wide += narrow
+            else:
+                wide.copy_(narrow)
+            self._pending.add(place)
+            parameter.grad = None
+
+        return hook
 
     def refresh(self) -> None:
         """Narrows the weights as they are now."""
@@ -54,24 +78,36 @@ class NarrowCopies:
     def stand_in(self) -> Iterator[None]:
         """Computes with the copies as they were last refreshed; gradients are float32 afterwards.
 
-        Forward and backward pass of a microbatch both belong inside. A gradient that is there already is float32, and
-        is added to in float32.
+        Forward and backward pass of a microbatch both belong inside. Gradients add to those that are there.
         """
         if self._active:
             yield
             return
         wide = [parameter.data for parameter in self._parameters]
+        before = [parameter.grad for parameter in self._parameters]
+        # What a pass before this one left in our own buffer is added to there.
+        self._pending = {place for place, grad in enumerate(before) if grad is not None and self._is_ours(place, grad)}
         self._active = True
         try:
             for parameter, copy in zip(self._parameters, self._copies, strict=True):
+                parameter.grad = None
                 parameter.data = copy
             yield
         finally:
-            for parameter, data in zip(self._parameters, wide, strict=True):
-                parameter.data = data
-                if parameter.grad is not None and parameter.grad.dtype != data.dtype:
-                    parameter.grad = parameter.grad.to(data.dtype)
             self._active = False
+            for place, (parameter, data) in enumerate(zip(self._parameters, wide, strict=True)):
+                parameter.data = data
+                parameter.grad = self._sum(place, before[place])
+
+    def _sum(self, place: int, before: Tensor | None) -> Tensor | None:
+        """The gradient of a parameter after a pass, `before` being the one that it had."""
+        if place not in self._pending:
+            return before
+        wide = self._gradients[place]
+        return wide if before is None or before is wide else before.add_(wide)
+
+    def _is_ours(self, place: int, gradient: Tensor) -> bool:
+        return self._gradients.get(place) is gradient
 
 
 def narrow_for_good(model: nn.Module, keep: tuple[str, ...] = ("v_head.",), besides: nn.Module | None = None) -> None:
