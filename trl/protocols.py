@@ -35,7 +35,8 @@ class Sandbox(Protocol):
 
     def run(self, program: str, text: str, *, seconds: float) -> str | None:
         """What the Python source `program` wrote to its standard output, or the end of it, having been given `text` on
-        its standard input; None if it was stopped for taking longer than `seconds`. It may have failed."""
+        its standard input; None if it was stopped for taking longer than `seconds`. It may have failed.
+        """
         ...
 
 

@@ -89,9 +89,10 @@ class Scored:
     def statistics(self) -> dict[str, float]:
         """Per component the mean, standard deviation (of the population), least and largest value over the samples that
         have one, and the share that has none (`reward/<name>/mean`, ...); NaN over no samples. The share of samples
-        with an error (`reward/errors`) and left out (`reward/excluded`)."""
+        with an error (`reward/errors`) and left out (`reward/excluded`).
+        """
         count = max(len(self), 1)
-        found = {}
+        found: dict[str, float] = {}
         for name, values in self.components.items():
             known = [value for value in values if value is not None]
             mean = math.fsum(known) / len(known) if known else math.nan

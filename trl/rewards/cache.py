@@ -103,7 +103,7 @@ def key_of(*parts: Any) -> str:
 class CachedReward:
     """A reward that scores each text once.
 
-    The key is prompt, completion and columns. Samples that failed are scored again when they come again. For rewards
+    The key is prompt, completion, columns and the number of completion tokens. Samples that failed are scored again when they come again. For rewards
     that always say the same about the same text.
 
     Args:
@@ -134,10 +134,6 @@ class CachedReward:
         """
         keys = [self._key(sample) for sample in samples]
         found = {key: self.cache.get(key) for key in keys}
-        for key, sample in zip(keys, samples, strict=True):
-            # The same text in other tokens: rewards of tokens do not carry over.
-            if found[key] and found[key]["tokens"] and len(found[key]["tokens"]) != len(sample.completion_ids):
-                found[key] = None
         first = {key: i for i, key in reversed(list(enumerate(keys))) if found[key] is None}
         new = sorted(first.values())
         fresh = self.reward.score([samples[i] for i in new])
@@ -166,7 +162,8 @@ class CachedReward:
     def _key(self, sample: Sample) -> str:
         names = sample.columns if self.columns is None else self.columns
         columns = {name: sample.columns.get(name) for name in names}
-        ids = [sample.prompt_ids, sample.completion_ids] if self.ids else []
+        # Rewards of tokens do not carry over to the same text in another number of them.
+        ids = [sample.prompt_ids, sample.completion_ids] if self.ids else len(sample.completion_ids)
         try:
             return key_of(sample.prompt, sample.completion, columns, ids)
         except (TypeError, ValueError) as error:

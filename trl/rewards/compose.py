@@ -71,7 +71,8 @@ class RewardMix:
             seconds=[math.fsum(part.seconds[i] for part in parts.values()) for i in count],
             errors=[_joined({name: part.errors[i] for name, part in parts.items()}, "; ") for i in count],
             tracebacks=[
-                _joined({name: (part.tracebacks or part.errors)[i] for name, part in parts.items()}, "\n") for i in count
+                _joined({name: (part.tracebacks or part.errors)[i] for name, part in parts.items()}, "\n")
+                for i in count
             ],
         )
 
@@ -161,7 +162,9 @@ def as_reward(
     if several and name is not None:
         raise ValueError(f"name={name!r} goes with a single reward; there are several")
     if several and not isinstance(cache, bool):
-        raise ValueError(f"cache={cache!r} would mix the scores of several rewards: wrap each in as_reward(..., cache=)")
+        raise ValueError(
+            f"cache={cache!r} would mix the scores of several rewards: wrap each in as_reward(..., cache=)"
+        )
     reward: Reward
     if isinstance(spec, Mapping | list | tuple):
         by_name = dict(spec) if isinstance(spec, Mapping) else _named(spec)
@@ -174,11 +177,13 @@ def as_reward(
 
 def _leaf(spec: Any, name: str, guard: Guard, cache: Any) -> Reward:
     if isinstance(spec, nn.Module):
-        raise ValueError(f"{name!r} is a model ({type(spec).__name__}); wrap it in ClassifierReward, with its tokenizer")
+        raise ValueError(
+            f"{name!r} is a model ({type(spec).__name__}); wrap it in ClassifierReward, with its tokenizer"
+        )
     if callable(getattr(spec, "score", None)) and callable(getattr(spec, "close", None)):
         if guard != Guard() or cache:
             raise ValueError(f"reward {name!r} is made already: give it its guard and cache where it is made")
-        return spec  # type: ignore[no-any-return]
+        return spec
     if not isinstance(spec, str) and not callable(spec):
         raise ValueError(f"reward {name!r} is of type {type(spec).__name__}; expected a function or 'module:function'")
     reward = FunctionReward(spec, name, guard)

@@ -104,9 +104,7 @@ class FunctionReward:
             ColumnError: if the samples lack a column that the function needs.
         """
         if not samples:
-            return Scored(
-                scores=[], components={self.name: []}, token_rewards=[], seconds=[], errors=[], tracebacks=[]
-            )
+            return Scored(scores=[], components={self.name: []}, token_rewards=[], seconds=[], errors=[], tracebacks=[])
         size = self.guard.rows_per_call or math.ceil(len(samples) / self.guard.concurrency)
         parts = [samples[start : start + size] for start in range(0, len(samples), size)]
         rows: list[Row] = []
@@ -163,10 +161,9 @@ class FunctionReward:
         tokens: list[list[float] | None] = []
         for value in values:
             assert not isinstance(value, Failure)
-            is_list = isinstance(value, list)
             scores.append(0.0 if isinstance(value, list) else value)
             raw.append(math.fsum(value) if isinstance(value, list) else value)
-            tokens.append(value if isinstance(value, list) and is_list else None)
+            tokens.append(value if isinstance(value, list) else None)
         return Scored(
             scores=scores,
             components={self.name: raw},

@@ -25,7 +25,10 @@ _MOST_LOST = 16
 class Runner(Protocol):
     """Calls one reward function."""
 
-    binding: Binding
+    @property
+    def binding(self) -> Binding:
+        """How the function wants to be called."""
+        ...
 
     def run(self, samples: Sequence[Sample]) -> list[Row]:
         """One row per sample, or an exception."""
@@ -56,7 +59,8 @@ class Inline:
 
 class Threaded:
     """Calls the function on a thread of its own and gives it up after `timeout` seconds: it may go on running, since
-    a thread cannot be killed, but nobody waits for it."""
+    a thread cannot be killed, but nobody waits for it.
+    """
 
     def __init__(self, function: Callable[..., Any], name: str, timeout: float | None) -> None:
         self.inline = Inline(function, name)
@@ -130,7 +134,7 @@ def call_within(
         raise TimeoutError(f"the call took longer than its timeout of {seconds:g} s") from None
     if not succeeded:
         raise value
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:

@@ -94,7 +94,9 @@ class Process:
             except RowFailed as error:
                 worker.close()
                 why = error.failure.traceback
-                raise RewardFailed(f"no process for reward {self.name!r} ({self.path}) could be started: {why}") from error
+                raise RewardFailed(
+                    f"no process for reward {self.name!r} ({self.path}) could be started: {why}"
+                ) from error
             except BaseException:
                 worker.close()
                 raise
@@ -191,7 +193,7 @@ def _request(
         row["completion_ids"] = sample.completion_ids if binding.reads_ids else ()
         row["columns"] = {column: sample.columns[column] for column in columns if column in sample.columns}
         rows.append(row)
-    request = {"samples": rows, "columns": columns, "seconds": timeout}
+    request: dict[str, Any] = {"samples": rows, "columns": columns, "seconds": timeout}
     request["lengths"] = [len(sample.completion_ids) for sample in samples]
     try:
         return json.dumps(request).encode("ascii") + b"\n"
@@ -218,4 +220,3 @@ def _parsed(answer: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RowFailed(Failure.saying("ValueError: the reward's process wrote something else than an answer"))
     return found
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -127,10 +128,8 @@ class Killable:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # ended meanwhile
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # ended meanwhile
 
 
 def _ending(status: int) -> str:

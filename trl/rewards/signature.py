@@ -105,7 +105,8 @@ class Binding:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Binding:
         """From the other end of a pipe."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        return cls(**known)
 
 
 def call(function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
@@ -155,7 +156,7 @@ def resolve(path: str) -> Callable[..., Any]:
         found = getattr(found, part)
     if not callable(found):
         raise ValueError(f"{path!r} is of type {type(found).__name__}; expected a function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def path_of(function: Callable[..., Any]) -> str:
@@ -184,7 +185,9 @@ def path_of(function: Callable[..., Any]) -> str:
     except (ImportError, ValueError):
         same = False
     if not same:
-        raise ValueError(f"{module}:{name} is not the reward itself: another process would find something else; {remedy}")
+        raise ValueError(
+            f"{module}:{name} is not the reward itself: another process would find something else; {remedy}"
+        )
     return f"{module}:{name}"
 
 

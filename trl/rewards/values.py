@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from trl.rewards.failures import Failure
 
 # A score; one number per completion token; nothing to be had; or why there is none.
-Row: TypeAlias = float | list[float] | None | Failure
+Row: TypeAlias = float | list[float] | Failure | None
 
 
 def read_answer(answer: Any, lengths: Sequence[int]) -> list[Row]:

@@ -5,6 +5,7 @@ Started by `trl.rewards.process`. Imports the standard library alone, and what t
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -83,10 +84,9 @@ def _failed(error: BaseException) -> dict[str, Any]:
 
 
 def _flush() -> None:
-    try:
+    # The reward may have closed or replaced it.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stdout.flush()
-    except (AttributeError, OSError, ValueError):
-        pass  # the reward has closed or replaced it: nothing of ours
 
 
 def _send(stream: Any, message: dict[str, Any]) -> None:
