@@ -74,7 +74,8 @@ class UnitTestReward:
 
     The code is the last fenced block of a completion, or all of it. Each test is a piece of Python that raises if the
     code is wrong (`assert add(1, 2) == 3`) and sees the code's names. Code that does not load, does not end in time or
-    ends the process passes nothing.
+    ends the process passes nothing. Code that searches the process's memory for how results are told can still make one
+    up: look at the best-scored completions.
 
     A model that is rewarded for it will write code that does anything at all. So it runs in `sandbox`, or, if you say
     `unsafe_local=True`, as a process of yours: one that can be killed, with limits of time, memory and file size, in an
@@ -150,7 +151,7 @@ def code_of(completion: str) -> str:
 
 
 def _tests(value: Any) -> list[str]:
-    tests = [value] if isinstance(value, str) else list(value or [])
+    tests = [value] if isinstance(value, str) and value else list(value or [])
     if strange := [test for test in tests if not isinstance(test, str)]:
         raise ColumnError(f"a test is of type {type(strange[0]).__name__}; expected Python as a string")
     return tests
