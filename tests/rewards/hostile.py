@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import subprocess
 import sys
@@ -42,6 +43,11 @@ def sleeps(prompts: list[str], completions: list[str]) -> list[float]:
 def hangs_in_c(prompts: list[str], completions: list[str]) -> list[float]:
     ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock: no thread and no Python signal handler runs
     return []
+
+
+def switches_its_watchdog_off(prompts: list[str], completions: list[str]) -> list[float]:
+    faulthandler.cancel_dump_traceback_later()
+    return hangs_in_c(prompts, completions)
 
 
 def not_a_number(prompts: list[str], completions: list[str]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -54,10 +54,8 @@ def serving(answer: Answer) -> Iterator[Service]:
             pass
 
         def handle(self) -> None:
-            try:
+            with suppress(OSError):  # the other side has had enough
                 super().handle()
-            except OSError:
-                pass  # the other side has had enough
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import math
+import subprocess
 import sys
 import threading
 import time
@@ -24,8 +26,8 @@ from trl.rewards import (
     Guard,
     RewardErrors,
     RewardMix,
-    Scored,
     ScoreCache,
+    Scored,
     as_reward,
 )
 from trl.rewards.failures import ColumnError
@@ -117,8 +119,8 @@ def test_process_gets_what_the_function_gets_here() -> None:
     assert scores("tests.rewards.hostile:length") == [7.0, 5.0]
     with pytest.raises(ColumnError, match="'answer'"):
         scores(hostile.with_columns, samples("one"), isolation="process", on_error="skip")
+    odd = [sample("a", answer=object(), more=1)]
     with pytest.raises(ColumnError, match="cannot be sent to a process of its own as JSON"):
-        odd = [sample("a", answer=object(), more=1)]
         scores(hostile.with_columns, odd, isolation="process", on_error="skip")
 
 
@@ -126,9 +128,7 @@ def test_a_worker_does_without_torch() -> None:
     reward = as_reward("sys:intern", isolation="process")
     with pytest.raises(Exception, match="takes"):
         reward.score(BATCH)
-    code = "import trl.rewards.worker, trl.rewards, sys; assert 'torch' not in sys.modules; assert 'numpy' not in sys.modules"
-    import subprocess
-
+    code = "import trl.rewards.worker, sys; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -151,8 +151,8 @@ def test_a_process_finds_no_local_nor_the_scripts_functions(monkeypatch: pytest.
 
     with pytest.raises(ValueError, match="is defined inside another function"):
         as_reward(local, isolation="process")
+    other = functools.wraps(hostile.length)(lambda prompts, completions: [0.0])
     with pytest.raises(ValueError, match="is not the reward itself"):
-        other = functools.wraps(hostile.length)(lambda prompts, completions: [0.0])
         as_reward(other, isolation="process")
     local.__module__, local.__qualname__ = "__main__", "local"
     with pytest.raises(ValueError, match="is defined in the script that is run"):
@@ -315,7 +315,7 @@ def test_statistics_worked_by_hand() -> None:
         (nn.Linear(1, 1), {}, "wrap it in ClassifierReward"),
         (3, {}, "is of type int"),
         (as_reward(hostile.length), {"on_error": "skip"}, "is made already"),
-        (lambda: [], {}, r"takes \(\); expected f\(prompts, completions"),
+        (lambda: None, {}, r"takes \(\); expected f\(prompts, completions"),
         (lambda samples, other: [], {}, "takes more than samples"),
         ("nowhere", {}, "expected 'module:function'"),
         (hostile.length, {"on_error": "ignore"}, "on_error='ignore'"),
@@ -400,7 +400,7 @@ def test_cache_on_disk_outlives_the_process_and_a_torn_line(tmp_path: Path, capl
     assert "1 lines are no entries" in caplog.text
     assert reward.score(samples("four", "one", "three")).scores == [4.0, 3.0, 5.0]
     assert as_reward(counting, cache=path).score(samples("three")).scores == [5.0]
-    assert counting.asked == [["one", "four"], ["three"], []] or counting.asked == [["one", "four"], ["three"]]
+    assert counting.asked == [["one", "four"], ["three"]]
 
 
 def test_cache_forgets_what_was_not_used_for_longest() -> None:
@@ -454,7 +454,7 @@ def test_budget_stops_with_the_commonest_traceback() -> None:
     assert budget.errors == 2
     many = as_reward(failing([3]), on_error="penalty", penalty=0.0, budget=ErrorBudget(share=0.25, window=8))
     with pytest.raises(
-        RewardErrors, match="3 of the last 3 samples .* at most 25% of 8 .* 3 times: LookupError"
+        RewardErrors, match=r"3 of the last 3 samples .* at most 25% of 8 .* 3 times: LookupError"
     ) as caught:
         many.score(batch)
     assert "in common\n" in str(caught.value) and "no rubric for 0" in str(caught.value)
@@ -476,8 +476,6 @@ def test_budget_of_zero_and_none_is_no_error() -> None:
 
 
 def test_budget_goes_on_from_a_checkpoint() -> None:
-    import json
-
     reward_of = lambda budget, bad: as_reward(failing([bad]), on_error="skip", budget=budget)  # noqa: E731
     first = ErrorBudget(share=0.5, window=4)
     reward_of(first, 2).score(samples(*"ab"))

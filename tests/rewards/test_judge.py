@@ -119,6 +119,10 @@ def test_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         judge = JudgeReward(service.url, "m", key_env="CANARY_API_KEY", cache=tmp_path / "judge.jsonl")
         as_reward(judge).score(samples("one"))
     assert service.requests[0][2]["Authorization"] == "Bearer sk-canary-42"
+    with serving(lambda body: reply("your key is sk-canary-42")) as service:
+        scored = judged(service.url, samples("one"), key_env="CANARY_API_KEY")
+    assert scored.errors == ["Refused: the answer repeats the key, which would spread it"]
+    assert "sk-canary-42" not in repr(scored)
     assert "sk-canary-42" not in repr(vars(judge)) + (tmp_path / "judge.jsonl").read_text()
 
 
