@@ -7,14 +7,36 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from trl.types import Experience, Loss
+from trl.types import Experience, Loss, Sample, Scored
 
 
 class RewardFn(Protocol):
     """Scores finished texts."""
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> Sequence[float]:
-        """One score per completion."""
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> Sequence[float | None]:
+        """One score per completion; None where there is none to be had."""
+        ...
+
+
+class Reward(Protocol):
+    """A source of scores that knows what to do when scoring fails; `trl.rewards.as_reward` makes one of a function."""
+
+    def score(self, samples: Sequence[Sample]) -> Scored:
+        """Scores in the order of the samples."""
+        ...
+
+    def close(self) -> None:
+        """Ends what runs beside the process. Scoring again starts it again."""
+        ...
+
+
+class Sandbox(Protocol):
+    """Runs programs that nobody trusts, where they can do no harm."""
+
+    def run(self, program: str, text: str, *, seconds: float) -> str | None:
+        """What the Python source `program` wrote to its standard output, or the end of it, having been given `text` on
+        its standard input; None if it was stopped for taking longer than `seconds`. It may have failed.
+        """
         ...
 
 

@@ -8,9 +8,10 @@ What stands off the mask is unspecified: it is never read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -58,6 +59,51 @@ class Experience:
 
     def __len__(self) -> int:
         return len(self.rollout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A finished completion, as rewards see it."""
+
+    prompt: str
+    completion: str
+    prompt_ids: tuple[int, ...]  # the policy's tokens
+    completion_ids: tuple[int, ...]
+    columns: Mapping[str, Any]  # what else the dataset says about the prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What a reward says about `B` samples, in their order."""
+
+    scores: list[float | None]  # B totals; None leaves the sample out
+    components: dict[str, list[float | None]]  # by name: B raw values, before weights; the sum of a per-token reward
+    token_rewards: list[list[float] | None]  # B times one number per completion token, on top of the score
+    seconds: list[float]  # B durations of the calls that a sample was part of; 0 from a cache
+    errors: list[str | None]  # B times one line; also where a penalty stands in for the score
+    tracebacks: list[str | None] = field(default_factory=list)  # B times more about the error, where it is known
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def statistics(self) -> dict[str, float]:
+        """Per component the mean, standard deviation (of the population), least and largest value over the samples that
+        have one, and the share that has none (`reward/<name>/mean`, ...); NaN over no samples. The share of samples
+        with an error (`reward/errors`) and left out (`reward/excluded`).
+        """
+        count = max(len(self), 1)
+        found: dict[str, float] = {}
+        for name, values in self.components.items():
+            known = [value for value in values if value is not None]
+            mean = math.fsum(known) / len(known) if known else math.nan
+            spread = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / len(known)) if known else math.nan
+            found |= {f"reward/{name}/mean": mean, f"reward/{name}/std": spread}
+            found |= {f"reward/{name}/min": min(known, default=math.nan)}
+            found |= {f"reward/{name}/max": max(known, default=math.nan)}
+            found |= {f"reward/{name}/none": values.count(None) / count}
+        found["reward/errors"] = sum(error is not None for error in self.errors) / count
+        found["reward/excluded"] = self.scores.count(None) / count
+        return found
 
 
 @dataclass(frozen=True, slots=True)

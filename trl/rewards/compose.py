@@ -1,0 +1,228 @@
+"""Whatever a user hands in as a reward, as one object; several rewards as a weighted sum."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from trl.protocols import Reward
+from trl.rewards.cache import CachedReward, ScoreCache
+from trl.rewards.failures import ErrorBudget
+from trl.rewards.function import FunctionReward, Guard
+from trl.types import Sample, Scored
+
+One: TypeAlias = "Callable[..., Any] | str | Reward"
+Spec: TypeAlias = "One | Mapping[str, One] | Sequence[One]"
+
+
+class RewardMix:
+    """A weighted sum of rewards.
+
+    A sample whose score from any reward is None has None in all: leaving the reward out would score it 0. With
+    `missing="leave_out"` a reward that says None, without an error, is left out of that sample's sum, as is right where
+    each reward is for some of the samples alone; None from all is None.
+
+    Args:
+        rewards: by name; a name is the component's in statistics.
+        weights: one per reward; None is 1 each.
+        missing: what None from one of several rewards means: "exclude" the sample, or "leave_out" the reward.
+
+    Raises:
+        ValueError: if there are no rewards, or the weights are not theirs or not finite.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float] | None = None,
+        missing: Literal["exclude", "leave_out"] = "exclude",
+    ) -> None:
+        if not rewards:
+            raise ValueError("there is no reward in the mix")
+        if missing not in ("exclude", "leave_out"):
+            raise ValueError(f"missing={missing!r} must be 'exclude' or 'leave_out'")
+        weights = dict.fromkeys(rewards, 1.0) if weights is None else dict(weights)
+        if set(weights) != set(rewards):
+            raise ValueError(f"weights are of {_listed(weights)}; the rewards are {_listed(rewards)}")
+        for name, weight in weights.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of {name!r} is {weight}; expected a finite number")
+        self.rewards = dict(rewards)
+        self.weights = {name: float(weights[name]) for name in rewards}
+        self.missing = missing
+
+    def score(self, samples: Sequence[Sample]) -> Scored:
+        """Scores samples with each reward in turn; errors carry the reward's name."""
+        parts = {name: reward.score(samples) for name, reward in self.rewards.items()}
+        components: dict[str, list[float | None]] = {}
+        for name, part in parts.items():
+            own = list(part.components) == [name] or len(part.components) == 1
+            components |= {(name if own else f"{name}/{key}"): value for key, value in part.components.items()}
+        count = range(len(samples))
+        kept = [self._kept(parts, i) for i in count]
+        return Scored(
+            scores=[self._total(parts, kept[i], i) for i in count],
+            components=components,
+            token_rewards=[self._tokens(parts, kept[i], i) for i in count],
+            seconds=[math.fsum(part.seconds[i] for part in parts.values()) for i in count],
+            errors=[_joined({name: part.errors[i] for name, part in parts.items()}, "; ") for i in count],
+            tracebacks=[
+                _joined({name: (part.tracebacks or part.errors)[i] for name, part in parts.items()}, "\n")
+                for i in count
+            ],
+        )
+
+    def close(self) -> None:
+        """Closes every reward."""
+        for reward in self.rewards.values():
+            reward.close()
+
+    def _kept(self, parts: Mapping[str, Scored], i: int) -> list[str]:
+        """Names of the rewards that count for sample `i`; none if the sample is left out."""
+        absent = [name for name, part in parts.items() if part.scores[i] is None]
+        if absent and (self.missing == "exclude" or any(parts[name].errors[i] is not None for name in absent)):
+            return []
+        return [name for name in parts if name not in absent]
+
+    def _total(self, parts: Mapping[str, Scored], kept: Sequence[str], i: int) -> float | None:
+        values = [(self.weights[name], parts[name].scores[i]) for name in kept]
+        return math.fsum(weight * value for weight, value in values if value is not None) if values else None
+
+    def _tokens(self, parts: Mapping[str, Scored], kept: Sequence[str], i: int) -> list[float] | None:
+        values = [(self.weights[name], parts[name].token_rewards[i]) for name in kept]
+        weighted = [[weight * reward for reward in tokens] for weight, tokens in values if tokens is not None]
+        return [math.fsum(column) for column in zip(*weighted, strict=True)] if weighted else None
+
+
+class _Budgeted:
+    """A reward whose errors are counted against a budget."""
+
+    def __init__(self, reward: Reward, budget: ErrorBudget) -> None:
+        self.reward = reward
+        self.budget = budget
+
+    def score(self, samples: Sequence[Sample]) -> Scored:
+        scored = self.reward.score(samples)
+        self.budget.record(scored)
+        return scored
+
+    def close(self) -> None:
+        self.reward.close()
+
+
+def as_reward(
+    spec: Spec,
+    *,
+    name: str | None = None,
+    weights: Mapping[str, float] | Sequence[float] | None = None,
+    missing: Literal["exclude", "leave_out"] = "exclude",
+    on_error: Literal["raise", "skip", "penalty"] = "raise",
+    penalty: float | None = None,
+    isolation: Literal["none", "thread", "process"] = "none",
+    timeout: float | None = None,
+    start_timeout: float = 120.0,
+    concurrency: int = 1,
+    rows_per_call: int | None = None,
+    cache: bool | str | os.PathLike[str] | ScoreCache = False,
+    budget: ErrorBudget | None = None,
+) -> Reward:
+    """Makes one reward of what a user hands in.
+
+    Args:
+        spec: a function or callable object (see `FunctionReward`); "module:function"; a reward (anything with `score`
+            and `close`), which keeps its own settings; or several of these, as a mapping by name or as a list.
+        name: of the component, for a single function; None is the function's own.
+        weights: of several rewards, by name or in their order; None is 1 each.
+        missing: what None from one of several rewards means: see `RewardMix`.
+        on_error: what a failure means: see `Guard`, as for the following.
+        penalty: the score of a sample whose reward failed, for `on_error="penalty"`.
+        isolation: where functions run.
+        timeout: seconds for a call.
+        start_timeout: seconds for a process to start.
+        concurrency: calls at a time.
+        rows_per_call: samples in a call.
+        cache: True keeps the scores of functions in memory, so that the same text is scored once; a path keeps them in
+            that JSONL file, too (for a single function: a file holds one function's scores); or a cache of your own.
+        budget: stops the run when too many samples fail.
+
+    Raises:
+        ValueError: if `spec` is none of these or an argument does not go with it.
+    """
+    guard = Guard(
+        on_error=on_error, penalty=penalty, isolation=isolation, timeout=timeout,
+        start_timeout=start_timeout, concurrency=concurrency, rows_per_call=rows_per_call,
+    )  # fmt: skip
+    several = isinstance(spec, Mapping | list | tuple)
+    if not several and weights is not None:
+        raise ValueError(f"weights={weights!r} go with several rewards; there is one")
+    if several and name is not None:
+        raise ValueError(f"name={name!r} goes with a single reward; there are several")
+    if several and not isinstance(cache, bool):
+        raise ValueError(
+            f"cache={cache!r} would mix the scores of several rewards: wrap each in as_reward(..., cache=)"
+        )
+    reward: Reward
+    if isinstance(spec, Mapping | list | tuple):
+        by_name = dict(spec) if isinstance(spec, Mapping) else _named(spec)
+        leaves = {key: _leaf(one, key, guard, cache) for key, one in by_name.items()}
+        reward = RewardMix(leaves, _by_name(weights, list(by_name)), missing)
+    else:
+        reward = _leaf(spec, name or _name_of(spec), guard, cache)
+    return reward if budget is None else _Budgeted(reward, budget)
+
+
+def _leaf(spec: Any, name: str, guard: Guard, cache: Any) -> Reward:
+    if isinstance(spec, nn.Module):
+        raise ValueError(
+            f"{name!r} is a model ({type(spec).__name__}); wrap it in ClassifierReward, with its tokenizer"
+        )
+    if callable(getattr(spec, "score", None)) and callable(getattr(spec, "close", None)):
+        if guard != Guard() or cache:
+            raise ValueError(f"reward {name!r} is made already: give it its guard and cache where it is made")
+        return spec
+    if not isinstance(spec, str) and not callable(spec):
+        raise ValueError(f"reward {name!r} is of type {type(spec).__name__}; expected a function or 'module:function'")
+    reward = FunctionReward(spec, name, guard)
+    if cache is False:
+        return reward
+    kept = cache if isinstance(cache, ScoreCache) else ScoreCache(None if cache is True else cache)
+    return CachedReward(reward, kept, ids=reward.reads_ids)
+
+
+def _name_of(spec: Any) -> str:
+    if isinstance(spec, str):
+        return spec.rpartition(":")[2]
+    name = getattr(spec, "__name__", None) or type(spec).__name__
+    return "reward" if name == "<lambda>" else str(name)
+
+
+def _named(specs: Sequence[Any]) -> dict[str, Any]:
+    """Specs by name; a name that occurs again gets a number."""
+    found: dict[str, Any] = {}
+    for spec in specs:
+        name, number = _name_of(spec), 1
+        while (key := name if number == 1 else f"{name}_{number}") in found:
+            number += 1
+        found[key] = spec
+    return found
+
+
+def _by_name(weights: Any, names: Sequence[str]) -> Mapping[str, float] | None:
+    if weights is None or isinstance(weights, Mapping):
+        return weights
+    if len(weights) != len(names):
+        raise ValueError(f"there are {len(weights)} weights for {len(names)} rewards: {_listed(names)}")
+    return dict(zip(names, weights, strict=True))
+
+
+def _joined(texts: Mapping[str, str | None], between: str) -> str | None:
+    said = [f"{name}: {text}" for name, text in texts.items() if text is not None]
+    return between.join(said) if said else None
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,185 @@
+"""One reward function, and what happens when it fails."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import math
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trl.rewards.failures import ColumnError, Failure, RewardFailed
+from trl.rewards.isolation import Inline, Runner, Threaded, in_threads
+from trl.rewards.process import Process
+from trl.rewards.signature import resolve
+from trl.rewards.values import Row
+from trl.types import Sample, Scored
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """Where a reward function runs and what its failures mean.
+
+    Raises:
+        ValueError: if the settings contradict each other or are out of range.
+    """
+
+    on_error: Literal["raise", "skip", "penalty"] = "raise"
+    """"raise" `RewardFailed`; "skip": no score, so that the sample is left out; "penalty": `penalty` as the score."""
+    penalty: float | None = None
+    """The score of a sample whose reward failed, for `on_error="penalty"`; the error is still told."""
+    isolation: Literal["none", "thread", "process"] = "none"
+    """"none": called as it is; "thread": given up after `timeout`, may run on; "process": killed after `timeout`."""
+    timeout: float | None = None
+    """Seconds for one call, that is for `rows_per_call` samples."""
+    start_timeout: float = 120.0
+    """Seconds in which a process must have imported the function's module."""
+    concurrency: int = 1
+    """Calls at a time, each on a thread (or in a process) of its own."""
+    rows_per_call: int | None = None
+    """Samples in one call: what fails together. None: all; with `concurrency`, an equal part."""
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("raise", "skip", "penalty"):
+            raise ValueError(f"on_error={self.on_error!r} must be 'raise', 'skip' or 'penalty'")
+        if self.isolation not in ("none", "thread", "process"):
+            raise ValueError(f"isolation={self.isolation!r} must be 'none', 'thread' or 'process'")
+        if (self.penalty is None) != (self.on_error != "penalty"):
+            raise ValueError(f"penalty={self.penalty!r} and on_error={self.on_error!r}: each needs the other")
+        if self.penalty is not None and not math.isfinite(self.penalty):
+            raise ValueError(f"penalty={self.penalty!r} must be a finite number")
+        if self.timeout is not None and self.isolation == "none":
+            raise ValueError(f"timeout={self.timeout:g} needs isolation='thread' or 'process'")
+        for name in ("timeout", "start_timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r} must be a number of seconds above 0")
+        for name in ("concurrency", "rows_per_call"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+class FunctionReward:
+    """A reward function with its guard.
+
+    Args:
+        function: `f(prompts, completions, **columns)`, synchronous or asynchronous; of the columns it gets those that
+            its signature names, and the token ids if it names `prompt_ids` or `completion_ids`; or `f(samples)`; or
+            "module:function". It returns one value per sample: a number, None (unscorable), one number per completion
+            token, or an exception (the sample's failure).
+        name: of its column in statistics.
+        guard: where it runs and what its failures mean.
+
+    Raises:
+        ValueError: if the function cannot be called as a reward, or not in a process of its own.
+    """
+
+    def __init__(self, function: str | Callable[..., Any], name: str, guard: Guard) -> None:
+        self.name = name
+        self.guard = guard
+        runners = [_runner(function, name, guard) for _ in range(guard.concurrency)]
+        self._all: list[Runner] = runners
+        # Whoever calls takes one; a worker process serves one call at a time.
+        self._idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
+        for runner in runners:
+            self._idle.put(runner)
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether the score may depend on token ids, not on texts alone. Starts a process if there is one."""
+        return self._all[0].binding.reads_ids
+
+    def score(self, samples: Sequence[Sample]) -> Scored:
+        """Scores samples, in their order.
+
+        Raises:
+            RewardFailed: if a sample fails and `on_error` is "raise"; whatever it is if no process can be started.
+            ColumnError: if the samples lack a column that the function needs.
+        """
+        if not samples:
+            return Scored(scores=[], components={self.name: []}, token_rewards=[], seconds=[], errors=[], tracebacks=[])
+        size = self.guard.rows_per_call or math.ceil(len(samples) / self.guard.concurrency)
+        parts = [samples[start : start + size] for start in range(0, len(samples), size)]
+        rows: list[Row] = []
+        seconds: list[float] = []
+        for part, (found, took) in zip(parts, in_threads(self._call, parts, self.guard.concurrency), strict=True):
+            rows += found
+            seconds += [took] * len(part)
+        self._tell([row for row in rows if isinstance(row, Failure)], len(rows))
+        return self._scored(rows, seconds)
+
+    def close(self) -> None:
+        """Ends its processes, if it has any."""
+        for runner in self._all:
+            runner.close()
+
+    def _call(self, samples: Sequence[Sample]) -> tuple[list[Row], float]:
+        started = time.perf_counter()
+        rows: list[Row]
+        with self._taken() as runner:
+            try:
+                rows = runner.run(samples)
+            except (ColumnError, RewardFailed):
+                raise
+            except Exception as error:
+                rows = [Failure.of(error)] * len(samples)
+        took = time.perf_counter() - started
+        if self.guard.on_error == "raise":
+            for row, sample in zip(rows, samples, strict=True):
+                if isinstance(row, Failure):
+                    raise RewardFailed(f"reward {self.name!r} failed on {_shown(sample)}: {row.line}\n{row.traceback}")
+        return rows, took
+
+    @contextmanager
+    def _taken(self) -> Iterator[Runner]:
+        runner = self._idle.get()
+        try:
+            yield runner
+        finally:
+            self._idle.put(runner)
+
+    def _tell(self, failures: Sequence[Failure], count: int) -> None:
+        if failures:
+            line, times = collections.Counter(failure.line for failure in failures).most_common(1)[0]
+            logger.warning(
+                "reward %r failed on %d of %d samples (on_error=%r); %d times: %s",
+                self.name, len(failures), count, self.guard.on_error, times, line,
+            )  # fmt: skip
+
+    def _scored(self, rows: Sequence[Row], seconds: list[float]) -> Scored:
+        failed = [isinstance(row, Failure) for row in rows]
+        values = [self.guard.penalty if bad else row for bad, row in zip(failed, rows, strict=True)]
+        scores: list[float | None] = []
+        raw: list[float | None] = []
+        tokens: list[list[float] | None] = []
+        for value in values:
+            assert not isinstance(value, Failure)
+            scores.append(0.0 if isinstance(value, list) else value)
+            raw.append(math.fsum(value) if isinstance(value, list) else value)
+            tokens.append(value if isinstance(value, list) else None)
+        return Scored(
+            scores=scores,
+            components={self.name: raw},
+            token_rewards=tokens,
+            seconds=seconds,
+            errors=[row.line if isinstance(row, Failure) else None for row in rows],
+            tracebacks=[row.traceback if isinstance(row, Failure) else None for row in rows],
+        )
+
+
+def _runner(function: str | Callable[..., Any], name: str, guard: Guard) -> Runner:
+    if guard.isolation == "process":
+        return Process(function, name, guard.timeout, guard.start_timeout)
+    here = resolve(function) if isinstance(function, str) else function
+    return Inline(here, name) if guard.isolation == "none" else Threaded(here, name, guard.timeout)
+
+
+def _shown(sample: Sample) -> str:
+    return f"the completion {sample.completion[:80]!r}"

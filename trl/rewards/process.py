@@ -1,0 +1,222 @@
+"""A reward function in a process of its own, which can be ended at any time, whatever it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trl.rewards.failures import ColumnError, Failure, RewardFailed, RowFailed
+from trl.rewards.processes import Killable
+from trl.rewards.signature import Binding, path_of
+from trl.rewards.values import Row, decode, decode_failure
+
+if TYPE_CHECKING:
+    from trl.types import Sample
+
+_BOOT = "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); from trl.rewards.worker import main; main()"
+_MOST_ANSWER = 1 << 28  # bytes
+_GRACE = 0.25  # seconds after the timeout in which the worker may say where it hangs
+_TICK = 0.05  # seconds between two looks at whether the worker lives
+
+
+class Process:
+    """Calls a function in a worker process: started on first use, and anew when it was ended or has crashed.
+
+    What goes in and out is JSON. What the function prints is read and thrown away, but for the end of it, which goes
+    with the message if the process dies.
+
+    Args:
+        function: "module:function", or a function at the top level of a module.
+        name: of the reward, for messages.
+        timeout: seconds that a call may take; None waits for ever.
+        start_timeout: seconds in which the worker must have imported the module.
+
+    Raises:
+        ValueError: if another process could not find the function.
+    """
+
+    def __init__(
+        self, function: str | Callable[..., Any], name: str, timeout: float | None, start_timeout: float
+    ) -> None:
+        self.path = function if isinstance(function, str) else path_of(function)
+        self.name = name
+        self.timeout = timeout
+        self.start_timeout = start_timeout
+        self._worker: _Worker | None = None
+        self._binding: Binding | None = None
+
+    @property
+    def binding(self) -> Binding:
+        """How the function is called; starts the worker."""
+        self._started()
+        assert self._binding is not None
+        return self._binding
+
+    def run(self, samples: Sequence[Sample]) -> list[Row]:
+        """See `Runner`.
+
+        Raises:
+            RowFailed: if the function failed, took longer than `timeout` or killed the worker: it and its children are
+                gone then.
+            RewardFailed: if no worker can be started.
+            ColumnError: if a column is missing, or cannot be written as JSON.
+        """
+        worker = self._started()
+        assert self._binding is not None
+        columns = self._binding.wanted(samples, self.name)
+        message = _request(samples, self._binding, columns, self.timeout, self.name)
+        lengths = [len(sample.completion_ids) for sample in samples]
+        try:
+            answer = worker.exchange(message, self.timeout)
+        except BaseException:  # a timeout, a death, or an interrupt: what it would still say belongs to no call
+            self.close()
+            raise
+        if "failure" in answer:
+            raise RowFailed(decode_failure(answer["failure"]))
+        return decode(answer.get("rows"), lengths)
+
+    def close(self) -> None:
+        """Ends the worker and whatever it started."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _started(self) -> _Worker:
+        if self._worker is None:
+            worker = _Worker(self.path)
+            try:
+                first = worker.exchange(None, self.start_timeout)
+            except RowFailed as error:
+                worker.close()
+                why = error.failure.traceback
+                raise RewardFailed(
+                    f"no process for reward {self.name!r} ({self.path}) could be started: {why}"
+                ) from error
+            except BaseException:
+                worker.close()
+                raise
+            if "failure" in first:
+                worker.close()
+                failure = decode_failure(first["failure"])
+                raise RewardFailed(f"reward {self.name!r} ({self.path}) cannot be imported: {failure.traceback}")
+            self._binding = Binding.from_json(first["binding"])
+            self._worker = worker
+        return self._worker
+
+
+class _Worker:
+    """One living worker: a process, and a pipe to it and from it."""
+
+    def __init__(self, path: str) -> None:
+        inward, self.requests = os.pipe()
+        self.answers, outward = os.pipe()
+        try:
+            folders = "\n".join(folder for folder in sys.path if isinstance(folder, str))
+            command = [sys.executable, "-c", _BOOT, folders, path, str(inward), str(outward)]
+            self.process = Killable(command, environment=os.environ, pass_fds=(inward, outward))
+        except BaseException:
+            os.close(self.requests)
+            os.close(self.answers)
+            raise
+        finally:
+            os.close(inward)
+            os.close(outward)
+        os.set_blocking(self.requests, False)
+        os.set_blocking(self.answers, False)
+
+    def exchange(self, message: bytes | None, seconds: float | None) -> dict[str, Any]:
+        """Sends a message, if any, and waits for the next answer while the worker's output is read.
+
+        Raises:
+            RowFailed: if there was none within `seconds`, the worker died or it answered nonsense.
+        """
+        started = time.monotonic()
+        unsent, answer, printing = memoryview(message or b""), bytearray(), True
+        while not answer.endswith(b"\n"):
+            ended = self.process.has_ended()  # before the pipes are read, so that nothing written is missed
+            ready = self._ready(writing=bool(unsent), printing=printing)
+            if self.requests in ready:
+                unsent = unsent[_write(self.requests, unsent) :]
+            if self.process.output in ready:
+                printing = self.process.read_output()
+            if self.answers in ready:
+                piece = os.read(self.answers, 1 << 16)
+                if not piece:  # it died, or closed its end: either way there will be no answer
+                    raise self._failed(started, seconds)
+                answer += piece
+                if len(answer) > _MOST_ANSWER:
+                    raise RowFailed(Failure.saying(f"ValueError: the reward answered more than {_MOST_ANSWER} bytes"))
+            elif ended or (seconds is not None and time.monotonic() > started + seconds + _GRACE):
+                raise self._failed(started, seconds)
+        return _parsed(bytes(answer))
+
+    def _failed(self, started: float, seconds: float | None) -> RowFailed:
+        """Ends the process and says why it was or had."""
+        late = seconds is not None and time.monotonic() > started + seconds
+        patience = time.monotonic() + _TICK
+        while not (late or self.process.has_ended()) and time.monotonic() < patience:
+            time.sleep(0.001)  # it has closed its pipes, and will have ended in a moment: its own status says more
+        ending = self.process.kill()
+        line = f"TimeoutError: the call took longer than its timeout of {seconds:g} s" if late else ""
+        line = line or f"the reward's process {ending}"
+        tail = self.process.tail
+        return RowFailed(Failure(line, f"{line}; it had printed:\n{tail}" if tail else line))
+
+    def close(self) -> None:
+        """Ends the process and closes the pipes."""
+        self.process.kill()
+        os.close(self.requests)
+        os.close(self.answers)
+
+    def _ready(self, writing: bool, printing: bool) -> set[int]:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.answers, selectors.EVENT_READ)
+            if printing:
+                selector.register(self.process.output, selectors.EVENT_READ)
+            if writing:
+                selector.register(self.requests, selectors.EVENT_WRITE)
+            return {key.fd for key, _ in selector.select(_TICK)}
+
+
+def _request(
+    samples: Sequence[Sample], binding: Binding, columns: Sequence[str], timeout: float | None, name: str
+) -> bytes:
+    rows = []
+    for sample in samples:
+        row: dict[str, Any] = {"prompt": sample.prompt, "completion": sample.completion}
+        row["prompt_ids"] = sample.prompt_ids if binding.reads_ids else ()
+        row["completion_ids"] = sample.completion_ids if binding.reads_ids else ()
+        row["columns"] = {column: sample.columns[column] for column in columns if column in sample.columns}
+        rows.append(row)
+    request: dict[str, Any] = {"samples": rows, "columns": columns, "seconds": timeout}
+    request["lengths"] = [len(sample.completion_ids) for sample in samples]
+    try:
+        return json.dumps(request).encode("ascii") + b"\n"
+    except (TypeError, ValueError) as error:
+        raise ColumnError(
+            f"a column of reward {name!r} ({', '.join(columns)}) cannot be sent to a process of its own as JSON: {error}"
+        ) from error
+
+
+def _write(descriptor: int, data: memoryview) -> int:
+    try:
+        return os.write(descriptor, data)
+    except BlockingIOError:
+        return 0
+    except BrokenPipeError:
+        return len(data)  # nobody reads any more: that there is no answer will tell
+
+
+def _parsed(answer: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RowFailed(Failure.saying("ValueError: the reward's process wrote something else than an answer"))
+    return found

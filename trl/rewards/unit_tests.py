@@ -1,0 +1,192 @@
+"""A reward for code that a model wrote: the share of unit tests that it passes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import secrets
+import select
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trl.protocols import Sandbox
+from trl.rewards.failures import ColumnError
+from trl.rewards.isolation import in_threads
+from trl.rewards.processes import Killable
+
+if TYPE_CHECKING:
+    from trl.types import Sample
+
+logger = logging.getLogger(__name__)
+
+_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+
+# Says how many tests passed on the last line of its output, after a number that the code was not told: a code that ends
+# the process, or prints a result of its own, passes nothing.
+_HARNESS = """
+def main():
+    import json, os, sys
+    request = json.loads(sys.stdin.read())
+    write, leave, out = os.write, os._exit, os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    token, code, tests = request["token"], request["code"], request["tests"]
+    del request
+    names, passed = {"__name__": "solution"}, 0
+    try:
+        exec(compile(code, "solution.py", "exec"), names)
+    except BaseException:
+        tests = []
+    for test in tests:
+        try:
+            exec(compile(test, "test.py", "exec"), dict(names))
+            passed += 1
+        except BaseException:
+            pass
+    write(out, f"\\n{token} {passed}\\n".encode())
+    leave(0)
+main()
+"""
+
+_LIMITS = """
+import resource
+def limit(name, value):
+    most = resource.getrlimit(name)[1]
+    value = value if most == resource.RLIM_INFINITY else min(value, most)
+    resource.setrlimit(name, (value, value))
+limit(resource.RLIMIT_CPU, {cpu})
+limit(resource.RLIMIT_AS, {memory})
+limit(resource.RLIMIT_FSIZE, {file})
+limit(resource.RLIMIT_NOFILE, 64)
+limit(resource.RLIMIT_CORE, 0)
+limit(resource.RLIMIT_NPROC, 0)
+del resource, limit
+"""
+
+
+class UnitTestReward:
+    """The share of its tests that the code in a completion passes: 0 to 1.
+
+    The code is the last fenced block of a completion, or all of it. Each test is a piece of Python that raises if the
+    code is wrong (`assert add(1, 2) == 3`) and sees the code's names. Code that does not load, does not end in time or
+    ends the process passes nothing. Code that searches the process's memory for how results are told can still make one
+    up: look at the best-scored completions.
+
+    A model that is rewarded for it will write code that does anything at all. So it runs in `sandbox`, or, if you say
+    `unsafe_local=True`, as a process of yours: one that can be killed, with limits of time, memory and file size, in an
+    empty folder, without your environment variables and (unless you are root) without child processes, but with your
+    files and your network.
+
+    Args:
+        sandbox: runs the programs where they can do no harm: see `trl.protocols.Sandbox`.
+        unsafe_local: run them on this machine without one.
+        column: of the tests: a string or a list of them; None or an empty list is unscorable.
+        seconds: that code and tests may take together.
+        memory: bytes that the process may have, `unsafe_local`.
+        all_or_nothing: 1 if every test passes, otherwise 0.
+        concurrency: programs at a time.
+
+    Raises:
+        ValueError: without a sandbox and without `unsafe_local`, or if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        sandbox: Sandbox | None = None,
+        *,
+        unsafe_local: bool = False,
+        column: str = "tests",
+        seconds: float = 10.0,
+        memory: int = 1 << 30,
+        all_or_nothing: bool = False,
+        concurrency: int = 1,
+    ) -> None:
+        if (sandbox is None) != unsafe_local:
+            raise ValueError(
+                "UnitTestReward runs code that a model wrote: pass sandbox=, or unsafe_local=True to run it on this "
+                f"machine with your rights, one of them; sandbox={sandbox!r} and unsafe_local={unsafe_local}"
+            )
+        if not 0 < seconds < float("inf") or memory < 1 or concurrency < 1:
+            raise ValueError(f"seconds={seconds}, memory={memory} and concurrency={concurrency} must be positive")
+        if sandbox is None:
+            text = "UnitTestReward(unsafe_local=True) runs code that a model wrote on this machine, with your files and network"
+            warnings.warn(text, UserWarning, stacklevel=2)
+            logger.warning(text)
+            sandbox = _LocalProcess(memory)
+        self.sandbox = sandbox
+        self.column = column
+        self.seconds = seconds
+        self.all_or_nothing = all_or_nothing
+        self.concurrency = concurrency
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | Exception | None]:
+        """Scores completions; a sandbox that fails is an error of the sample."""
+        if missing := [i for i, sample in enumerate(samples) if self.column not in sample.columns]:
+            raise ColumnError(f"UnitTestReward needs the column {self.column!r}, which sample {missing[0]} lacks")
+        return in_threads(self._score, samples, self.concurrency)
+
+    def _score(self, sample: Sample) -> float | Exception | None:
+        tests = _tests(sample.columns[self.column])
+        if not tests:
+            return None
+        token = secrets.token_hex(16)
+        request = json.dumps({"token": token, "code": code_of(sample.completion), "tests": tests})
+        try:
+            output = self.sandbox.run(_HARNESS, request, seconds=self.seconds)
+        except Exception as error:
+            return error
+        passed = _passed(output or "", token, len(tests))
+        return float(passed == len(tests)) if self.all_or_nothing else passed / len(tests)
+
+
+def code_of(completion: str) -> str:
+    """The last fenced block of a text, or all of it if it has none."""
+    blocks = _FENCED.findall(completion)
+    return blocks[-1] if blocks else completion
+
+
+def _tests(value: Any) -> list[str]:
+    tests = [value] if isinstance(value, str) and value else list(value or [])
+    if strange := [test for test in tests if not isinstance(test, str)]:
+        raise ColumnError(f"a test is of type {type(strange[0]).__name__}; expected Python as a string")
+    return tests
+
+
+def _passed(output: str, token: str, most: int) -> int:
+    found = re.search(rf"^{token} (\d+)\s*\Z", output, re.MULTILINE)
+    return min(int(found[1]), most) if found else 0
+
+
+class _LocalProcess:
+    """No sandbox: a process of this machine with limits, in an empty folder."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+
+    def run(self, program: str, text: str, *, seconds: float) -> str | None:
+        """See `trl.protocols.Sandbox`."""
+        limits = _LIMITS.format(cpu=int(seconds) + 1, memory=self.memory, file=1 << 24)
+        deadline = time.monotonic() + seconds
+        with tempfile.TemporaryDirectory(prefix="reward-") as folder, tempfile.TemporaryFile() as stdin:
+            stdin.write(text.encode("ascii"))
+            stdin.seek(0)
+            environment = {"PATH": os.defpath, "HOME": folder, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+            command = [sys.executable, "-I", "-c", limits + program]
+            process = Killable(command, environment=environment, stdin=stdin.fileno(), folder=folder)
+            printing = True
+            try:
+                while not process.has_ended():
+                    if time.monotonic() > deadline:
+                        return None
+                    if printing and select.select([process.output], [], [], 0.02)[0]:
+                        printing = process.read_output()
+                    elif not printing:
+                        time.sleep(0.002)
+            finally:
+                process.kill()
+            return process.tail

@@ -1,0 +1,94 @@
+"""What a reward function may return, and what it may not. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from trl.rewards.failures import Failure
+
+# A score; one number per completion token; nothing to be had; or why there is none.
+Row: TypeAlias = float | list[float] | Failure | None
+
+
+def read_answer(answer: Any, lengths: Sequence[int]) -> list[Row]:
+    """Checks what a reward returned for a batch.
+
+    Args:
+        answer: a list, tuple, array or tensor with one element per sample: a finite number, None, one finite number per
+            completion token, or an exception.
+        lengths: completion tokens per sample.
+
+    Returns:
+        One row per sample; an element that is none of these is a `Failure`.
+
+    Raises:
+        TypeError: if `answer` is not a sequence.
+        ValueError: if it has another length.
+    """
+    answer = _plain(answer)
+    if not isinstance(answer, list | tuple):
+        raise TypeError(f"the reward returned {_named(answer)}; expected a list of {len(lengths)} numbers")
+    if len(answer) != len(lengths):
+        raise ValueError(f"the reward returned {len(answer)} values for {len(lengths)} samples")
+    return [_row(value, length) for value, length in zip(answer, lengths, strict=True)]
+
+
+def encode(rows: Sequence[Row]) -> list[Any]:
+    """Rows as JSON."""
+    return [
+        {"line": row.line, "traceback": row.traceback} if isinstance(row, Failure) else row for row in rows
+    ]  # fmt: skip
+
+
+def decode(rows: Any, lengths: Sequence[int]) -> list[Row]:
+    """Rows from JSON, checked again: whoever wrote it ran somebody's function."""
+    if isinstance(rows, list):
+        rows = [decode_failure(row) if isinstance(row, dict) else row for row in rows]
+    return read_answer(rows, lengths)
+
+
+def decode_failure(row: dict[str, Any]) -> Failure:
+    """A failure from JSON."""
+    return Failure(Failure.saying(str(row.get("line"))).line, str(row.get("traceback")))
+
+
+def _row(value: Any, length: int) -> Row:
+    value = _plain(value)
+    if value is None or isinstance(value, Failure):
+        return value
+    if isinstance(value, BaseException):
+        return Failure.of(value)
+    if not isinstance(value, list | tuple):
+        return _number(value, "the score")
+    if len(value) != length:
+        return Failure.saying(f"ValueError: the reward has {len(value)} values for a completion of {length} tokens")
+    numbers = [_number(_plain(element), f"the reward of token {i}") for i, element in enumerate(value)]
+    failed = [number for number in numbers if isinstance(number, Failure)]
+    return failed[0] if failed else [number for number in numbers if not isinstance(number, Failure)]
+
+
+def _number(value: Any, what: str) -> float | Failure:
+    if not isinstance(value, int | float):  # a bool is an int: True scores 1
+        return Failure.saying(f"TypeError: {what} is {_named(value)}; expected a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        return Failure.saying(f"ValueError: {what} is a whole number too large for a float")
+    if not math.isfinite(number):
+        return Failure.saying(f"ValueError: {what} is {number}; expected a finite number")
+    return number
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and their scalars as lists and numbers; anything else as it is."""
+    convert = getattr(value, "tolist", None)
+    return convert() if callable(convert) else value
+
+
+def _named(value: Any) -> str:
+    if value is None:
+        return "None"
+    text = repr(value) if isinstance(value, str | bytes | int | float) else "an object"
+    return f"{text[:60]} of type {type(value).__name__}"

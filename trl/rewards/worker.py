@@ -1,0 +1,100 @@
+"""The other end of a process-isolated reward: reads samples as JSON lines, writes rows as JSON lines.
+
+Started by `trl.rewards.process`. Imports the standard library alone, and what the reward itself imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from trl.rewards.failures import Failure
+from trl.rewards.isolation import guarded
+from trl.rewards.signature import Binding, resolve
+from trl.rewards.values import encode, read_answer
+
+
+def main() -> None:
+    """Serves one reward until its requests end. `sys.argv` has the function and the two descriptors."""
+    path, requests_fd, answers_fd = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    del sys.argv[1:]  # not the reward's
+    for descriptor in (requests_fd, answers_fd):
+        os.set_inheritable(descriptor, False)
+    faulthandler.enable()  # a crash leaves its stack in the output
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    with os.fdopen(requests_fd, "rb") as requests, os.fdopen(answers_fd, "wb") as answers:
+        function, first = _load(path)
+        _send(answers, first)
+        if function is None:
+            return
+        binding = Binding.from_json(first["binding"])
+        for line in requests:
+            request = json.loads(line)
+            # Should the trainer be gone when this hangs, nobody else would end it; the stack says where it hung.
+            if request["seconds"] is not None:
+                faulthandler.dump_traceback_later(request["seconds"], exit=True)
+            answer = _answer(function, binding, request)
+            faulthandler.cancel_dump_traceback_later()
+            _flush()
+            _send(answers, answer)
+
+
+def _load(path: str) -> tuple[Callable[..., Any] | None, dict[str, Any]]:
+    home = os.getpid()
+    try:
+        function = resolve(path)
+        return function, {"binding": Binding.of(function, path).to_json()}
+    except BaseException as error:  # SystemExit, too: it is what the module did, and is reported
+        return None, _failed(error)
+    finally:
+        if os.getpid() != home:
+            os._exit(0)
+
+
+def _answer(function: Callable[..., Any], binding: Binding, request: dict[str, Any]) -> dict[str, Any]:
+    samples = [_sample(binding, fields) for fields in request["samples"]]
+    try:
+        answer = guarded(function, *binding.arguments(samples, request["columns"]))
+        return {"rows": encode(read_answer(answer, request["lengths"]))}
+    except BaseException as error:  # reported at the other end; this process goes on
+        return _failed(error)
+
+
+def _sample(binding: Binding, fields: dict[str, Any]) -> Any:
+    if not binding.samples:
+        return SimpleNamespace(**fields)
+    from trl.types import Sample  # loads torch: for rewards that ask for samples alone
+
+    fields |= {name: tuple(fields[name]) for name in ("prompt_ids", "completion_ids")}
+    return Sample(**fields)
+
+
+def _failed(error: BaseException) -> dict[str, Any]:
+    failure = Failure.of(error)
+    return {"failure": {"line": failure.line, "traceback": failure.traceback}}
+
+
+def _flush() -> None:
+    # The reward may have closed or replaced it.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stdout.flush()
+
+
+def _send(stream: Any, message: dict[str, Any]) -> None:
+    stream.write(json.dumps(message).encode("ascii") + b"\n")
+    stream.flush()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
