@@ -90,6 +90,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                     slope += grad_chosen[part, None]
                 grad = p.mul_(slope).neg_()
             else:
+                assert grad_chosen is not None
                 grad = p.mul_(grad_chosen[part, None]).neg_()
             if grad_chosen is not None:
                 grad.scatter_add_(-1, tokens[part, None], grad_chosen[part, None].to(grad.dtype))

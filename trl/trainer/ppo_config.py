@@ -109,6 +109,10 @@ class PPOConfig:
     large enough to gain. Weights, optimizer, losses and value head are float32 all the same; a float32 reference is held
     in this dtype."""
 
+    keep_memory: bool = True
+    """On a CPU under glibc: keep the memory that a step frees for the next one, in the whole process. Faulting it in again
+    costs a large part of an update's time; resident memory stays at its peak."""
+
     def __post_init__(self) -> None:
         if self.forward_batch_size is not None:
             warnings.warn(

@@ -38,6 +38,7 @@ from trl.trainer.checks import check_lists, check_per_token, check_room, check_s
 from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_methods import Batch, PPOMethods
+from trl.training.allocator import keep_freed_memory
 from trl.training.compute import Compute
 from trl.training.loop import optimize
 from trl.training.modes import eval_mode
@@ -110,6 +111,8 @@ class PPOTrainer(PPOMethods):
             **config.accelerator_kwargs,
         )
         self.is_distributed = self.accelerator.num_processes > 1
+        if config.keep_memory and self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         if config.log_with is not None:
             settings = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str))}
             self.accelerator.init_trackers(
