@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "trl"
 
 # Ground first. A room imports from the floors below it; rooms of one floor are strangers to each other.
 FLOORS = (
-    {"types", "import_utils", "assets"},
+    {"types", "import_utils", "assets", "files"},
     {"protocols", "functional"},
     {"models", "rollout", "rewards", "data", "trackers"},
     {"training"},

@@ -21,6 +21,7 @@ from trl.functional import entropy, gae, k1, k1_abs, k2, k3, masked_whiten, shap
 from trl.trackers import completions_table
 from trl.trainer.base import BaseTrainer
 from trl.trainer.ppo_config import PPOConfig
+from trl.training.guards import UpdateGuards
 from trl.training.loop import Updater
 from trl.training.ppo import PPOSettings, experience_statistics, ppo_terms
 from trl.training.processes import sum_over_processes
@@ -63,6 +64,7 @@ class PPOMethods(BaseTrainer):
     _forward_columns: Sequence[str]
     _steps_done: int
     _generator: torch.Generator
+    guards: UpdateGuards
 
     # Batches ---------------------------------------------------------------------------------------------------------
 
@@ -220,12 +222,15 @@ class PPOMethods(BaseTrainer):
         frozen = []
         if self._steps_done < self.config.value_warmup_steps:
             frozen = [p for name, p in self.model.named_parameters() if "v_head." not in name]
+        self.guards.max_skipped = self.config.max_skipped_updates
         return Updater(
             model=self.model,
             optimizer=self.optimizer,
             accelerator=self.accelerator,
             max_grad_norm=self.config.max_grad_norm,
             frozen=frozen,
+            guards=self.guards,
+            reduce=self._reduce,
         )
 
     def loss(
@@ -299,7 +304,7 @@ class PPOMethods(BaseTrainer):
         """
         policy_loss, value_loss, stats = self.loss(old_logprobs, values, rewards, logits, vpreds, logprobs, mask)
         updater = self._updater()
-        updater.optimizer.zero_grad()
+        updater.clear()
         updater.accumulate(policy_loss + value_loss, last=True)
         norm, stepped, seconds = updater.step()
         return stats | {

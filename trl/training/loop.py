@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.protocols import LossFn, Reduce
+from trl.training.guards import UpdateGuards, is_out_of_memory
 from trl.types import Experience, Tally, identity, occupied, take
 
 
@@ -33,7 +33,7 @@ class UpdateMetrics:
     means: dict[str, float]  # over counted tokens of every process, by statistics key
     arrays: dict[str, Tensor]  # [b, S] of this process, by statistics key
     grad_norm: float  # before clipping
-    stepped: bool  # False if the gradient was not finite
+    stepped: bool  # False if a loss or gradient was not finite
     seconds: float  # of the optimizer step
 
 
@@ -49,19 +49,42 @@ class Updater:
     accelerator: Any
     max_grad_norm: float | None = None
     frozen: Sequence[nn.Parameter] = field(default_factory=tuple)  # keep their values: their gradients are dropped
+    guards: UpdateGuards = field(default_factory=UpdateGuards)
+    reduce: Reduce = identity  # sums a tensor over all processes
+    _finite: Tensor | None = field(default=None, init=False)  # were all losses since `clear`?
+
+    def clear(self) -> None:
+        """Forgets gradients, before the first microbatch of a minibatch."""
+        self.optimizer.zero_grad()
+        self._finite = None
+
+    def exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward pass: only the last microbatch of a minibatch exchanges gradients."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of `loss`. Only the last microbatch of a minibatch exchanges gradients.
 
         Every process must call this the same number of times, even without a counted token, or the all-reduce hangs.
         """
-        context = nullcontext() if last else self.accelerator.no_sync(self.model)
-        with context:
+        finite = loss.detach().isfinite().all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        with self.exchanging(last):
             # Data-parallel wrappers average over processes; the objective is a sum over them.
             self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def step(self) -> tuple[float, bool, float]:
-        """One optimizer step. Returns the norm before clipping, whether the step was taken, and its seconds."""
+    def step(self, experience: Experience | None = None) -> tuple[float, bool, float]:
+        """One optimizer step, or none on any process if a loss or gradient of one is not finite.
+
+        Args:
+            experience: what the gradients are of, for whoever looks into a skipped step.
+
+        Returns:
+            The norm before clipping, whether the step was taken, and its seconds.
+
+        Raises:
+            NonFiniteError: if too many steps in a row were skipped.
+        """
         started = time.perf_counter()
         for parameter in self.frozen:
             parameter.grad = None
@@ -71,15 +94,18 @@ class Updater:
         else:
             self.accelerator.unscale_gradients()
             norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        finite = torch.ones(()) if self._finite is None else self._finite.float()
+        own = math.isfinite(norm) and bool(finite)
+        if float(self.reduce(torch.zeros_like(finite) if own else torch.ones_like(finite))) == 0:
+            self.optimizer.step()
+            self.guards.stepped()
+            return norm, True, time.perf_counter() - started
         if not math.isfinite(norm):
-            warnings.warn(
-                f"gradient norm is {norm}: this optimizer step is skipped and the weights stay as they are. Look at the "
-                "scores, the learning rate and ppo/policy/ratio.",
-                stacklevel=2,
-            )
-            return norm, False, time.perf_counter() - started
-        self.optimizer.step()
-        return norm, True, time.perf_counter() - started
+            reason = f"gradient norm is {norm}"
+        else:
+            reason = "the loss is not finite" if not own else "loss or gradient of another process is not finite"
+        self.guards.skipped(norm, reason, experience)
+        return norm, False, time.perf_counter() - started
 
 
 def _mean(tallies: Sequence[dict[str, Tally]], reduce: Reduce) -> dict[str, float]:
@@ -112,7 +138,8 @@ def optimize(
     """Takes one optimizer step per minibatch.
 
     The loss of a minibatch is (sum over counted tokens of all its microbatches and processes) / denominator, so that
-    neither the microbatch size nor the number of processes changes the gradient.
+    neither the microbatch size nor the number of processes changes the gradient. Where memory runs out, a minibatch is done
+    again in microbatches of half the size, and so are those after it.
 
     Args:
         minibatches: what to learn from, in order; may be endless if `stop` ends it.
@@ -124,16 +151,8 @@ def optimize(
     """
     history: list[UpdateMetrics] = []
     for minibatch in minibatches:
-        updater.optimizer.zero_grad()
-        pieces = microbatches(minibatch.experience, microbatch_size)
-        tallies, arrays = [], []
-        for i, piece in enumerate(pieces):
-            columns = occupied(piece.rollout.attention)
-            loss = loss_fn(take(piece, slice(None), columns))
-            updater.accumulate(loss.objective / minibatch.denominator, last=i == len(pieces) - 1)
-            tallies.append({name: tally.detach() for name, tally in loss.metrics.items()})
-            arrays.append(_widen(loss.arrays, columns, piece.rollout.mask.shape[1]))
-        norm, stepped, seconds = updater.step()
+        tallies, arrays = _gradient(minibatch, loss_fn, updater, microbatch_size, reduce)
+        norm, stepped, seconds = updater.step(minibatch.experience)
         metrics = UpdateMetrics(
             means=_mean(tallies, reduce) | {name: float(mean) for name, mean in minibatch.means.items()},
             arrays={name: torch.cat([a[name] for a in arrays]) for name in arrays[0]},
@@ -145,6 +164,69 @@ def optimize(
         if stop(metrics):
             break
     return history
+
+
+Measured = tuple[list[dict[str, Tally]], list[dict[str, Tensor]]]  # tallies and arrays of each microbatch
+
+
+def _gradient(
+    minibatch: Minibatch, loss_fn: LossFn, updater: Updater, microbatch_size: int, reduce: Reduce
+) -> Measured:
+    """The gradient of a minibatch, in microbatches that fit into memory."""
+    while True:
+        size = min(updater.guards.microbatch(microbatch_size), len(minibatch.experience))
+        updater.clear()
+        measured = _gradient_in_pieces(minibatch, loss_fn, updater, size, reduce)
+        if measured is not None:
+            return measured
+        updater.clear()  # what the attempt has accumulated takes room as well
+        if minibatch.denominator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        updater.guards.halve_microbatch(size)
+
+
+def _gradient_in_pieces(
+    minibatch: Minibatch, loss_fn: LossFn, updater: Updater, size: int, reduce: Reduce
+) -> Measured | None:
+    """One attempt; None if a process ran out of memory. At microbatches of 1 the error goes to the caller.
+
+    Processes agree before the last backward pass, in which they exchange gradients: one that gave up earlier would leave
+    the others waiting. Within that pass, only a single process can give up.
+    """
+    pieces = microbatches(minibatch.experience, size)
+    tallies, arrays = [], []
+    failure: BaseException | None = None
+    objective = minibatch.denominator
+    try:
+        for i, piece in enumerate(pieces):
+            last = i == len(pieces) - 1
+            columns = occupied(piece.rollout.attention)
+            with updater.exchanging(last):
+                loss = loss_fn(take(piece, slice(None), columns))
+                objective = loss.objective / minibatch.denominator
+                if not last:
+                    updater.accumulate(objective, last=False)
+            tallies.append({name: tally.detach() for name, tally in loss.metrics.items()})
+            arrays.append(_widen(loss.arrays, columns, piece.rollout.mask.shape[1]))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # The frames of the traceback hold what has to be freed for the next attempt.
+        failure = error if size == 1 else error.with_traceback(None)
+    gave_up = failure is not None
+    if updater.accelerator.num_processes > 1:  # for one process alone, asking the device would only make it wait
+        gave_up = float(reduce(minibatch.denominator.new_tensor(float(gave_up)))) > 0
+    if gave_up:
+        if size == 1:
+            raise failure or RuntimeError("out of memory on another process with a microbatch of 1")
+        return None
+    try:
+        updater.accumulate(objective, last=True)
+    except RuntimeError as error:
+        if size == 1 or updater.accelerator.num_processes > 1 or not is_out_of_memory(error):
+            raise
+        return None
+    return tallies, arrays
 
 
 def _widen(arrays: Mapping[str, Tensor], columns: slice, width: int) -> dict[str, Tensor]:
