@@ -120,6 +120,8 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f"{STAGING}{path.name}-{os.getpid()}-{threading.get_ident()}")
     try:
+        if os.path.lexists(temporary):  # of a process that was stopped here and had the same number
+            os.unlink(temporary)
         write_file(temporary, [data])
         move(temporary, path)
     except OSError:

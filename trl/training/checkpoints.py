@@ -205,24 +205,25 @@ def _retire(path: Path) -> None:
     try:
         unwanted = path.with_name(f"{files.STAGING}{path.name}-removed-{os.getpid()}")
         files.move(path, unwanted)
-        files.remove(unwanted)
     except OSError as error:
         logger.warning("the old checkpoint %s could not be removed: %s", path, error)
+    else:
+        _discard(unwanted)
 
 
 def _sweep(folder: Path) -> None:
     """Removes what stopped saves have left."""
     for path in folder.glob(f"{files.STAGING}*"):
-        files.remove(path)
+        _discard(path)
 
 
 def _discard(staging: Path) -> None:
-    """Makes room again after a failed save."""
+    """Removes what is unfinished or retired; what cannot be removed takes room and does no other harm."""
     if os.path.lexists(staging):
         try:
             files.remove(staging)
         except OSError as error:
-            logger.warning("the unfinished checkpoint %s could not be removed: %s", staging, error)
+            logger.warning("%s could not be removed: %s", staging, error)
 
 
 @contextmanager

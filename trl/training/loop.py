@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from trl.protocols import LossFn, Reduce
 from trl.training.guards import UpdateGuards, is_out_of_memory
@@ -172,61 +174,61 @@ Measured = tuple[list[dict[str, Tally]], list[dict[str, Tensor]]]  # tallies and
 def _gradient(
     minibatch: Minibatch, loss_fn: LossFn, updater: Updater, microbatch_size: int, reduce: Reduce
 ) -> Measured:
-    """The gradient of a minibatch, in microbatches that fit into memory."""
+    """The gradient of a minibatch, in microbatches that fit into the memory of every process."""
+    alone = updater.accelerator.num_processes == 1
     while True:
         size = min(updater.guards.microbatch(microbatch_size), len(minibatch.experience))
         updater.clear()
-        measured = _gradient_in_pieces(minibatch, loss_fn, updater, size, reduce)
+        measured = _gradient_in_pieces(minibatch, loss_fn, updater, size)
+        if measured is None:
+            updater.clear()  # what the attempt has accumulated takes room as well
+            if minibatch.denominator.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if not alone:
+            if measured is None:
+                _stand_in(minibatch, loss_fn, updater)
+            if float(reduce(minibatch.denominator.new_tensor(float(measured is None)))) > 0:
+                measured = None
         if measured is not None:
             return measured
-        updater.clear()  # what the attempt has accumulated takes room as well
-        if minibatch.denominator.device.type == "cuda":
-            torch.cuda.empty_cache()
         updater.guards.halve_microbatch(size)
 
 
-def _gradient_in_pieces(
-    minibatch: Minibatch, loss_fn: LossFn, updater: Updater, size: int, reduce: Reduce
-) -> Measured | None:
-    """One attempt; None if a process ran out of memory. At microbatches of 1 the error goes to the caller.
-
-    Processes agree before the last backward pass, in which they exchange gradients: one that gave up earlier would leave
-    the others waiting. Within that pass, only a single process can give up.
-    """
+def _gradient_in_pieces(minibatch: Minibatch, loss_fn: LossFn, updater: Updater, size: int) -> Measured | None:
+    """One attempt; None if this process ran out of memory, unless it cannot do with less: then the error is the caller's."""
+    alone = updater.accelerator.num_processes == 1
     pieces = microbatches(minibatch.experience, size)
     tallies, arrays = [], []
-    failure: BaseException | None = None
-    objective = minibatch.denominator
-    try:
-        for i, piece in enumerate(pieces):
-            last = i == len(pieces) - 1
-            columns = occupied(piece.rollout.attention)
+    for i, piece in enumerate(pieces):
+        last, exchanging = i == len(pieces) - 1, False
+        columns = occupied(piece.rollout.attention)
+        try:
             with updater.exchanging(last):
                 loss = loss_fn(take(piece, slice(None), columns))
-                objective = loss.objective / minibatch.denominator
-                if not last:
-                    updater.accumulate(objective, last=False)
-            tallies.append({name: tally.detach() for name, tally in loss.metrics.items()})
-            arrays.append(_widen(loss.arrays, columns, piece.rollout.mask.shape[1]))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        # The frames of the traceback hold what has to be freed for the next attempt.
-        failure = error if size == 1 else error.with_traceback(None)
-    gave_up = failure is not None
-    if updater.accelerator.num_processes > 1:  # for one process alone, asking the device would only make it wait
-        gave_up = float(reduce(minibatch.denominator.new_tensor(float(gave_up)))) > 0
-    if gave_up:
-        if size == 1:
-            raise failure or RuntimeError("out of memory on another process with a microbatch of 1")
-        return None
-    try:
-        updater.accumulate(objective, last=True)
-    except RuntimeError as error:
-        if size == 1 or updater.accelerator.num_processes > 1 or not is_out_of_memory(error):
-            raise
-        return None
+                exchanging = last and not alone
+                updater.accumulate(loss.objective / minibatch.denominator, last=last)
+        except RuntimeError as error:
+            # Whoever leaves an exchange of gradients half-way leaves the other processes waiting.
+            lost = exchanging or isinstance(updater.model, FullyShardedDataParallel | FSDPModule)
+            if size == 1 or lost or not is_out_of_memory(error):
+                raise
+            return None
+        tallies.append({name: tally.detach() for name, tally in loss.metrics.items()})
+        arrays.append(_widen(loss.arrays, columns, piece.rollout.mask.shape[1]))
     return tallies, arrays
+
+
+def _stand_in(minibatch: Minibatch, loss_fn: LossFn, updater: Updater) -> None:
+    """Takes part in the exchange of gradients that the other processes are in or come to, with as little as there is.
+
+    What is exchanged is thrown away: all processes begin the minibatch anew.
+    """
+    if isinstance(updater.model, DistributedDataParallel):
+        # Buffers are exchanged in the first forward pass of a minibatch, which was begun: not a second time.
+        updater.model.require_forward_param_sync = False
+    one = take(minibatch.experience, slice(0, 1))
+    loss = loss_fn(take(one, slice(None), occupied(one.rollout.attention)))
+    updater.accumulate(loss.objective * 0, last=True)
 
 
 def _widen(arrays: Mapping[str, Tensor], columns: slice, width: int) -> dict[str, Tensor]:
