@@ -137,6 +137,23 @@ def test_a_run_that_was_taken_back_goes_on_from_there(tmp_path: Path) -> None:
     assert loaded_step(tmp_path) == 20
 
 
+def test_a_run_that_was_taken_back_and_stopped_before_the_old_saves_were_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20):
+        save(tmp_path, step)
+    with monkeypatch.context() as patch:
+        patch.setattr("trl.training.checkpoints._retire", stop)
+        with pytest.raises(Stopped):
+            save(tmp_path, 15)
+    assert {"step-00000015", "step-00000020"} < set(names(tmp_path))
+    assert loaded_step(tmp_path) == 15
+
+
+def stop(*args: Any) -> None:
+    raise Stopped
+
+
 @pytest.mark.parametrize(
     ("step", "tensors", "state", "keep", "message"),
     [
@@ -244,6 +261,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     if harm in ("gone", "link"):
         file.unlink()
     if harm == "link":
+        (tmp_path / "elsewhere").write_bytes(data)
         file.symlink_to(tmp_path / "elsewhere")
     elif harm == "truncated":
         file.write_bytes(data[:-1])
@@ -405,7 +423,7 @@ def test_no_file_of_a_checkpoint_is_unpickled(tmp_path: Path, name: str, signed:
     assert not fired.exists()
 
 
-@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "a/b"])
+@pytest.mark.parametrize("name", ["../../outside.json", "{absolute}"])
 def test_a_manifest_names_files_beside_it_only(tmp_path: Path, name: str) -> None:
     from trl.training.checkpoints import _digest
 
@@ -413,6 +431,8 @@ def test_a_manifest_names_files_beside_it_only(tmp_path: Path, name: str) -> Non
     (tmp_path / "outside.json").write_text("{}")
     manifest = json.loads((path / MANIFEST).read_text())
     manifest.pop("sha256")
+    name = name.format(absolute=tmp_path / "outside.json")
+    assert (path / name).resolve() == (tmp_path / "outside.json").resolve()
     manifest["files"][name] = {"bytes": 2, "sha256": files.sha256_of(tmp_path / "outside.json")}
     (path / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}))
     with pytest.raises(DamagedCheckpoint):

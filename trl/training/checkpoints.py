@@ -333,6 +333,8 @@ def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
+        if file.is_symlink():
+            raise FileNotFoundError
         manifest = json.loads(file.read_bytes())
         digest = manifest.pop("sha256")
     except FileNotFoundError as error:
