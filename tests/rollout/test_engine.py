@@ -106,9 +106,7 @@ def test_a_response_does_not_depend_on_its_batch(seq2seq: bool) -> None:
     settings = {"sampling": Sampling(stops=(1, 7, 20, 33, 45)), "limits": limits}
     together = sample(model, QUERIES, uniforms=table, **settings)
     for row, query in enumerate(QUERIES):
-        alone = sample(
-            model, [query], sampling=settings["sampling"], limits=[limits[row]], uniforms=table[:, [row]]
-        )
+        alone = sample(model, [query], sampling=settings["sampling"], limits=[limits[row]], uniforms=table[:, [row]])
         assert torch.equal(alone.responses[0], together.responses[row])
         assert_close(together.logprobs[row], alone.logprobs[0])
 
@@ -117,7 +115,9 @@ def test_stop_tokens_and_limits_end_a_response() -> None:
     stops = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20)
     limits = [30] * 40
     queries = [torch.tensor([21 + i]) for i in range(40)]
-    got = sample(tiny_gpt2(), queries, sampling=Sampling(stops=stops), limits=limits, uniforms=numbers(30, 40)).responses
+    got = sample(
+        tiny_gpt2(), queries, sampling=Sampling(stops=stops), limits=limits, uniforms=numbers(30, 40)
+    ).responses
     assert len({len(r) for r in got}) > 3  # some ended early, at different places
     for response in got:
         assert not set(response[:-1].tolist()) & set(stops)
@@ -178,7 +178,9 @@ def test_04_logprobs_are_of_the_distribution_that_was_sampled_from(cut: dict[str
 
 
 @pytest.mark.conformance
-@pytest.mark.parametrize("cut", [{}, {"top_k": 8}, {"top_p": 0.6}, {"min_p": 0.4}], ids=lambda cut: "-".join(cut) or "plain")
+@pytest.mark.parametrize(
+    "cut", [{}, {"top_k": 8}, {"top_p": 0.6}, {"min_p": 0.4}], ids=lambda cut: "-".join(cut) or "plain"
+)
 def test_04_first_tokens_follow_the_exact_probabilities(cut: dict[str, Any]) -> None:
     """Chi-square of 4,000 first tokens through the whole loop; the limit is passed once in 30,000 times."""
     from tests.functional.test_sampling import chi_square_limit

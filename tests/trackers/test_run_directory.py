@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from trl.files import STAGING
 from trl.trackers import CompletionRecord, RunDirectory, read_completions, read_metrics, without_times
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +114,7 @@ def test_a_run_killed_while_it_was_made_can_be_made_again(tmp_path: Path, monkey
 
         def killed(path: Path, data: bytes, calls: list[Path] = calls, survived: int = survived) -> None:
             if len(calls) == survived:
-                (path.parent / f".{path.name}.half.tmp").write_bytes(b"half")
+                (path.parent / f"{STAGING}{path.name}-half").write_bytes(b"half")
                 raise Killed
             calls.append(path)
             real(path, data)
@@ -125,7 +126,7 @@ def test_a_run_killed_while_it_was_made_can_be_made_again(tmp_path: Path, monkey
         monkeypatch.setattr(module, "write_atomic", real)
         assert not RunDirectory.exists(folder)
         with RunDirectory.create(folder) as run:
-            assert events(run) == ["run created"] and list(folder.glob(".*.tmp")) == []
+            assert events(run) == ["run created"] and list(folder.glob(f"{STAGING}*")) == []
 
 
 def test_what_changed_about_the_machine_is_an_event(run: RunDirectory) -> None:
@@ -312,7 +313,7 @@ def test_full_disk_is_an_error_that_leaves_no_half_of_a_line(
                 write()
     run.log({"a": 2}, step=2)
     assert read_metrics(run.path) == [{"step": 1, "a": 1}, {"step": 2, "a": 2}]
-    assert list(run.path.rglob(".*.tmp")) == []
+    assert list(run.path.rglob(f"{STAGING}*")) == []
 
 
 def test_sync_reaches_both_files_that_grow(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +353,7 @@ def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path: Path, save
     for name in ("metrics.jsonl", "events.log"):
         with (run.path / name).open("ab") as file:
             file.write(half)
-    (run.path / "completions/.step-00000006.parquet.half.tmp").write_bytes(b"half")
+    (run.path / "completions/.staging-step-00000006.parquet-half").write_bytes(b"half")
     run.close()
 
     with RunDirectory.open(tmp_path / "run") as run:
@@ -421,7 +422,7 @@ def test_kill_9_while_writing(tmp_path: Path, wait: float) -> None:
         assert len(rows) > 1
         assert rows == [{"step": step, "a": step / 3, "time/x": 0.5} for step in range(1, len(rows) + 1)]
         assert json.loads((run.path / "summary.json").read_text(encoding="utf-8"))["step"] in (len(rows), len(rows) - 1)
-        assert list(run.path.glob(".*.tmp")) == []
+        assert list(run.path.glob(f"{STAGING}*")) == []
         run.truncate_after(1)
         run.log({}, 2)
 

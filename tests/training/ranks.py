@@ -49,6 +49,7 @@ def main() -> None:
     sys.stdout.flush()
     if world > 1:
         torch.distributed.destroy_process_group()
+        os._exit(0)  # gloo's threads sometimes keep an interpreter from ending
 
 
 if __name__ == "__main__":

@@ -127,7 +127,9 @@ def token_logprobs_and_entropy(
     return chosen.view(tokens.shape), spread.view(tokens.shape)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk_rows: int | None = None) -> Tensor:
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk_rows: int | None = None
+) -> Tensor:
     """`[...]` log p(token) under softmax(logits / temperature): see `token_logprobs_and_entropy`."""
     return token_logprobs_and_entropy(logits, tokens, temperature=temperature, chunk_rows=chunk_rows, entropy=False)[0]
 

@@ -38,7 +38,9 @@ class NarrowCopies:
             if parameter.dtype == torch.float32 and not any(part in f"{name}." for part in keep)
         ]
         self._copies: list[Tensor] = []
-        self._gradients: dict[int, Tensor] = {}  # float32, by place in the list; kept, so that no step allocates them anew
+        self._gradients: dict[
+            int, Tensor
+        ] = {}  # float32, by place in the list; kept, so that no step allocates them anew
         self._pending: set[int] = set()  # places whose gradient of this pass is in `_gradients`
         self._active = False
         for place, parameter in enumerate(self._parameters):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.files import append_line, write_atomic
+from trl.files import STAGING, append_line, write_atomic
 from trl.trackers.environment import differences, environment
 from trl.trackers.events import event_line
 from trl.trackers.lock import RunLock
@@ -235,7 +235,7 @@ class RunDirectory:
         """Removes the temporary files of a killed `write_atomic`."""
         for folder in (self.path, self.path / "completions"):
             if folder.is_dir():
-                for entry in folder.glob(".*.tmp"):
+                for entry in folder.glob(f"{STAGING}*"):
                     entry.unlink()
 
     def _mend(self) -> None:
@@ -305,7 +305,7 @@ def _check_new(folder: Path) -> None:
 
 def _is_leftover(entry: Path) -> bool:
     """Whether a killed `create` may have left it: it has no event then."""
-    if entry.name == ".lock" or (entry.name.startswith(".") and entry.name.endswith(".tmp")):
+    if entry.name == ".lock" or entry.name.startswith(STAGING):
         return True
     if entry.name in ("completions", "checkpoints"):
         return entry.is_dir() and not any(entry.iterdir())

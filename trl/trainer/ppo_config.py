@@ -112,6 +112,8 @@ class PPOConfig:
     keep_memory: bool = True
     """On a CPU under glibc: keep the memory that a step frees for the next one, in the whole process. Faulting it in again
     costs a large part of an update's time; resident memory stays at its peak."""
+    max_skipped_updates: int | None = None
+    """End the run after this many optimizer steps in a row whose loss or gradient was not finite; None: go on."""
 
     def __post_init__(self) -> None:
         if self.forward_batch_size is not None:
@@ -141,6 +143,9 @@ class PPOConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        limit = self.max_skipped_updates
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise ValueError(f"max_skipped_updates={limit!r} must be a whole number of at least 1 or None")
         ranges = {
             "gamma": (0, 1), "lam": (0, 1), "cliprange": (0, math.inf), "cliprange_value": (0, math.inf),
             "vf_coef": (0, math.inf), "init_kl_coef": (0, math.inf), "learning_rate": (0, math.inf),

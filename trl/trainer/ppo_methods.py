@@ -22,6 +22,7 @@ from trl.trackers import completions_table
 from trl.trainer.base import BaseTrainer
 from trl.trainer.ppo_config import PPOConfig
 from trl.training.compute import Compute
+from trl.training.guards import UpdateGuards
 from trl.training.loop import Updater
 from trl.training.ppo import PPOSettings, experience_statistics, ppo_terms
 from trl.training.processes import sum_over_processes
@@ -65,6 +66,7 @@ class PPOMethods(BaseTrainer):
     _forward_columns: Sequence[str]
     _steps_done: int
     _generator: torch.Generator
+    guards: UpdateGuards
 
     # Batches ---------------------------------------------------------------------------------------------------------
 
@@ -222,6 +224,7 @@ class PPOMethods(BaseTrainer):
         frozen = []
         if self._steps_done < self.config.value_warmup_steps:
             frozen = [p for name, p in self.model.named_parameters() if "v_head." not in name]
+        self.guards.max_skipped = self.config.max_skipped_updates
         return Updater(
             model=self.model,
             optimizer=self.optimizer,
@@ -230,6 +233,8 @@ class PPOMethods(BaseTrainer):
             frozen=frozen,
             computing=self.compute.passes,
             after_step=self.compute.weights_changed,
+            guards=self.guards,
+            reduce=self._reduce,
         )
 
     def loss(
@@ -303,7 +308,7 @@ class PPOMethods(BaseTrainer):
         """
         policy_loss, value_loss, stats = self.loss(old_logprobs, values, rewards, logits, vpreds, logprobs, mask)
         updater = self._updater()
-        updater.optimizer.zero_grad()
+        updater.clear()
         updater.accumulate(policy_loss + value_loss, last=True)
         norm, stepped, seconds = updater.step()
         return stats | {

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,10 +40,14 @@ from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_methods import Batch, PPOMethods
 from trl.training.allocator import keep_freed_memory
+from trl.training.checkpoints import Checkpoint
 from trl.training.compute import Compute
+from trl.training.fingerprints import Fingerprints
+from trl.training.guards import UpdateGuards
 from trl.training.loop import optimize
 from trl.training.modes import eval_mode
 from trl.training.ppo import ppo_loss, ppo_minibatches
+from trl.training.resume import load_training, save_training
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
 from trl.training.scoring import exact_kl_of, score
 from trl.training.statistics import stack_updates
@@ -156,6 +161,8 @@ class PPOTrainer(PPOMethods):
         self._highest_score = float("-inf")
         self._compared = 0
         self._steps_done = 0
+        self.guards = UpdateGuards()
+        self.fingerprints = Fingerprints()
         self._warned_sampling: set[tuple[str, ...]] = set()
         self._obstacle: Any = _UNKNOWN  # what keeps our own decoding loop from driving the model: text, or None
         self._reasons: set[str] = set()
@@ -558,6 +565,8 @@ class PPOTrainer(PPOMethods):
             "logged_steps": self.current_step,
             "highest_score": self._highest_score,
             "compared": self._compared,
+            "consecutive_skips": self.guards.consecutive_skips,
+            "largest_microbatch": self.guards.largest_microbatch,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -569,6 +578,47 @@ class PPOTrainer(PPOMethods):
         self.current_step = state["logged_steps"]
         self._highest_score = state["highest_score"]
         self._compared = state["compared"]
+        self.guards.consecutive_skips = state["consecutive_skips"]
+        self.guards.largest_microbatch = state["largest_microbatch"]
+
+    def save_checkpoint(
+        self,
+        folder: str | Path,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        keep_last: int = 2,
+        metric: float | None = None,
+    ) -> Path:
+        """Writes everything that the rest of the run depends on, between two calls of `step`. Every process calls this.
+
+        Args:
+            folder: of this run's checkpoints; every process must see the same one.
+            extra: JSON of your own, such as a position in the data; `load_checkpoint` returns it in `.state["extra"]`.
+            keep_last: checkpoints to keep, beside the one with the highest metric.
+            metric: how good this one is.
+
+        Returns:
+            The new checkpoint's folder.
+
+        Raises:
+            CheckpointError: if it could not be written; the one before is still there.
+        """
+        return save_training(self, folder, step=self._steps_done, extra=extra, keep_last=keep_last, metric=metric)
+
+    def load_checkpoint(self, folder: str | Path) -> Checkpoint | None:
+        """Takes up the newest checkpoint of a folder that is whole. Every process calls this, before anything else.
+
+        On the same machine with the same libraries and settings, what follows is what would have followed without the
+        interruption, bit for bit in float32 on a CPU (docs/runs.md states it exactly).
+
+        Returns:
+            None, with nothing changed, if nothing was ever saved there.
+
+        Raises:
+            ValueError: if the checkpoint is of another run: each difference is named, and nothing was changed.
+            CheckpointError: if there are checkpoints, and none can be read.
+        """
+        return load_training(self, folder)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from trl.protocols import LossFn, Reduce
+from trl.training.guards import UpdateGuards, is_out_of_memory
 from trl.types import Experience, Tally, identity, occupied, take
 
 
@@ -33,7 +35,7 @@ class UpdateMetrics:
     means: dict[str, float]  # over counted tokens of every process, by statistics key
     arrays: dict[str, Tensor]  # [b, S] of this process, by statistics key
     grad_norm: float  # before clipping
-    stepped: bool  # False if the gradient was not finite
+    stepped: bool  # False if a loss or gradient was not finite
     seconds: float  # of the optimizer step
 
 
@@ -51,19 +53,42 @@ class Updater:
     frozen: Sequence[nn.Parameter] = field(default_factory=tuple)  # keep their values: their gradients are dropped
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which forward and backward passes are made
     after_step: Callable[[], None] = lambda: None  # the weights have changed
+    guards: UpdateGuards = field(default_factory=UpdateGuards)
+    reduce: Reduce = identity  # sums a tensor over all processes
+    _finite: Tensor | None = field(default=None, init=False)  # were all losses since `clear`?
+
+    def clear(self) -> None:
+        """Forgets gradients, before the first microbatch of a minibatch."""
+        self.optimizer.zero_grad()
+        self._finite = None
+
+    def exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward pass: only the last microbatch of a minibatch exchanges gradients."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of `loss`. Only the last microbatch of a minibatch exchanges gradients.
 
         Every process must call this the same number of times, even without a counted token, or the all-reduce hangs.
         """
-        context = nullcontext() if last else self.accelerator.no_sync(self.model)
-        with context:
+        finite = loss.detach().isfinite().all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        with self.exchanging(last):
             # Data-parallel wrappers average over processes; the objective is a sum over them.
             self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def step(self) -> tuple[float, bool, float]:
-        """One optimizer step. Returns the norm before clipping, whether the step was taken, and its seconds."""
+    def step(self, experience: Experience | None = None) -> tuple[float, bool, float]:
+        """One optimizer step, or none on any process if a loss or gradient of one is not finite.
+
+        Args:
+            experience: what the gradients are of, for whoever looks into a skipped step.
+
+        Returns:
+            The norm before clipping, whether the step was taken, and its seconds.
+
+        Raises:
+            NonFiniteError: if too many steps in a row were skipped.
+        """
         started = time.perf_counter()
         for parameter in self.frozen:
             parameter.grad = None
@@ -73,16 +98,19 @@ class Updater:
         else:
             self.accelerator.unscale_gradients()
             norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        finite = torch.ones(()) if self._finite is None else self._finite.float()
+        own = math.isfinite(norm) and bool(finite)
+        if float(self.reduce(torch.zeros_like(finite) if own else torch.ones_like(finite))) == 0:
+            self.optimizer.step()
+            self.after_step()
+            self.guards.stepped()
+            return norm, True, time.perf_counter() - started
         if not math.isfinite(norm):
-            warnings.warn(
-                f"gradient norm is {norm}: this optimizer step is skipped and the weights stay as they are. Look at the "
-                "scores, the learning rate and ppo/policy/ratio.",
-                stacklevel=2,
-            )
-            return norm, False, time.perf_counter() - started
-        self.optimizer.step()
-        self.after_step()
-        return norm, True, time.perf_counter() - started
+            reason = f"gradient norm is {norm}"
+        else:
+            reason = "the loss is not finite" if not own else "loss or gradient of another process is not finite"
+        self.guards.skipped(norm, reason, experience)
+        return norm, False, time.perf_counter() - started
 
 
 def _mean(tallies: Sequence[dict[str, Tally]], reduce: Reduce) -> dict[str, float]:
@@ -115,7 +143,8 @@ def optimize(
     """Takes one optimizer step per minibatch.
 
     The loss of a minibatch is (sum over counted tokens of all its microbatches and processes) / denominator, so that
-    neither the microbatch size nor the number of processes changes the gradient.
+    neither the microbatch size nor the number of processes changes the gradient. Where memory runs out, a minibatch is done
+    again in microbatches of half the size, and so are those after it.
 
     Args:
         minibatches: what to learn from, in order; may be endless if `stop` ends it.
@@ -127,17 +156,8 @@ def optimize(
     """
     history: list[UpdateMetrics] = []
     for minibatch in minibatches:
-        updater.optimizer.zero_grad()
-        pieces = microbatches(minibatch.experience, microbatch_size)
-        tallies, arrays = [], []
-        for i, piece in enumerate(pieces):
-            columns = occupied(piece.rollout.attention)
-            with updater.computing():
-                loss = loss_fn(take(piece, slice(None), columns))
-                updater.accumulate(loss.objective / minibatch.denominator, last=i == len(pieces) - 1)
-            tallies.append({name: tally.detach() for name, tally in loss.metrics.items()})
-            arrays.append(_widen(loss.arrays, columns, piece.rollout.mask.shape[1]))
-        norm, stepped, seconds = updater.step()
+        tallies, arrays = _gradient(minibatch, loss_fn, updater, microbatch_size, reduce)
+        norm, stepped, seconds = updater.step(minibatch.experience)
         metrics = UpdateMetrics(
             means=_mean(tallies, reduce) | {name: float(mean) for name, mean in minibatch.means.items()},
             arrays={name: torch.cat([a[name] for a in arrays]) for name in arrays[0]},
@@ -149,6 +169,70 @@ def optimize(
         if stop(metrics):
             break
     return history
+
+
+Measured = tuple[list[dict[str, Tally]], list[dict[str, Tensor]]]  # tallies and arrays of each microbatch
+
+
+def _gradient(
+    minibatch: Minibatch, loss_fn: LossFn, updater: Updater, microbatch_size: int, reduce: Reduce
+) -> Measured:
+    """The gradient of a minibatch, in microbatches that fit into the memory of every process."""
+    alone = updater.accelerator.num_processes == 1
+    while True:
+        size = min(updater.guards.microbatch(microbatch_size), len(minibatch.experience))
+        updater.clear()
+        measured = _gradient_in_pieces(minibatch, loss_fn, updater, size)
+        if measured is None:
+            updater.clear()  # what the attempt has accumulated takes room as well
+            if minibatch.denominator.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if not alone:
+            if measured is None:
+                _stand_in(minibatch, loss_fn, updater)
+            if float(reduce(minibatch.denominator.new_tensor(float(measured is None)))) > 0:
+                measured = None
+        if measured is not None:
+            return measured
+        updater.guards.halve_microbatch(size)
+
+
+def _gradient_in_pieces(minibatch: Minibatch, loss_fn: LossFn, updater: Updater, size: int) -> Measured | None:
+    """One attempt; None if this process ran out of memory, unless it cannot do with less: then the error is the caller's."""
+    alone = updater.accelerator.num_processes == 1
+    pieces = microbatches(minibatch.experience, size)
+    tallies, arrays = [], []
+    for i, piece in enumerate(pieces):
+        last, exchanging = i == len(pieces) - 1, False
+        columns = occupied(piece.rollout.attention)
+        try:
+            with updater.exchanging(last), updater.computing():
+                loss = loss_fn(take(piece, slice(None), columns))
+                exchanging = last and not alone
+                updater.accumulate(loss.objective / minibatch.denominator, last=last)
+        except RuntimeError as error:
+            # Whoever leaves an exchange of gradients half-way leaves the other processes waiting.
+            lost = exchanging or isinstance(updater.model, FullyShardedDataParallel | FSDPModule)
+            if size == 1 or lost or not is_out_of_memory(error):
+                raise
+            return None
+        tallies.append({name: tally.detach() for name, tally in loss.metrics.items()})
+        arrays.append(_widen(loss.arrays, columns, piece.rollout.mask.shape[1]))
+    return tallies, arrays
+
+
+def _stand_in(minibatch: Minibatch, loss_fn: LossFn, updater: Updater) -> None:
+    """Takes part in the exchange of gradients that the other processes are in or come to, with as little as there is.
+
+    What is exchanged is thrown away: all processes begin the minibatch anew.
+    """
+    if isinstance(updater.model, DistributedDataParallel):
+        # Buffers are exchanged in the first forward pass of a minibatch, which was begun: not a second time.
+        updater.model.require_forward_param_sync = False
+    one = take(minibatch.experience, slice(0, 1))
+    with updater.computing():
+        loss = loss_fn(take(one, slice(None), occupied(one.rollout.attention)))
+        updater.accumulate(loss.objective * 0, last=True)
 
 
 def _widen(arrays: Mapping[str, Tensor], columns: slice, width: int) -> dict[str, Tensor]:

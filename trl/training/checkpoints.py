@@ -1,0 +1,385 @@
+"""Checkpoints on disk: written beside what is there, checked, and put in place by one rename.
+
+A folder of checkpoints looks like this; safetensors and JSON only:
+
+    latest.json            {"checkpoint": "step-00000012", "step": 12, "best": "step-00000009"}: for people and tools
+    step-00000012/
+        manifest.json      format, step, versions; size and SHA-256 of every other file, and of itself
+        state.json
+        policy.safetensors ...
+    .staging-...           unfinished; swept by the next save
+
+A folder named `step-...` is complete, since it gets that name after its bytes are on the disk. Which of them is the
+newest follows from the number of the save in its manifest, not from the step: a run that was taken back to an earlier
+step goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trl import files
+from trl.training.tensorfile import safetensors_pieces, safetensors_size
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+POINTER, MANIFEST, STATE = "latest.json", "manifest.json", "state.json"
+_FOLDER = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint is not what was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint, whose tensors are read when they are asked for."""
+
+    path: Path
+    step: int
+    serial: int  # how many saves there were in its folder, this one included
+    metric: float | None  # what the best is chosen by: more is better
+    versions: Mapping[str, str]  # of the libraries that wrote it
+    files: Mapping[str, Mapping[str, Any]]  # "bytes" and "sha256" by file name
+    state: Mapping[str, Any]
+
+    def open(self, name: str) -> Any:
+        """The file `name`.safetensors, as a context with `keys()`, `get_slice(key)` and `get_tensor(key)`."""
+        from safetensors import safe_open
+
+        if f"{name}.safetensors" not in self.files:
+            raise CheckpointError(f"{self.path} holds no {name}.safetensors; it holds {', '.join(self.files)}")
+        return safe_open(self.path / f"{name}.safetensors", framework="pt")
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All tensors of the file `name`.safetensors."""
+        with self.open(name) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it cannot be iterated)
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep_last: int = 2,
+    metric: float | None = None,
+) -> Path:
+    """Adds a checkpoint to a folder, and removes those that are not needed any more.
+
+    Stopped at any point, it leaves the newest complete checkpoint loadable: the one before, or this one. Kept are the
+    last `keep_last` and the best; those of later steps go, since the run was taken back to before them.
+
+    Args:
+        folder: of all checkpoints of a run; made if missing. One process at a time writes there.
+        step: steps done.
+        tensors: by file name (without ending), then by name. They are not copied.
+        state: JSON.
+        keep_last: checkpoints to keep, at least 1.
+        metric: how good this one is, more being better; None or not finite: it cannot be the best.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: if an argument cannot be stored.
+        CheckpointError: if the disk is full or read-only; the newest checkpoint is then the one before.
+    """
+    folder = Path(folder)
+    if keep_last < 1 or step < 0:
+        raise ValueError(f"keep_last={keep_last} must be at least 1 and step={step} at least 0")
+    for name in tensors:
+        if not _FILE.fullmatch(name):
+            raise ValueError(f"tensors of the file {name!r}: letters, digits, '_', '-' and '.' are expected")
+    try:
+        text = json.dumps(dict(state), allow_nan=False).encode()
+    except TypeError as error:
+        raise ValueError(f"the state is not JSON: {error}") from error
+    size = len(text) + sum(safetensors_size(group) for group in tensors.values())
+    with _explained(folder, step, size):
+        files.make_folder(folder)
+        _sweep(folder)
+        older = _listed(folder)
+        serial = 1 + max((manifest["serial"] for _, manifest in older), default=0)
+        target = _free_name(folder, step)
+        head = {
+            "format": FORMAT,
+            "step": step,
+            "serial": serial,
+            "metric": None if metric is None or not math.isfinite(metric) else float(metric),
+            "versions": versions(),
+        }
+        staging = folder / f"{files.STAGING}{target.name}-{os.getpid()}"
+        try:
+            manifest = _write_staging(staging, tensors, text, head)
+            files.move(staging, target)
+        except BaseException:
+            _discard(staging)
+            raise
+    keep, best = _to_keep([(target, manifest), *older], step, keep_last)
+    pointer = {"checkpoint": target.name, "step": step, "best": best.name if best else None}
+    with _explained(folder, step, size, complete=target):
+        files.write_atomic(folder / POINTER, json.dumps(pointer).encode())
+    for path in sorted(_folders(folder)):
+        if path not in keep:
+            _retire(path)
+    return target
+
+
+def _write_staging(
+    staging: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: bytes, head: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Every file of a checkpoint, on the disk; returns its manifest."""
+    files.make_folder(staging)
+    written: dict[str, dict[str, Any]] = {}
+    contents = {f"{name}.safetensors": safetensors_pieces(group) for name, group in tensors.items()}
+    for name, pieces in (contents | {STATE: iter([state])}).items():
+        size, digest = files.write_file(staging / name, pieces)
+        written[name] = {"bytes": size, "sha256": digest}
+    manifest = {**head, "files": written}
+    files.write_file(staging / MANIFEST, [json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1).encode()])
+    files.sync_folder(staging)
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
+    import numpy
+    import torch
+    import transformers
+
+    from trl import __version__
+
+    found = {"trl": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return found | {"numpy": numpy.__version__}
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Of what a manifest says, however it is laid out."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _free_name(folder: Path, step: int) -> Path:
+    """A run that was taken back comes to a step again; what was saved there stays until the new one is complete."""
+    name, again = f"step-{step:08d}", 2
+    path = folder / name
+    while os.path.lexists(path):
+        path, again = folder / f"{name}.{again}", again + 1
+    return path
+
+
+def _to_keep(listed: list[tuple[Path, dict[str, Any]]], step: int, keep_last: int) -> tuple[set[Path], Path | None]:
+    """The last ones and the best one, of those not after `step`; and which is the best (the first of equals)."""
+    past = [(path, m) for path, m in listed if m["step"] < step or path == listed[0][0]]
+    past.sort(key=lambda entry: -entry[1]["serial"])
+    rated = [(m["metric"], -m["serial"], path) for path, m in past if m["metric"] is not None]
+    best = max(rated)[2] if rated else None
+    return {path for path, _ in past[:keep_last]} | ({best} if best else set()), best
+
+
+def _retire(path: Path) -> None:
+    """Removes a checkpoint that is not needed: renamed first, so that a half-removed one is never taken for one."""
+    try:
+        unwanted = path.with_name(f"{files.STAGING}{path.name}-removed-{os.getpid()}")
+        files.move(path, unwanted)
+    except OSError as error:
+        logger.warning("the old checkpoint %s could not be removed: %s", path, error)
+    else:
+        _discard(unwanted)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what stopped saves have left."""
+    for path in folder.glob(f"{files.STAGING}*"):
+        _discard(path)
+
+
+def _discard(staging: Path) -> None:
+    """Removes what is unfinished or retired; what cannot be removed takes room and does no other harm."""
+    if os.path.lexists(staging):
+        try:
+            files.remove(staging)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", staging, error)
+
+
+@contextmanager
+def _explained(folder: Path, step: int, size: int, complete: Path | None = None) -> Iterator[None]:
+    """OSErrors become CheckpointErrors that say what was written where, how much, and what is left."""
+    try:
+        yield
+    except OSError as error:
+        try:
+            room = f"{shutil.disk_usage(folder).free} bytes are free there"
+        except OSError:
+            room = f"{folder} cannot be looked at"
+        left = [path.name for path, _ in _listed(folder)]
+        if complete is not None:
+            left = [f"{complete.name} is complete and the newest"]
+        elif left:
+            left = [f"{left[0]} stays the newest"]
+        raise CheckpointError(
+            f"the checkpoint of step {step} ({size} bytes) could not be written: {error.strerror}: "
+            f"{error.filename or folder}; {room}; {(left or ['there is no earlier one'])[0]}"
+        ) from error
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint | None:
+    """The newest complete checkpoint whose checksums hold.
+
+    A damaged one is named in the log, and the one before is taken.
+
+    Args:
+        folder: as for `save_checkpoint`.
+
+    Returns:
+        None if nothing was ever saved there.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none can be used, or one is of a later version of this library.
+    """
+    folder = Path(folder)
+    found = _folders(folder)
+    if not found and not (folder / POINTER).exists():
+        return None
+    _compare_with_pointer(folder, found)
+    damaged = [str(error) for path in found if isinstance(error := _manifest_or_error(path), DamagedCheckpoint)]
+    for path, _ in _listed(folder):
+        try:
+            checkpoint = read_checkpoint(path)
+        except DamagedCheckpoint as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            logger.warning("%s; %s is used instead", "; ".join(damaged), path.name)
+        return checkpoint
+    raise CheckpointError(
+        f"no checkpoint in {folder} can be used: {'; '.join(damaged) or 'they were removed'}. To begin afresh, "
+        "name another folder or remove this one"
+    )
+
+
+def best_checkpoint(folder: str | Path) -> Checkpoint | None:
+    """The checkpoint with the highest metric; None if none has one.
+
+    Raises:
+        DamagedCheckpoint: if a checksum of it does not hold.
+    """
+    listed = _listed(Path(folder))
+    if not listed:
+        return None
+    best = _to_keep(listed, listed[0][1]["step"], 1)[1]
+    return None if best is None else read_checkpoint(best)
+
+
+def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
+    """One checkpoint.
+
+    Args:
+        path: its folder.
+        verify: read every byte and compare checksums; otherwise sizes only.
+
+    Raises:
+        DamagedCheckpoint: naming the file that is not what was written.
+        CheckpointError: if a later version of this library wrote it.
+    """
+    path = Path(path)
+    manifest = _manifest(path)
+    for name, wanted in manifest["files"].items():
+        file = path / name
+        if not _FILE.fullmatch(name) or file.is_symlink() or not file.is_file():
+            raise DamagedCheckpoint(f"{file} is missing")
+        if (size := file.stat().st_size) != wanted["bytes"]:
+            raise DamagedCheckpoint(f"{file} has {size} bytes instead of {wanted['bytes']}")
+        if verify and files.sha256_of(file) != wanted["sha256"]:
+            raise DamagedCheckpoint(f"{file} has changed since it was written: its SHA-256 is another")
+    return Checkpoint(
+        path=path,
+        step=manifest["step"],
+        serial=manifest["serial"],
+        metric=manifest["metric"],
+        versions=manifest["versions"],
+        files=manifest["files"],
+        state=json.loads((path / STATE).read_bytes()),
+    )
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        if file.is_symlink():
+            raise FileNotFoundError
+        manifest = json.loads(file.read_bytes())
+        digest = manifest.pop("sha256")
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{file} is missing") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedCheckpoint(f"{file} cannot be read") from error
+    if digest != _digest(manifest):
+        raise DamagedCheckpoint(f"{file} has changed since it was written: its SHA-256 is another")
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {manifest['format']}, written by trl {manifest['versions'].get('trl')}; "
+            f"this version reads formats up to {FORMAT}"
+        )
+    return manifest
+
+
+def _manifest_or_error(path: Path) -> dict[str, Any] | DamagedCheckpoint:
+    try:
+        return _manifest(path)
+    except DamagedCheckpoint as error:
+        return error
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Folders, not links, with a checkpoint's name."""
+    if not folder.is_dir():
+        return []
+    return [p for p in folder.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+
+
+def _listed(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Checkpoints with a readable manifest, the newest first."""
+    read = [(path, _manifest_or_error(path)) for path in _folders(folder)]
+    listed = [(path, manifest) for path, manifest in read if isinstance(manifest, dict)]
+    return sorted(listed, key=lambda entry: -entry[1]["serial"])
+
+
+def _compare_with_pointer(folder: Path, found: list[Path]) -> None:
+    """A checkpoint that was put in place and is gone since is worth a line."""
+    try:
+        pointed = str(json.loads((folder / POINTER).read_bytes())["checkpoint"])
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s cannot be read; the checkpoints beside it are looked at", folder / POINTER)
+        return
+    if pointed not in [path.name for path in found]:
+        logger.warning("%s names %s, which is not there any more", folder / POINTER, pointed)

@@ -1,0 +1,76 @@
+"""Python state as JSON, and its tensors aside: nothing that is read back can run code."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+_TAGS = ("__tensor__", "__tuple__", "__float__", "__items__", "__counter__")
+
+
+def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """What `value` is in JSON, exactly.
+
+    Args:
+        value: None, booleans, numbers, strings, tensors, and lists, tuples and dicts of such.
+        place: where it stands, such as "scheduler": the name of its tensors, and of what cannot be kept.
+        tensors: takes up the tensors, by place.
+
+    Raises:
+        ValueError: naming the place of anything else.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, np.generic):
+        return encode(value.item(), place, tensors)
+    if isinstance(value, Tensor):
+        tensors[place] = value
+        return {"__tensor__": place}
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"__float__": repr(float(value))}
+    if isinstance(value, tuple | list):
+        items = [encode(item, f"{place}/{i}", tensors) for i, item in enumerate(value)]
+        return {"__tuple__": items} if isinstance(value, tuple) else items
+    if isinstance(value, Mapping):
+        pairs = [[encode(k, place, tensors), encode(v, f"{place}/{k}", tensors)] for k, v in value.items()]
+        if isinstance(value, Counter):
+            return {"__counter__": pairs}
+        if all(isinstance(key, str) and key not in _TAGS for key in value):
+            return dict(pairs)
+        return {"__items__": pairs}
+    raise ValueError(
+        f"{place} is a {type(value).__name__}, which a checkpoint cannot hold: it holds numbers, strings, tensors, and "
+        "lists and dicts of them"
+    )
+
+
+def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    """The reverse of `encode`; `tensor` finds one by its place."""
+    if isinstance(value, list):
+        return [decode(item, tensor) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        (tag, inner), *_ = value.items()
+        if tag == "__tensor__":
+            return tensor(inner)
+        if tag == "__float__":
+            return float(inner)
+        if tag == "__tuple__":
+            return tuple(decode(item, tensor) for item in inner)
+        if tag in ("__items__", "__counter__"):
+            pairs = {decode(k, tensor): decode(v, tensor) for k, v in inner}
+            return pairs if tag == "__items__" else Counter(pairs)
+    return {key: decode(item, tensor) for key, item in value.items()}
+
+
+def no_tensors(place: str) -> Tensor:
+    """For `decode`, where no tensor can stand."""
+    raise ValueError(f"a tensor is expected at {place}, where only numbers can stand")

@@ -1,0 +1,41 @@
+"""Which weights a run stands on that its checkpoints do not hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from trl.training.tensorfile import tensor_bytes
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers of a model by name; what is tied together stands under its first name."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    transient = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return found | {name: buffer for name, buffer in model.named_buffers() if name not in transient}
+
+
+class Fingerprints:
+    """SHA-256 of weights that should not change, computed again only for those that were written to."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], tuple[int, int, str]] = {}
+
+    def of(self, role: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Digest of type, shape and bytes by name; `role` tells models apart that share names."""
+        return {name: self._digest((role, name), tensor) for name, tensor in tensors.items()}
+
+    def _digest(self, key: tuple[str, str], tensor: Tensor) -> str:
+        known = self._known.get(key)
+        if known is not None and known[:2] == (tensor.data_ptr(), tensor._version):
+            return known[2]
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+        self._known[key] = (tensor.data_ptr(), tensor._version, digest.hexdigest())
+        return digest.hexdigest()

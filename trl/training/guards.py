@@ -1,0 +1,82 @@
+"""What keeps an update alive, and what it remembers from one update to the next."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from trl.types import Experience
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many optimizer steps in a row were left out, since loss or gradient was not finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedUpdate:
+    """An optimizer step that no process took."""
+
+    experience: Experience | None  # this process's minibatch, advantages as the loss used them; None if not known
+    grad_norm: float  # of this process; may be finite, if the loss or another process's gradient was not
+    in_a_row: int  # skipped steps up to and with this one
+
+
+@dataclass(kw_only=True)
+class UpdateGuards:
+    """Counts skipped steps, and remembers the largest microbatch that fits into memory."""
+
+    max_skipped: int | None = None  # skipped steps in a row at which the run ends; None: never
+    on_skip: Callable[[SkippedUpdate], None] | None = None  # told of every skipped step, on every process
+    consecutive_skips: int = 0
+    largest_microbatch: int | None = None  # None until memory ran out
+
+    def stepped(self) -> None:
+        """A step was taken."""
+        self.consecutive_skips = 0
+
+    def skipped(self, norm: float, reason: str, experience: Experience | None) -> None:
+        """A step was left out, on every process alike.
+
+        Raises:
+            NonFiniteError: at `max_skipped` in a row.
+        """
+        self.consecutive_skips += 1
+        warnings.warn(
+            f"{reason}: this optimizer step is skipped and the weights stay as they are. Look at the scores, the learning "
+            "rate and ppo/policy/ratio.",
+            stacklevel=3,
+        )
+        if self.on_skip is not None:
+            self.on_skip(SkippedUpdate(experience=experience, grad_norm=norm, in_a_row=self.consecutive_skips))
+        if self.max_skipped is not None and self.consecutive_skips >= self.max_skipped:
+            raise NonFiniteError(
+                f"{self.consecutive_skips} optimizer steps in a row were skipped (max_skipped_updates={self.max_skipped}); "
+                f"the last one since {reason}"
+            )
+
+    def microbatch(self, wanted: int) -> int:
+        """The size to use where `wanted` is configured."""
+        return wanted if self.largest_microbatch is None else min(wanted, self.largest_microbatch)
+
+    def halve_microbatch(self, size: int) -> None:
+        """`size` sequences, at least 2, did not fit."""
+        self.largest_microbatch = size // 2
+        logger.warning(
+            "out of memory with a microbatch of %d: from now on it is %d; what an optimizer step sees stays the same",
+            size,
+            size // 2,
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's or the machine's memory is used up."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

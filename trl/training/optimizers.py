@@ -1,0 +1,141 @@
+"""An optimizer's state by the names of its parameters, and a scheduler's beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from torch import Tensor, nn
+
+from trl.training.encoding import decode, encode
+
+
+def inner(wrapped: Any) -> Any:
+    """The torch optimizer or scheduler in accelerate's; anything else as it is."""
+    if isinstance(wrapped, AcceleratedOptimizer):
+        return wrapped.optimizer
+    return wrapped.scheduler if isinstance(wrapped, AcceleratedScheduler) else wrapped
+
+
+def kind(value: Any) -> str | None:
+    """The full name of a class of which `value` is an instance; None for None."""
+    return None if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """JSON of an optimizer; its tensors go to `tensors` as "parameter/entry".
+
+    Args:
+        optimizer: of parameters of one model.
+        named: that model's parameters.
+        tensors: takes up the tensors, not copied.
+
+    Raises:
+        ValueError: if the optimizer has a parameter that is not among them.
+    """
+    names = {id(parameter): name for name, parameter in named.items()}
+    return {
+        "class": kind(optimizer),
+        "defaults": encode(optimizer.defaults, "optimizer/defaults", tensors),
+        "groups": [
+            {
+                "parameters": _names(group, i, names),
+                "settings": encode(_settings(group), f"optimizer/groups/{i}", tensors),
+            }
+            for i, group in enumerate(optimizer.param_groups)
+        ],
+        "entries": {
+            names[id(parameter)]: encode(entries, names[id(parameter)], tensors)
+            for parameter, entries in optimizer.state.items()
+        },
+    }
+
+
+def _names(group: Mapping[str, Any], i: int, names: Mapping[int, str]) -> list[str]:
+    found = [names.get(id(parameter)) for parameter in group["params"]]
+    if None in found:
+        shape = tuple(group["params"][found.index(None)].shape)
+        raise ValueError(f"group {i} of the optimizer holds a parameter of shape {shape} that is not the model's")
+    return [name for name in found if name is not None]
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
+
+
+def optimizer_differences(
+    saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> list[str]:
+    """Why a saved state is not this optimizer's."""
+    if saved["class"] != kind(optimizer):
+        return [f"the optimizer was a {saved['class']}, is a {kind(optimizer)}"]
+    names = {id(parameter): name for name, parameter in named.items()}
+    now = [_names(group, i, names) for i, group in enumerate(optimizer.param_groups)]
+    before = [group["parameters"] for group in saved["groups"]]
+    if len(now) != len(before):
+        return [f"the optimizer had {len(before)} groups of parameters, has {len(now)}"]
+    found = []
+    for i, (old, new) in enumerate(zip(before, now, strict=True)):
+        gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+        if gone or come:
+            found.append(
+                f"group {i} of the optimizer had {len(old)} parameters, has {len(new)}"
+                + (f"; {gone[0]} is gone" if gone else "")
+                + (f"; {come[0]} is new" if come else "")
+            )
+    return found
+
+
+def load_optimizer(
+    saved: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    tensor: Callable[[str], Tensor],
+    *,
+    scheduled: bool,
+) -> list[str]:
+    """Puts a saved state into an optimizer that fits.
+
+    A setting that the optimizer was made with anew, such as another learning rate, is the user's wish and stays, unless a
+    scheduler (`scheduled`) rules the learning rate.
+
+    Returns:
+        What is not as it was saved, in words.
+    """
+    remarks = []
+    made_with = decode(saved["defaults"], tensor)
+    wishes = {name for name, value in optimizer.defaults.items() if name in made_with and made_with[name] != value}
+    for name in sorted(wishes):
+        ruled = scheduled and name == "lr"
+        remarks.append(
+            f"the optimizer was made with {name}={made_with[name]}, now with {optimizer.defaults[name]}: "
+            + ("the scheduler's saved state rules" if ruled else "the new value counts")
+        )
+    wishes -= {"lr"} if scheduled else set()
+    for group, old in zip(optimizer.param_groups, saved["groups"], strict=True):
+        settings = decode(old["settings"], tensor)
+        group.update({name: value for name, value in settings.items() if name not in wishes})
+    optimizer.state.clear()
+    fused = {
+        id(p): bool(group.get("fused") or group.get("capturable"))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    for name, entries in saved["entries"].items():
+        parameter = named[name]
+        optimizer.state[parameter] = {
+            key: _placed(key, value, parameter, fused[id(parameter)]) for key, value in decode(entries, tensor).items()
+        }
+    return remarks
+
+
+def _placed(key: str, value: Any, parameter: nn.Parameter, fused: bool) -> Any:
+    """A tensor where its optimizer wants it: Adam counts steps on the CPU unless it is fused."""
+    if not isinstance(value, Tensor) or (key == "step" and not fused):
+        return value
+    return value.to(parameter.device)

@@ -1,0 +1,306 @@
+"""What the rest of a PPO run depends on, taken out of a trainer and put into another one, exactly.
+
+Policy and value head, optimizer, scheduler, KL coefficient, running moments, counters, every random number generator of
+every process. Of a model with an adapter only what is trained is stored; the weights it stands on, and the reference
+model, are recognised by their SHA-256.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import islice
+from json import dumps, loads
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.training.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    versions,
+)
+from trl.training.encoding import decode, encode, no_tensors
+from trl.training.fingerprints import weights
+from trl.training.optimizers import inner, kind, load_optimizer, optimizer_differences, optimizer_state
+from trl.training.processes import run_together, share_bytes
+from trl.training.rng import generators_state, set_generators
+from trl.training.tensorfile import kind_of
+
+logger = logging.getLogger(__name__)
+
+POLICY, OPTIMIZER = "policy", "optimizer"
+_HEAD = "v_head."
+# A run with another one of these is another run.
+_FIXED_SETTINGS = ("batch_size",)
+# May hold credentials and paths, and change no number that is not seen elsewhere.
+_UNSAVED_SETTINGS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs")
+
+
+# To and from a folder ------------------------------------------------------------------------------------------------
+
+
+def save_training(
+    trainer: Any,
+    folder: str | Path,
+    *,
+    step: int,
+    extra: Mapping[str, Any] | None = None,
+    keep_last: int = 2,
+    metric: float | None = None,
+) -> Path:
+    """Saves a trainer, as `save_checkpoint` does; every process calls it, the main one writes, all raise together."""
+    tensors, state = capture(trainer)
+    state["extra"] = dict(extra or {})
+
+    def write() -> Path | None:
+        if not trainer.accelerator.is_main_process:
+            return None
+        return save_checkpoint(folder, step, tensors, state, keep_last=keep_last, metric=metric)
+
+    written = run_together(trainer.accelerator, write, CheckpointError)
+    name = share_bytes(trainer.accelerator, b"" if written is None else written.name.encode())[0]
+    return Path(folder) / name.decode()
+
+
+def load_training(trainer: Any, folder: str | Path) -> Checkpoint | None:
+    """Puts the newest usable checkpoint of a folder into a trainer; every process calls it, and all load the same one."""
+    main = trainer.accelerator.is_main_process
+    found = run_together(trainer.accelerator, lambda: load_checkpoint(folder) if main else None, CheckpointError)
+    name = share_bytes(trainer.accelerator, b"" if found is None else found.path.name.encode())[0].decode()
+    if not name:
+        return None
+
+    def read() -> Checkpoint:
+        return found or read_checkpoint(Path(folder) / name, verify=False)  # the main process has verified it
+
+    checkpoint = run_together(trainer.accelerator, read, CheckpointError)
+    restore(trainer, checkpoint)
+    return checkpoint
+
+
+# Out of a trainer ----------------------------------------------------------------------------------------------------
+
+
+def capture(trainer: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Everything that the rest of the run depends on. Every process must call this.
+
+    Args:
+        trainer: with `model`, `ref_model`, `optimizer`, `lr_scheduler`, `accelerator`, `config`, `tokenizer`,
+            `fingerprints`, `_generator`, and a `state_dict` of what else it carries from step to step.
+
+    Returns:
+        Tensors by file and name, which are the trainer's own and not copies: save them before the next step; and JSON.
+
+    Raises:
+        ValueError: if the model is sharded over processes, or the optimizer or scheduler holds what JSON and
+            safetensors cannot.
+    """
+    _check_whole(trainer)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    stored, frozen = _split(model)
+    entries: dict[str, Tensor] = {}
+    scheduler, scaler = inner(trainer.lr_scheduler), trainer.accelerator.scaler
+    own = {name: value for name, value in trainer.state_dict().items() if name != "minibatch_order"}
+    generators = generators_state(trainer.accelerator.device, trainer._generator)
+    shared = share_bytes(trainer.accelerator, dumps(generators, allow_nan=False).encode())
+    state = {
+        **_identity(trainer),
+        "modes": _modes(model),
+        "frozen": trainer.fingerprints.of("policy", frozen),
+        "reference": _reference(trainer),
+        "optimizer": optimizer_state(inner(trainer.optimizer), dict(model.named_parameters()), entries),
+        "scheduler": None if scheduler is None else encode(scheduler.state_dict(), "scheduler", entries),
+        "scaler": None if scaler is None else encode(scaler.state_dict(), "scaler", entries),
+        "ppo": encode(own, "ppo", entries),
+        "generators": [loads(part) for part in shared],
+    }
+    return {POLICY: stored, OPTIMIZER: entries}, state
+
+
+def _check_whole(trainer: Any) -> None:
+    kind_of_run = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
+    if kind_of_run in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"a model that {kind_of_run} shards over processes cannot be checkpointed; one process and data-parallel "
+            "processes can"
+        )
+
+
+def _split(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a checkpoint holds of a model, and what it only recognises: the weights under an adapter."""
+    everything = weights(model)
+    if not model.is_peft_model:
+        return everything, {}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad or name.startswith(_HEAD)}
+    frozen = {name: tensor for name, tensor in everything.items() if name not in trained}
+    return {name: everything[name] for name in everything if name in trained}, frozen
+
+
+def _reference(trainer: Any) -> dict[str, str] | None:
+    """Fingerprints of the reference model, without its value head, which nobody asks; None if it is the policy's base."""
+    if trainer.ref_model is None:
+        return None
+    model = trainer.accelerator.unwrap_model(trainer.ref_model)
+    asked = {name: tensor for name, tensor in weights(model).items() if not name.startswith(_HEAD)}
+    return trainer.fingerprints.of("reference", asked)
+
+
+def _identity(trainer: Any) -> dict[str, Any]:
+    """What tells one run from another."""
+    return {
+        "config": _settings(trainer.config),
+        "processes": trainer.accelerator.num_processes,
+        "device": trainer.accelerator.device.type,
+        "mixed_precision": str(trainer.accelerator.mixed_precision),
+        "tokenizer_size": len(trainer.tokenizer),
+        "scheduler_class": kind(inner(trainer.lr_scheduler)),
+    }
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What can be compared between two runs, as JSON."""
+    found = {}
+    for name in (f.name for f in fields(config) if f.name not in _UNSAVED_SETTINGS):
+        value = getattr(config, name)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            value = [int(item) if isinstance(item, int) else item for item in value]
+        if value is None or isinstance(value, bool | int | float | str | list):
+            found[name] = encode(value, f"config/{name}", {})
+    return found
+
+
+def _modes(model: torch.nn.Module) -> dict[str, Any]:
+    """Whether the model is in training mode, and which modules are in the other one."""
+    other = [name for name, module in model.named_modules() if module.training != model.training]
+    return {"training": model.training, "other": other}
+
+
+# Into a trainer ------------------------------------------------------------------------------------------------------
+
+
+def restore(trainer: Any, checkpoint: Checkpoint) -> None:
+    """Makes a trainer continue where `checkpoint` was taken. Every process must call this.
+
+    Args:
+        trainer: made as the one that was saved.
+        checkpoint: as from `load_checkpoint`.
+
+    Raises:
+        ValueError: if the checkpoint is of another run, naming each difference; nothing was changed then.
+    """
+    _check_whole(trainer)
+    run_together(trainer.accelerator, lambda: _refuse_another_run(trainer, checkpoint), ValueError)
+    state, model = checkpoint.state, trainer.accelerator.unwrap_model(trainer.model)
+    remarks = _harmless_differences(trainer, checkpoint)
+    stored, _ = _split(model)
+    with checkpoint.open(POLICY) as file, torch.no_grad():
+        for name, tensor in stored.items():
+            tensor.copy_(file.get_tensor(name))
+    for name, module in model.named_modules():
+        module.training = state["modes"]["training"] != (name in state["modes"]["other"])
+    with checkpoint.open(OPTIMIZER) as file:
+        remarks += load_optimizer(
+            state["optimizer"],
+            inner(trainer.optimizer),
+            dict(model.named_parameters()),
+            file.get_tensor,
+            scheduled=trainer.lr_scheduler is not None,
+        )
+        if trainer.lr_scheduler is not None:
+            trainer.lr_scheduler.load_state_dict(decode(state["scheduler"], file.get_tensor))
+        if trainer.accelerator.scaler is not None and state["scaler"] is not None:
+            trainer.accelerator.scaler.load_state_dict(decode(state["scaler"], file.get_tensor))
+        own = decode(state["ppo"], file.get_tensor)
+    kept = trainer.kl_ctl.value
+    trainer.load_state_dict(own | {"minibatch_order": trainer._generator.get_state()})
+    if _new_fixed_coefficient(trainer, state):
+        trainer.kl_ctl.value = kept
+    rank = trainer.accelerator.process_index
+    set_generators(state["generators"][rank], trainer.accelerator.device, trainer._generator)
+    for remark in remarks:
+        logger.warning("resuming %s: %s", checkpoint.path.name, remark)
+
+
+def _refuse_another_run(trainer: Any, checkpoint: Checkpoint) -> None:
+    differences = list(_differences(trainer, checkpoint))
+    if differences:
+        raise ValueError(f"{checkpoint.path} is a checkpoint of another run: {'; '.join(differences)}")
+
+
+def _differences(trainer: Any, checkpoint: Checkpoint) -> Iterator[str]:
+    """Why a checkpoint cannot be continued with this trainer."""
+    state, now = checkpoint.state, _identity(trainer)
+    for name in ("processes", "tokenizer_size", "scheduler_class"):
+        if state[name] != now[name]:
+            yield f"{name} was {state[name]}, is {now[name]}"
+    for name in _FIXED_SETTINGS:
+        if state["config"][name] != now["config"][name]:
+            yield f"{name} was {state['config'][name]}, is {now['config'][name]}"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    stored, frozen = _split(model)
+    with checkpoint.open(POLICY) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it cannot be iterated)
+        saved = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    yield from _compare("the policy", saved, {name: kind_of(tensor) for name, tensor in stored.items()})
+    fingerprints = trainer.fingerprints.of("policy", frozen)
+    yield from _compare("the base model", state["frozen"], fingerprints, values="other weights")
+    reference = _reference(trainer)
+    if (reference is None) != (state["reference"] is None):
+        words = {True: "the policy without its adapter", False: "a model of its own"}
+        yield f"the reference was {words[state['reference'] is None]}, is {words[reference is None]}"
+    else:
+        yield from _compare("the reference model", state["reference"] or {}, reference or {}, values="other weights")
+    yield from optimizer_differences(state["optimizer"], inner(trainer.optimizer), dict(model.named_parameters()))
+
+
+def _compare(what: str, saved: Mapping[str, Any], now: Mapping[str, Any], values: str = "") -> Iterator[str]:
+    """Entries that are gone, new or changed, three of each by name."""
+    yield from _some(f"{what} lacks", sorted(set(saved) - set(now)))
+    yield from _some(f"{what} has beside what was saved", sorted(set(now) - set(saved)))
+    changed = [name for name in saved if name in now and saved[name] != now[name]]
+    detail = values or (f"was {_shaped(saved[changed[0]])}, is {_shaped(now[changed[0]])}" if changed else "")
+    yield from _some(f"{what} has {values} in" if values else f"{what} ({detail}) differs in", changed)
+
+
+def _some(what: str, names: Sequence[str]) -> Iterator[str]:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"{what} {', '.join(islice(names, 3))}{more}"
+
+
+def _shaped(kind_and_shape: tuple[str, tuple[int, ...]]) -> str:
+    return f"{kind_and_shape[0]} {list(kind_and_shape[1])}"
+
+
+def _harmless_differences(trainer: Any, checkpoint: Checkpoint) -> list[str]:
+    """What may differ, in words: settings are the user's, and other machines and libraries round differently."""
+    state, now, remarks = checkpoint.state, _identity(trainer), []
+    changed = {
+        name: (state["config"].get(name), value)
+        for name, value in now["config"].items()
+        if state["config"].get(name) != value
+    }
+    if changed:
+        words = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
+        remarks.append(f"settings have changed, and count from here on: {words}")
+    if "seed" in changed:
+        remarks.append("the generators go on where they were; the new seed has no effect")
+    others = {"device": state["device"], "mixed_precision": state["mixed_precision"], **checkpoint.versions}
+    here = {"device": now["device"], "mixed_precision": now["mixed_precision"], **versions()}
+    moved = [f"{name} was {old}, is {here.get(name)}" for name, old in others.items() if old != here.get(name)]
+    if moved:
+        remarks.append(f"what follows may differ in rounding from the run without an interruption: {', '.join(moved)}")
+    return remarks
+
+
+def _new_fixed_coefficient(trainer: Any, state: Mapping[str, Any]) -> bool:
+    """A fixed KL coefficient is a setting, and one that was changed is the user's wish."""
+    config, saved = trainer.config, state["config"]
+    return not config.adap_kl_ctrl and decode(saved["init_kl_coef"], no_tensors) != config.init_kl_coef

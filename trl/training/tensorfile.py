@@ -1,0 +1,74 @@
+"""The safetensors format as a stream of pieces, so that a file is written without a second copy of its tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def kind_of(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    """Data type, by its name in the format, and shape.
+
+    Raises:
+        ValueError: if the format has no such type.
+    """
+    if tensor.dtype not in _NAMES:
+        raise ValueError(f"safetensors files hold no {tensor.dtype}; they hold {', '.join(map(str, _NAMES))}")
+    return _NAMES[tensor.dtype], tuple(tensor.shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor in row order; of a contiguous one on the CPU without a copy."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def safetensors_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the file."""
+    return len(_header(tensors)) + sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: its header, then one tensor after the other.
+
+    Raises:
+        ValueError: if the format has no such data type.
+    """
+    yield _header(tensors)
+    for name in _order(tensors):
+        yield tensor_bytes(tensors[name])
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Wide numbers first, so that each tensor begins at a multiple of its numbers' size."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in _order(tensors):
+        dtype, shape = kind_of(tensors[name])
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
