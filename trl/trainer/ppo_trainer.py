@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ from trl.functional import Moments, gae, masked_mean, masked_sum, masked_whiten
 from trl.models import PreTrainedModelWrapper, create_reference_model
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
 from trl.models.limits import context_length, vocabulary_sizes
+from trl.protocols import Callback, Tracker
 from trl.rollout import (
     generate_responses,
     obstacle,
@@ -39,6 +40,8 @@ from trl.trainer.checks import check_lists, check_per_token, check_room, check_s
 from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_methods import Batch, PPOMethods
+from trl.trainer.train import train
+from trl.trainer.train_options import OnDiskError, OnSpike, TrainOptions, TrainResult
 from trl.training.allocator import keep_freed_memory
 from trl.training.checkpoints import Checkpoint
 from trl.training.compute import Compute
@@ -50,6 +53,7 @@ from trl.training.ppo import ppo_loss, ppo_minibatches
 from trl.training.resume import load_training, save_training
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
 from trl.training.scoring import exact_kl_of, score
+from trl.training.spikes import SpikeSettings
 from trl.training.statistics import stack_updates
 from trl.types import Evaluation, Experience, Rollout
 
@@ -576,6 +580,73 @@ class PPOTrainer(PPOMethods):
                 self._highest_score = mean
                 self.push_to_hub(**kwargs)
         self._compared += 1
+
+    # The loop ------------------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        prompts: Any,
+        *,
+        reward: Any,
+        steps: int | None = None,
+        episodes: int | None = None,
+        run_dir: str | Path | None = None,
+        resume: bool | Literal["auto"] = False,
+        generation: Mapping[str, Any] | None = None,
+        length_sampler: Callable[[], int] | None = None,
+        eval_prompts: Any = None,
+        eval_every: int | None = None,
+        save_every: int | None = None,
+        keep_last: int = 2,
+        keep_best: bool = True,
+        on_spike: OnSpike | None = "warn",
+        spike: SpikeSettings | None = None,
+        max_skipped_updates: int | None = 3,
+        on_disk_error: OnDiskError = "stop",
+        callbacks: Sequence[Callback] = (),
+        trackers: Sequence[Tracker] = (),
+        progress: bool | None = None,
+    ) -> TrainResult:
+        """Samples, scores and learns until the run is done; keeps records and checkpoints of it in a folder.
+
+        Every step takes `config.batch_size` prompts on each process. docs/runs.md says what is in the folder and what
+        survives what.
+
+        Args:
+            prompts: anything that `trl.data.load_prompts` takes.
+            reward: anything that `trl.rewards.as_reward` takes. A sample without a score is left out of the update.
+            steps: of the whole run, those before a resumption included.
+            episodes: samples over all processes, in place of `steps`; rounded up to whole steps.
+            run_dir: the folder of the run; None writes nothing.
+            resume: "auto": go on with the run in `run_dir`, or begin one; True: it must be there; False: it must not.
+            generation: for `generate`; by default up to 64 new tokens of the distribution that the update scores.
+            length_sampler: draws the most new tokens, as for `generate`.
+            eval_prompts: held-out prompts, sampled and scored as the others with the same random numbers each time.
+            eval_every: steps between two evaluations; by default 20 of them in a run. The last step is always evaluated.
+            save_every: steps between two checkpoints. None: as often as costs less than 1% of the time, at the latest after
+                half an hour, after an evaluation that is the best so far; the last step is always saved.
+            keep_last: checkpoints that are kept.
+            keep_best: keep the best one, too: by `eval/score_mean`, or without `eval_prompts` by `score/mean`.
+            on_spike: of KL or loss: "warn"; "skip" the batch, which works for the KL, known before the update; "rollback" to
+                the newest checkpoint of `save_every` (by default 20 in a run) and go on with the next prompts; None.
+            spike: what a spike is.
+            max_skipped_updates: optimizer steps in a row that may be not finite; `config.max_skipped_updates` goes first.
+            on_disk_error: "stop", or "go_on": what could not be written is written later.
+            callbacks: see `trl.protocols.Callback`.
+            trackers: see `trl.protocols.Tracker`; one that fails or hangs costs its rows and nothing else.
+            progress: None: a bar on a terminal (with rich), else plain lines; False: nothing.
+
+        Raises:
+            ValueError: if an argument is wrong, or the run in `run_dir` is another one.
+            CheckpointError: if no checkpoint can be read, or one cannot be written.
+            OSError: if a record cannot be written.
+            NonFiniteError: after `max_skipped_updates`.
+            SpikeError: if spikes go on through three batches that were skipped or rolled back.
+            KeyboardInterrupt: on SIGINT, when the step has been finished and saved; a second one raises at once.
+            SystemExit: on SIGTERM, likewise, with status 143.
+        """
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        return train(self, TrainOptions(**arguments))
 
     # State -----------------------------------------------------------------------------------------------------------
 
