@@ -22,9 +22,7 @@ def masks_of(responses: list[Any], left_out: int) -> list[Any]:
 
 @pytest.mark.parametrize("seq2seq", [False, True])
 @pytest.mark.parametrize("denominator", ["minibatch", "batch"])
-def test_a_left_out_sample_changes_nothing(
-    make_trainer: Any, make_batch: Any, seq2seq: bool, denominator: str
-) -> None:
+def test_a_left_out_sample_changes_nothing(make_trainer: Any, make_batch: Any, seq2seq: bool, denominator: str) -> None:
     kind = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
     model = kind.from_pretrained(tiny_t5() if seq2seq else tiny_gpt2(), summary_dropout_prob=0.0)
     queries, responses, scores = make_batch(4, seq2seq=seq2seq)
