@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--pretrain-steps", type=int, default=300, help="of making the T5")
     add("--steps", type=int, default=30, help="of PPO")
     add("--batch-size", type=int, default=64, help="a multiple of 4")
-    add("--learning-rate", type=float, default=5e-4)
+    add("--learning-rate", type=float, default=1e-3)
     add("--new-tokens", type=int, default=24)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/t5_sentiment"))
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         mini_batch_size=args.batch_size // 4,
         ppo_epochs=2,
         max_grad_norm=1.0,
-        init_kl_coef=0.2,
+        init_kl_coef=0.05,
         target=8,
         horizon=1000,
     )
