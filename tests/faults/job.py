@@ -42,8 +42,7 @@ def main(job: dict[str, Any]) -> None:
     trainer = build(job["case"], chance=7 if saved else 0, **job.get("settings", {}))
     for kind in (random.seed, np.random.seed, torch.manual_seed):
         kind(1000 if saved else 1)
-    if job.get("dropout", True):
-        trainer.model.train()
+    trainer.model.train(job.get("dropout", True))
     result = trainer.train(
         PROMPTS,
         **{

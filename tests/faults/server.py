@@ -36,7 +36,7 @@ def _preload() -> None:
     import numpy.random  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
-    import torch.distributed  # noqa: F401
+    import torch.distributed
 
     import tests.faults.job  # noqa: F401
     from tests.helpers import tiny_gpt2, tiny_t5, tiny_tokenizer

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import Server, differences
-from tests.faults.orders import checkpoints
 
 BAD = "0"  # the prompt on which they misbehave
 WORDS = {
