@@ -24,6 +24,7 @@ from tests.faults.events import EVALUATION, Events, install
 from tests.training.runs import build, fingerprint
 from trl.rewards import FunctionReward, Guard
 from trl.trackers import read_completions, read_metrics, without_times
+from trl.training.processes import share_bytes
 
 PROMPTS = [f"w{20 + i} " + " ".join(f"w{30 + (3 * i + j) % 25}" for j in range(1 + i % 3)) for i in range(10)]
 HELD_OUT = [f"w{EVALUATION} w{5 + i}" for i in range(3)]
@@ -58,20 +59,23 @@ def main(job: dict[str, Any]) -> None:
             **job.get("train", {}),
         },
     )
+    # Of all processes: the generators of each belong to the bits, and an event is to be reached by any of them.
+    bits = fingerprint(trainer)
+    counts = [json.loads(part) for part in share_bytes(trainer.accelerator, json.dumps(events.counts).encode())]
     if trainer.accelerator.is_main_process:
-        report = {"steps": result.steps, "counts": events.counts, **where_it_is(trainer, folder)}
+        least = {kind: min(count.get(kind, number) for count in counts) for kind, number in events.counts.items()}
+        report = {"steps": result.steps, "counts": least, "bits": bits, **what_was_recorded(folder)}
         Path(job["report"]).write_text(json.dumps(report))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         os._exit(0)  # gloo's threads sometimes keep an interpreter from ending
 
 
-def where_it_is(trainer: Any, folder: Path) -> dict[str, Any]:
-    """Everything that must not depend on whether the run was interrupted."""
+def what_was_recorded(folder: Path) -> dict[str, Any]:
+    """Every record of the run that must not depend on whether it was interrupted."""
     rows = [without_times(row) for row in read_metrics(folder)]
     samples = [read_completions(folder, row["step"]) for row in rows]
     return {
-        "bits": fingerprint(trainer),
         "rows": rows,
         "samples": [[{k: v for k, v in sample.items() if k != "time/reward"} for sample in some] for some in samples],
         "files": sorted(path.name for path in (folder / "completions").iterdir()),
