@@ -3,7 +3,8 @@
 An order is JSON: `{"kind": "scoring", "n": 3, "act": "SIGKILL"}` has the process killed when it comes to its third scoring.
 Kinds are `sampling` and `evaluation` (each step of the decoding loop, and each sample that is scored for an evaluation),
 `scoring` (each sample), `before backward`, `after backward`, `before step`, `after step` (of the optimizer), and
-`save/CALL` and `record/CALL` for each CALL on the disk, inside the folder of checkpoints or elsewhere. Acts are the names
+`save/CALL`, `append/CALL` and `record/CALL` for each CALL on the disk: inside the folder of checkpoints, on the files that
+grow by a line, and elsewhere. Acts are the names
 of signals; for writes also `half`, which writes half of the bytes and is killed then.
 `{"act": "full", "place": "save", "n": 3, "until": 5}` has writes 3, 4 and 5 there find no room.
 `{"act": "loss", "value": "nan", "n": 5, "until": 6}` changes what the fifth and sixth loss of an update are: `nan`, or
@@ -22,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 EVALUATION = 60  # the first token of every prompt that is for evaluation
+_KIND_OF_FILE = {"metrics.jsonl": "append", "events.log": "append"}
 CHANGES = ("write", "fsync", "replace", "mkdir", "unlink", "rmdir")
 
 
@@ -68,7 +70,7 @@ class Disk:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             path = self._paths[args[0]] if isinstance(args[0], int) else Path(args[0])
-            place = "save" if path.is_relative_to(self._checkpoints) else "record"
+            place = "save" if path.is_relative_to(self._checkpoints) else _KIND_OF_FILE.get(path.name, "record")
             if self._events(f"{place}/{name}") == "half":
                 real(args[0], bytes(args[1])[: len(args[1]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from trl.training.processes import share_bytes
 PROMPTS = [f"w{20 + i} " + " ".join(f"w{30 + (3 * i + j) % 25}" for j in range(1 + i % 3)) for i in range(10)]
 HELD_OUT = [f"w{EVALUATION} w{5 + i}" for i in range(3)]
 BATCH, STEPS = 4, 6
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT[0-9:.]+Z ")
 
 
 def main(job: dict[str, Any]) -> None:
@@ -39,11 +41,12 @@ def main(job: dict[str, Any]) -> None:
     events = Events(job.get("orders", ()))
     install(events, folder)
     saved = any(folder.glob("checkpoints/step-*"))
-    # What a checkpoint does not hold would show: a resumed run begins with another value head, adapter and generators.
+    # What a checkpoint does not hold would show: a resumed run begins with another value head,
+    # adapter and mode, and other generators.
     trainer = build(job["case"], chance=7 if saved else 0, **job.get("settings", {}))
     for kind in (random.seed, np.random.seed, torch.manual_seed):
         kind(1000 if saved else 1)
-    trainer.model.train(job.get("dropout", True))
+    trainer.model.train(job.get("dropout", True) != saved)
     result = trainer.train(
         PROMPTS,
         **{
@@ -75,7 +78,10 @@ def what_was_recorded(folder: Path) -> dict[str, Any]:
     """Every record of the run that must not depend on whether it was interrupted."""
     rows = [without_times(row) for row in read_metrics(folder)]
     samples = [read_completions(folder, row["step"]) for row in rows]
+    events = (folder / "events.log").read_text().splitlines()
     return {
+        "torn events": [line for line in events if len(_TIME.findall(line)) != 1],
+        "unfinished": sorted(path.name for path in folder.rglob(".staging-*")),
         "rows": rows,
         "samples": [[{k: v for k, v in sample.items() if k != "time/reward"} for sample in some] for some in samples],
         "files": sorted(path.name for path in (folder / "completions").iterdir()),

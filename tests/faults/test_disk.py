@@ -30,7 +30,9 @@ def stops_and_goes_on(
     assert not differences(ended.report, wanted), order
 
 
-@pytest.mark.parametrize("order", [full_disk("save", 40), full_disk("record", 9)], ids=["save", "record"])
+@pytest.mark.parametrize(
+    "order", [full_disk("save", 40), full_disk("record", 5), full_disk("append", 6)], ids=lambda order: order["place"]
+)
 def test_a_full_disk_ends_the_run_in_order(
     server: Server, undisturbed: Undisturbed, tmp_path: Path, order: dict[str, Any]
 ) -> None:
@@ -38,7 +40,7 @@ def test_a_full_disk_ends_the_run_in_order(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["save", "record"])
+@pytest.mark.parametrize("place", ["save", "record", "append"])
 def test_a_disk_that_is_full_from_any_write_on(
     server: Server, undisturbed: Undisturbed, tmp_path: Path, figures: list[str], place: str
 ) -> None:

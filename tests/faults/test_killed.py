@@ -25,6 +25,7 @@ POINTS = 50
         (FULL, [at("after step", 10)]),
         (LORA, [at("evaluation", 13), at("before backward", 7)]),
         (LORA, [at("save/replace", 2)]),
+        (LORA, [at("append/write", 4, "half"), at("record/write", 3, "half"), at("append/write", 4, "half")]),
         (SEQ2SEQ, [at("scoring", 15)]),
         (ISOLATED, [at("scoring", 4)]),
     ],
@@ -97,7 +98,9 @@ def test_fifty_kills(
     survivals = []
     for i, first in enumerate(kill_points(wanted["counts"], POINTS, seed=len(name))):
         orders = [
-            {**first, "rank": chance.randrange(ranks)} if not first["kind"].startswith(("save", "record")) else first
+            {**first, "rank": chance.randrange(ranks)}
+            if not first["kind"].startswith(("save", "record", "append"))
+            else first
         ]
         if i % 5 == 4:  # and what goes on with it is killed, too, in its first step
             orders.append(at(chance.choice(["sampling", "scoring", "after backward", "before step"]), 2))
