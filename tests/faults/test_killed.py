@@ -25,7 +25,7 @@ POINTS = 50
         (FULL, [at("after step", 10)]),
         (LORA, [at("evaluation", 13), at("before backward", 7)]),
         (LORA, [at("save/replace", 2)]),
-        (LORA, [at("append/write", 4, "half"), at("record/write", 3, "half"), at("append/write", 4, "half")]),
+        (LORA, [at("append/write", 4, "half"), at("record/write", 3, "half"), at("append/write", 2, "half")]),
         (SEQ2SEQ, [at("scoring", 15)]),
         (ISOLATED, [at("scoring", 4)]),
     ],
