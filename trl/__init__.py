@@ -20,7 +20,18 @@ _HOMES = {
         "PreTrainedModelWrapper",
         "create_reference_model",
     ),
-    "trl.trainer": ("AdaptiveKLController", "BaseTrainer", "FixedKLController", "PPOConfig", "PPOTrainer"),
+    "trl.trainer": (
+        "AdaptiveKLController",
+        "BaseTrainer",
+        "FixedKLController",
+        "PPOConfig",
+        "PPOTrainer",
+        "TrainCallback",
+        "TrainResult",
+    ),
+    "trl.training.checkpoints": ("CheckpointError",),
+    "trl.training.guards": ("NonFiniteError",),
+    "trl.training.spikes": ("SpikeError", "SpikeSettings"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = ("core", "functional", "import_utils", "models", "protocols", "trainer", "types")
@@ -40,10 +51,16 @@ __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "BaseTrainer",
+    "CheckpointError",
     "FixedKLController",
+    "NonFiniteError",
     "PPOConfig",
     "PPOTrainer",
     "PreTrainedModelWrapper",
+    "SpikeError",
+    "SpikeSettings",
+    "TrainCallback",
+    "TrainResult",
     "__version__",
     "create_reference_model",
     "is_peft_available",
@@ -60,7 +77,18 @@ if TYPE_CHECKING:
         PreTrainedModelWrapper,
         create_reference_model,
     )
-    from trl.trainer import AdaptiveKLController, BaseTrainer, FixedKLController, PPOConfig, PPOTrainer
+    from trl.trainer import (
+        AdaptiveKLController,
+        BaseTrainer,
+        FixedKLController,
+        PPOConfig,
+        PPOTrainer,
+        TrainCallback,
+        TrainResult,
+    )
+    from trl.training.checkpoints import CheckpointError
+    from trl.training.guards import NonFiniteError
+    from trl.training.spikes import SpikeError, SpikeSettings
 
 
 def __getattr__(name: str) -> Any:

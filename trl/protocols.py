@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -61,4 +62,27 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Called once, after the last row."""
+        ...
+
+
+class Callback(Protocol):
+    """Watches a managed run (`PPOTrainer.train`), on every process; `trl.TrainCallback` has empty methods to start from.
+
+    A callback must not draw from the global random generators, which the run draws from, nor make collective calls.
+    """
+
+    def on_start(self, trainer: Any, step: int) -> None:
+        """Before the first step of this call; `step` steps are done already."""
+        ...
+
+    def on_step(self, trainer: Any, step: int, row: Mapping[str, Any]) -> bool | None:
+        """After a step, with its row of metrics. True ends the run here, in order."""
+        ...
+
+    def on_save(self, trainer: Any, step: int, path: Path) -> None:
+        """A checkpoint is complete."""
+        ...
+
+    def on_end(self, trainer: Any, result: Any) -> None:
+        """The run is over; `result` is what `train` returns. Not called after an error or a signal."""
         ...

@@ -41,7 +41,7 @@ BAD_STEPS: dict[str, tuple[Callable[[list, list, list], Any], str]] = {
     ),
     "a mask of zeros": (
         lambda q, r, s: (q, r, s, [torch.zeros(len(x)) for x in r]),
-        r"response_masks\[0\] leaves no token to train on",
+        r"response_masks leave every sample out",
     ),
     "a NaN token reward": (
         lambda q, r, s: (q, r, s, None, [torch.full((len(x),), math.nan) for x in r]),

@@ -98,7 +98,7 @@ class RewardMix:
         return [math.fsum(column) for column in zip(*weighted, strict=True)] if weighted else None
 
 
-class _Budgeted:
+class Budgeted:
     """A reward whose errors are counted against a budget."""
 
     def __init__(self, reward: Reward, budget: ErrorBudget) -> None:
@@ -106,11 +106,17 @@ class _Budgeted:
         self.budget = budget
 
     def score(self, samples: Sequence[Sample]) -> Scored:
+        """Scores samples.
+
+        Raises:
+            RewardErrors: if too many failed.
+        """
         scored = self.reward.score(samples)
         self.budget.record(scored)
         return scored
 
     def close(self) -> None:
+        """Closes the reward."""
         self.reward.close()
 
 
@@ -172,7 +178,18 @@ def as_reward(
         reward = RewardMix(leaves, _by_name(weights, list(by_name)), missing)
     else:
         reward = _leaf(spec, name or _name_of(spec), guard, cache)
-    return reward if budget is None else _Budgeted(reward, budget)
+    return reward if budget is None else Budgeted(reward, budget)
+
+
+def budgets_of(reward: Reward) -> list[ErrorBudget]:
+    """Every error budget inside a reward, in an order that depends on how it is made alone: what a checkpoint keeps of it."""
+    if isinstance(reward, Budgeted):
+        return [reward.budget, *budgets_of(reward.reward)]
+    if isinstance(reward, CachedReward):
+        return budgets_of(reward.reward)
+    if isinstance(reward, RewardMix):
+        return [budget for one in reward.rewards.values() for budget in budgets_of(one)]
+    return []
 
 
 def _leaf(spec: Any, name: str, guard: Guard, cache: Any) -> Reward:

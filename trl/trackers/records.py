@@ -30,7 +30,7 @@ class CompletionRecord:
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     """By the name of the component, before weights; None where it could not score."""
     score: float | None = None
-    """What the step was given."""
+    """What the step was given: the score, and the sum of the rewards of tokens."""
     advantage: float | None = None
     """Mean over the response's tokens."""
     kl: float | None = None

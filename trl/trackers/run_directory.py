@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.files import STAGING, append_line, write_atomic
+from trl.files import STAGING, append_line, remove, write_atomic
 from trl.trackers.environment import differences, environment
 from trl.trackers.events import event_line
 from trl.trackers.lock import RunLock
@@ -32,7 +32,7 @@ class RunDirectory:
     | `completions/step-00000012.parquet` | every sample of the step | whole or not at all |
     | `events.log` | what happened, with times | appended, a line at a time |
     | `summary.json` | how it ended | whole or not at all |
-    | `checkpoints/` | made by whoever saves | |
+    | `checkpoints/`, `dumps/`, `model/` | made by whoever saves | |
 
     Everything is UTF-8 and without secrets (`trl.redaction`). What is written whole is durable when the call returns; an
     appended line outlives the process at once, and a power cut after `sync`. All writers raise `OSError` where the disk is
@@ -232,11 +232,11 @@ class RunDirectory:
         return sorted(entry for entry in folder.iterdir() if step_of(entry) is not None) if folder.is_dir() else []
 
     def _sweep(self) -> None:
-        """Removes the temporary files of a killed `write_atomic`."""
-        for folder in (self.path, self.path / "completions"):
+        """Removes what a killed process left unfinished: the files of `write_atomic`, and a model on its way."""
+        for folder in (self.path, self.path / "completions", self.path / "dumps"):
             if folder.is_dir():
                 for entry in folder.glob(f"{STAGING}*"):
-                    entry.unlink()
+                    remove(entry)
 
     def _mend(self) -> None:
         """Takes the half of a last line off what is appended to, and finds the last step."""

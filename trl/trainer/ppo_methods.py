@@ -325,6 +325,8 @@ class PPOMethods(BaseTrainer):
             order = torch.randperm(len(experience), generator=self._generator)
             for rows in order.split(config.samples_per_update):
                 part = take(experience, rows.to(self.current_device))
+                if float(self._reduce(part.rollout.mask.sum().float())) == 0:
+                    continue
                 some = batch.rows(rows)
                 logprobs, logits, values, _ = self.batched_forward_pass(
                     self.model, some.queries, some.responses, some.inputs, return_logits=True
@@ -353,7 +355,8 @@ class PPOMethods(BaseTrainer):
 
         Args:
             kl_coef: weight of the KL in this step's rewards.
-            **data: scores, logprobs, ref_logprobs, non_score_reward, masks [B, S], queries, responses, train_stats.
+            **data: scores, logprobs, ref_logprobs, non_score_reward, masks [B, S], queries, responses, train_stats, and
+                rows, where some rows of the mask are empty (see `step_statistics`).
         """
         scores = data["scores"]
         return step_statistics(
@@ -366,6 +369,7 @@ class PPOMethods(BaseTrainer):
             queries=data["queries"],
             responses=data["responses"],
             train_stats=data["train_stats"],
+            rows=data.get("rows"),
         )
 
     def gather_stats(self, stats: dict[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import inspect
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ from trl.functional import Moments, gae, masked_mean, masked_sum, masked_whiten
 from trl.models import PreTrainedModelWrapper, create_reference_model
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
 from trl.models.limits import context_length, vocabulary_sizes
+from trl.protocols import Callback, Tracker
 from trl.rollout import (
     generate_responses,
     obstacle,
@@ -39,6 +40,8 @@ from trl.trainer.checks import check_lists, check_per_token, check_room, check_s
 from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_methods import Batch, PPOMethods
+from trl.trainer.train import train
+from trl.trainer.train_options import OnDiskError, OnSpike, TrainOptions, TrainResult
 from trl.training.allocator import keep_freed_memory
 from trl.training.checkpoints import Checkpoint
 from trl.training.compute import Compute
@@ -50,6 +53,7 @@ from trl.training.ppo import ppo_loss, ppo_minibatches
 from trl.training.resume import load_training, save_training
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
 from trl.training.scoring import exact_kl_of, score
+from trl.training.spikes import SpikeSettings
 from trl.training.statistics import stack_updates
 from trl.types import Evaluation, Experience, Rollout
 
@@ -162,6 +166,8 @@ class PPOTrainer(PPOMethods):
         self._compared = 0
         self._steps_done = 0
         self.guards = UpdateGuards()
+        self.last_experience: Experience | None = None
+        """What the last call of `step` learnt from: rewards, values and advantages per token, as they were before it."""
         self.fingerprints = Fingerprints()
         self._warned_sampling: set[tuple[str, ...]] = set()
         self._obstacle: Any = _UNKNOWN  # what keeps our own decoding loop from driving the model: text, or None
@@ -268,7 +274,8 @@ class PPOTrainer(PPOMethods):
                 token and at least one more.
             scores: `batch_size` tensors of one number each.
             response_masks: per response, 1 where a token is the policy's own and 0 where it came from elsewhere (a
-                tool's output): those are context and are not trained on.
+                tool's output): those are context and are not trained on. All 0: the sample is left out, of the update, of
+                every moment and of every statistic but the lengths. Given on every process or on none.
             token_rewards: per response, a reward for each token, on top of the score.
             sampler_logprobs: per response, log p of each token under the distribution that it was sampled from, if
                 that was another than the policy's: its loss is weighted by min(π_old / π_sampler, importance_cap).
@@ -278,6 +285,7 @@ class PPOTrainer(PPOMethods):
 
         Raises:
             ValueError: naming what is wrong with an argument; nothing has been changed then.
+            NonFiniteError: after `config.max_skipped_updates` optimizer steps in a row that were not finite.
         """
         with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache):
             self.config.validate()
@@ -287,11 +295,16 @@ class PPOTrainer(PPOMethods):
                 int(self.config.batch_size or 1), queries, responses, scores
             )
             self._check_extras(responses, response_masks, token_rewards, sampler_logprobs)
-            self._push_if_best(scores)
+            counted = [response_masks is None or bool(m.any()) for m in response_masks or responses]
+            kept = self._kept_rows(counted, anything_masked=response_masks is not None)
+            self._push_if_best([score for score, keep in zip(scores, counted, strict=True) if keep])
             with _timed(timing, "time/ppo/forward_pass"):
                 batch = Batch(queries, responses, self.prepare_model_inputs(queries, responses))
                 rollout = self._with_extras(self._rollout(batch), batch, response_masks, sampler_logprobs)
                 old, ref_logprobs, exact_kl = self._evaluate(rollout, batch)
+            if self.guards.before_update is not None:
+                kl = masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1)
+                self.guards.before_update(kl, rollout.mask.any(dim=1))
             with _timed(timing, "time/ppo/compute_rewards"):
                 per_token = {} if exact_kl is None else {"kl": exact_kl}
                 if token_rewards is not None:
@@ -301,6 +314,7 @@ class PPOTrainer(PPOMethods):
                 )
             with _timed(timing, "time/ppo/optimize_step"):
                 train_stats = self._optimize(experience, batch)
+                self.last_experience = experience
             with _timed(timing, "time/ppo/calc_stats"):
                 stats = self.record_step_stats(
                     kl_coef=self.kl_ctl.value,
@@ -312,11 +326,12 @@ class PPOTrainer(PPOMethods):
                     masks=rollout.mask,
                     queries=queries,
                     responses=responses,
+                    rows=kept / self.accelerator.num_processes,
                 )
-                stats |= self._extra_stats(rollout, old)
+                stats |= self._extra_stats(rollout, old, kept / self.accelerator.num_processes)
                 stats = stats_to_np(convert_to_scalar(self.gather_stats(stats)))
             stats["ppo/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-            self.kl_ctl.update(stats["objective/kl"], int(self.config.batch_size or 1) * self.accelerator.num_processes)
+            self.kl_ctl.update(stats["objective/kl"], kept)
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
             self._steps_done += 1
@@ -368,6 +383,7 @@ class PPOTrainer(PPOMethods):
                 clip=config.score_clip,
             ),
             self._reduce,
+            rollout.mask.any(dim=1),
         )
         rewards, non_score_reward = self.compute_rewards(
             shaped, old.logprobs, ref_logprobs, rollout.mask.long(), **per_token
@@ -499,10 +515,22 @@ class PPOTrainer(PPOMethods):
                 check_lists(len(responses), **{name: values})
                 check_per_token(name, values, responses)
         for i, mask in enumerate(response_masks or []):
-            if not mask[int(self.is_encoder_decoder) :].any():
-                raise ValueError(
-                    f"response_masks[{i}] leaves no token to train on: leave such samples out of the batch"
-                )
+            # A mask of zeros leaves the sample out; a token that is not predicted is none to train on.
+            if mask.any() and not mask[int(self.is_encoder_decoder) :].any():
+                raise ValueError(f"response_masks[{i}] leaves the decoder's start token alone, which is not trained on")
+
+    def _kept_rows(self, counted: Sequence[bool], anything_masked: bool) -> int:
+        """How many samples count, over all processes.
+
+        Raises:
+            ValueError: if none does.
+        """
+        if not anything_masked:
+            return len(counted) * self.accelerator.num_processes
+        kept = int(self._reduce(torch.tensor(float(sum(counted)), device=self.current_device)))
+        if kept == 0:
+            raise ValueError("response_masks leave every sample out, on every process: there is nothing to learn from")
+        return kept
 
     def _with_extras(
         self,
@@ -520,11 +548,11 @@ class PPOTrainer(PPOMethods):
             rollout = replace(rollout, sampler_logprobs=seen)
         return rollout
 
-    def _extra_stats(self, rollout: Rollout, old: Evaluation) -> dict[str, Tensor]:
-        """Statistics that TRL 0.4.6 did not have."""
+    def _extra_stats(self, rollout: Rollout, old: Evaluation, rows: float) -> dict[str, Tensor]:
+        """Statistics that TRL 0.4.6 did not have; `rows` as for `step_statistics`."""
         stats = {}
         if old.entropy is not None:
-            stats["objective/full_entropy"] = masked_sum(old.entropy, rollout.mask, dim=1).mean()
+            stats["objective/full_entropy"] = masked_sum(old.entropy, rollout.mask).sum() / rows
         if rollout.sampler_logprobs is not None:
             gap = (old.logprobs - rollout.sampler_logprobs).abs()
             stats["objective/sampler_gap"] = masked_mean(gap, rollout.mask)
@@ -544,7 +572,7 @@ class PPOTrainer(PPOMethods):
 
     def _push_if_best(self, scores: list[Tensor]) -> None:
         kwargs = self.config.push_to_hub_if_best_kwargs
-        if not kwargs:
+        if not kwargs or not scores:
             return
         if self._compared % int(self.config.compare_steps or 1) == 0:
             mean = torch.stack(scores).mean().item()
@@ -552,6 +580,73 @@ class PPOTrainer(PPOMethods):
                 self._highest_score = mean
                 self.push_to_hub(**kwargs)
         self._compared += 1
+
+    # The loop ------------------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        prompts: Any,
+        *,
+        reward: Any,
+        steps: int | None = None,
+        episodes: int | None = None,
+        run_dir: str | Path | None = None,
+        resume: bool | Literal["auto"] = False,
+        generation: Mapping[str, Any] | None = None,
+        length_sampler: Callable[[], int] | None = None,
+        eval_prompts: Any = None,
+        eval_every: int | None = None,
+        save_every: int | None = None,
+        keep_last: int = 2,
+        keep_best: bool = True,
+        on_spike: OnSpike | None = "warn",
+        spike: SpikeSettings | None = None,
+        max_skipped_updates: int | None = 3,
+        on_disk_error: OnDiskError = "stop",
+        callbacks: Sequence[Callback] = (),
+        trackers: Sequence[Tracker] = (),
+        progress: bool | None = None,
+    ) -> TrainResult:
+        """Samples, scores and learns until the run is done; keeps records and checkpoints of it in a folder.
+
+        Every step takes `config.batch_size` prompts on each process. docs/runs.md says what is in the folder and what
+        survives what.
+
+        Args:
+            prompts: anything that `trl.data.load_prompts` takes.
+            reward: anything that `trl.rewards.as_reward` takes. A sample without a score is left out of the update.
+            steps: of the whole run, those before a resumption included.
+            episodes: samples over all processes, in place of `steps`; rounded up to whole steps.
+            run_dir: the folder of the run; None writes nothing.
+            resume: "auto": go on with the run in `run_dir`, or begin one; True: it must be there; False: it must not.
+            generation: for `generate`; by default up to 64 new tokens of the distribution that the update scores.
+            length_sampler: draws the most new tokens, as for `generate`.
+            eval_prompts: held-out prompts, sampled and scored as the others with the same random numbers each time.
+            eval_every: steps between two evaluations; by default 20 of them in a run. The last step is always evaluated.
+            save_every: steps between two checkpoints. None: as often as costs less than 1% of the time, at the latest after
+                half an hour, after an evaluation that is the best so far; the last step is always saved.
+            keep_last: checkpoints that are kept.
+            keep_best: keep the best one, too: by `eval/score_mean`, or without `eval_prompts` by `score/mean`.
+            on_spike: of KL or loss: "warn"; "skip" the batch, which works for the KL, known before the update; "rollback" to
+                the newest checkpoint of `save_every` (by default 20 in a run) and go on with the next prompts; None.
+            spike: what a spike is.
+            max_skipped_updates: optimizer steps in a row that may be not finite; `config.max_skipped_updates` goes first.
+            on_disk_error: "stop", or "go_on": what could not be written is written later.
+            callbacks: see `trl.protocols.Callback`.
+            trackers: see `trl.protocols.Tracker`; one that fails or hangs costs its rows and nothing else.
+            progress: None: a bar on a terminal (with rich), else plain lines; False: nothing.
+
+        Raises:
+            ValueError: if an argument is wrong, or the run in `run_dir` is another one.
+            CheckpointError: if no checkpoint can be read, or one cannot be written.
+            OSError: if a record cannot be written.
+            NonFiniteError: after `max_skipped_updates`.
+            SpikeError: if spikes go on through three batches that were skipped or rolled back.
+            KeyboardInterrupt: on SIGINT, when the step has been finished and saved; a second one raises at once.
+            SystemExit: on SIGTERM, likewise, with status 143.
+        """
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        return train(self, TrainOptions(**arguments))
 
     # State -----------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,7 @@ def save_checkpoint(
     *,
     keep_last: int = 2,
     metric: float | None = None,
+    keep_steps: Collection[int] = (),
 ) -> Path:
     """Adds a checkpoint to a folder, and removes those that are not needed any more.
 
@@ -100,6 +101,7 @@ def save_checkpoint(
         state: JSON.
         keep_last: checkpoints to keep, at least 1.
         metric: how good this one is, more being better; None or not finite: it cannot be the best.
+        keep_steps: steps whose checkpoints are kept, too.
 
     Returns:
         The checkpoint's folder.
@@ -121,7 +123,7 @@ def save_checkpoint(
     size = len(text) + sum(safetensors_size(group) for group in tensors.values())
     with _explained(folder, step, size):
         files.make_folder(folder)
-        _sweep(folder)
+        sweep(folder)
         older = _listed(folder)
         serial = 1 + max((manifest["serial"] for _, manifest in older), default=0)
         target = _free_name(folder, step)
@@ -139,7 +141,9 @@ def save_checkpoint(
         except BaseException:
             _discard(staging)
             raise
-    keep, best = _to_keep([(target, manifest), *older], step, keep_last)
+    listed = [(target, manifest), *older]
+    keep, best = _to_keep(listed, step, keep_last)
+    keep |= {path for path, m in listed if m["step"] in keep_steps and m["step"] <= step}
     pointer = {"checkpoint": target.name, "step": step, "best": best.name if best else None}
     with _explained(folder, step, size, complete=target):
         files.write_atomic(folder / POINTER, json.dumps(pointer).encode())
@@ -211,9 +215,9 @@ def _retire(path: Path) -> None:
         _discard(unwanted)
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: str | Path) -> None:
     """Removes what stopped saves have left."""
-    for path in folder.glob(f"{files.STAGING}*"):
+    for path in Path(folder).glob(f"{files.STAGING}*"):
         _discard(path)
 
 
@@ -285,17 +289,34 @@ def load_checkpoint(folder: str | Path) -> Checkpoint | None:
     )
 
 
+def checkpoint_of(folder: str | Path, step: int) -> Checkpoint:
+    """The checkpoint of a step: where there are several, the one that was saved last.
+
+    Raises:
+        DamagedCheckpoint: if a checksum of it does not hold.
+        CheckpointError: if there is none.
+    """
+    for path, manifest in _listed(Path(folder)):
+        if manifest["step"] == step:
+            return read_checkpoint(path)
+    raise CheckpointError(f"there is no checkpoint of step {step} in {folder}")
+
+
+def best_name(folder: str | Path) -> str | None:
+    """The name of the checkpoint with the highest metric, of which nothing is read; None if none has one."""
+    listed = _listed(Path(folder))
+    best = _to_keep(listed, listed[0][1]["step"], 1)[1] if listed else None
+    return best.name if best else None
+
+
 def best_checkpoint(folder: str | Path) -> Checkpoint | None:
     """The checkpoint with the highest metric; None if none has one.
 
     Raises:
         DamagedCheckpoint: if a checksum of it does not hold.
     """
-    listed = _listed(Path(folder))
-    if not listed:
-        return None
-    best = _to_keep(listed, listed[0][1]["step"], 1)[1]
-    return None if best is None else read_checkpoint(best)
+    name = best_name(folder)
+    return None if name is None else read_checkpoint(Path(folder) / name)
 
 
 def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:

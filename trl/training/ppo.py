@@ -116,7 +116,8 @@ def ppo_minibatches(
 ) -> Iterator[Minibatch]:
     """`epochs` passes over an experience in a new order each, `size` sequences at a time, advantages whitened.
 
-    Whitening spans the whole minibatch, over all processes.
+    Whitening spans the whole minibatch, over all processes. A minibatch without a counted token on any process is passed
+    over: a step on a gradient of zeros would still move the weights by their momentum.
 
     Args:
         experience: `B` sequences, a multiple of `size`.
@@ -126,15 +127,24 @@ def ppo_minibatches(
         denominator: "minibatch" divides by the minibatch's own counted tokens, so that each minibatch weighs the same;
             "batch" by the mean over all minibatches, so that each token of the batch does.
         reduce: sums a tensor over all processes.
+
+    Raises:
+        ValueError: if no process has a counted token.
     """
-    count = len(experience)
-    mean_tokens = reduce(experience.rollout.mask.sum().float()) * size / count
+    count, counted = len(experience), experience.rollout.mask
+    all_tokens, empty_rows = reduce(torch.stack([counted.sum(), (~counted.any(dim=1)).sum()]).float())
+    if all_tokens == 0:
+        raise ValueError("no response token counts, on any process: there is nothing to learn from")
+    mean_tokens, some_empty = all_tokens * size / count, bool(empty_rows > 0)
     for _ in range(epochs):
         order = torch.randperm(count, generator=generator).to(experience.scores.device)
         for start in range(0, count, size):
             part = take(experience, order[start : start + size])
             mask = part.rollout.mask
-            tokens = mean_tokens if denominator == "batch" else reduce(mask.sum().float())
+            own_tokens = mean_tokens if denominator == "batch" and not some_empty else reduce(mask.sum().float())
+            if some_empty and own_tokens == 0:
+                continue
+            tokens = mean_tokens if denominator == "batch" else own_tokens
             white = masked_whiten(part.advantages, mask, reduce=reduce)
             part = replace(part, advantages=white)
             yield Minibatch(

@@ -8,7 +8,7 @@ model, are recognised by their SHA-256.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import islice
 from json import dumps, loads
@@ -21,6 +21,7 @@ from torch import Tensor
 from trl.training.checkpoints import (
     Checkpoint,
     CheckpointError,
+    checkpoint_of,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
@@ -54,6 +55,7 @@ def save_training(
     extra: Mapping[str, Any] | None = None,
     keep_last: int = 2,
     metric: float | None = None,
+    keep_steps: Collection[int] = (),
 ) -> Path:
     """Saves a trainer, as `save_checkpoint` does; every process calls it, the main one writes, all raise together."""
     tensors, state = capture(trainer)
@@ -62,7 +64,7 @@ def save_training(
     def write() -> Path | None:
         if not trainer.accelerator.is_main_process:
             return None
-        return save_checkpoint(folder, step, tensors, state, keep_last=keep_last, metric=metric)
+        return save_checkpoint(folder, step, tensors, state, keep_last=keep_last, metric=metric, keep_steps=keep_steps)
 
     written = run_together(trainer.accelerator, write, CheckpointError)
     name = share_bytes(trainer.accelerator, b"" if written is None else written.name.encode())[0]
@@ -71,8 +73,24 @@ def save_training(
 
 def load_training(trainer: Any, folder: str | Path) -> Checkpoint | None:
     """Puts the newest usable checkpoint of a folder into a trainer; every process calls it, and all load the same one."""
+    checkpoint = _found_by_all(trainer, folder, lambda: load_checkpoint(folder))
+    if checkpoint is not None:
+        restore(trainer, checkpoint)
+    return checkpoint
+
+
+def load_step(trainer: Any, folder: str | Path, step: int) -> Checkpoint:
+    """Puts the checkpoint of a step into a trainer; as `load_training`."""
+    checkpoint = _found_by_all(trainer, folder, lambda: checkpoint_of(folder, step))
+    assert checkpoint is not None
+    restore(trainer, checkpoint)
+    return checkpoint
+
+
+def _found_by_all(trainer: Any, folder: str | Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """What the main process finds, on every process."""
     main = trainer.accelerator.is_main_process
-    found = run_together(trainer.accelerator, lambda: load_checkpoint(folder) if main else None, CheckpointError)
+    found = run_together(trainer.accelerator, lambda: find() if main else None, CheckpointError)
     name = share_bytes(trainer.accelerator, b"" if found is None else found.path.name.encode())[0].decode()
     if not name:
         return None
@@ -80,9 +98,7 @@ def load_training(trainer: Any, folder: str | Path) -> Checkpoint | None:
     def read() -> Checkpoint:
         return found or read_checkpoint(Path(folder) / name, verify=False)  # the main process has verified it
 
-    checkpoint = run_together(trainer.accelerator, read, CheckpointError)
-    restore(trainer, checkpoint)
-    return checkpoint
+    return run_together(trainer.accelerator, read, CheckpointError)
 
 
 # Out of a trainer ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,26 @@ def set_generators(state: Mapping[str, Any], device: torch.device, own: torch.Ge
     if device.type == "cuda" and state["cuda"]:
         torch.cuda.set_rng_state(_tensor(state["cuda"][0]), device)
     own.set_state(_tensor(state["minibatch_order"]))
+
+
+@contextmanager
+def kept_generators(device: torch.device, own: torch.Generator) -> Iterator[None]:
+    """Whatever is drawn, seeded or restored inside: afterwards every generator is where it was."""
+    state = generators_state(device, own)
+    try:
+        yield
+    finally:
+        set_generators(state, device, own)
+
+
+@contextmanager
+def own_numbers(seed: int, device: torch.device, own: torch.Generator) -> Iterator[None]:
+    """The random numbers of `seed` inside, the same each time; outside, as if none had been drawn."""
+    with kept_generators(device, own):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        yield
 
 
 def _hex(state: Tensor) -> str:

@@ -24,9 +24,22 @@ class ScoreSettings:
 
 
 def shape_scores(
-    scores: Tensor, finished: Tensor, moments: Moments, settings: ScoreSettings, reduce: Reduce = identity
+    scores: Tensor,
+    finished: Tensor,
+    moments: Moments,
+    settings: ScoreSettings,
+    reduce: Reduce = identity,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
-    """Applies the settings to `scores` [B]; `finished` [B] bool says which responses end with a stop token.
+    """Applies the settings to `scores` [B].
+
+    Args:
+        scores: `[B]`.
+        finished: `[B]` bool, which responses end with a stop token.
+        moments: of the scores before these.
+        settings: what to do.
+        reduce: sums a tensor over all processes.
+        counted: `[B]` bool, which scores the moments are to see; all if None.
 
     Returns:
         `[B]` shaped scores, and the moments with these scores in them (the same on every process).
@@ -34,7 +47,7 @@ def shape_scores(
     if settings.missing_eos_penalty is not None:
         scores = torch.where(finished, scores, scores - settings.missing_eos_penalty)
     if settings.scale:
-        moments = update_moments(moments, scores, reduce)
+        moments = update_moments(moments, scores if counted is None else scores[counted], reduce)
         scores = (scores - moments.mean if settings.center else scores) / moments.std
     if settings.clip is not None:
         scores = scores.clamp(-settings.clip, settings.clip)

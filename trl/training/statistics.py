@@ -49,8 +49,9 @@ def step_statistics(
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
     train_stats: Mapping[str, Tensor],
+    rows: float | None = None,
 ) -> dict[str, Any]:
-    """What one step did, by key: tensors of this process.
+    """What one step did, by key: tensors of this process. A row without a counted token counts in the lengths alone.
 
     Args:
         kl_coef: weight of the KL in this step's rewards.
@@ -62,9 +63,13 @@ def step_statistics(
         queries: `B` 1-D tensors.
         responses: `B` 1-D tensors.
         train_stats: one row per optimizer step, as from `stack_updates`; their means are reported.
+        rows: rows with a counted token, the mean over all processes, so that the mean of the processes' means is that of
+            all rows; those of this process if None.
     """
+    counted = mask.any(dim=1)
+    known = counted.sum().clamp(min=1) if rows is None else rows
     kl = masked_sum(logprobs - ref_logprobs, mask, dim=1)
-    mean_kl = kl.mean()
+    mean_kl = kl.sum() / known
     if mean_kl.item() < -1.0:
         warnings.warn(
             f"objective/kl is {mean_kl.item():.2f}: it should not be negative. Were the responses sampled with settings that "
@@ -77,10 +82,10 @@ def step_statistics(
         "objective/logprobs": logprobs,
         "objective/ref_logprobs": ref_logprobs,
         "objective/kl_coef": kl_coef,
-        "objective/entropy": -masked_sum(logprobs, mask, dim=1).mean(),
+        "objective/entropy": -masked_sum(logprobs, mask, dim=1).sum() / known,
         "ppo/mean_non_score_reward": masked_mean(non_score_reward, mask),
-        "ppo/mean_scores": scores.mean(),
-        "ppo/std_scores": _std(scores),
+        "ppo/mean_scores": scores[counted].sum() / known,
+        "ppo/std_scores": _std(scores[counted]),
         **_lengths("queries", queries),
         **_lengths("responses", responses),
     }

@@ -1,0 +1,74 @@
+"""How the policy does on prompts that it does not learn from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl.data import Prompt
+from trl.functional import masked_sum
+from trl.protocols import Reward
+from trl.trainer.ppo_methods import Batch
+from trl.trainer.samples import Drawn, draw, judge, totals
+from trl.training.processes import share_bytes
+from trl.training.rng import own_numbers
+
+
+def evaluate_prompts(
+    trainer: Any, prompts: Sequence[Prompt], reward: Reward, generation: Mapping[str, Any]
+) -> dict[str, float]:
+    """Samples and scores held-out prompts, each process its part, with the same random numbers every time.
+
+    The run's own generators are left where they were.
+
+    Args:
+        trainer: a PPOTrainer.
+        prompts: at least one; the same on every process.
+        reward: as for training.
+        generation: keyword arguments of `PPOTrainer.generate`.
+
+    Returns:
+        Over all prompts that have a score, `eval/score_mean` and `eval/score_std` (of the population); over all prompts
+        `eval/kl` (nats per response), `eval/length` (tokens), `eval/finished` (share that a stop token ended),
+        and `eval/excluded` (share without a score). NaN over nothing. The same on every process.
+    """
+    size, world = int(trainer.config.batch_size), trainer.accelerator.num_processes
+    rank, each = trainer.accelerator.process_index, math.ceil(len(prompts) / world)
+    mine = range(rank * each, rank * each + each)
+    rows: list[tuple[float | None, float, int, bool]] = []  # score, KL, length, finished
+    with own_numbers(int(trainer.config.seed or 0), trainer.accelerator.device, trainer._generator):
+        for start in range(0, each, size):
+            # Every process makes as many forward passes: wrapped models meet in them. What is too much is not counted.
+            chunk = mine[start : start + size]
+            drawn = draw(trainer, [prompts[i % len(prompts)] for i in chunk], generation)
+            scores = totals(judge(trainer, reward, drawn))
+            lengths = [len(sample.completion_ids) for sample in drawn.samples]
+            found = zip(scores, _kl(trainer, drawn), lengths, drawn.finished, strict=True)
+            rows += [row for i, row in zip(chunk, found, strict=True) if i < len(prompts)]
+    told = share_bytes(trainer.accelerator, json.dumps(rows).encode())
+    return _summary([tuple(row) for part in told for row in json.loads(part)])
+
+
+def _summary(rows: Sequence[tuple[Any, ...]]) -> dict[str, float]:
+    known = [row[0] for row in rows if row[0] is not None]
+    mean = math.fsum(known) / len(known) if known else math.nan
+    spread = math.sqrt(math.fsum((score - mean) ** 2 for score in known) / len(known)) if known else math.nan
+    averages = {
+        name: math.fsum(row[column] for row in rows) / len(rows)
+        for column, name in enumerate(("eval/kl", "eval/length", "eval/finished"), start=1)
+    }
+    excluded = 1 - len(known) / len(rows)
+    return {"eval/score_mean": mean, "eval/score_std": spread, **averages, "eval/excluded": excluded}
+
+
+def _kl(trainer: Any, drawn: Drawn) -> list[float]:
+    """Per sample, the sum over its tokens of log p - log p_ref."""
+    device = trainer.current_device
+    queries, responses = ([t.to(device) for t in tokens] for tokens in (drawn.queries, drawn.responses))
+    batch = Batch(queries, responses, trainer.prepare_model_inputs(queries, responses))
+    rollout = trainer._rollout(batch)
+    old, ref_logprobs, _ = trainer._evaluate(rollout, batch)
+    kl: list[float] = masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1).tolist()
+    return kl

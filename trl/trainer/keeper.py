@@ -1,0 +1,297 @@
+"""What a managed run leaves on the disk, and what happens when the disk refuses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl import files
+from trl.trackers import CompletionRecord, NullRunDirectory, RunDirectory, run_folder
+from trl.trackers.environment import differences
+from trl.trackers.plain import plain
+from trl.trainer.train_options import OnDiskError, TrainOptions
+from trl.training.checkpoints import CheckpointError, best_name, sweep
+from trl.training.guards import SkippedUpdate
+from trl.training.processes import run_together, share_bytes
+from trl.training.resume import save_training
+from trl.training.tensorfile import safetensors_pieces
+from trl.types import Experience
+
+logger = logging.getLogger(__name__)
+
+_MOST_WAITING = 1000  # rows that wait for a disk
+_MOST_DUMPS = 20  # minibatches of one call of `train` that are kept for looking at
+_LONGEST_INTERVAL = 1800.0  # seconds without a checkpoint
+_FIRST_INTERVAL = 60.0  # seconds to the first one, before it is known what one takes
+
+
+class Keeper:
+    """Writes a run's records and checkpoints: the main process does, and all hear whether it could.
+
+    Without a folder it takes everything and writes nothing. Every process must call the same methods in the same order, but
+    for `event` and `dump`.
+    """
+
+    def __init__(self, trainer: Any, options: TrainOptions, save_every: int | None) -> None:
+        self._trainer = trainer
+        self._options = options
+        self._mode: OnDiskError = options.on_disk_error
+        self._every = save_every
+        self.path = None if options.run_dir is None else run_folder(options.run_dir)
+        self.disk_errors = 0
+        self.last_step: int | None = None
+        """Of the newest checkpoint."""
+        self._last: Path | None = None
+        self._rows: list[tuple[int, Mapping[str, Any], Sequence[CompletionRecord]]] = []
+        self._events: list[str] = []
+        self._dumps = 0
+        self._saved_at, self._save_took = time.monotonic(), 0.0
+        self._run: RunDirectory | NullRunDirectory = run_together(trainer.accelerator, self._opened, ValueError)
+
+    def _opened(self) -> RunDirectory | NullRunDirectory:
+        if self.path is None or not self._trainer.accelerator.is_main_process:
+            return NullRunDirectory()
+        exists = RunDirectory.exists(self.path)
+        if exists and self._options.resume is False:
+            raise ValueError(
+                f"{self.path} holds a run already: resume='auto' goes on with it; else name another folder, or remove it"
+            )
+        if not exists and self._options.resume is True:
+            raise ValueError(f"resume=True, and {self.path} is not the folder of a run; resume='auto' begins one")
+        if not exists:
+            return RunDirectory.create(self.path)
+        run = RunDirectory.open(self.path)
+        sweep(run.checkpoints)
+        return run
+
+    @property
+    def checkpoints(self) -> Path | None:
+        """The folder of checkpoints."""
+        return None if self.path is None else self.path / "checkpoints"
+
+    def begin(self, step: int, found: Path | None, config: Mapping[str, Any]) -> None:
+        """Takes off records after `step`, from which the run goes on, and writes the settings down."""
+        self.last_step, self._last = (step if found else None), found
+        run = self._run
+
+        def write() -> None:
+            run.truncate_after(step)
+            if isinstance(run, RunDirectory):
+                before = run.read_config()
+                for line in differences(before, plain(config)) if before is not None else ():
+                    run.event(f"setting changed: {line}")
+            run.write_config(config)
+
+        run_together(self._trainer.accelerator, write, OSError)
+
+    # Records ---------------------------------------------------------------------------------------------------------
+
+    def event(self, text: str) -> None:
+        """A line for events.log. What the disk does not take now is written with the next records."""
+        if isinstance(self._run, RunDirectory):
+            self._events.append(text)
+            try:
+                self._write_events()
+            except OSError as error:
+                logger.warning("an event waits for the disk: %s", error)
+
+    def record(self, step: int, row: Mapping[str, Any], records: Sequence[CompletionRecord]) -> None:
+        """A row of metrics and the samples of a step.
+
+        Raises:
+            OSError: if they cannot be written, and that stops the run.
+        """
+        self._rows.append((step, row, records))
+        if len(self._rows) > _MOST_WAITING:
+            self._mode = "stop"  # memory is finite, and no row may be lost
+        self._attempt(self._write_records, f"the records of step {step}")
+
+    def _write_events(self) -> None:
+        while self._events:
+            self._run.event(self._events[0])
+            del self._events[0]
+
+    def _write_records(self) -> None:
+        self._write_events()
+        while self._rows:
+            step, row, records = self._rows[0]
+            self._run.log_completions(records, step)
+            self._run.log(row, step)
+            del self._rows[0]
+
+    def _attempt(self, work: Callable[[], Any], what: str) -> bool:
+        """Whether the main process could do it.
+
+        Raises:
+            OSError: if it could not, and that stops the run; or CheckpointError.
+        """
+        try:
+            run_together(self._trainer.accelerator, work, OSError)
+        except (OSError, CheckpointError) as error:
+            if self._mode == "stop":
+                raise
+            self.disk_errors += 1
+            logger.warning("%s could not be written, and will be tried again: %s", what, error)
+            return False
+        return True
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after this step. By the clock, processes may disagree: the main one decides."""
+        if self.path is None:
+            return False
+        if self._every is not None:
+            return step % self._every == 0
+        interval = min(100 * self._save_took, _LONGEST_INTERVAL) if self._save_took else _FIRST_INTERVAL
+        return time.monotonic() - self._saved_at >= interval
+
+    def save(
+        self, step: int, extra: Mapping[str, Any], metric: float | None, keep_steps: Collection[int] = ()
+    ) -> Path | None:
+        """Saves a checkpoint, after the records that it relies on.
+
+        Returns:
+            None if the disk refused, and the run goes on.
+        """
+        assert self.checkpoints is not None
+        started = time.monotonic()
+        saved: list[Path] = []
+
+        def sync() -> None:
+            self._write_records()
+            self._run.sync()
+
+        def write() -> None:
+            options = self._options
+            saved.append(
+                save_training(
+                    self._trainer, self.checkpoints or "", step=step, extra=extra, keep_last=options.keep_last,
+                    metric=metric if options.keep_best else None, keep_steps=keep_steps,
+                )
+            )  # fmt: skip
+
+        if self._attempt(sync, f"the records up to step {step}"):
+            # It tells all processes by itself.
+            try:
+                write()
+            except CheckpointError as error:
+                if self._mode == "stop":
+                    self.event(f"checkpoint of step {step} failed: {error}")
+                    raise
+                self.disk_errors += 1
+                logger.warning("%s; it will be tried again", error)
+        self._saved_at = time.monotonic()
+        self._save_took = self._saved_at - started
+        if not saved:
+            self.event(f"checkpoint of step {step} failed; it will be tried again")
+            return None
+        self.last_step, self._last = step, saved[0]
+        self.event(f"checkpoint of step {step} saved in {self._save_took:.2f} s")
+        return saved[0]
+
+    def insist(self, work: Callable[[], bool], waits: Sequence[float] = (0.1, 1.0)) -> None:
+        """Does what the end of a run needs: what the disk refuses is tried again, and stops the run at last."""
+        for wait in waits:
+            if work():
+                return
+            time.sleep(wait)
+        self._mode = "stop"
+        work()
+
+    @property
+    def kept(self) -> tuple[Path | None, Path | None]:
+        """The newest checkpoint and the best one. Every process must ask."""
+        if self.checkpoints is None:
+            return None, None
+        main = self._trainer.accelerator.is_main_process
+        own = (best_name(self.checkpoints) or "") if main else ""
+        name = share_bytes(self._trainer.accelerator, own.encode())[0].decode()
+        return self._last, self.checkpoints / name if name else None
+
+    # The end ---------------------------------------------------------------------------------------------------------
+
+    def finish(self, summary: Mapping[str, Any], *, model: bool) -> None:
+        """Writes the summary and, of a run that came to its end, the model in the form of transformers."""
+
+        def write() -> bool:
+            def all_of_it() -> None:
+                self._write_records()
+                if model and isinstance(self._run, RunDirectory):
+                    self._write_model(self._run.path)
+                self._run.write_summary({**summary, "run/disk_errors": self.disk_errors})
+
+            return self._attempt(all_of_it, "model and summary")
+
+        self.insist(write)
+
+    def say_last(self, text: str) -> None:
+        """The run's last event, which has to be written."""
+
+        def write() -> bool:
+            return self._attempt(self._write_events, "the last event")
+
+        self.event(text)
+        self.insist(write)
+
+    def close(self) -> None:
+        """Lets other processes write the run."""
+        self._run.close()
+
+    def _write_model(self, folder: Path) -> None:
+        """A folder is not replaced in one go: what was there is moved aside first."""
+        from safetensors import SafetensorError
+
+        staging, target = folder / f"{files.STAGING}final", folder / "model"
+        if staging.exists():
+            files.remove(staging)
+        try:
+            self._trainer.save_pretrained(staging / "model")
+        except SafetensorError as error:  # what it makes of an error of the disk
+            files.remove(staging)
+            raise OSError(f"the model could not be written to {folder}: {error}") from error
+        except OSError:
+            if staging.exists():
+                files.remove(staging)
+            raise
+        for path in (staging / "model").iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if target.exists():
+            files.move(target, staging / "before")
+        files.move(staging / "model", target)
+        files.remove(staging)
+
+    def dump(self, step: int, skipped: SkippedUpdate) -> None:
+        """Keeps a minibatch whose loss or gradient was not finite, of this process; never stops the run."""
+        rank, number = self._trainer.accelerator.process_index, self._dumps
+        if self.path is None or number >= _MOST_DUMPS:
+            return
+        self._dumps += 1
+        name = f"step-{step:08d}-process-{rank}-{skipped.in_a_row}.safetensors"
+        text = f"an optimizer step of step {step} was skipped, the {skipped.in_a_row}. in a row; gradient norm {skipped.grad_norm}"
+        if skipped.experience is not None:
+            try:
+                files.make_folder(self.path / "dumps")
+                pieces = safetensors_pieces(_tensors_of(skipped.experience))
+                files.write_atomic(self.path / "dumps" / name, b"".join(bytes(piece) for piece in pieces))
+                text += f"; its minibatch is in dumps/{name}"
+            except OSError as error:
+                self.disk_errors += 1
+                logger.warning("a skipped minibatch could not be kept: %s", error)
+        self.event(text)
+
+
+def _tensors_of(experience: Experience) -> dict[str, Any]:
+    rollout = experience.rollout
+    parts = {
+        **{name: getattr(rollout, name) for name in ("tokens", "attention", "mask", "sampler_logprobs")},
+        **{f"encoder_{name}": getattr(rollout, f"encoder_{name}") for name in ("tokens", "attention")},
+        **{name: getattr(experience, name) for name in ("scores", "old_logprobs", "ref_logprobs", "old_values")},
+        **{name: getattr(experience, name) for name in ("rewards", "advantages", "returns")},
+    }
+    return {name: tensor for name, tensor in parts.items() if tensor is not None}

@@ -1,0 +1,152 @@
+"""Samples of a managed run: drawn, scored, told to every process, and recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.data import Prompt
+from trl.protocols import Reward
+from trl.rollout import stop_tokens
+from trl.trackers import CompletionRecord
+from trl.training.processes import run_together, share_bytes
+from trl.types import Sample, Scored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """Prompts of this process with what the policy said to them."""
+
+    prompts: list[Prompt]
+    responses: list[Tensor]  # as `step` takes them: an encoder-decoder's begin with the decoder's start token
+    samples: list[Sample]  # as rewards take them
+    finished: list[bool]  # whether a stop token ended the response
+
+    @property
+    def queries(self) -> list[Tensor]:
+        """1-D token ids of the prompts."""
+        return [prompt.tokens for prompt in self.prompts]
+
+
+def draw(trainer: Any, prompts: Sequence[Prompt], generation: Mapping[str, Any], length_sampler: Any = None) -> Drawn:
+    """Samples a response to each prompt with `PPOTrainer.generate`."""
+    queries = [prompt.tokens.to(trainer.current_device) for prompt in prompts]
+    responses = list(trainer.generate(queries, length_sampler, return_prompt=False, **generation))
+    own = [response[int(trainer.is_encoder_decoder) :].tolist() for response in responses]
+    texts = [trainer.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in own]
+    stops = set(stop_tokens(trainer.accelerator.unwrap_model(trainer.model).generation_config, generation))
+    samples = [
+        Sample(
+            prompt=prompt.text,
+            completion=text,
+            prompt_ids=tuple(prompt.tokens.tolist()),
+            completion_ids=tuple(tokens),
+            columns=prompt.columns,
+        )
+        for prompt, text, tokens in zip(prompts, texts, own, strict=True)
+    ]
+    finished = [bool(tokens) and tokens[-1] in stops for tokens in own]
+    return Drawn(prompts=list(prompts), responses=responses, samples=samples, finished=finished)
+
+
+def judge(trainer: Any, reward: Reward, drawn: Drawn) -> Scored:
+    """Scores samples; if that fails on one process, it fails on all."""
+    return run_together(trainer.accelerator, lambda: reward.score(drawn.samples))
+
+
+def totals(scored: Scored) -> list[float | None]:
+    """Per sample the score and the sum of the rewards of its tokens; None for one that is left out."""
+    return [
+        None if score is None else score + math.fsum(tokens or ())
+        for score, tokens in zip(scored.scores, scored.token_rewards, strict=True)
+    ]
+
+
+def arguments_of_step(
+    drawn: Drawn, scored: Scored, *, leaves_out: bool, token_rewards: bool, offset: int
+) -> dict[str, Any]:
+    """`step`'s arguments. A sample without a score is masked: it counts for nothing, and the batch keeps its size.
+
+    Args:
+        drawn: the samples.
+        scored: what they got.
+        leaves_out: whether a sample of any process has no score.
+        token_rewards: whether a sample of any process has rewards of tokens.
+        offset: tokens at the start of a response that were not sampled: 1 for an encoder-decoder.
+    """
+    found: dict[str, Any] = {
+        "queries": drawn.queries,
+        "responses": drawn.responses,
+        "scores": [torch.tensor(0.0 if score is None else float(score)) for score in scored.scores],
+    }
+    if leaves_out:
+        found["response_masks"] = [
+            torch.full_like(response, int(score is not None))
+            for response, score in zip(drawn.responses, scored.scores, strict=True)
+        ]
+    if token_rewards:
+        found["token_rewards"] = [
+            torch.tensor([0.0] * offset + list(tokens or [0.0] * (len(response) - offset)), dtype=torch.float)
+            for response, tokens in zip(drawn.responses, scored.token_rewards, strict=True)
+        ]
+    return found
+
+
+def told_to_all(trainer: Any, scored: Scored) -> Scored:
+    """What the rewards of all processes said, in the order of their ranks, on every process."""
+    parts = [json.loads(part) for part in share_bytes(trainer.accelerator, json.dumps(asdict(scored)).encode())]
+    names = list(dict.fromkeys(name for part in parts for name in part["components"]))
+    absent = [[None] * len(part["scores"]) for part in parts]
+    return Scored(
+        **{
+            field: [value for part in parts for value in part[field]]
+            for field in ("scores", "token_rewards", "seconds", "errors", "tracebacks")
+        },
+        components={
+            name: [v for part, none in zip(parts, absent, strict=True) for v in part["components"].get(name, none)]
+            for name in names
+        },
+    )
+
+
+def records(
+    trainer: Any,
+    drawn: Drawn,
+    scored: Scored,
+    *,
+    kl: Sequence[float] | None = None,
+    advantages: Sequence[float] | None = None,
+) -> list[CompletionRecord]:
+    """A record of every sample of every process, on the main one.
+
+    Args:
+        trainer: of this process.
+        drawn: its samples.
+        scored: what they got.
+        kl: of each to the reference, summed over tokens; None if it is not known.
+        advantages: of each, the mean over tokens.
+    """
+    own = [
+        {
+            "prompt_id": drawn.prompts[i].id,
+            "prompt": sample.prompt,
+            "completion": sample.completion,
+            "rewards": {name: values[i] for name, values in scored.components.items()},
+            "score": total,
+            "advantage": None if advantages is None or total is None else float(advantages[i]),
+            "kl": None if kl is None or total is None else float(kl[i]),
+            "length": len(sample.completion_ids),
+            "finish_reason": "stop" if drawn.finished[i] else "length",
+            "reward_seconds": scored.seconds[i],
+            "error": scored.errors[i],
+        }
+        for i, (sample, total) in enumerate(zip(drawn.samples, totals(scored), strict=True))
+    ]
+    parts = share_bytes(trainer.accelerator, json.dumps(own).encode())
+    return [CompletionRecord(**fields) for part in parts for fields in json.loads(part)]

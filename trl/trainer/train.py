@@ -1,0 +1,443 @@
+"""The managed loop: prompts, samples, scores, a step; then records, an evaluation, a checkpoint. `PPOTrainer.train` is this."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from trl.data import Prompt, PromptSampler, fingerprint, load_prompts
+from trl.functional import masked_mean
+from trl.models.limits import context_length
+from trl.protocols import Reward
+from trl.redaction import redact
+from trl.rewards import as_reward
+from trl.rewards.compose import budgets_of
+from trl.trackers import SafeTracker, without_times
+from trl.trackers.plain import as_number
+from trl.trainer.evaluation import evaluate_prompts
+from trl.trainer.keeper import Keeper
+from trl.trainer.progress import NoProgress, Progress, progress_for
+from trl.trainer.rollback import SpikePolicy
+from trl.trainer.samples import Drawn, arguments_of_step, draw, judge, records, told_to_all, totals
+from trl.trainer.train_options import TrainOptions, TrainResult
+from trl.training.checkpoints import Checkpoint
+from trl.training.processes import run_together, share_bytes, sum_over_processes
+from trl.training.resume import load_training
+from trl.training.signals import SignalWatch, raise_for
+from trl.training.spikes import UpdateDeclined
+from trl.types import Scored
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1  # of what a checkpoint holds beside the trainer
+_MOST_EMPTY = 3  # batches in a row without a single score
+
+
+class NothingScored(RuntimeError):
+    """Batch after batch had not one sample with a score."""
+
+
+def train(trainer: Any, options: TrainOptions) -> TrainResult:
+    """Runs `PPOTrainer.train`, which explains it."""
+    with SignalWatch() as signals, ExitStack() as stack:
+        run = _Run(trainer, options, signals, stack)
+        run.begin()
+        while not run.stops():
+            run.take_step()
+        return run.end()
+
+
+class _Run:
+    """A run under way. Every process has one, and all of them do the same things in the same order."""
+
+    def __init__(self, trainer: Any, options: TrainOptions, signals: SignalWatch, stack: ExitStack) -> None:
+        self.trainer, self.options, self.signals, self.stack = trainer, options, signals, stack
+        self.accelerator = trainer.accelerator
+        self._limit_skips()
+        self.started = time.monotonic()
+        self.batch_size = int(trainer.config.batch_size) * self.accelerator.num_processes
+        self.target = options.target(self.batch_size)
+        self.generation = options.generation_for(trainer.config.temperature, trainer._stop_tokens())
+        self.prompts, self.eval_prompts = self._load(options.prompts), self._load(options.eval_prompts)
+        self.sampler = PromptSampler(
+            len(self.prompts),
+            batch_size=self.batch_size,
+            seed=int(trainer.config.seed or 0),
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        self.reward: Reward = as_reward(options.reward)
+        stack.callback(self.reward.close)
+        self.eval_every = options.evaluates_every(self.batch_size)
+        save_every = options.saves_every(self.batch_size)
+        self.keeper = Keeper(trainer, options, save_every)
+        stack.callback(self.keeper.close)
+        self.spikes = SpikePolicy(trainer, options, self.keeper, save_every or 1)
+        self.trackers: list[SafeTracker] = []
+        self.progress: Progress = NoProgress()
+        self.step = 0
+        self.row: dict[str, Any] = {}
+        self.counts = {"empty_in_a_row": 0, "skipped_batches": 0}
+        self.best_eval = -math.inf
+        self.reason = "steps"
+
+    def _limit_skips(self) -> None:
+        """The configuration's own limit goes first."""
+        config, before = self.trainer.config, self.trainer.config.max_skipped_updates
+        if before is None:
+            config.max_skipped_updates = self.options.max_skipped_updates
+            self.stack.callback(setattr, config, "max_skipped_updates", before)
+
+    def _load(self, source: Any) -> list[Prompt]:
+        """Prompts that leave room for their responses."""
+        if source is None:
+            return []
+        context = context_length(self.trainer.model)
+        room = None
+        if context is not None:
+            tokens = 1 if self.options.length_sampler is not None else int(self.generation["max_new_tokens"])
+            room = context - (0 if self.trainer.is_encoder_decoder else tokens)
+            if room < 1:
+                raise ValueError(
+                    f"max_new_tokens={tokens} leave no room for a prompt: the context holds {context} tokens"
+                )
+        return run_together(
+            self.accelerator, lambda: load_prompts(source, self.trainer.tokenizer, max_tokens=room), ValueError
+        )
+
+    # Beginning -------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Takes up the newest checkpoint, if there is one, before anything random is drawn."""
+        self.stack.push(self._note_error)
+        found = None
+        if self.keeper.checkpoints is not None and self.options.resume is not False:
+            found = load_training(self.trainer, self.keeper.checkpoints)
+        if found is not None:
+            self._take_up(found)
+        config = {"ppo": self.trainer.config, "train": self._described()}
+        self.keeper.begin(self.step, found.path if found else None, config)
+        self.keeper.event(f"from step {self.step} to {self.target}" + (f", from {found.path.name}" if found else ""))
+        self._watch_updates()
+        self.spikes.begin(self.step, self._extra)
+        if self.accelerator.is_main_process:
+            self.trackers = [t if isinstance(t, SafeTracker) else SafeTracker(t) for t in self._trackers()]
+            self.progress = progress_for(self.options.progress, done=self.step, target=self.target)
+        for one in (*self.trackers, self.progress):
+            self.stack.callback(one.close)
+        self._tell("on_start", self.step)
+
+    def _take_up(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state["extra"].get("run")
+        if state is None or state["version"] != _VERSION:
+            raise ValueError(
+                f"{checkpoint.path} was not saved by this version's PPOTrainer.train: it cannot go on with it"
+            )
+        if state["prompts"] != fingerprint(self.prompts):
+            raise ValueError(
+                f"the prompts are not those that {checkpoint.path} was trained on: their ids or tokens differ"
+            )
+        self.sampler.load_state_dict(state["sampler"])
+        for budget, seen in zip(
+            budgets_of(self.reward), state["budgets"][self.accelerator.process_index], strict=False
+        ):
+            budget.load_state_dict(seen)
+        self.spikes.load_state_dict(state["spikes"])
+        self.step, self.counts = checkpoint.step, dict(state["counts"])
+        self.best_eval = -math.inf if state["best_eval"] is None else state["best_eval"]
+
+    def _described(self) -> dict[str, Any]:
+        """Every option as it can be written down and as it is used; prompts by their number."""
+        given = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        for name in ("run_dir", "resume", "progress"):  # these change nothing that the run computes
+            del given[name]
+        return given | {
+            "prompts": len(self.prompts),
+            "eval_prompts": len(self.eval_prompts),
+            "steps": self.target,
+            "generation": self.generation,
+            "eval_every": self.eval_every,
+        }
+
+    def _extra(self) -> dict[str, Any]:
+        """What a checkpoint holds of the loop."""
+        # A traceback may show a secret, as any text.
+        own = [redact(budget.state_dict()) for budget in budgets_of(self.reward)]
+        return {
+            "run": {
+                "version": _VERSION,
+                "prompts": fingerprint(self.prompts),
+                "sampler": self.sampler.state_dict(),
+                "budgets": [json.loads(part) for part in share_bytes(self.accelerator, json.dumps(own).encode())],
+                "spikes": self.spikes.state_dict(),
+                "counts": self.counts,
+                "best_eval": self.best_eval if math.isfinite(self.best_eval) else None,
+            }
+        }
+
+    def _trackers(self) -> list[Any]:
+        logged = [_Logged(self.accelerator)] if self.trainer.config.log_with is not None else []
+        return [*self.options.trackers, *logged]
+
+    def _watch_updates(self) -> None:
+        """Has skipped optimizer steps kept, and spikes seen, for as long as this run lasts."""
+        guards = self.trainer.guards
+        before = guards.on_skip, guards.before_update
+
+        def skipped(update: Any) -> None:
+            self.keeper.dump(self.step + 1, update)
+            if before[0] is not None:
+                before[0](update)
+
+        def restore() -> None:
+            guards.on_skip, guards.before_update = before
+
+        guards.on_skip, guards.before_update = skipped, self.spikes.before_update
+        self.stack.callback(restore)
+
+    # A step ----------------------------------------------------------------------------------------------------------
+
+    def take_step(self) -> None:
+        """One batch of prompts, from sampling to the checkpoint after it."""
+        clock = _Clock()
+        drawn = draw(
+            self.trainer,
+            [self.prompts[index] for index in self.sampler.next()],
+            self.generation,
+            self.options.length_sampler,
+        )
+        clock.lap("sample")
+        scored = judge(self.trainer, self.reward, drawn)
+        everyone = told_to_all(self.trainer, scored)
+        clock.lap("score")
+        stats = self._learn(drawn, scored, everyone)
+        clock.lap("learn")
+        self.step += 1
+        samples = self._records(drawn, scored, stats)
+        evaluation = self._evaluate()
+        clock.lap("eval")
+        speed = {
+            "time/tokens_per_second": sum(sample.length for sample in samples) / clock.total(),
+            "time/samples_per_second": len(samples) / clock.total(),
+        }
+        self.row = self._row(stats, everyone) | evaluation | clock.laps | speed
+        self.keeper.record(self.step, self.row, samples)
+        for tracker in self.trackers:
+            tracker.log(self.row, self.step)
+        self.progress.update(self.step, self.row)
+        self._tell_of_step()
+        self._save_if_due()
+
+    def _learn(self, drawn: Drawn, scored: Scored, everyone: Scored) -> dict[str, Any]:
+        """The step, unless there is nothing to learn from; its statistics."""
+        left_out = everyone.scores.count(None)
+        if left_out == len(everyone):
+            return self._nothing_scored(everyone)
+        self.counts["empty_in_a_row"] = 0
+        arguments = arguments_of_step(
+            drawn,
+            scored,
+            leaves_out=left_out > 0,
+            token_rewards=any(tokens is not None for tokens in everyone.token_rewards),
+            offset=int(self.trainer.is_encoder_decoder),
+        )
+        try:
+            stats: dict[str, Any] = self.trainer.step(**arguments)
+        except UpdateDeclined as declined:
+            self.counts["skipped_batches"] += 1
+            return self.spikes.declined(self.step + 1, str(declined))
+        self.spikes.after_update(self.step + 1, stats)
+        return stats
+
+    def _nothing_scored(self, everyone: Scored) -> dict[str, Any]:
+        self.counts["empty_in_a_row"] += 1
+        self.counts["skipped_batches"] += 1
+        text = f"no sample of step {self.step + 1} has a score: there is nothing to learn from"
+        logger.warning(text)
+        self.keeper.event(text)
+        if self.counts["empty_in_a_row"] >= _MOST_EMPTY:
+            error = next((line for line in everyone.errors if line is not None), "the reward returned None")
+            raise NothingScored(
+                f"no sample of {_MOST_EMPTY} batches in a row has a score; the first of the last: {error}"
+            )
+        return {}
+
+    def _records(self, drawn: Drawn, scored: Scored, stats: Mapping[str, Any]) -> list[Any]:
+        kl, advantages = self.spikes.kl, None
+        experience = self.trainer.last_experience
+        if "objective/kl_dist" in stats and experience is not None:
+            advantages = masked_mean(experience.advantages, experience.rollout.mask, dim=1).tolist()
+        known = kl if stats else None
+        return records(self.trainer, drawn, scored, kl=known, advantages=advantages)
+
+    def _row(self, stats: Mapping[str, Any], everyone: Scored) -> dict[str, Any]:
+        """Every number of the step under its name; what is a time stands under `time/`."""
+        known = [total for total in totals(everyone) if total is not None]
+        mean = math.fsum(known) / len(known) if known else math.nan
+        spread = math.sqrt(math.fsum((total - mean) ** 2 for total in known) / len(known)) if known else math.nan
+        row = {
+            (key.removeprefix("ppo/") if key.startswith("ppo/time/") else key): number
+            for key, value in stats.items()
+            if (number := as_number(value)) is not None
+        }
+        return {
+            "score/mean": mean,
+            "score/std": spread,
+            **row,
+            **everyone.statistics(),
+            "run/epoch": self.sampler.epoch + self.sampler.position / self.sampler.size,
+            "run/episodes": self.step * self.batch_size,
+            "run/skipped_batches": self.counts["skipped_batches"],
+            "run/rollbacks": self.spikes.rollbacks,
+        }
+
+    def _evaluate(self) -> dict[str, float]:
+        if self.eval_every is None or (self.step % self.eval_every and self.step != self.target):
+            return {}
+        return evaluate_prompts(self.trainer, self.eval_prompts, self.reward, self.generation)
+
+    def _tell_of_step(self) -> None:
+        """Callbacks may end the run, from any process."""
+        wishes = self._tell("on_step", self.step, self.row)
+        if self._anywhere(any(wish is True for wish in wishes)):
+            self.reason = "callback"
+
+    def _tell(self, name: str, *arguments: Any) -> list[Any]:
+        if not self.options.callbacks:
+            return []
+        return run_together(
+            self.accelerator,
+            lambda: [getattr(callback, name)(self.trainer, *arguments) for callback in self.options.callbacks],
+        )
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _save_if_due(self) -> None:
+        evaluated = self.row.get("eval/score_mean", -math.inf)
+        better = evaluated > self.best_eval
+        if better:
+            self.best_eval = evaluated
+        by_the_clock = self.options.save_every is None and self.options.on_spike != "rollback"
+        wanted = self.keeper.due(self.step) or (better and by_the_clock and self.keeper.path is not None)
+        if self._anywhere(wanted and self.accelerator.is_main_process):
+            self._save()
+        self.spikes.after_step(self.step)
+
+    def _save(self) -> bool:
+        """Saves, rated by the evaluation of this step, or where nothing is evaluated by its mean score."""
+        if self.keeper.path is None or self.keeper.last_step == self.step:
+            return True
+        metric = self.row.get("eval/score_mean" if self.eval_every is not None else "score/mean")
+        self.spikes.will_save(self.step)
+        path = self.keeper.save(self.step, self._extra(), metric, self.spikes.kept_steps)
+        if path is not None:
+            self._tell("on_save", self.step, path)
+        return path is not None
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether it is so on any process."""
+        own = torch.tensor(float(flag), device=self.trainer.current_device)
+        return float(sum_over_processes(self.accelerator, own)) > 0
+
+    # The end ---------------------------------------------------------------------------------------------------------
+
+    def stops(self) -> bool:
+        """Whether the run is over, the same on every process. A signal to one process is one to all of them.
+
+        Raises:
+            KeyboardInterrupt: after SIGINT, once the step is saved.
+            SystemExit: after SIGTERM, likewise.
+        """
+        if number := self._signalled():
+            self._stop_for(number)
+        return self.step >= self.target or self.reason == "callback"
+
+    def _signalled(self) -> int:
+        """The signal that a process was sent; 0 if none was."""
+        own = str(self.signals.received or 0).encode()
+        return max(int(part) for part in share_bytes(self.accelerator, own))
+
+    def _stop_for(self, number: int) -> None:
+        name = {2: "SIGINT", 15: "SIGTERM"}.get(number, str(number))
+        if self.step > 0:
+            self._save()
+        self.keeper.finish(self._summary(name), model=False)
+        self.keeper.say_last(f"stopped by {name} after step {self.step} of {self.target}")
+        raise_for(number)
+
+    def end(self) -> TrainResult:
+        """The last checkpoint, the model and the summary."""
+        if self.step > 0:
+            self.keeper.insist(self._save)
+        self.keeper.finish(self._summary(self.reason), model=True)
+        self.keeper.say_last(f"ended after step {self.step} of {self.target}: {self.reason}")
+        last, best = self.keeper.kept
+        result = TrainResult(
+            steps=self.step,
+            episodes=self.step * self.batch_size,
+            reason=self.reason,
+            last=last,
+            best=best,
+            run_dir=self.keeper.path,
+            seconds=time.monotonic() - self.started,
+            metrics=self.row,
+        )
+        self._tell("on_end", result)
+        if number := self._signalled():
+            raise_for(number)
+        return result
+
+    def _summary(self, reason: str) -> dict[str, Any]:
+        return {
+            "reason": reason,
+            "steps": self.step,
+            "target": self.target,
+            "episodes": self.step * self.batch_size,
+            "run/skipped_batches": self.counts["skipped_batches"],
+            "run/rollbacks": self.spikes.rollbacks,
+            "time/seconds": time.monotonic() - self.started,
+            "metrics": without_times(self.row),
+        }
+
+    def _note_error(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        """The events say why a run ended early; its checkpoints stay for another attempt."""
+        if isinstance(error, Exception):
+            self.keeper.event(f"failed in step {self.step + 1}: {type(error).__name__}: {error}")
+        return False
+
+
+class _Clock:
+    """Seconds of the parts of a step."""
+
+    def __init__(self) -> None:
+        self._last = self._started = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"time/{name}"], self._last = now - self._last, now
+
+    def total(self) -> float:
+        self.laps["time/step"] = time.perf_counter() - self._started
+        return self.laps["time/step"]
+
+
+class _Logged:
+    """The trackers of `PPOConfig.log_with`, which are accelerate's."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        self._accelerator.log(dict(row), step=step)
+
+    def close(self) -> None:
+        """They belong to the trainer, which may go on."""
