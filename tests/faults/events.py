@@ -2,10 +2,11 @@
 
 An order is JSON: `{"kind": "scoring", "n": 3, "act": "SIGKILL"}` has the process killed when it comes to its third scoring.
 Kinds are `sampling` and `evaluation` (each step of the decoding loop, and each sample that is scored for an evaluation),
-`scoring` (each sample), `before backward`, `after backward`, `before step`, `after step` (of the optimizer), and
+`scoring` (each sample), `model` (before, in and after the writing of the final one), `before backward`, `after backward`, `before step`, `after step` (of the optimizer), and
 `save/CALL`, `append/CALL` and `record/CALL` for each CALL on the disk: inside the folder of checkpoints, on the files that
 grow by a line, and elsewhere. Acts are the names
-of signals; for writes also `half`, which writes half of the bytes and is killed then.
+of signals; for writes also `half`, which writes half of the bytes and is killed then; and for `after step`
+`shake`, which leaves weights that are far from what was learnt.
 `{"act": "full", "place": "save", "n": 3, "until": 5}` has writes 3, 4 and 5 there find no room.
 `{"act": "loss", "value": "nan", "n": 5, "until": 6}` changes what the fifth and sixth loss of an update are: `nan`, or
 `memory`, which is out unless the microbatch has one row alone.
@@ -21,6 +22,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 EVALUATION = 60  # the first token of every prompt that is for evaluation
 _KIND_OF_FILE = {"metrics.jsonl": "append", "events.log": "append"}
@@ -39,8 +43,8 @@ class Events:
         self.counts[kind] += 1
         for order in self.orders:
             if order.get("kind") == kind and order["n"] == self.counts[kind]:
-                if order["act"] == "half":
-                    return "half"
+                if order["act"] in ("half", "shake"):
+                    return str(order["act"])
                 os.kill(os.getpid(), signal.Signals[order["act"]])
         return None
 
@@ -91,6 +95,7 @@ def install(events: Events, run_dir: Path) -> None:
     """Has the events of this process's run counted, for the rest of its life."""
     _count_decoding(events)
     _count_updates(events)
+    _count_model(events)
     _spoil_losses(events)
     patch("trl.files.os", Disk(events, run_dir / "checkpoints")).start()
 
@@ -129,8 +134,6 @@ def _count_decoding(events: Events) -> None:
 
 
 def _count_updates(events: Events) -> None:
-    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-
     from trl.training.loop import Updater
 
     accumulate = Updater.accumulate
@@ -142,12 +145,38 @@ def _count_updates(events: Events) -> None:
 
     patch.object(Updater, "accumulate", accumulated).start()
     register_optimizer_step_pre_hook(lambda *_: events("before step") and None)
-    register_optimizer_step_post_hook(lambda *_: events("after step") and None)
+    register_optimizer_step_post_hook(lambda optimizer, *_: events("after step") == "shake" and _shake(optimizer))
+
+
+@torch.no_grad()
+def _shake(optimizer: Any) -> None:
+    noise = torch.Generator().manual_seed(0)
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.add_(torch.randn(weight.shape, generator=noise))
+
+
+def _count_model(events: Events) -> None:
+    import safetensors.torch
+
+    from trl.trainer.base import BaseTrainer
+
+    save_pretrained, save_file = BaseTrainer.save_pretrained, safetensors.torch.save_file
+
+    def saved(self: Any, *args: Any, **kwargs: Any) -> None:
+        events("model")
+        save_pretrained(self, *args, **kwargs)
+        events("model")
+
+    def filed(*args: Any, **kwargs: Any) -> None:
+        events("model")
+        save_file(*args, **kwargs)
+
+    patch.object(BaseTrainer, "save_pretrained", saved).start()
+    patch.object(safetensors.torch, "save_file", filed).start()
 
 
 def _spoil_losses(events: Events) -> None:
-    import torch
-
     from trl.training import ppo
     from trl.types import Loss
 

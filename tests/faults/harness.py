@@ -23,7 +23,7 @@ PLACES = (
     "sampling", "save/write", "before backward", "scoring", "save/fsync", "after step", "evaluation", "save/replace",
     "after backward", "sampling", "save/mkdir", "before step", "save/write half", "scoring", "record/write",
     "save/rmdir", "evaluation", "save/unlink", "record/fsync", "after step", "record/replace", "record/write half",
-    "append/write", "append/write half",
+    "append/write", "append/write half", "model",
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 A job is JSON: `case` (full, lora, seq2seq), `run_dir`, `report` (a file), and optionally `orders` (see events.py), `steps`,
 `save_every`, `settings` of `PPOConfig`, `train` (arguments of `PPOTrainer.train`), `reward` (a function in rewards.py),
-`guard` (its Guard), `dropout`. When the run has ended, the report says every bit of where it is.
+`guard` (its Guard), `budget` (its ErrorBudget), `spike` (SpikeSettings), `dropout`. When the run has ended, the report says every bit of where it is.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ import torch
 from tests.faults import rewards
 from tests.faults.events import EVALUATION, Events, install
 from tests.training.runs import build, fingerprint
-from trl.rewards import FunctionReward, Guard
+from trl.files import sha256_of
+from trl.rewards import ErrorBudget, FunctionReward, Guard, as_reward
 from trl.trackers import read_completions, read_metrics, without_times
 from trl.training.processes import share_bytes
+from trl.training.spikes import SpikeSettings
 
 PROMPTS = [f"w{20 + i} " + " ".join(f"w{30 + (3 * i + j) % 25}" for j in range(1 + i % 3)) for i in range(10)]
 HELD_OUT = [f"w{EVALUATION} w{5 + i}" for i in range(3)]
@@ -60,6 +62,7 @@ def main(job: dict[str, Any]) -> None:
             "save_every": job.get("save_every", 2),
             "progress": False,
             **job.get("train", {}),
+            **({"spike": SpikeSettings(**job["spike"])} if "spike" in job else {}),
         },
     )
     # Of all processes: the generators of each belong to the bits, and an event is to be reached by any of them.
@@ -85,6 +88,8 @@ def what_was_recorded(folder: Path) -> dict[str, Any]:
         "rows": rows,
         "samples": [[{k: v for k, v in sample.items() if k != "time/reward"} for sample in some] for some in samples],
         "files": sorted(path.name for path in (folder / "completions").iterdir()),
+        "model": {path.name: sha256_of(path) for path in (folder / "model").iterdir()},
+        "summary": without_times(json.loads((folder / "summary.json").read_text())),
         "final": sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")),
     }
 
@@ -92,7 +97,8 @@ def what_was_recorded(folder: Path) -> dict[str, Any]:
 def _reward(job: dict[str, Any], events: Events) -> Any:
     function = getattr(rewards, job.get("reward", "words"))
     if "guard" in job:
-        return FunctionReward(function, "words", Guard(**job["guard"]))
+        budget = ErrorBudget(**job["budget"]) if "budget" in job else None
+        return as_reward(FunctionReward(function, "words", Guard(**job["guard"])), budget=budget)
 
     def words(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         for prompt in prompts:

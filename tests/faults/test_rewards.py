@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import Server, differences
+from tests.faults.harness import KILLED, Server, differences
+from tests.faults.orders import at
 
 BAD = "0"  # the prompt on which they misbehave
 WORDS = {
@@ -76,3 +77,17 @@ def test_a_reward_that_must_not_fail_ends_the_run(server: Server, tmp_path: Path
     assert ended.status == 1
     assert "RewardFailed" in ended.log and WORDS[kind] in ended.log
     assert not ended.report
+
+
+def test_too_many_errors_end_the_run_with_the_commonest(server: Server, tmp_path: Path) -> None:
+    # The prompt comes up once in ten samples, the third time in step 6 or later: one time too many, also for a run that was
+    # killed in between.
+    limited = {**job("raises", on_error="skip"), "budget": {"share": 0.02, "window": 100}, "steps": 8}
+    ended = server.run(tmp_path / "killed", {**limited, "orders": [at("after step", 4 * 4 + 1)]})
+    assert ended.status == KILLED
+    for name in ("whole", "killed"):
+        ended = server.run(tmp_path / name, limited)
+        assert ended.status == 1
+        assert "RewardErrors: 3 of the last" in ended.log
+        assert WORDS["raises"] in ended.log and 'rewards.py", line' in ended.log
+        assert not ended.report

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.faults.harness import Server
-from tests.faults.orders import FULL, Undisturbed, checkpoints, losses
+import pytest
+from safetensors.torch import load_file
+
+from tests.faults.harness import KILLED, Server, differences
+from tests.faults.orders import FULL, Undisturbed, at, checkpoints, losses
 from tests.helpers import assert_close
 from trl.training.checkpoints import load_checkpoint
 
@@ -30,6 +33,10 @@ def test_a_loss_that_is_not_finite_is_skipped_and_kept(
     assert ended.report["rows"][:2] == wanted["rows"][:2]
     assert ended.report["bits"]["weights"] != wanted["bits"]["weights"]
     assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path).values())
+    dumps = sorted((tmp_path / "run" / "dumps").iterdir())
+    assert [path.name[:13] for path in dumps] == ["step-00000003"] * 2
+    dumped = load_file(dumps[0])
+    assert dumped["advantages"].shape == dumped["mask"].shape and len(dumped["tokens"]) == 2
 
 
 def test_too_many_losses_that_are_not_finite_end_the_run(server: Server, tmp_path: Path) -> None:
@@ -54,3 +61,53 @@ def test_memory_that_runs_out_changes_the_microbatch_alone(server: Server, tmp_p
     counted = ended.report["counts"]["before step"]
     assert counted == plain.report["counts"]["before step"] == 16
     assert ended.report["counts"]["before backward"] == 3 * 4 + 8
+
+
+# Spikes. The tiny model's KL is below 1 nat; weights that were shaken have more than ten.
+BOUND = {"kl_above": 5.0}
+SHAKEN = at("after step", 3 * 4, "shake")  # the last update of step 3: step 4 sees it
+
+
+def spiked(policy: str) -> dict[str, Any]:
+    return {**FULL, "train": {"on_spike": policy}, "spike": BOUND}
+
+
+def kls(report: dict[str, Any]) -> list[bool]:
+    """Of each step, whether its KL is above the bound."""
+    return [row["objective/kl"] > BOUND["kl_above"] for row in report["rows"]]
+
+
+def test_a_spike_is_told(server: Server, tmp_path: Path) -> None:
+    ended = server.run(tmp_path, {**spiked("warn"), "orders": [SHAKEN]})
+    assert ended.status == 0, ended.log[-3000:]
+    assert kls(ended.report)[:4] == [False, False, False, True]
+    assert ended.report["counts"]["before step"] == 24
+    assert "spike in step 4: the kl is" in (tmp_path / "run" / "events.log").read_text()
+
+
+def test_batches_that_spike_are_not_learnt_from(server: Server, tmp_path: Path) -> None:
+    ended = server.run(tmp_path, {**spiked("skip"), "orders": [SHAKEN]})
+    assert ended.status == 0, ended.log[-3000:]
+    assert kls(ended.report) == [False, False, False, True, True, True]
+    assert [row["run/skipped_batches"] for row in ended.report["rows"]] == [0, 0, 0, 1, 2, 3]
+    assert ended.report["counts"]["before step"] == 12  # three steps were skipped whole
+    four = server.run(tmp_path, {**spiked("skip"), "steps": 8})
+    assert four.status == 1
+    assert "SpikeError: 4 batches in a row spiked" in four.log
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_goes_back_to_before_the_spike(server: Server, tmp_path: Path, killed: bool) -> None:
+    job = spiked("rollback")
+    wanted = server.run(tmp_path / "whole", {**job, "orders": [SHAKEN]})
+    assert wanted.status == 0, wanted.log[-3000:]
+    assert kls(wanted.report) == [False, False, False, True, False, False]
+    assert wanted.report["rows"][-1]["run/rollbacks"] == 1
+    assert wanted.report["counts"]["before step"] == 20
+    assert "went back to step 2" in (tmp_path / "whole" / "run" / "events.log").read_text()
+    if killed:
+        folder = tmp_path / "killed"
+        ended = server.run(folder, {**job, "orders": [SHAKEN, at("scoring", 4 * 4 + 2)]})
+        assert ended.status == KILLED
+        ended = server.run(folder, job)
+        assert not differences(ended.report, wanted.report)
