@@ -131,8 +131,9 @@ class _Run:
         if self.accelerator.is_main_process:
             self.trackers = [t if isinstance(t, SafeTracker) else SafeTracker(t) for t in self._trackers()]
             self.progress = progress_for(self.options.progress, done=self.step, target=self.target)
-        for one in (*self.trackers, self.progress):
-            self.stack.callback(one.close)
+        for tracker in self.trackers:
+            self.stack.callback(tracker.close)
+        self.stack.callback(self.progress.close)
         self._tell("on_start", self.step)
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
