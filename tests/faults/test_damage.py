@@ -35,7 +35,7 @@ def damaged(server: Server, folder: Path, job: dict[str, Any], name: str, how: C
     return f"{file.parent.name}/{name}"
 
 
-@pytest.mark.parametrize(("name", "how"), [("policy.safetensors", flipped), ("state.json", truncated)])
+@pytest.mark.parametrize(("name", "how"), [("policy.safetensors", flipped)])
 def test_the_checkpoint_before_a_damaged_one_is_used(
     server: Server, undisturbed: Undisturbed, tmp_path: Path, name: str, how: Callable[..., bytes]
 ) -> None:

@@ -24,7 +24,7 @@ POINTS = 50
         (FULL, [at("save/write", 9, "half"), at("save/fsync", 4)]),
         (FULL, [at("after step", 10)]),
         (LORA, [at("evaluation", 13), at("before backward", 7)]),
-        (LORA, [at("save/replace", 2)]),
+        (LORA, [at("model", 2)]),
         (LORA, [at("append/write", 4, "half"), at("record/write", 3, "half"), at("append/write", 2, "half")]),
         (SEQ2SEQ, [at("scoring", 15)]),
         (ISOLATED, [at("scoring", 4)]),

@@ -57,12 +57,14 @@ def test_a_sample_without_a_score_is_left_out(server: Server, tmp_path: Path, ki
         assert not differences(other, first)
 
 
+@pytest.mark.slow
 def test_a_failed_sample_is_not_one_with_a_score_of_zero(server: Server, tmp_path: Path) -> None:
     skipped = server.run(tmp_path / "skip", job("raises", on_error="skip")).report
     zero = server.run(tmp_path / "zero", job("raises", on_error="penalty", penalty=0.0)).report
     assert skipped["bits"]["weights"] != zero["bits"]["weights"]
 
 
+@pytest.mark.slow
 def test_a_penalty_is_the_score(server: Server, tmp_path: Path) -> None:
     ended = server.run(tmp_path, job("raises", on_error="penalty", penalty=-3.0))
     assert ended.status == 0, ended.log[-3000:]
@@ -71,7 +73,9 @@ def test_a_penalty_is_the_score(server: Server, tmp_path: Path) -> None:
     assert all(sample["score"] >= 0 for sample in good)
 
 
-@pytest.mark.parametrize("kind", ["raises", pytest.param("hangs", marks=pytest.mark.slow), "crashes"])
+@pytest.mark.parametrize(
+    "kind", ["raises", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hangs", "crashes", "exits"))]
+)
 def test_a_reward_that_must_not_fail_ends_the_run(server: Server, tmp_path: Path, kind: str) -> None:
     ended = server.run(tmp_path, job(kind, on_error="raise"))
     assert ended.status == 1
@@ -79,6 +83,7 @@ def test_a_reward_that_must_not_fail_ends_the_run(server: Server, tmp_path: Path
     assert not ended.report
 
 
+@pytest.mark.slow
 def test_too_many_errors_end_the_run_with_the_commonest(server: Server, tmp_path: Path) -> None:
     # The prompt comes up once in ten samples, the third time in step 6 or later: one time too many, also for a run that was
     # killed in between.

@@ -34,8 +34,22 @@ def goes_on(server: Server, folder: Path, job: dict[str, Any], wanted: dict[str,
     assert not differences(ended.report, wanted)
 
 
-@pytest.mark.parametrize("place", DURING_STEP_3, ids=str)
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("SIGTERM", DURING_STEP_3[0]),
+        ("SIGINT", DURING_STEP_3[2]),
+        *(
+            pytest.param(name, place, marks=pytest.mark.slow)
+            for name, places in (
+                ("SIGTERM", DURING_STEP_3[1:] + MORE),
+                ("SIGINT", [*DURING_STEP_3[:2], DURING_STEP_3[3]]),
+            )
+            for place in places
+        ),
+    ],
+    ids=str,
+)
 def test_a_signal_ends_the_step_and_saves(
     server: Server, undisturbed: Undisturbed, tmp_path: Path, name: str, place: tuple[str, int]
 ) -> None:
@@ -43,7 +57,11 @@ def test_a_signal_ends_the_step_and_saves(
     goes_on(server, tmp_path, FULL, undisturbed({**FULL, "save_every": 100}))
 
 
-@pytest.mark.parametrize("case", [FULL, LORA], ids=lambda job: job["case"])
+@pytest.mark.parametrize(
+    "case",
+    [FULL, *(pytest.param(job, marks=pytest.mark.slow) for job in (LORA, SEQ2SEQ))],
+    ids=lambda job: job["case"],
+)
 def test_a_signal_during_an_evaluation(
     server: Server, undisturbed: Undisturbed, tmp_path: Path, case: dict[str, Any]
 ) -> None:

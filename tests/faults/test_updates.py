@@ -77,6 +77,7 @@ def kls(report: dict[str, Any]) -> list[bool]:
     return [row["objective/kl"] > BOUND["kl_above"] for row in report["rows"]]
 
 
+@pytest.mark.slow
 def test_a_spike_is_told(server: Server, tmp_path: Path) -> None:
     ended = server.run(tmp_path, {**spiked("warn"), "orders": [SHAKEN]})
     assert ended.status == 0, ended.log[-3000:]
@@ -96,8 +97,7 @@ def test_batches_that_spike_are_not_learnt_from(server: Server, tmp_path: Path) 
     assert "SpikeError: 4 batches in a row spiked" in four.log
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_run_goes_back_to_before_the_spike(server: Server, tmp_path: Path, killed: bool) -> None:
+def test_a_run_goes_back_to_before_the_spike(server: Server, tmp_path: Path) -> None:
     job = spiked("rollback")
     wanted = server.run(tmp_path / "whole", {**job, "orders": [SHAKEN]})
     assert wanted.status == 0, wanted.log[-3000:]
@@ -105,9 +105,8 @@ def test_a_run_goes_back_to_before_the_spike(server: Server, tmp_path: Path, kil
     assert wanted.report["rows"][-1]["run/rollbacks"] == 1
     assert wanted.report["counts"]["before step"] == 20
     assert "went back to step 2" in (tmp_path / "whole" / "run" / "events.log").read_text()
-    if killed:
-        folder = tmp_path / "killed"
-        ended = server.run(folder, {**job, "orders": [SHAKEN, at("scoring", 4 * 4 + 2)]})
-        assert ended.status == KILLED
-        ended = server.run(folder, job)
-        assert not differences(ended.report, wanted.report)
+    folder = tmp_path / "killed"
+    ended = server.run(folder, {**job, "orders": [SHAKEN, at("scoring", 4 * 4 + 2)]})
+    assert ended.status == KILLED
+    ended = server.run(folder, job)
+    assert not differences(ended.report, wanted.report)

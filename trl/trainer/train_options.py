@@ -103,7 +103,13 @@ class TrainOptions:
 
     def generation_for(self, temperature: float, stops: Sequence[int]) -> dict[str, Any]:
         """Keyword arguments of `PPOTrainer.generate`: by default, the distribution that the update scores."""
-        settings: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": temperature, "max_new_tokens": 64}
+        settings: dict[str, Any] = {
+            "do_sample": True,
+            "top_k": 0,
+            "top_p": 1.0,
+            "temperature": temperature,
+            "max_new_tokens": 64,
+        }
         if stops:
             settings["eos_token_id"] = list(stops)
         return settings | {"batch_size": 16} | dict(self.generation or {})
