@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trl.redaction import redact
 from trl.rewards.failures import ColumnError, Failure, RewardFailed
 from trl.rewards.isolation import Inline, Runner, Threaded, in_threads
 from trl.rewards.process import Process
@@ -150,7 +151,7 @@ class FunctionReward:
             line, times = collections.Counter(failure.line for failure in failures).most_common(1)[0]
             logger.warning(
                 "reward %r failed on %d of %d samples (on_error=%r); %d times: %s",
-                self.name, len(failures), count, self.guard.on_error, times, line,
+                self.name, len(failures), count, self.guard.on_error, times, redact(line),
             )  # fmt: skip
 
     def _scored(self, rows: Sequence[Row], seconds: list[float]) -> Scored:

@@ -267,7 +267,7 @@ class _Run:
         if self.counts["empty_in_a_row"] >= _MOST_EMPTY:
             error = next((line for line in everyone.errors if line is not None), "the reward returned None")
             raise NothingScored(
-                f"no sample of {_MOST_EMPTY} batches in a row has a score; the first of the last: {error}"
+                f"no sample of {_MOST_EMPTY} batches in a row has a score; the first of the last: {redact(error)}"
             )
         return {}
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl.redaction import redact
 from trl.training.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -181,14 +182,14 @@ def _identity(trainer: Any) -> dict[str, Any]:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What can be compared between two runs, as JSON."""
+    """What can be compared between two runs, as JSON without secrets."""
     found = {}
     for name in (f.name for f in fields(config) if f.name not in _UNSAVED_SETTINGS):
         value = getattr(config, name)
         if isinstance(value, Sequence) and not isinstance(value, str):
             value = [int(item) if isinstance(item, int) else item for item in value]
         if value is None or isinstance(value, bool | int | float | str | list):
-            found[name] = encode(value, f"config/{name}", {})
+            found[name] = encode(redact(value), f"config/{name}", {})
     return found
 
 

@@ -1,0 +1,80 @@
+"""Run by test_train_two_processes.py under torchrun: managed runs of two processes. Prints a JSON line per rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.trainer.managed import HELD_OUT, PROMPTS, fresh, recorded, run, words
+from trl import TrainCallback
+from trl.training.tensorfile import tensor_bytes
+
+
+class StopFromRank1(TrainCallback):
+    def on_step(self, trainer: Any, step: int, row: Any) -> bool:
+        return trainer.accelerator.process_index == 1 and step == 2
+
+
+def digest(trainer: Any) -> str:
+    return hashlib.sha256(b"".join(bytes(tensor_bytes(p)) for p in trainer.model.parameters())).hexdigest()
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+
+    def picky(prompts: Any, completions: Any) -> Any:  # rank 1 has no score in its first batch
+        calls.append(1)
+        return [None if rank == 1 and len(calls) == 1 else 1.0] * len(prompts)
+
+    def broken(prompts: Any, completions: Any) -> Any:
+        if rank == 1:
+            raise KeyError("on rank 1 alone")
+        return words(prompts, completions)
+
+    calls: list[int] = []
+    report: dict[str, Any] = {"rank": rank}
+    trainer = fresh()
+    result = run(
+        trainer, run_dir=folder / "run", steps=5, eval_prompts=HELD_OUT[:1], eval_every=2, callbacks=[StopFromRank1()]
+    )
+    report["stopped"] = [result.steps, result.episodes, result.reason, digest(trainer)]
+    trainer = fresh()
+    result = run(trainer, run_dir=folder / "run", steps=5, eval_prompts=HELD_OUT[:1], eval_every=2, resume="auto")
+    report["resumed"] = [result.steps, digest(trainer), str(result.last)]
+    trainer = fresh()
+    run(trainer, run_dir=folder / "whole", steps=5, eval_prompts=HELD_OUT[:1], eval_every=2)
+    report["whole"] = digest(trainer)
+    trainer = fresh()
+    run(trainer, reward=picky, run_dir=folder / "picky", steps=2)
+    report["picky"] = [digest(trainer), trainer.score_moments.count]
+    try:
+        run(reward=broken, run_dir=folder / "broken", steps=2)
+    except RuntimeError as error:
+        report["broken"] = str(error)
+    try:
+        run(run_dir=folder / "run", steps=5)
+    except ValueError as error:
+        report["again"] = str(error)
+    if rank == 0:
+        rows, samples = recorded(folder / "run")
+        report["same"] = (rows, samples) == recorded(folder / "whole")
+        report["taken"] = [[sample["prompt_id"] for sample in some] for some in samples]
+        report["excluded"] = [row["reward/excluded"] for row in recorded(folder / "picky")[0]]
+        assert len(PROMPTS) == 10
+    sys.stdout.write(json.dumps(report) + "\n")
+    sys.stdout.flush()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads sometimes keep an interpreter from ending
+
+
+if __name__ == "__main__":
+    main()
