@@ -16,7 +16,7 @@ READY := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check lint format types slow real bench coverage docs-table dist clean
+.PHONY: help venv demo test check lint format types slow faults real bench coverage docs-table dist clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ format: $(READY)  ## rewrite the sources in the project's format
 
 slow: $(READY)  ## tests of ten seconds and more
 	$(PY) -m pytest -m slow -q $(ARGS)
+
+faults: $(READY)  ## runs that are killed, starved and corrupted: the full set, with a table at its end
+	$(PY) -m pytest -m 'slow or not slow' -q tests/faults $(ARGS)
 
 real: $(READY)  ## tests on real models and reviews (scripts/fetch_assets.py)
 	$(PY) -m pytest -m real -q $(ARGS)

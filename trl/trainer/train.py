@@ -20,7 +20,7 @@ from trl.protocols import Reward
 from trl.redaction import redact
 from trl.rewards import as_reward
 from trl.rewards.compose import budgets_of
-from trl.trackers import SafeTracker, without_times
+from trl.trackers import SafeTracker
 from trl.trackers.plain import as_number
 from trl.trainer.evaluation import evaluate_prompts
 from trl.trainer.keeper import Keeper
@@ -405,7 +405,6 @@ class _Run:
             "run/skipped_batches": self.counts["skipped_batches"],
             "run/rollbacks": self.spikes.rollbacks,
             "time/seconds": time.monotonic() - self.started,
-            "metrics": without_times(self.row),
         }
 
     def _note_error(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
