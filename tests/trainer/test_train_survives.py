@@ -23,6 +23,7 @@ from tests.training.disks import Disk
 from trl import CheckpointError, NonFiniteError, SpikeError, SpikeSettings, TrainCallback
 from trl.rewards import as_reward
 from trl.trackers import read_completions, read_metrics
+from trl.trainer.keeper import Keeper
 from trl.training import ppo
 from trl.training.checkpoints import load_checkpoint
 from trl.types import Loss
@@ -169,6 +170,31 @@ def test_a_signal_ends_the_step_saves_and_leaves(tmp_path: Path, name: str, erro
         run(trainer, run_dir=tmp_path / folder, steps=4, save_every=100, resume="auto")
         ends.append(bits(trainer))
     same_end(tmp_path / "whole", tmp_path / "parts", ends)
+
+
+def test_a_save_after_a_signal_that_the_disk_refuses_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+    save = Keeper.save
+
+    def refuses_once(self: Keeper, *arguments: Any) -> Path | None:
+        if not refused:
+            refused.append(1)
+            return None
+        return save(self, *arguments)
+
+    def interrupted(prompts: Any, completions: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return words(prompts, completions)
+
+    monkeypatch.setattr(Keeper, "save", refuses_once)
+    with pytest.raises(SystemExit):
+        run(
+            reward=as_reward(interrupted, name="words"), run_dir=tmp_path, steps=4, save_every=100,
+            on_disk_error="go_on",
+        )  # fmt: skip
+    assert refused and saved(tmp_path) == ["step-00000001"]
 
 
 def test_a_second_interrupt_is_obeyed_at_once(tmp_path: Path) -> None:

@@ -369,7 +369,7 @@ class _Run:
     def _stop_for(self, number: int) -> None:
         name = {2: "SIGINT", 15: "SIGTERM"}.get(number, str(number))
         if self.step > 0:
-            self._save()
+            self.keeper.insist(self._save)
         self.keeper.finish(self._summary(name), model=False)
         self.keeper.say_last(f"stopped by {name} after step {self.step} of {self.target}")
         raise_for(number)
