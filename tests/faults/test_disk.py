@@ -98,7 +98,8 @@ def test_any_write_of_a_save_may_fail_and_the_run_ends_the_same(
         ended = server.run(tmp_path / str(n), job)
         assert ended.status == 0, f"write {n}: {ended.log[-3000:]}"
         assert not but_for_errors(differences(ended.report, wanted)), n
-        assert len(checkpoints(tmp_path / str(n))) == 2
+        left = checkpoints(tmp_path / str(n))
+        assert left[-1].startswith("step-00000006") and len(left) in (2, 3)  # the best one of them may be older
     figures.append(f"write n of a save fails, for each n of {writes}: went on, bit-equal")
 
 
