@@ -21,12 +21,12 @@ from trl.redaction import redact
 from trl.rewards import as_reward
 from trl.rewards.compose import budgets_of
 from trl.trackers import SafeTracker
-from trl.trackers.plain import as_number
 from trl.trainer.evaluation import evaluate_prompts
 from trl.trainer.keeper import Keeper
 from trl.trainer.progress import NoProgress, Progress, progress_for
 from trl.trainer.rollback import SpikePolicy
-from trl.trainer.samples import Drawn, arguments_of_step, draw, judge, records, told_to_all, totals
+from trl.trainer.rows import Clock, Logged, numbers_of
+from trl.trainer.samples import Drawn, arguments_of_step, draw, judge, records, told_to_all
 from trl.trainer.train_options import TrainOptions, TrainResult
 from trl.training.checkpoints import Checkpoint
 from trl.training.processes import run_together, share_bytes, sum_over_processes
@@ -185,7 +185,7 @@ class _Run:
         }
 
     def _trackers(self) -> list[Any]:
-        logged = [_Logged(self.accelerator)] if self.trainer.config.log_with is not None else []
+        logged = [Logged(self.accelerator)] if self.trainer.config.log_with is not None else []
         return [*self.options.trackers, *logged]
 
     def _watch_updates(self) -> None:
@@ -208,7 +208,7 @@ class _Run:
 
     def take_step(self) -> None:
         """One batch of prompts, from sampling to the checkpoint after it."""
-        clock = _Clock()
+        clock = Clock()
         drawn = draw(
             self.trainer,
             [self.prompts[index] for index in self.sampler.next()],
@@ -280,20 +280,9 @@ class _Run:
         return records(self.trainer, drawn, scored, kl=known, advantages=advantages)
 
     def _row(self, stats: Mapping[str, Any], everyone: Scored) -> dict[str, Any]:
-        """Every number of the step under its name; what is a time stands under `time/`."""
-        known = [total for total in totals(everyone) if total is not None]
-        mean = math.fsum(known) / len(known) if known else math.nan
-        spread = math.sqrt(math.fsum((total - mean) ** 2 for total in known) / len(known)) if known else math.nan
-        row = {
-            (key.removeprefix("ppo/") if key.startswith("ppo/time/") else key): number
-            for key, value in stats.items()
-            if (number := as_number(value)) is not None
-        }
+        """Every number of the step under its name."""
         return {
-            "score/mean": mean,
-            "score/std": spread,
-            **row,
-            **everyone.statistics(),
+            **numbers_of(stats, everyone),
             "run/epoch": self.sampler.epoch + self.sampler.position / self.sampler.size,
             "run/episodes": self.step * self.batch_size,
             "run/skipped_batches": self.counts["skipped_batches"],
@@ -412,32 +401,3 @@ class _Run:
         if isinstance(error, Exception):
             self.keeper.event(f"failed in step {self.step + 1}: {type(error).__name__}: {error}")
         return False
-
-
-class _Clock:
-    """Seconds of the parts of a step."""
-
-    def __init__(self) -> None:
-        self._last = self._started = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"time/{name}"], self._last = now - self._last, now
-
-    def total(self) -> float:
-        self.laps["time/step"] = time.perf_counter() - self._started
-        return self.laps["time/step"]
-
-
-class _Logged:
-    """The trackers of `PPOConfig.log_with`, which are accelerate's."""
-
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
-
-    def log(self, row: Mapping[str, Any], step: int) -> None:
-        self._accelerator.log(dict(row), step=step)
-
-    def close(self) -> None:
-        """They belong to the trainer, which may go on."""
