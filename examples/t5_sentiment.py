@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--pretrain-steps", type=int, default=300, help="of making the T5")
-    add("--steps", type=int, default=30, help="of PPO")
+    add("--steps", type=int, default=50, help="of PPO")
     add("--batch-size", type=int, default=64, help="a multiple of 4")
     add("--learning-rate", type=float, default=1e-3)
     add("--new-tokens", type=int, default=24)
@@ -163,9 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         mini_batch_size=args.batch_size // 4,
         ppo_epochs=2,
         max_grad_norm=1.0,
-        init_kl_coef=0.05,
+        init_kl_coef=0.03,
         target=8,
-        horizon=1000,
+        horizon=2000,
+        vf_coef=0.2,
+        cliprange_value=2.0,  # scores are log-odds: values have far to go
     )
     trainer = PPOTrainer(
         config,

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_WAITING = 1000  # rows that wait for a disk
 _MOST_DUMPS = 20  # minibatches of one call of `train` that are kept for looking at
+_SAVES_APART = 125  # times what a save takes: with the first one, which is early, under 1% of an hour
 _LONGEST_INTERVAL = 1800.0  # seconds without a checkpoint
 _FIRST_INTERVAL = 60.0  # seconds to the first one, before it is known what one takes
 
@@ -147,7 +148,7 @@ class Keeper:
             return False
         if self._every is not None:
             return step % self._every == 0
-        interval = min(100 * self._save_took, _LONGEST_INTERVAL) if self._save_took else _FIRST_INTERVAL
+        interval = min(_SAVES_APART * self._save_took, _LONGEST_INTERVAL) if self._save_took else _FIRST_INTERVAL
         return time.monotonic() - self._saved_at >= interval
 
     def save(
