@@ -16,6 +16,7 @@ import torch
 from tests.helpers import assert_close
 from tests.trainer.managed import HELD_OUT, PROMPTS, bits, events, fresh, recorded, run, words
 from trl import AutoModelForCausalLMWithValueHead, TrainCallback
+from trl.data import PromptSampler, load_prompts
 from trl.rewards import ErrorBudget, RewardErrors, RewardFailed, as_reward
 from trl.trackers import read_completions, read_metrics
 from trl.trainer.train import NothingScored
@@ -25,8 +26,6 @@ from trl.trainer.train import NothingScored
 
 def test_the_loop_is_generate_score_step(tmp_path: Path) -> None:
     """Worked out with the public pieces alone."""
-    from trl.data import PromptSampler, load_prompts
-
     by_hand = fresh()
     prompts = load_prompts(PROMPTS, by_hand.tokenizer)
     sampler = PromptSampler(len(prompts), batch_size=4, seed=0)
@@ -186,7 +185,9 @@ def test_batches_without_any_score_are_skipped_and_end_the_run_in_the_end(tmp_pa
 
 def test_an_error_budget_goes_on_through_a_resumption(tmp_path: Path) -> None:
     """Two errors are allowed; one came before the interruption, two after it."""
-    bad = {PROMPTS[i] for i in (0, 1, 2)}
+    sampler = PromptSampler(len(PROMPTS), batch_size=4, seed=0)
+    first, second = sampler.next(), sampler.next()
+    bad = {PROMPTS[i] for i in (first[0], *second[:2])}
 
     def fragile(prompts: Any, completions: Any) -> Any:
         return [ValueError("no") if prompt in bad else 1.0 for prompt in prompts]
@@ -198,11 +199,9 @@ def test_an_error_budget_goes_on_through_a_resumption(tmp_path: Path) -> None:
     def guarded() -> Any:
         return as_reward(fragile, on_error="skip", budget=ErrorBudget(share=0.02, window=100))
 
-    run(reward=guarded(), steps=3, run_dir=tmp_path / "run", callbacks=[Stop()])
-    first = sum(s["error"] is not None for s in read_completions(tmp_path / "run", 1))
-    assert first in (1, 2)  # else this test shows nothing
+    run(reward=guarded(), steps=2, run_dir=tmp_path / "run", callbacks=[Stop()])
     with pytest.raises(RewardErrors, match="3 of the last"):
-        run(reward=guarded(), steps=3, run_dir=tmp_path / "run", resume="auto")
+        run(reward=guarded(), steps=2, run_dir=tmp_path / "run", resume="auto")
 
 
 def test_a_reward_that_must_not_fail_ends_the_run(tmp_path: Path) -> None:
@@ -263,8 +262,6 @@ def test_an_evaluation_counts_every_prompt_once(monkeypatch: pytest.MonkeyPatch)
     assert result.metrics["eval/score_mean"] == 43.0
     assert result.metrics["eval/score_std"] == 2.0
     assert sorted(seen[4:]) == prompts
-
-    from trl.data import load_prompts
 
     trainer = fresh()
     loaded, told = load_prompts(prompts[:4], trainer.tokenizer), []

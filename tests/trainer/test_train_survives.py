@@ -313,7 +313,9 @@ def test_a_loss_spike_is_rolled_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_run_that_rolls_back_is_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after step 3, whose checkpoint is no anchor: the spike in step 4 goes back to step 2 all the same."""
-    arguments: dict[str, Any] = dict(steps=5, save_every=2, spike=LOSS_SPIKES, on_spike="rollback", keep_last=1)
+    arguments: dict[str, Any] = dict(
+        steps=5, save_every=2, spike=LOSS_SPIKES, on_spike="rollback", keep_last=1, keep_best=False
+    )
     ends = []
     Losses(monkeypatch, {13: 1e6})
     trainer = plain()
@@ -390,12 +392,21 @@ class Refusing(Disk):
             raise OSError(28, os.strerror(28))
 
 
-class Heal(TrainCallback):
-    def __init__(self, disk: Refusing, step: int) -> None:
-        self.disk, self.step = disk, step
+def test_the_end_of_a_run_is_tried_more_than_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk has room again after two attempts; where it never has, the run fails."""
 
-    def on_step(self, trainer: Any, step: int, row: Any) -> None:
-        self.disk.refuses = step < self.step
+    class Twice(Refusing):
+        def _refuse(self, name: str, args: tuple[Any, ...]) -> None:
+            self.refuses = self.refused < 2
+            super()._refuse(name, args)
+
+    monkeypatch.setattr("trl.files.os", Twice("checkpoints"))
+    run(run_dir=tmp_path / "run", steps=1, save_every=1, on_disk_error="go_on")
+    assert saved(tmp_path / "run") == ["step-00000001"]
+    monkeypatch.setattr("trl.files.os", Refusing("checkpoints"))
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        run(run_dir=tmp_path / "other", steps=1, on_disk_error="go_on")
+    assert not (tmp_path / "other/summary.json").exists()
 
 
 @pytest.mark.parametrize("part", ["metrics.jsonl", "completions", "checkpoints", "events.log"])
