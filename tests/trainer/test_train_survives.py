@@ -23,7 +23,9 @@ from tests.training.disks import Disk
 from trl import CheckpointError, NonFiniteError, SpikeError, SpikeSettings, TrainCallback
 from trl.rewards import as_reward
 from trl.trackers import read_completions, read_metrics
+from trl.trainer import keeper as keeper_module
 from trl.trainer.keeper import Keeper
+from trl.trainer.train_options import TrainOptions
 from trl.training import ppo
 from trl.training.checkpoints import load_checkpoint
 from trl.types import Loss
@@ -127,6 +129,32 @@ def test_the_last_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
     quality = iter([0.0, 3.0, 1.0, 0.0, 0.0])
     result = run(reward=scored, run_dir=tmp_path / "other", steps=5, save_every=1, keep_best=False, keep_last=1)
     assert (saved(tmp_path / "other"), result.best) == (["step-00000005"], None)
+
+
+def test_saves_by_the_clock_cost_less_than_a_hundredth_of_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock of our own: a step takes 8 seconds, a save 5."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    save_whole, saves = keeper_module.save_training, []
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        now[0] += 5.0
+        saves.append(now[0])
+        return save_whole(*arguments, **options)
+
+    monkeypatch.setattr(keeper_module, "save_training", slow)
+    trainer = fresh()
+    keeper = Keeper(trainer, TrainOptions(prompts=PROMPTS, reward=words, steps=450, run_dir=tmp_path / "run"), None)
+    keeper.begin(0, None, {})
+    for step in range(1, 451):
+        now[0] += 8.0
+        if keeper.due(step):
+            keeper.save(step, {}, None)
+    keeper.close()
+    assert saves[0] < 70
+    assert len(saves) >= 5 and 5.0 * len(saves) < 0.01 * now[0]
 
 
 def test_the_best_evaluation_is_saved_where_the_clock_decides(tmp_path: Path) -> None:
