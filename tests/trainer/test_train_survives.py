@@ -285,6 +285,19 @@ def test_a_loss_spike_is_rolled_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert any("went back to step 2, and on with the next prompts" in line for line in events(where))
 
 
+def test_an_anchor_in_memory_is_good_for_more_than_one_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer that took up the anchor's own tensors would change them in the steps after the first return."""
+    ends: dict[int, Any] = {}
+
+    class Watch(TrainCallback):
+        def on_step(self, trainer: Any, step: int, row: Any) -> None:
+            ends[step] = bits(trainer)["tensors"]
+
+    Losses(monkeypatch, {13: 1e6, 17: 1e6})
+    run(plain(), steps=5, save_every=3, spike=LOSS_SPIKES, on_spike="rollback", callbacks=[Watch()])
+    assert ends[5] == ends[4] == ends[3] != ends[2]
+
+
 def test_a_run_that_rolls_back_is_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after step 3, whose checkpoint is no anchor: the spike in step 4 goes back to step 2 all the same."""
     arguments: dict[str, Any] = dict(
