@@ -64,6 +64,20 @@ def test_a_resumed_run_ends_as_one_without_an_interruption(tmp_path: Path, stop:
     same_end(tmp_path / "whole", tmp_path / "parts", ends)
 
 
+def test_a_run_that_has_ended_stays_as_it_is(tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        result = run(run_dir=tmp_path / "run", steps=2, eval_prompts=HELD_OUT, resume="auto")
+        summary = json.loads((tmp_path / "run/summary.json").read_text())
+        metrics = {name: value for name, value in result.metrics.items() if not name.startswith("time/")}
+        del summary["time/seconds"]
+        found.append(
+            (recorded(tmp_path / "run"), summary, metrics, (result.last, result.best), saved(tmp_path / "run"))
+        )
+    assert found[0] == found[1]
+    assert found[0][1]["metrics"] == found[0][2]
+
+
 def test_records_after_the_checkpoint_are_made_once(tmp_path: Path) -> None:
     """Killed in step 4, after the checkpoint of step 2: step 3 is in the records and is done again."""
     calls = []

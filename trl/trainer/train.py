@@ -153,6 +153,7 @@ class _Run:
             budget.load_state_dict(seen)
         self.spikes.load_state_dict(state["spikes"])
         self.step, self.counts = checkpoint.step, dict(state["counts"])
+        self.row = {name: math.nan if value is None else value for name, value in state["row"].items()}
         self.best_eval = -math.inf if state["best_eval"] is None else state["best_eval"]
 
     def _described(self) -> dict[str, Any]:
@@ -180,6 +181,9 @@ class _Run:
                 "budgets": [json.loads(part) for part in share_bytes(self.accelerator, json.dumps(own).encode())],
                 "spikes": self.spikes.state_dict(),
                 "counts": self.counts,
+                "row": {
+                    name: value if math.isfinite(value) else None for name, value in without_times(self.row).items()
+                },
                 "best_eval": self.best_eval if math.isfinite(self.best_eval) else None,
             }
         }

@@ -34,7 +34,7 @@ class TrainResult:
     seconds: float
     """Since `train` was called."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """The row of the last step; empty if this call made none."""
+    """The row of the last step; without its times if an earlier call made it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
