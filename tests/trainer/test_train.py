@@ -317,6 +317,8 @@ def test_callbacks_see_everything_and_can_end_the_run(tmp_path: Path) -> None:
         ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
         ({"save_every": 1.5}, "save_every=1.5 must be"),
         ({"keep_last": None}, "keep_last=None must be"),
+        ({"resume": 0}, "resume=0 must be one of False, True, 'auto'"),
+        ({"generation": {"max_new_tokens": None}}, "max_new_tokens=None must be a whole number"),
         ({"resume": "yes"}, "resume='yes' must be one of False, True, 'auto'"),
         ({"on_spike": "panic"}, "on_spike='panic' must be one of None, 'warn', 'skip', 'rollback'"),
         ({"on_disk_error": "x"}, "on_disk_error='x' must be one of 'stop', 'go_on'"),

@@ -51,14 +51,17 @@ def cut_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: flo
 def _nucleus_edge(logits: Tensor, top_p: float) -> Tensor:
     """`[..., 1]` logit of the last word of the nucleus."""
     total = logits.logsumexp(dim=-1, keepdim=True)
-    for count in (min(_HEAD, logits.shape[-1]), logits.shape[-1]):
+
+    def likeliest(count: int) -> tuple[Tensor, Tensor]:
         ordered = logits.topk(count, dim=-1).values
-        reached = (ordered - total).exp().double().cumsum(dim=-1)
-        # Sorting a whole vocabulary is slow, and a nucleus is rarely longer than its head.
-        if count == logits.shape[-1] or bool((reached[..., -1] >= top_p).all()):
-            break
+        return ordered, (ordered - total).exp().double().cumsum(dim=-1)
+
+    # Sorting a whole vocabulary is slow, and a nucleus is rarely longer than its head.
+    ordered, reached = likeliest(min(_HEAD, logits.shape[-1]))
+    if not bool((reached[..., -1] >= top_p).all()):
+        ordered, reached = likeliest(logits.shape[-1])
     # A word belongs if the words before it have not reached top_p.
-    size = (reached < top_p).sum(dim=-1, keepdim=True).clamp(max=count - 1)
+    size = (reached < top_p).sum(dim=-1, keepdim=True).clamp(max=ordered.shape[-1] - 1)
     return ordered.gather(-1, size)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl import files
-from trl.trackers import CompletionRecord, NullRunDirectory, RunDirectory, run_folder
+from trl.trackers import CompletionRecord, NullRunDirectory, RunDirectory, read_metrics, run_folder, without_times
 from trl.trackers.environment import differences
 from trl.trackers.plain import plain
 from trl.trainer.train_options import OnDiskError, TrainOptions
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_WAITING = 1000  # rows that wait for a disk
 _MOST_DUMPS = 20  # minibatches of one call of `train` that are kept for looking at
+_SAVES_APART = 125  # times what a save takes: with the first one, which is early, under 1% of an hour
 _LONGEST_INTERVAL = 1800.0  # seconds without a checkpoint
 _FIRST_INTERVAL = 60.0  # seconds to the first one, before it is known what one takes
 
@@ -147,7 +148,7 @@ class Keeper:
             return False
         if self._every is not None:
             return step % self._every == 0
-        interval = min(100 * self._save_took, _LONGEST_INTERVAL) if self._save_took else _FIRST_INTERVAL
+        interval = min(_SAVES_APART * self._save_took, _LONGEST_INTERVAL) if self._save_took else _FIRST_INTERVAL
         return time.monotonic() - self._saved_at >= interval
 
     def save(
@@ -216,18 +217,29 @@ class Keeper:
     # The end ---------------------------------------------------------------------------------------------------------
 
     def finish(self, summary: Mapping[str, Any], *, model: bool) -> None:
-        """Writes the summary and, of a run that came to its end, the model in the form of transformers."""
+        """Writes the summary, with the run's last row, and, of a run that came to its end, the model in the form of
+        transformers.
+        """
 
         def write() -> bool:
             def all_of_it() -> None:
                 self._write_records()
                 if model and isinstance(self._run, RunDirectory):
                     self._write_model(self._run.path)
-                self._run.write_summary({**summary, "run/disk_errors": self.disk_errors})
+                self._run.write_summary(
+                    {**summary, "run/disk_errors": self.disk_errors, "metrics": without_times(self._last_row())}
+                )
 
             return self._attempt(all_of_it, "model and summary")
 
         self.insist(write)
+
+    def _last_row(self) -> Mapping[str, Any]:
+        """Of the whole run: a call of `train` that was resumed after the last step makes none."""
+        if not isinstance(self._run, RunDirectory):
+            return {}
+        rows = read_metrics(self._run.path)
+        return rows[-1] if rows else {}
 
     def say_last(self, text: str) -> None:
         """The run's last event, which has to be written."""

@@ -20,7 +20,7 @@ from trl.protocols import Reward
 from trl.redaction import redact
 from trl.rewards import as_reward
 from trl.rewards.compose import budgets_of
-from trl.trackers import SafeTracker, without_times
+from trl.trackers import SafeTracker
 from trl.trainer.evaluation import evaluate_prompts
 from trl.trainer.keeper import Keeper
 from trl.trainer.progress import NoProgress, Progress, progress_for
@@ -153,7 +153,6 @@ class _Run:
             budget.load_state_dict(seen)
         self.spikes.load_state_dict(state["spikes"])
         self.step, self.counts = checkpoint.step, dict(state["counts"])
-        self.row = {name: math.nan if value is None else value for name, value in state["row"].items()}
         self.best_eval = -math.inf if state["best_eval"] is None else state["best_eval"]
 
     def _described(self) -> dict[str, Any]:
@@ -181,9 +180,6 @@ class _Run:
                 "budgets": [json.loads(part) for part in share_bytes(self.accelerator, json.dumps(own).encode())],
                 "spikes": self.spikes.state_dict(),
                 "counts": self.counts,
-                "row": {
-                    name: value if math.isfinite(value) else None for name, value in without_times(self.row).items()
-                },
                 "best_eval": self.best_eval if math.isfinite(self.best_eval) else None,
             }
         }
@@ -362,7 +358,7 @@ class _Run:
     def _stop_for(self, number: int) -> None:
         name = {2: "SIGINT", 15: "SIGTERM"}.get(number, str(number))
         if self.step > 0:
-            self._save()
+            self.keeper.insist(self._save)
         self.keeper.finish(self._summary(name), model=False)
         self.keeper.say_last(f"stopped by {name} after step {self.step} of {self.target}")
         raise_for(number)
@@ -398,7 +394,6 @@ class _Run:
             "run/skipped_batches": self.counts["skipped_batches"],
             "run/rollbacks": self.spikes.rollbacks,
             "time/seconds": time.monotonic() - self.started,
-            "metrics": without_times(self.row),
         }
 
     def _note_error(self, kind: Any, error: BaseException | None, trace: Any) -> bool:

@@ -34,7 +34,7 @@ class TrainResult:
     seconds: float
     """Since `train` was called."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """The row of the last step; without its times if an earlier call made it."""
+    """The row of the last step; empty if this call made none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +76,17 @@ class TrainOptions:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         choices = {"on_spike": (None, *get_args(OnSpike)), "on_disk_error": get_args(OnDiskError)}
         for name, allowed in (choices | {"resume": (False, True, "auto")}).items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}")
+            value = getattr(self, name)
+            # 0 equals False, and is none of them.
+            if not any(value == one and type(value) is type(one) for one in allowed):
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
         if self.resume is True and self.run_dir is None:
             raise ValueError("resume=True needs a run_dir, in which the run is")
         if self.eval_every is not None and self.eval_prompts is None:
             raise ValueError(f"eval_every={self.eval_every} needs eval_prompts")
+        longest = (self.generation or {}).get("max_new_tokens", 1)
+        if not isinstance(longest, int) or isinstance(longest, bool) or longest < 1:
+            raise ValueError(f"generation: max_new_tokens={longest!r} must be a whole number of at least 1")
         if "return_prompt" in (self.generation or {}):
             raise ValueError("generation must not hold return_prompt: the loop needs responses alone")
 
