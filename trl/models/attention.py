@@ -192,7 +192,7 @@ def packed_attention(
     with torch.autocast(kind, enabled=False):
         if dropout > 0 and module.training:
             return _with_dropout(q, k, v, scale, dropout, sliding_window, runs)[None], None
-        return _Attention.apply(q, k, v, scale, sliding_window, runs)[None], None  # type: ignore[no-untyped-call]
+        return _Attention.apply(q, k, v, scale, sliding_window, runs)[None], None
 
 
 def _with_dropout(
