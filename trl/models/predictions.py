@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trl.functional.projection import projected_logprobs_and_entropy
 from trl.models.attention import packed
@@ -115,7 +114,7 @@ def _keeps_logits(model: Any) -> str | None:
     head = base_language_model(model).get_output_embeddings()
     if type(head) is not nn.Linear:
         return f"its output embedding is a {type(head).__name__}"
-    if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id") or head.weight.numel() == 0:
+    if hasattr(head.weight, "device_mesh") or hasattr(head.weight, "ds_id") or head.weight.numel() == 0:
         return "its weights are spread over processes"
     if hasattr(head, "_hf_hook") or "forward" in vars(head):
         return "its output embedding is moved between devices"
