@@ -15,7 +15,7 @@ from torch.optim import Adam, AdamW
 from torch.optim.adam import adam
 
 # Elements of a piece. A multiple of every vector width, so that pieces round as the whole does.
-_CACHED, _LAUNCHED = 2**18, 2**24
+_CACHED, _LAUNCHED = 2**19, 2**24
 
 
 def can_stream(optimizer: Any) -> bool:
