@@ -46,7 +46,7 @@ def test_every_departure_names_a_test():
 
 def documented_statistics() -> set[str]:
     text = (ROOT / "docs/ppo.md").read_text(encoding="utf-8")
-    return set(re.findall(r"`((?:objective|ppo|tokens|time)/[\w/]+)`", text.split("## Statistics")[1]))
+    return set(re.findall(r"`((?:objective|ppo|tokens|time|memory)/[\w/]+)`", text.split("## Statistics")[1]))
 
 
 def test_every_statistic_is_explained_and_exists():

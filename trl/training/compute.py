@@ -27,7 +27,8 @@ class Passes:
         return nullcontext()
 
     def gradients(self) -> dict[Tensor, Tensor]:
-        """Gradients that are not in `.grad` but in `bfloat16` and here, by parameter, until they are discarded, stepped with or lost to the next pass."""
+        """Gradients that are not in `.grad` but here, in bfloat16, by parameter: until they are stepped with, discarded, or lost
+        to the next pass."""
         return {}
 
     def discard(self, parameters: Iterable[Tensor] | None = None) -> None:
@@ -44,7 +45,8 @@ class Compute(Passes):
     """float32 passes as they are, or bfloat16 ones on float32 weights.
 
     On one process narrow copies stand in for the weights, and the frozen base of an adapter is held narrow; across
-    processes, where wrappers own the parameters, it is autocast. A `mixed_precision` of accelerate's, and a model that is not float32, are left as they are.
+    processes, where wrappers own the parameters, it is autocast. A `mixed_precision` of accelerate's, and a model that is not
+    float32, are left as they are.
 
     Args:
         model: the policy, on its device, wrapped for its processes.
