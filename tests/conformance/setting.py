@@ -132,7 +132,8 @@ def gradients_of(trainer: PPOTrainer) -> dict[str, Tensor]:
 
 def scalars(stats: dict[str, Any]) -> dict[str, float]:
     """The statistics that are single numbers, without clocks."""
-    return {k: float(v) for k, v in stats.items() if not k.startswith("time/") and "/time/" not in k and _single(v)}
+    machine = ("time/", "memory/", "ppo/time/")
+    return {k: float(v) for k, v in stats.items() if not k.startswith(machine) and _single(v)}
 
 
 def _single(value: Any) -> bool:

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -427,8 +428,10 @@ def fresh_accelerate() -> Iterator[None]:
     reset()
 
 
-def test_36_a_bf16_trunk_keeps_float32_for_what_is_summed_and_for_the_critic() -> None:
+def test_36_a_bf16_trunk_keeps_float32_for_what_is_summed_and_for_the_critic(monkeypatch: pytest.MonkeyPatch) -> None:
     """A log-softmax in bf16 has two digits: at 50,000 words its errors are larger than the ratios PPO clips."""
+    # Unpacked, so that the trunk computes the very numbers that the oracle's pass through it does.
+    monkeypatch.setattr(import_module("trl.models.evaluate"), "may_pack", lambda model: False)
     trunk = language_model("llama").bfloat16()
     model = with_value_head(trunk)
     assert model.v_head.summary.weight.dtype == torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tests.models.lora import lora, stir
 from tests.models.rollouts import make_rollout
 from trl.models import AutoModelForCausalLMWithValueHead as Causal
 from trl.models import AutoModelForSeq2SeqLMWithValueHead as Seq2Seq
-from trl.models import evaluate, reference_mode
+from trl.models import evaluate, predictions, reference_mode
 from trl.types import Rollout
 
 
@@ -150,7 +151,27 @@ class Widths:
         trunk.get_output_embeddings().register_forward_hook(lambda m, a, out: self.seen.append(out.shape[1]))
 
 
-def test_only_the_response_span_goes_through_the_head() -> None:
+def test_only_the_response_goes_through_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk, rollout = tiny_gpt2(), make_rollout("left")
+    rows: list[int] = []
+    project = predictions.projected_logprobs_and_entropy
+
+    def counted(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(hidden))
+        return project(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(predictions, "projected_logprobs_and_entropy", counted)
+    got = evaluate(trunk, rollout, response_only=True)
+    assert rows == [int(rollout.mask.sum())]
+    assert not got.logprobs[~rollout.mask].any()
+    evaluate(trunk, rollout)
+    assert rows[1] == int((rollout.attention.sum(1) - 1).sum())
+
+
+def test_only_the_response_span_goes_through_the_head_where_logits_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        import_module("trl.models.evaluate"), "abilities", lambda model: predictions.Abilities(False, False)
+    )
     trunk = tiny_gpt2()
     widths, rollout = Widths(trunk), make_rollout("left")
     span = rollout.mask.any(0).nonzero()[:, 0]
@@ -218,6 +239,7 @@ def test_adapters() -> None:
 def test_caches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     trunk = tiny_gpt2()
     trunk.config.use_cache = True
+    predictions.abilities(trunk)
     seen: list[Any] = []
     trunk.transformer.register_forward_hook(lambda m, a, out: seen.append(out.past_key_values))
     evaluate(wrap(trunk), make_rollout("left"))

@@ -66,4 +66,5 @@ def test_reading_stops_at_what_a_dying_machine_left(tmp_path: Path) -> None:
 def test_without_times() -> None:
     row = {"step": 1, "loss": None, "time/a": 0.1, "time/b": None, "nonfinite": ["loss", "time/b"]}
     assert without_times(row) == {"step": 1, "loss": None, "nonfinite": ["loss"]}
+    assert without_times({"step": 1, "memory/peak_mb": 512.0}) == {"step": 1}
     assert without_times({"step": 1, "time/b": None, "nonfinite": ["time/b"]}) == {"step": 1}

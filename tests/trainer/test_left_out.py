@@ -44,7 +44,7 @@ def test_a_left_out_sample_changes_nothing(make_trainer: Any, make_batch: Any, s
     (masked, stats), (smaller, expected) = outcomes
     assert abs(expected["objective/kl"]) > 0.01
     for name, value in expected.items():
-        if isinstance(value, float) and "time/" not in name and "tokens/" not in name:
+        if isinstance(value, float) and "time/" not in name and "memory/" not in name and "tokens/" not in name:
             assert_close(stats[name], value)
     assert_close(masked.kl_ctl.value, smaller.kl_ctl.value, tol=1e-9)
     assert_close([masked.score_moments.mean, masked.score_moments.std, masked.score_moments.count],

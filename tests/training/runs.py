@@ -22,7 +22,7 @@ from trl import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValu
 from trl.training.resume import capture
 from trl.training.tensorfile import tensor_bytes
 
-CASES = ("full", "lora", "seq2seq", "plain sgd")
+CASES = ("full", "full bfloat16", "lora", "lora bfloat16", "seq2seq", "plain sgd")
 ADAPTIVE = {
     "adap_kl_ctrl": True,
     "horizon": 40,
@@ -40,13 +40,15 @@ def build(case: str, chance: int = 0, **settings: Any) -> PPOTrainer:
         base = tiny_t5(dropout_rate=0.1) if case == "seq2seq" else tiny_gpt2(**dropout)
         torch.manual_seed(chance)
         kind = AutoModelForSeq2SeqLMWithValueHead if case == "seq2seq" else AutoModelForCausalLMWithValueHead
-        model = kind.from_pretrained(lora(base, lora_dropout=0.1) if case == "lora" else base)
+        model = kind.from_pretrained(lora(base, lora_dropout=0.1) if case.startswith("lora") else base)
         trained = [p for p in model.parameters() if p.requires_grad]
+        if case.endswith("bfloat16"):
+            settings = {"dtype": "bfloat16"} | settings
         config = PPOConfig(
             **({"batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 1e-2} | ADAPTIVE | settings)
         )
         optimizer = scheduler = None
-        if case == "full":
+        if case.startswith("full"):
             optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
         elif case == "plain sgd":
@@ -66,7 +68,7 @@ def begin(case: str, **settings: Any) -> PPOTrainer:
 
 
 def advance(trainer: PPOTrainer, steps: int) -> list[dict[str, float]]:
-    """Samples, scores and learns; the statistics that are numbers, without clocks."""
+    """Samples, scores and learns; the statistics that are numbers, without clocks and memory."""
     rows = []
     for _ in range(steps):
         queries = [torch.tensor(random.choices(range(3, 61), k=2 + i % 3)) for i in range(4)]
@@ -75,7 +77,9 @@ def advance(trainer: PPOTrainer, steps: int) -> list[dict[str, float]]:
         with warnings.catch_warnings():  # a fixed seed can draw tokens that have become rarer
             warnings.filterwarnings("ignore", "objective/kl is")
             stats = trainer.step(queries, list(responses), scores)
-        rows.append({k: float(v) for k, v in stats.items() if "time/" not in k and np.ndim(v) == 0})
+        rows.append(
+            {k: float(v) for k, v in stats.items() if "time/" not in k and "memory/" not in k and np.ndim(v) == 0}
+        )
     return rows
 
 

@@ -71,11 +71,17 @@ def test_layers_that_are_run_again_give_the_same_gradients_with_less_memory(name
     assert after < before / 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_step_with_activation_checkpointing_learns_the_same(name: str, make_trainer: Any, make_batch: Any) -> None:  # noqa: F811
+def test_a_step_with_activation_checkpointing_learns_the_same(
+    name: str,
+    dtype: str,
+    make_trainer: Any,  # noqa: F811
+    make_batch: Any,  # noqa: F811
+) -> None:
     seq2seq, weights = name == "t5", []
     for checkpointing in (False, True):
-        trainer = make_trainer(model=policy(name), gradient_checkpointing=checkpointing)
+        trainer = make_trainer(model=policy(name), gradient_checkpointing=checkpointing, dtype=dtype)
         trainer.step(*make_batch(seq2seq=seq2seq))
         weights.append(trainer.model.state_dict())
     assert weights[0].keys() == weights[1].keys()

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 # Size of a chunk in float32, in bytes: on a CPU it stays in the cache, on a GPU it keeps the device busy.
 _CHUNK_BYTES = {"cpu": 4 * 2**20, "other": 256 * 2**20}
-_FLOOR = -1e30  # stands for the logit -inf where 0 * -inf would be nan
+FLOOR = -1e30  # stands for the logit -inf where 0 * -inf would be nan
 
 
 def _rows_of_chunk(logits: Tensor, chunk_rows: int | None) -> int:
@@ -26,7 +26,7 @@ def _rows_of_chunk(logits: Tensor, chunk_rows: int | None) -> int:
     return max(1, size // (4 * logits.shape[-1]))
 
 
-def _wide_dtype(logits: Tensor) -> torch.dtype:
+def wide_dtype(logits: Tensor) -> torch.dtype:
     """At least float32: the log-softmax of half-precision logits loses the tail."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -39,7 +39,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, chunk_rows: int, need_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         rows, words = logits.shape
-        chosen = torch.empty(rows, dtype=_wide_dtype(logits), device=logits.device)
+        chosen = torch.empty(rows, dtype=wide_dtype(logits), device=logits.device)
         top, normalizer, entropy = torch.empty_like(chosen), torch.empty_like(chosen), torch.zeros_like(chosen)
         buffers = [chosen.new_empty(min(chunk_rows, rows), words) for _ in range(2 if need_entropy else 1)]
         for start in range(0, rows, chunk_rows):
@@ -58,7 +58,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             top[part], normalizer[part] = largest.squeeze(-1), log_z
             if need_entropy:
                 # A logit of -inf is a word of probability 0 and adds nothing.
-                entropy[part] = log_z - torch.bmm(weight[:, None], x.clamp_(min=_FLOOR)[..., None]).flatten() / z
+                entropy[part] = log_z - torch.bmm(weight[:, None], x.clamp_(min=FLOOR)[..., None]).flatten() / z
         ctx.save_for_backward(logits, tokens, top, normalizer, entropy)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         ctx.set_materialize_grads(False)
@@ -85,7 +85,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             log_p -= normalizer[part, None]
             p = torch.exp(log_p, out=buffers[1][: len(log_p)])
             if grad_entropy is not None:  # dH / dx = -p (log p + H)
-                slope = log_p.clamp_(min=_FLOOR).add_(entropy[part, None]).mul_(grad_entropy[part, None])
+                slope = log_p.clamp_(min=FLOOR).add_(entropy[part, None]).mul_(grad_entropy[part, None])
                 if grad_chosen is not None:  # d log p_a / dx = onehot(a) - p
                     slope += grad_chosen[part, None]
                 grad = p.mul_(slope).neg_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
 from trl.models.autos import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.models.evaluate import evaluate
+from trl.models.predictions import abilities
 from trl.models.reference import create_reference_model
 from trl.models.value_head import ValueHead
 from trl.models.wrapper import PreTrainedModelWrapper
@@ -17,6 +18,7 @@ __all__ = [
     "AutoModelForSeq2SeqLMWithValueHead",
     "PreTrainedModelWrapper",
     "ValueHead",
+    "abilities",
     "adapter_starts_at_zero",
     "create_reference_model",
     "evaluate",

@@ -17,6 +17,8 @@ from torch import nn
 
 from trl.models.trunk import unwrap
 
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+
 
 def require_peft(what: str) -> Any:
     """The `peft` module.
@@ -124,6 +126,25 @@ def _keeps_base_weights(config: Any) -> bool:
     )
     extra = bool(getattr(config, "modules_to_save", None)) or getattr(config, "bias", "none") != "none"
     return plain_start and not extra
+
+
+def stands_on_frozen_base(model: nn.Module) -> bool:
+    """Whether all that is trained under the value head are LoRA's matrices, whose layers take activations of any dtype.
+
+    False for DoRA, for adapters on bare parameters, for biases and modules trained beside LoRA, for starts that change the
+    base weights, and with a reward adapter, which scores outside of the trainer's passes.
+    """
+    wrapper: Any = unwrap(model)
+    inner = getattr(wrapper, "pretrained_model", wrapper)
+    if not is_peft_model(inner) or getattr(wrapper, "reward_adapter_name", None) is not None:
+        return False
+    for config in inner.peft_config.values():
+        if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or not _keeps_base_weights(config):
+            return False
+        if config.use_dora or getattr(config, "target_parameters", None):
+            return False
+    trained = [name for name, parameter in inner.named_parameters() if parameter.requires_grad]
+    return bool(trained) and all(any(part in name for part in _FACTORS) for name in trained)
 
 
 def frozen_copy(model: nn.Module) -> Any:

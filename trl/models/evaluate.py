@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trl.functional.logprobs import token_logprobs_and_entropy
+from trl.models.attention import packed
+from trl.models.predictions import Wanted, abilities, decoder_config, may_pack, predict
 from trl.models.trunk import accepts, base_language_model, forward_parameters, is_encoder_decoder, unwrap
 from trl.models.wrapper import PreTrainedModelWrapper
 from trl.types import Evaluation, Rollout
@@ -36,7 +39,7 @@ def evaluate(
         temperature: what sampling divided the logits by; > 0.
         entropy: compute the entropies as well.
         values: return the values (they cost next to nothing).
-        response_only: compute logits only for the span of columns in which `rollout.mask` is True anywhere.
+        response_only: compute only what `rollout.mask` counts, or where logits are made, their span of columns.
         return_logits: return the logits as well, in the model's own dtype and not divided by the temperature.
 
     Returns:
@@ -46,6 +49,8 @@ def evaluate(
         ValueError: if an encoder-decoder gets no `encoder_tokens`, or a decoder gets some.
     """
     _check(model, rollout)
+    if not return_logits and abilities(model).projects:
+        return _without_logits(model, rollout, temperature, entropy, values, response_only)
     # Where a model takes positions they come from the mask. Elsewhere rows are moved to the left edge, where counting
     # from the first column is right whatever the kind of position, and moved back in the end.
     order = None if accepts(model, "position_ids") else _order(rollout.attention)
@@ -76,6 +81,53 @@ def evaluate(
         values=place(critic[:, computed]) if values and critic is not None else None,
         entropy=place(spread) if entropy else None,
         logits=place(logits) if return_logits else None,
+    )
+
+
+def _without_logits(
+    model: nn.Module, rollout: Rollout, temperature: float, entropy: bool, values: bool, response_only: bool
+) -> Evaluation:
+    """The same where a model's logits need not be made, packed if it can be: no work goes into padding."""
+    attention = rollout.attention.bool()
+    asked = rollout.mask & attention[:, 1:] if response_only else attention[:, :-1] & attention[:, 1:]
+    row, column = asked.nonzero(as_tuple=True)
+    tokens = _clean(rollout.tokens, attention)
+    count = attention.long().cumsum(dim=1) - 1  # [B, T] place of a token in its sequence
+    running: AbstractContextManager[None] = nullcontext()
+    if may_pack(model):
+        lengths = attention.sum(dim=1)
+        order = lengths.argsort(stable=True)
+        before = torch.zeros_like(lengths)
+        before[order[1:]] = lengths[order[:-1]].cumsum(dim=0)
+        place = before[:, None] + count
+        where = place[attention]
+        flat = torch.empty_like(where)
+        flat[where] = tokens[attention]
+        positions = torch.empty_like(where)
+        positions[where] = count[attention]
+        inputs = {"input_ids": flat[None], "position_ids": positions[None], "use_cache": False}
+        running = packed(decoder_config(model), [n for n in lengths[order].tolist() if n > 0])
+    else:
+        moved = None if accepts(model, "position_ids") else _order(attention)
+        width = tokens.shape[1]
+        start = torch.arange(len(tokens), device=tokens.device)[:, None] * width
+        place = start + (count if moved is not None else torch.arange(width, device=tokens.device))
+        inputs = _inputs(model, rollout, _move(tokens, moved), _move(attention, moved))
+    wanted = Wanted(rows=place[row, column], tokens=tokens[row, column + 1], temperature=temperature, entropy=entropy)
+    critic = None
+    with running:
+        if _has_values(model):
+            logprobs, spread, critic = model(**inputs, wanted=wanted)
+        else:
+            logprobs, spread = predict(model, inputs, wanted)
+
+    def placed(x: Tensor) -> Tensor:
+        return x.new_zeros(asked.shape).index_put((row, column), x)
+
+    return Evaluation(
+        logprobs=placed(logprobs),
+        values=placed(critic) if values and critic is not None else None,
+        entropy=placed(spread) if entropy else None,
     )
 
 

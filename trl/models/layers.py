@@ -11,15 +11,18 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache
+from transformers import AttentionInterface, Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trl.models.attention import NAME, packed_attention
+from trl.models.predictions import decoder_config
 from trl.models.trunk import base_language_model
 
 logger = logging.getLogger(__name__)
@@ -53,15 +56,14 @@ class LayerForward:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.plain = layer.forward
-        self.recompute = False
+        self.recomputed: Any = None  # the configuration of the decoder, if activations are to be computed again
         self.code: CompiledCode | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _has_cache(args, kwargs):
             return self.plain(*args, **kwargs)
-        if self.recompute and torch.is_grad_enabled():
-            # Anything that a layer closes over is an argument or a weight, so the backward pass computes the same again.
-            return checkpoint(self._run, *args, use_reentrant=False, **kwargs)
+        if self.recomputed is not None and torch.is_grad_enabled():
+            return checkpoint(_as_now(self._run, self.recomputed), *args, use_reentrant=False, **kwargs)
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,6 +74,25 @@ class LayerForward:
         except compile_errors() as error:
             self.code.switch_off(f"{type(error).__name__}: {error}")
             return self.plain(*args, **kwargs)
+
+
+def _as_now(run: Callable[..., Any], config: Any) -> Callable[..., Any]:
+    """`run` with the attention and the context variables of this moment, whenever and in whatever thread it is called.
+
+    Packed attention is chosen for the length of a forward pass; the backward pass comes after it, on a GPU in a thread of
+    its own.
+    """
+    context, attention = copy_context(), config._attn_implementation
+
+    def later(*args: Any, **kwargs: Any) -> Any:
+        before = config._attn_implementation
+        config._attn_implementation = attention
+        try:
+            return context.run(run, *args, **kwargs)
+        finally:
+            config._attn_implementation = before
+
+    return later
 
 
 def _has_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -120,7 +141,7 @@ def recompute_activations(model: nn.Module) -> None:
             "run again)"
         )
     for layer in layers:
-        _stand_in(layer).recompute = True
+        _stand_in(layer).recomputed = decoder_config(model)
 
 
 def compiled_layers(model: nn.Module, code: CompiledCode) -> None:
@@ -142,6 +163,8 @@ def compiled_layers(model: nn.Module, code: CompiledCode) -> None:
         )
     if any(not isinstance(layer.__dict__.get("forward", layer), (nn.Module, LayerForward)) for layer in layers):
         raise CompileError("the layers' forward functions were replaced, as accelerate does under a device_map")
+    # Its blocks follow the lengths of a batch, for each of which there would be other code.
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
     for kind in {type(layer) for layer in layers} - set(code.functions):
         # Under the shell that every such layer of transformers shares: limits on variants count by function.
         forward = inspect.unwrap(kind.forward)

@@ -85,3 +85,20 @@ def watch_last_hidden_state(model: nn.Module) -> Iterator[LastHiddenState]:
         yield seen
     finally:
         handle.remove()
+
+
+@contextmanager
+def without_head(model: nn.Module) -> Iterator[LastHiddenState]:
+    """Catches what a model projects on its vocabulary [B, T, H], and spares the projection: logits are [B, T, 0]."""
+    seen = LastHiddenState()
+    head = base_language_model(model).get_output_embeddings()
+
+    def forward(hidden: Tensor) -> Tensor:
+        seen.value = hidden
+        return hidden.new_empty(*hidden.shape[:-1], 0)
+
+    head.forward = forward
+    try:
+        yield seen
+    finally:
+        del head.forward

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.models import adapters, loading
+from trl.models.predictions import Wanted, predict
 from trl.models.saving import save_value_head_model
 from trl.models.sources import load_trunk
 from trl.models.trunk import base_language_model, has_lm_head, is_encoder_decoder, watch_last_hidden_state
@@ -86,30 +87,38 @@ class PreTrainedModelWrapper(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         float32_logits: bool = True,
+        wanted: Wanted | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Logits, the model's own loss and values.
+        """Logits, the model's own loss and values; or, with `wanted`, log-probabilities, entropies and values of tokens.
 
         Args:
             input_ids: [B, T] tokens; an encoder-decoder's queries.
             past_key_values: a cache, for models that take one.
             attention_mask: [B, T] True or 1 on tokens.
             float32_logits: False keeps the model's own dtype, which for half precision halves the memory.
+            wanted: `N` tokens; for models of which `trl.models.predictions.abilities` says that they project.
             kwargs: the model's own, such as `position_ids`, `labels`, `decoder_input_ids`, `logits_to_keep`.
 
         Returns:
             logits [B, T, V], the loss (None without labels), float32 values [B, T]. For an encoder-decoder `T` is
-            the decoder's. `logits_to_keep` narrows the logits, never the values.
+            the decoder's. `logits_to_keep` narrows the logits, never the values. With `wanted`, `[N]` float32 each.
         """
         kwargs.pop("return_dict", None)
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
+        kwargs["input_ids"] = input_ids
         with watch_last_hidden_state(self.pretrained_model) as seen:
-            output = self.pretrained_model(input_ids=input_ids, **kwargs)
+            if wanted is not None:
+                logprobs, entropies = predict(self.pretrained_model, kwargs, wanted)
+            else:
+                output = self.pretrained_model(**kwargs)
         if seen.value is None:
             raise RuntimeError(f"{type(self.pretrained_model).__name__} did not run its decoder in forward")
+        if wanted is not None:
+            return logprobs, entropies, self.v_head(seen.value.flatten(0, 1)[wanted.rows]).squeeze(-1)
         logits, loss = output.logits, output.get("loss")
         values = self.v_head(seen.value).squeeze(-1)
         if float32_logits and logits.dtype != torch.float64:

@@ -11,8 +11,8 @@ from typing import Any
 from trl.redaction import redact
 from trl.trackers.plain import as_number
 
-TIME = "time/"
-"""Keys that begin with this hold times and speeds. They alone may differ between two runs of one seed."""
+OF_THE_MACHINE = ("time/", "memory/")
+"""Keys that begin with these hold times, speeds and memory. They alone may differ between two runs of one seed."""
 
 _RESERVED = ("step", "nonfinite")
 
@@ -72,9 +72,9 @@ def complete_rows(path: Path, data: bytes) -> list[tuple[dict[str, Any], int]]:
 
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row without its times: what a resumed run and an uninterrupted one have in common, to the bit."""
-    kept = {key: value for key, value in row.items() if not key.startswith(TIME)}
-    nonfinite = [key for key in kept.pop("nonfinite", ()) if not key.startswith(TIME)]
+    """The row without times and memory: what a resumed run and an uninterrupted one have in common, to the bit."""
+    kept = {key: value for key, value in row.items() if not key.startswith(OF_THE_MACHINE)}
+    nonfinite = [key for key in kept.pop("nonfinite", ()) if not key.startswith(OF_THE_MACHINE)]
     return kept | ({"nonfinite": nonfinite} if nonfinite else {})
 
 

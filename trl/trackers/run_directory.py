@@ -149,7 +149,8 @@ class RunDirectory:
         """Appends the numbers of `row` to `metrics.jsonl` (see `trl.trackers.metrics.metrics_line`).
 
         Args:
-            row: statistics by name. Times and speeds stand under `time/`: they alone may differ in a run of the same seed.
+            row: statistics by name. Times and speeds stand under `time/`, memory under `memory/`: they alone may differ in a run
+                of the same seed.
             step: higher than that of every row before.
 
         Raises:

@@ -231,8 +231,7 @@ class PPOMethods(BaseTrainer):
             accelerator=self.accelerator,
             max_grad_norm=self.config.max_grad_norm,
             frozen=frozen,
-            computing=self.compute.passes,
-            after_step=self.compute.weights_changed,
+            compute=self.compute,
             guards=self.guards,
             reduce=self._reduce,
         )

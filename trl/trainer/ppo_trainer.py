@@ -51,6 +51,7 @@ from trl.training.fingerprints import Fingerprints
 from trl.training.guards import UpdateGuards
 from trl.training.loop import optimize
 from trl.training.modes import eval_mode
+from trl.training.peak import memory_statistics
 from trl.training.ppo import ppo_loss, ppo_minibatches
 from trl.training.resume import load_training, save_training
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
@@ -341,7 +342,8 @@ class PPOTrainer(PPOMethods):
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
             self._steps_done += 1
-            return stats | timing | {"time/ppo/total": time.perf_counter() - started}
+            timing["time/ppo/total"] = time.perf_counter() - started
+            return stats | timing | memory_statistics(self.current_device)
 
     def _evaluate(self, rollout: Rollout, batch: Batch) -> tuple[Evaluation, Tensor, Tensor | None]:
         """What the policy and, as logprobs [B, S], the reference say before the update; and their exact KL [B, S]."""
@@ -355,7 +357,7 @@ class PPOTrainer(PPOMethods):
             return score(model, rollout, batch_size=size, temperature=temperature, entropy=policy, values=policy)
 
         exact = None
-        # Where a subclass has the update go through its own methods, passes are float32, here and there.
+        # Where a subclass has the update go through its own methods, passes use the weights as they are held, here and there.
         own_way = self._is_overridden("loss", "train_minibatch", "batched_forward_pass")
         passes = nullcontext() if own_way else self.compute.fresh_passes()
         with torch.no_grad(), eval_mode(self.model), passes:

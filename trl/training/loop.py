@@ -15,7 +15,10 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from trl.protocols import LossFn, Reduce
+from trl.training.compute import Passes
 from trl.training.guards import UpdateGuards, is_out_of_memory
+from trl.training.optimizers import inner
+from trl.training.streaming import adam_step, can_stream, total_norm
 from trl.types import Experience, Tally, identity, occupied, take
 
 
@@ -43,7 +46,8 @@ class UpdateMetrics:
 class Updater:
     """Backward passes and optimizer steps of one model.
 
-    Gradients are summed over microbatches and processes, clipped once, and left in place after the step.
+    Gradients are summed over microbatches and processes and clipped once. They are left in place after the step, but for
+    those that `compute` held in fewer bits.
     """
 
     model: nn.Module
@@ -51,8 +55,7 @@ class Updater:
     accelerator: Any
     max_grad_norm: float | None = None
     frozen: Sequence[nn.Parameter] = field(default_factory=tuple)  # keep their values: their gradients are dropped
-    computing: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which forward and backward passes are made
-    after_step: Callable[[], None] = lambda: None  # the weights have changed
+    compute: Passes = field(default_factory=Passes)  # in which numbers forward and backward passes are made
     guards: UpdateGuards = field(default_factory=UpdateGuards)
     reduce: Reduce = identity  # sums a tensor over all processes
     _finite: Tensor | None = field(default=None, init=False)  # were all losses since `clear`?
@@ -60,7 +63,12 @@ class Updater:
     def clear(self) -> None:
         """Forgets gradients, before the first microbatch of a minibatch."""
         self.optimizer.zero_grad()
+        self.compute.discard()
         self._finite = None
+
+    def computing(self, *, only: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward pass of a microbatch, which may be the only one of its minibatch."""
+        return self.compute.passes(gradients_in_place=only and can_stream(inner(self.optimizer)))
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward pass: only the last microbatch of a minibatch exchanges gradients."""
@@ -92,25 +100,45 @@ class Updater:
         started = time.perf_counter()
         for parameter in self.frozen:
             parameter.grad = None
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        if self.max_grad_norm is not None:
-            norm = float(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm))
-        else:
-            self.accelerator.unscale_gradients()
-            norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        self.compute.discard(self.frozen)
+        narrow = self.compute.gradients()
+        norm, scale = self._clip(narrow)
         finite = torch.ones(()) if self._finite is None else self._finite.float()
         own = math.isfinite(norm) and bool(finite)
         if float(self.reduce(torch.zeros_like(finite) if own else torch.ones_like(finite))) == 0:
-            self.optimizer.step()
-            self.after_step()
+            if narrow:
+                # From inside the optimizer's own step, which does the rest: hooks and schedulers see one step.
+                self.optimizer.step(lambda: self._step_narrow(narrow, scale))
+            else:
+                self.optimizer.step()
+            self.compute.weights_changed(counted=bool(narrow))  # an optimizer of another make may write through `.data`
             self.guards.stepped()
             return norm, True, time.perf_counter() - started
+        self.compute.discard()
         if not math.isfinite(norm):
             reason = f"gradient norm is {norm}"
         else:
             reason = "the loss is not finite" if not own else "loss or gradient of another process is not finite"
         self.guards.skipped(norm, reason, experience)
         return norm, False, time.perf_counter() - started
+
+    def _clip(self, narrow: Mapping[Tensor, Tensor]) -> tuple[float, float]:
+        """The norm before clipping, and what is left to multiply the `narrow` gradients by; the others are clipped."""
+        wide = [p for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in wide if p.grad is not None]
+        if not narrow and self.max_grad_norm is not None:
+            return float(self.accelerator.clip_grad_norm_(wide, self.max_grad_norm)), 1.0
+        self.accelerator.unscale_gradients()
+        if not narrow:
+            return float(nn.utils.get_total_norm(gradients)), 1.0
+        norm = total_norm(narrow.values(), gradients)
+        if self.max_grad_norm is None:
+            return float(norm), 1.0
+        nn.utils.clip_grads_with_norm_(wide, self.max_grad_norm, norm)
+        return float(norm), float((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+
+    def _step_narrow(self, narrow: Mapping[Tensor, Tensor], scale: float) -> None:
+        self.compute.narrowed(adam_step(inner(self.optimizer), narrow, scale))
 
 
 def _mean(tallies: Sequence[dict[str, Tally]], reduce: Reduce) -> dict[str, float]:
@@ -206,7 +234,7 @@ def _gradient_in_pieces(minibatch: Minibatch, loss_fn: LossFn, updater: Updater,
         last, exchanging = i == len(pieces) - 1, False
         columns = occupied(piece.rollout.attention)
         try:
-            with updater.exchanging(last), updater.computing():
+            with updater.exchanging(last), updater.computing(only=len(pieces) == 1):
                 loss = loss_fn(take(piece, slice(None), columns))
                 exchanging = last and not alone
                 updater.accumulate(loss.objective / minibatch.denominator, last=last)
@@ -230,7 +258,7 @@ def _stand_in(minibatch: Minibatch, loss_fn: LossFn, updater: Updater) -> None:
         # Buffers are exchanged in the first forward pass of a minibatch, which was begun: not a second time.
         updater.model.require_forward_param_sync = False
     one = take(minibatch.experience, slice(0, 1))
-    with updater.computing():
+    with updater.computing(only=False):
         loss = loss_fn(take(one, slice(None), occupied(one.rollout.attention)))
         updater.accumulate(loss.objective * 0, last=True)
 

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from trl.functional import exact_kl
-from trl.models import evaluate
+from trl.models import abilities, evaluate
 from trl.types import Evaluation, Rollout, occupied, take
+
+# Tokens of a pass that keeps nothing for a backward pass, where a model makes no logits either.
+_TOKENS_AT_ONCE = 2048
 
 
 def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, Callable[[Tensor], Tensor]]]:
@@ -38,7 +41,13 @@ def score(
     values: bool = True,
     return_logits: bool = False,
 ) -> Evaluation:
-    """Evaluates `model` on every position of a rollout of `B` sequences, `batch_size` of them at a time."""
+    """Evaluates `model` on every position of a rollout of `B` sequences, `batch_size` of them at a time.
+
+    More of them, up to a number of tokens, for a model whose logits need not be made: that takes less memory than a
+    minibatch of the update does.
+    """
+    if not return_logits and abilities(model).projects:
+        batch_size = max(batch_size, _TOKENS_AT_ONCE // rollout.tokens.shape[1])
     found: dict[str, list[Tensor]] = {"logprobs": [], "values": [], "entropy": [], "logits": []}
     for piece, widen in _pieces(rollout, batch_size):
         result = evaluate(

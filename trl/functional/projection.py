@@ -1,0 +1,196 @@
+"""Log-probabilities straight from hidden states: the projection on the vocabulary, a block of words and rows at a time.
+
+Neither the logits `[N, V]` nor their gradient is ever there as a whole. The softmax is normalised as its blocks come in
+(Milakov & Gimelshein 2018, arXiv:1805.02867), and the backward pass projects a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trl.functional.logprobs import FLOOR, wide_dtype
+
+# Rows that are multiplied at a time, and the size of their block of logits in float32: on a CPU it stays in the cache.
+_ROWS = {"cpu": 512, "other": 8192}
+_BLOCK_BYTES = {"cpu": 4 * 2**20, "other": 256 * 2**20}
+# Below this the logits of all blocks are kept for the backward pass in place of a second projection.
+_KEPT_BYTES = 32 * 2**20
+
+
+def _sizes(hidden: Tensor, words: int, block: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and words of a block."""
+    if block is not None:
+        return block
+    kind = hidden.device.type if hidden.device.type in _ROWS else "other"
+    rows = max(1, min(_ROWS[kind], len(hidden)))
+    return rows, max(1, min(words, _BLOCK_BYTES[kind] // (4 * rows)))
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(count, start + size))
+
+
+class _Projected(torch.autograd.Function):
+    """[N, H] hidden states, [V, H] weights, [V] bias -> [N] logprobs of tokens, [N] entropies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        need_entropy: bool,
+        block: tuple[int, int] | None,
+    ) -> tuple[Tensor, Tensor]:
+        count, words = len(hidden), len(weight)
+        size, step = _sizes(hidden, words, block)
+        chosen = torch.zeros(count, dtype=wide_dtype(hidden), device=hidden.device)
+        top = torch.full_like(chosen, -torch.inf)
+        total, slope = torch.zeros_like(chosen), torch.zeros_like(chosen)  # sums of w and of w x, w = exp(x - top)
+        keep = any(ctx.needs_input_grad) and count * words * hidden.element_size() <= _KEPT_BYTES
+        kept: list[Tensor] = []
+        for some in _parts(words, step):
+            for rows in _parts(count, size):
+                raw = torch.nn.functional.linear(hidden[rows], weight[some], None if bias is None else bias[some])
+                if keep:
+                    kept.append(raw)
+                x = raw.to(chosen.dtype, copy=raw.dtype == chosen.dtype and keep)
+                if temperature != 1.0:
+                    x /= temperature
+                here = (tokens[rows] >= some.start) & (tokens[rows] < some.stop)
+                place = (tokens[rows] - some.start).clamp(0, some.stop - some.start - 1)
+                chosen[rows] += x.gather(-1, place[:, None]).squeeze(-1).where(here, 0)
+                # The largest logit is taken off first: next to a large common offset differences would lose their digits.
+                largest = torch.maximum(top[rows], x.amax(dim=-1)).clamp(min=FLOOR)
+                shift = (top[rows] - largest).clamp(min=FLOOR)
+                x -= largest[:, None]
+                w = torch.exp(x)
+                scale = shift.exp()
+                if need_entropy:
+                    # A logit of -inf is a word of probability 0 and adds nothing.
+                    added = torch.bmm(w[:, None], x.clamp_(min=FLOOR)[..., None]).flatten()
+                    slope[rows] = (slope[rows] + total[rows] * shift) * scale + added
+                total[rows] = total[rows] * scale + w.sum(dim=-1)
+                top[rows] = largest
+        log_total = total.log()
+        chosen = (chosen - top) - log_total
+        entropy = log_total - slope / total if need_entropy else slope
+        ctx.save_for_backward(hidden, weight, bias, tokens, top, log_total, entropy, *kept)
+        ctx.temperature, ctx.block = temperature, (size, step)
+        ctx.set_materialize_grads(False)
+        if not need_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return chosen, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_chosen, grad_entropy = grads
+        hidden, weight, bias, tokens, top, log_total, entropy, *kept = ctx.saved_tensors
+        if grad_chosen is None and grad_entropy is None:
+            return (None,) * 7
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        size, step = ctx.block
+        count, words, wide = len(hidden), len(weight), top.dtype
+        grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if wants_hidden else None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_bias = torch.empty_like(bias) if wants_bias else None
+        blocks = iter(kept)
+        for some in _parts(words, step):
+            sum_weight: Tensor | None = None
+            sum_bias: Tensor | None = None
+            for rows in _parts(count, size):
+                if kept:
+                    x = next(blocks).to(wide, copy=True)
+                else:
+                    x = torch.nn.functional.linear(hidden[rows], weight[some], None if bias is None else bias[some])
+                    x = x.to(wide)
+                if ctx.temperature != 1.0:
+                    x /= ctx.temperature
+                x -= (top[rows] + log_total[rows])[:, None]
+                p = torch.exp(x)
+                if grad_entropy is not None:  # dH / dx = -p (log p + H)
+                    outer = x.clamp_(min=FLOOR).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
+                    if grad_chosen is not None:  # d log p_a / dx = onehot(a) - p
+                        outer += grad_chosen[rows, None]
+                    grad = p.mul_(outer).neg_()
+                else:
+                    assert grad_chosen is not None
+                    grad = p.mul_(-grad_chosen[rows, None])
+                if grad_chosen is not None:
+                    here = (tokens[rows] >= some.start) & (tokens[rows] < some.stop)
+                    place = (tokens[rows] - some.start).clamp(0, some.stop - some.start - 1)
+                    grad.scatter_add_(-1, place[:, None], grad_chosen[rows].where(here, 0)[:, None].to(wide))
+                if ctx.temperature != 1.0:
+                    grad /= ctx.temperature
+                if wants_bias:
+                    added = grad.sum(dim=0)
+                    sum_bias = added if sum_bias is None else sum_bias.add_(added)
+                narrow = grad.to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] += narrow @ weight[some]
+                if wants_weight:
+                    added = narrow.t() @ hidden[rows]
+                    if count > size:  # sums of several products are added up in wide numbers
+                        added = added.to(wide)
+                    sum_weight = added if sum_weight is None else sum_weight.add_(added)
+            if grad_weight is not None:
+                grad_weight[some] = 0 if sum_weight is None else sum_weight
+            if grad_bias is not None:
+                grad_bias[some] = 0 if sum_bias is None else sum_bias
+        narrow_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return narrow_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def projected_logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = True,
+    block: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `tokens` and entropies under softmax((hidden @ weight.T + bias) / temperature).
+
+    The same numbers as `token_logprobs_and_entropy` gives for these logits, and the same gradients, without the logits.
+
+    Args:
+        hidden: `[N, H]`, any floating dtype; logits are rounded to it, and computed with in float32, or in float64 if
+            given so.
+        weight: `[V, H]` of the same dtype.
+        tokens: `[N]` int64.
+        bias: `[V]`.
+        temperature: what sampling divided the logits by; > 0.
+        entropy: False spares the entropy; zeros are returned in its place.
+        block: rows and words whose logits stand in memory at a time; None is what suits the device.
+
+    Returns:
+        `[N]` log p(token) in nats, and `[N]` entropies in nats (≥ 0).
+
+    Raises:
+        ValueError: if the shapes do not fit or the temperature is not positive.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or len(tokens) != len(hidden):
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and tokens {tuple(tokens.shape)} do not fit "
+            "together: [N, H], [V, H] and [N] are expected"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be > 0")
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        narrow = torch.get_autocast_dtype(kind)
+        hidden, weight, bias = hidden.to(narrow), weight.to(narrow), None if bias is None else bias.to(narrow)
+    with torch.autocast(kind, enabled=False):
+        found = _Projected.apply(hidden, weight, bias, tokens, float(temperature), entropy, block)
+    return found[0], found[1]

@@ -1,0 +1,178 @@
+"""Log-probabilities of tokens without their logits, and which models can do what for it: found out, not listed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trl.functional.projection import projected_logprobs_and_entropy
+from trl.models.attention import packed
+from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, unwrap, without_head
+
+logger = logging.getLogger(__name__)
+
+# Of packed against single sequences, root mean square in standard deviations of the logits; by the bytes of a number of
+# the weights.
+_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}  # bfloat16 alone moves the logits by a quarter, against float32 ones
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Which tokens' log-probabilities a forward pass is asked for, in place of logits."""
+
+    rows: Tensor  # [N] int64: where each is predicted, in the decoder's tokens [B, T] as one row
+    tokens: Tensor  # [N] int64
+    temperature: float
+    entropy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """How a model may be evaluated."""
+
+    projects: bool  # its logits are its output embedding times what that is given, and nothing else
+    packs: bool  # sequences may stand in one row
+
+
+_FOUND: WeakKeyDictionary[nn.Module, Abilities] = WeakKeyDictionary()
+
+
+def predict(pretrained: nn.Module, inputs: dict[str, Any], wanted: Wanted) -> tuple[Tensor, Tensor]:
+    """`[N]` float32 log-probabilities and entropies of a model that projects."""
+    head = base_language_model(pretrained).get_output_embeddings()
+    with without_head(pretrained) as seen:
+        pretrained(**inputs)
+    assert seen.value is not None
+    return projected_logprobs_and_entropy(
+        seen.value.flatten(0, 1)[wanted.rows],
+        head.weight,
+        wanted.tokens,
+        bias=head.bias,
+        temperature=wanted.temperature,
+        entropy=wanted.entropy,
+    )
+
+
+def abilities(model: nn.Module) -> Abilities:
+    """What a model can do: tried once, on a few words."""
+    base = base_language_model(model)
+    if base not in _FOUND:
+        pretrained = getattr(unwrap(model), "pretrained_model", unwrap(model))
+        modes = {module: module.training for module in pretrained.modules()}
+        pretrained.eval()
+        try:
+            with torch.no_grad():
+                reason = _keeps_logits(pretrained)
+                packs = _cannot_pack(pretrained) if reason is None else reason
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        _FOUND[base] = Abilities(projects=reason is None, packs=packs is None)
+        name = type(base).__name__
+        if reason is not None:
+            logger.info("%s: logits of all words are made at once: %s", name, reason)
+        elif packs is not None:
+            logger.info("%s: sequences are padded to one length, not packed: %s", name, packs)
+    return _FOUND[base]
+
+
+def may_pack(model: nn.Module) -> bool:
+    """Whether sequences may stand in one row in the pass that is to come."""
+    for module in base_language_model(model).modules():
+        # Activations that are computed again would be so when our attention is not chosen any more.
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            return False
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return False
+    return abilities(model).packs
+
+
+def _words(model: Any) -> list[Tensor]:
+    """Two short sequences, from the middle of the vocabulary: special tokens stand at its ends."""
+    embeddings = model.get_input_embeddings().weight
+    count = embeddings.shape[0]
+    word = [count // 2 + i % max(1, count // 4) for i in range(8)]
+    return [torch.tensor(some, device=embeddings.device) for some in (word[:5], word[5:])]
+
+
+def _plain(model: Any, words: Tensor) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": words[None]} | ({"use_cache": False} if accepts(model, "use_cache") else {})
+    if is_encoder_decoder(model):
+        inputs["decoder_input_ids"] = words[None]
+    return inputs
+
+
+def _keeps_logits(model: Any) -> str | None:
+    """Why the logits of a model are more than a product; None if they are just that."""
+    head = base_language_model(model).get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return f"its output embedding is a {type(head).__name__}"
+    if hasattr(head.weight, "device_mesh") or hasattr(head.weight, "ds_id") or head.weight.numel() == 0:
+        return "its weights are spread over processes"
+    if hasattr(head, "_hf_hook") or "forward" in vars(head):
+        return "its output embedding is moved between devices"
+    given: list[Tensor] = []
+    words = _words(model)[0]
+    handle = head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    try:
+        logits = model(**_plain(model, words)).logits
+    finally:
+        handle.remove()
+    if len(given) != 1 or given[0].shape[:-1] != (1, len(words)):
+        return "its output embedding is not called once on every token"
+    if logits.shape[-1] != head.weight.shape[0] or not torch.equal(head(given[0]).float(), logits.float()):
+        return "its logits are changed after the projection"
+    try:
+        with without_head(model):
+            model(**_plain(model, words))
+    except (RuntimeError, ValueError, IndexError) as error:
+        return f"it does not run without the projection: {type(error).__name__}: {error}"
+    return None
+
+
+def _cannot_pack(model: Any) -> str | None:
+    """Why sequences must not stand in one row; None if they may."""
+    base = base_language_model(model)
+    if is_encoder_decoder(model):
+        return "it is an encoder-decoder"
+    if base.device.type != "cpu":
+        return "packed attention is written for CPUs"
+    if not accepts(model, "position_ids"):
+        return "it takes no position_ids"
+    if strange := set(getattr(decoder_config(model), "layer_types", None) or ()) - _KNOWN_LAYERS:
+        return f"it has layers of {', '.join(sorted(strange))}"
+    words = _words(model)
+    try:
+        row = packed_inputs(words)
+        with packed(decoder_config(model), [len(some) for some in words]):
+            together = model(**row).logits[0].split([len(some) for some in words])
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    for some, seen in zip(words, together, strict=True):
+        alone = model(**_plain(model, some)).logits[0].float()
+        gap = ((seen.float() - alone).square().mean(dim=-1).sqrt() / alone.std(dim=-1)).max().item()
+        if not gap <= _TOLERANCE.get(base.get_input_embeddings().weight.element_size(), 0.5):
+            return f"a packed sequence is off by {gap:.1e} standard deviations of its logits"
+    return None
+
+
+def decoder_config(model: nn.Module) -> Any:
+    """The configuration that the layers of a decoder read."""
+    return base_language_model(model).config.get_text_config(decoder=True)
+
+
+def packed_inputs(sequences: Sequence[Tensor]) -> dict[str, Any]:
+    """Keyword arguments of a decoder's forward for sequences in one row."""
+    positions = [torch.arange(len(sequence), device=sequence.device) for sequence in sequences]
+    return {
+        "input_ids": torch.cat(list(sequences))[None],
+        "position_ids": torch.cat(positions)[None],
+        "use_cache": False,
+    }
