@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from trl.functional.sampling import cut_logits, draw
+from trl.rollout.attention import decoding
 from trl.rollout.cache import GrowingLayer, growing_cache
 
 logger = logging.getLogger(__name__)
@@ -223,6 +224,18 @@ def sample(
     Returns:
         The responses, without the decoder's start token of an encoder-decoder.
     """
+    with decoding(model):
+        return _sample(model, queries, sampling, limits, uniforms, values)
+
+
+def _sample(
+    model: Any,
+    queries: Sequence[Tensor],
+    sampling: Sampling,
+    limits: Sequence[int],
+    uniforms: Tensor,
+    values: Callable[[], Tensor] | None,
+) -> Sampled:
     count, longest = len(queries), max(limits)
     decoder = _decoder(model, queries, longest)
     device = decoder.device
@@ -300,10 +313,11 @@ def _gap(model: Any) -> float:
     given = [
         torch.tensor([a, b], device=device) for a, b in ((word[8], word[9]), (word[10], word[11]), (word[0], word[5]))
     ]
-    decoder = _decoder(model, queries, 4)
-    seen = [decoder.begin(), *(decoder.advance(tokens) for tokens in given[:2])]
-    decoder.keep(torch.tensor([1], device=device))
-    seen.append(decoder.advance(given[2][1:]))
+    with decoding(model):
+        decoder = _decoder(model, queries, 4)
+        seen = [decoder.begin(), *(decoder.advance(tokens) for tokens in given[:2])]
+        decoder.keep(torch.tensor([1], device=device))
+        seen.append(decoder.advance(given[2][1:]))
     largest = 0.0
     for row, query in enumerate(queries):
         steps = len(given) if row == 1 else len(given) - 1

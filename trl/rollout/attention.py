@@ -1,0 +1,72 @@
+"""Attention of one new token to all before it, where `scaled_dot_product_attention` is slow: on CPUs.
+
+The heads that share a key are one matrix product, and keys and values are read where they are; at a batch of 64 this takes
+a fifth of the time (bench/attention.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "trl_decoding"
+
+
+def decoding_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in place of its own; `[B, heads, n, D]` tensors, returns `[B, n, heads, D]`.
+
+    For more than one new token, and for what it does not know, it is `scaled_dot_product_attention`.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    known = all(others.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+    if query.shape[2] != 1 or not known or key.shape[-1] != value.shape[-1]:
+        found = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+        return found[0], None
+    rows, heads, _, size = query.shape
+    shared = key.shape[1]
+    scale = size**-0.5 if scaling is None else scaling
+    asked = query.reshape(rows * shared, heads // shared, size)
+    scores = torch.bmm(asked, key.flatten(0, 1).transpose(1, 2)).mul_(scale)
+    if attention_mask is not None:
+        seen = scores.view(rows, heads, -1)
+        mask = attention_mask[:, :, -1, : seen.shape[-1]]
+        if mask.dtype == torch.bool:
+            seen.masked_fill_(~mask, torch.finfo(seen.dtype).min)
+        else:
+            seen += mask
+    out = torch.bmm(torch.softmax(scores, dim=-1), value.flatten(0, 1))
+    return out.view(rows, 1, heads, size), None
+
+
+@contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """Within, a model on a CPU that attends by `scaled_dot_product_attention` does so by the above."""
+    config = model.config.get_text_config(decoder=True)
+    ours = config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", False)
+    if not ours or next(model.parameters()).device.type != "cpu":
+        yield
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if NAME not in AttentionInterface._global_mapping:
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        AttentionInterface.register(NAME, decoding_attention)
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
