@@ -114,6 +114,13 @@ class PPOConfig:
     costs a large part of an update's time; resident memory stays at its peak."""
     max_skipped_updates: int | None = None
     """End the run after this many optimizer steps in a row whose loss or gradient was not finite; None: go on."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the policy's layers for the backward pass and run the layers again there (activation
+    checkpointing): less memory, about a third more time in the update, the same numbers. Read when the trainer is made."""
+    compile: bool = False
+    """Run the layers of both models through torch.compile in scoring and in the update, not in sampling. Tried once when
+    the trainer is made, which takes up to minutes; where it fails or gives other numbers the log says why, and layers run as
+    they are."""
 
     def __post_init__(self) -> None:
         if self.forward_batch_size is not None:

@@ -25,6 +25,7 @@ from trl.data import PadCollator
 from trl.functional import Moments, gae, masked_mean, masked_sum, masked_whiten
 from trl.models import PreTrainedModelWrapper, create_reference_model
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
+from trl.models.layers import recompute_activations
 from trl.models.limits import context_length, vocabulary_sizes
 from trl.protocols import Callback, Tracker
 from trl.rollout import (
@@ -44,6 +45,7 @@ from trl.trainer.train import train
 from trl.trainer.train_options import OnDiskError, OnSpike, TrainOptions, TrainResult
 from trl.training.allocator import keep_freed_memory
 from trl.training.checkpoints import Checkpoint
+from trl.training.compiling import compile_passes
 from trl.training.compute import Compute
 from trl.training.fingerprints import Fingerprints
 from trl.training.guards import UpdateGuards
@@ -154,6 +156,10 @@ class PPOTrainer(PPOMethods):
         if reference is not None:
             self.compute.adopt_reference(reference, model)
         self.ref_model = None if reference is None else self.accelerator.prepare_model(reference, evaluation_mode=True)
+        if config.gradient_checkpointing:
+            recompute_activations(self.model)
+        if config.compile:
+            compile_passes(self.model, self.ref_model, self.compute.fresh_passes, narrow=self.compute.narrow)
         self.kl_ctl: AdaptiveKLController | FixedKLController = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)  # type: ignore[arg-type]
             if config.adap_kl_ctrl
