@@ -130,7 +130,7 @@ def run(python: Path, script: str, options: Sequence[str], ours: bool, timeout: 
         raise RuntimeError(f"took more than {timeout:.0f} s") from error
     if done.returncode != 0:
         raise RuntimeError(last_error(done.stderr))
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]  # not a peer's own dict
 
 
 def summary(runs: list[Rows]) -> dict[str, Any]:
@@ -142,8 +142,7 @@ def summary(runs: list[Rows]) -> dict[str, Any]:
     return {
         **medians,
         "cycle_s": statistics.median(totals),
-        "fastest_s": min(totals),
-        "slowest_s": max(totals),
+        "range_s": [min(totals), max(totals)],
         "peak_mb": max(rows[-1]["peak_mb"] for rows in runs),
         "cycles": len(cycles),
     }
@@ -166,8 +165,8 @@ def table(results: dict[str, list[Rows | str]], bounds: dict[str, float] | None 
             line |= summary(whole)
         if errors := [rows for rows in runs if isinstance(rows, str)]:
             line["failed"] = errors[-1]
-        elif not whole:
-            line["failed"] = "no cycle after the first one" if runs else "not run yet"
+        elif not whole and runs:
+            line["failed"] = "no cycle after the first one"
         lines.append(line)
     for group in dict.fromkeys(line["group"] for line in lines):
         members = [line for line in lines if line["group"] == group]
@@ -187,6 +186,7 @@ COLUMNS = (
     ("`step`, s", "step_s", "{:.1f}"),
     ("scoring, s", "forward_s", "{:.1f}"),
     ("update, s", "optimize_s", "{:.1f}"),
+    ("cycles, s", "range_s", "{0[0]:.1f} to {0[1]:.1f}"),
     ("samples/s", "samples_per_s", "{:.2f}"),
     ("tokens/s sampled", "tokens_per_s", "{:.0f}"),
     ("peak, MB", "peak_mb", "{:.0f}"),
@@ -208,6 +208,8 @@ def markdown(lines: list[dict[str, Any]]) -> str:
         cells = [form.format(line[key]) if key in line else "" for _, key, form in columns]
         if "failed" in line:
             name += f" (failed: {line['failed'].replace('|', '/')})"
+        elif "cycles" not in line:
+            name += " (not run yet)"
         text.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(text) + "\n"
 

@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--cycles", type=int, help="of batch and length; the first is left out")
     add("--timeout", type=float, default=3600)
     add("--out", type=Path, default=Path("runs/bench"))
-    args, more = parser.parse_known_args(argv)
+    add("--config", default="{}", help="JSON: more settings of PPOConfig")
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     weights = roofline.weights_of(roofline.config_of(args.model, t5=False))
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only}
@@ -115,18 +116,16 @@ def main(argv: list[str] | None = None) -> None:
         for setting in CURVES[name]:
             if args.cycles and name != "memory":
                 setting = setting | {"cycles": args.cycles}
-            options = ["--model", str(args.model), "--reviews", str(args.reviews)]
+            options = ["--model", str(args.model), "--reviews", str(args.reviews), "--config", args.config]
             fixed = {"query": QUERY, "mini": MINI, "epochs": EPOCHS}
             options += [word for key, value in (setting | fixed).items() for word in (f"--{key}", str(value))]
             try:
-                line = point(
-                    setting, run(Path(sys.executable), "job.py", [*options, *more], True, args.timeout), weights
-                )
+                line = point(setting, run(Path(sys.executable), "job.py", options, True, args.timeout), weights)
             except RuntimeError as error:
                 line = setting | {"failed": str(error)}
             found[name].append(line)
             print(name, json.dumps(line), flush=True)
-            report = {"machine": machine(), "options": more, "curves": found}
+            report = {"machine": machine(), "config": args.config, "curves": found}
             (args.out / "curves.json").write_text(json.dumps(report, indent=1) + "\n")
             (args.out / "curves.md").write_text(markdown(found))
             plot(found, args.out / "curves")

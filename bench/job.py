@@ -8,7 +8,7 @@ cycle warms up and is to be left out.
 
 `--ragged N` cuts responses to random lengths after all of them were sampled in full: the peers' `generate` has one length
 for a whole batch, so this is equal for all, and the update sees what an eos token leaves of a batch. `--lora R` trains an
-adapter, whose base is the reference. `--t5` trains an encoder-decoder of random weights (67M parameters) that reads the
+adapter, whose base is the reference. `--t5` trains an encoder-decoder of random weights (69M parameters) that reads the
 tokens of `--model`'s tokenizer.
 """
 
