@@ -240,3 +240,26 @@ def test_points_of_the_curves() -> None:
     text = curves.markdown({"batch": [line, {"batch": 1, "new": 1, "failed": "it broke"}]}).splitlines()
     assert text[4].startswith("| 4 | 2 | 125.00 | 50.00 |")
     assert "failed: it broke" in text[5]
+
+
+def test_curves_are_written_after_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[list[str]] = []
+
+    def run(python: Path, script: str, options: list[str], *rest: Any) -> list[dict[str, Any]]:
+        runs.append(options)
+        if options[options.index("--new") + 1] == "512":
+            raise RuntimeError("it broke")
+        rows = [
+            {"cycle": i, "sample_s": 1.0, "step_s": 2.0} for i in range(int(options[options.index("--cycles") + 1]))
+        ]
+        return [*rows, {"peak_mb": 1024.0}]
+
+    monkeypatch.setattr(curves, "run", run)
+    monkeypatch.setattr(roofline, "config_of", lambda model, t5: llama_config())
+    curves.main(["--out", str(tmp_path), "--cycles", "2"])
+    assert len(runs) == 9
+    found = json.loads((tmp_path / "curves.json").read_text())["curves"]
+    assert [line["new"] for line in found["memory"]] == [64, 256, 1024]
+    assert found["length"][-1] == {"batch": 16, "new": 512, "cycles": 2, "failed": "it broke"}
+    assert [line["cold"] for line in found["batch"] + found["memory"]] == [False] * 3 + [True] * 3
+    assert "| 16 | 1024 |  |  |" in (tmp_path / "curves.md").read_text()
