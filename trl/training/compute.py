@@ -28,7 +28,8 @@ class Passes:
 
     def gradients(self) -> dict[Tensor, Tensor]:
         """Gradients that are not in `.grad` but here, in bfloat16, by parameter: until they are stepped with, discarded, or lost
-        to the next pass."""
+        to the next pass.
+        """
         return {}
 
     def discard(self, parameters: Iterable[Tensor] | None = None) -> None:
