@@ -330,3 +330,18 @@ def test_a_query_that_stands_there_twice_is_read_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr(engine._CausalDecoder, "_forward", counted)
     sample(tiny_gpt2(), QUERIES, sampling=Sampling(), limits=[3] * 5, uniforms=numbers(3, 5))
     assert rows == [4, 5, 5]
+
+
+def test_the_projection_is_given_rows_that_lie_together() -> None:
+    """torch multiplies each row of a slice with a copy of the weights: 16 queries would take 16 times the projection."""
+    model = tiny_llama()
+    together: list[bool] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda m, args: together.append(args[0].is_contiguous()))
+    queries = [torch.tensor([3, 4, 5 + i]) for i in range(4)]
+    sample(model, queries, sampling=Sampling(), limits=[2] * 4, uniforms=numbers(2, 4))
+    assert together == [True, True]
+
+
+def test_a_model_in_bfloat16_is_driven() -> None:
+    """Its rounding is no obstacle; a decoding that goes wrong is, as in float32."""
+    assert obstacle(tiny_llama().bfloat16()) is None

@@ -2,8 +2,8 @@
 
 Registered with transformers under a name of our own, and chosen for the length of a pass. A sequence attends to itself
 alone, in blocks of queries that see the keys up to their own end, so that neither time nor memory goes into what the causal
-mask hides. The heads that share a key are one matrix product. On CPUs this is several times faster than
-`scaled_dot_product_attention` for a language model's usual lengths (bench/attention.py).
+mask hides. The heads that share a key are one matrix product. On CPUs this is two to three times as fast as
+`scaled_dot_product_attention` in bfloat16, and about as fast in float32 (bench/attention.py).
 """
 
 from __future__ import annotations
