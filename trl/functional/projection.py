@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trl.functional.logprobs import FLOOR, wide_dtype
+from trl.functional.products import linear, summed_outer
 
 # Rows that are multiplied at a time, and the size of their block of logits in float32: on a CPU it stays in the cache.
 _ROWS = {"cpu": 512, "other": 8192}
@@ -59,7 +60,7 @@ class _Projected(torch.autograd.Function):
         kept: list[Tensor] = []
         for some in _parts(words, step):
             for rows in _parts(count, size):
-                raw = torch.nn.functional.linear(hidden[rows], weight[some], None if bias is None else bias[some])
+                raw = linear(hidden[rows], weight[some], None if bias is None else bias[some])
                 if keep:
                     kept.append(raw)
                 x = raw.to(chosen.dtype, copy=raw.dtype == chosen.dtype and keep)
@@ -111,7 +112,7 @@ class _Projected(torch.autograd.Function):
                 if kept:
                     x = next(blocks).to(wide, copy=True)
                 else:
-                    x = torch.nn.functional.linear(hidden[rows], weight[some], None if bias is None else bias[some])
+                    x = linear(hidden[rows], weight[some], None if bias is None else bias[some])
                     x = x.to(wide)
                 if ctx.temperature != 1.0:
                     x /= ctx.temperature
@@ -136,9 +137,9 @@ class _Projected(torch.autograd.Function):
                     sum_bias = added if sum_bias is None else sum_bias.add_(added)
                 narrow = grad.to(hidden.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[rows] += narrow @ weight[some]
+                    grad_hidden[rows] += linear(narrow, weight[some], transposed=True)
                 if wants_weight:
-                    added = narrow.t() @ hidden[rows]
+                    added = summed_outer(narrow, hidden[rows])
                     if count > size:  # sums of several products are added up in wide numbers
                         added = added.to(wide)
                     sum_weight = added if sum_weight is None else sum_weight.add_(added)

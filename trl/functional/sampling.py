@@ -81,10 +81,11 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     rows, words = logits.shape
     largest = logits.amax(dim=-1, keepdim=True)
     blocks = -(-words // _BLOCK)
-    weights = logits.new_zeros(rows, blocks * _BLOCK)
-    torch.exp(logits - largest, out=weights[:, :words])
+    weights = logits.new_empty(rows, blocks * _BLOCK)
+    weights[:, words:] = 0
+    torch.sub(logits, largest, out=weights[:, :words]).exp_()
     weights = weights.view(rows, blocks, _BLOCK)
-    sums = weights.sum(dim=-1, dtype=torch.float64)
+    sums = weights.sum(dim=-1).double()
     reached = sums.cumsum(dim=-1)
     total = reached[:, -1:]
     # Rounding must not carry the target beyond the last word that can be drawn.

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from trl.functional.products import LinearForward
 from trl.functional.projection import projected_logprobs_and_entropy
 from trl.models.attention import packed
 from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, unwrap, without_head
@@ -116,7 +117,7 @@ def _keeps_logits(model: Any) -> str | None:
         return f"its output embedding is a {type(head).__name__}"
     if hasattr(head.weight, "device_mesh") or hasattr(head.weight, "ds_id") or head.weight.numel() == 0:
         return "its weights are spread over processes"
-    if hasattr(head, "_hf_hook") or "forward" in vars(head):
+    if hasattr(head, "_hf_hook") or not isinstance(vars(head).get("forward"), LinearForward | None):
         return "its output embedding is moved between devices"
     given: list[Tensor] = []
     words = _words(model)[0]

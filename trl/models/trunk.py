@@ -97,8 +97,11 @@ def without_head(model: nn.Module) -> Iterator[LastHiddenState]:
         seen.value = hidden
         return hidden.new_empty(*hidden.shape[:-1], 0)
 
+    own = vars(head).get("forward")
     head.forward = forward
     try:
         yield seen
     finally:
         del head.forward
+        if own is not None:
+            head.forward = own

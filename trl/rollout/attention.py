@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl.rollout.cache import whole_room
+
 NAME = "trl_decoding"
 
 
@@ -39,10 +41,15 @@ def decoding_attention(
     shared = key.shape[1]
     scale = size**-0.5 if scaling is None else scaling
     asked = query.reshape(rows * shared, heads // shared, size)
+    tokens = key.shape[2]
+    if key.dtype != torch.float32:
+        # Of parts of a buffer oneDNN's products make copies first, so that its empty rest is cheaper multiplied than cut off.
+        key, value = whole_room(key), whole_room(value)
     scores = torch.bmm(asked, key.flatten(0, 1).transpose(1, 2)).mul_(scale)
+    scores[:, :, tokens:] = -torch.inf
     if attention_mask is not None:
-        seen = scores.view(rows, heads, -1)
-        mask = attention_mask[:, :, -1, : seen.shape[-1]]
+        seen = scores.view(rows, heads, -1)[:, :, :tokens]
+        mask = attention_mask[:, :, -1, :tokens]
         if mask.dtype == torch.bool:
             seen.masked_fill_(~mask, torch.finfo(seen.dtype).min)
         else:

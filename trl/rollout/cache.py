@@ -12,7 +12,8 @@ _STEP = 64  # tokens of room that are added at a time, at the least
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values `[B, heads, n, head_dim]` in a buffer with room for more; `keys` and `values` are views of it.
+    """Keys and values `[B, heads, n, head_dim]` in a buffer with room for more, which is zero; `keys` and `values` are views
+    of it.
 
     The room grows by a half, so that all copies together cost no more than a few times the last one.
     """
@@ -34,11 +35,15 @@ class GrowingLayer(DynamicLayer):
         keys[:, :, self._length : end] = key_states
         values[:, :, self._length : end] = value_states
         self._length = end
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        self._show()
         return self.keys, self.values
 
+    def _show(self) -> None:
+        assert self._room is not None
+        self.keys, self.values = (_part(whole, self._length) for whole in self._room)
+
     def _enlarged(self, like: Tensor, which: int, room: int) -> Tensor:
-        larger = like.new_empty(*like.shape[:2], room, like.shape[3])
+        larger = like.new_zeros(*like.shape[:2], room, like.shape[3])
         if self._room is not None:
             larger[:, :, : self._length] = self._room[which][:, :, : self._length]
         return larger
@@ -49,7 +54,18 @@ class GrowingLayer(DynamicLayer):
             return
         keys, values = (part[indices] for part in self._room)
         self._room = (keys, values)
-        self.keys, self.values = keys[:, :, : self._length], values[:, :, : self._length]
+        self._show()
+
+
+def _part(whole: Tensor, tokens: int) -> Tensor:
+    part = whole[:, :, :tokens]
+    part._trl_room = whole  # type: ignore[attr-defined]
+    return part
+
+
+def whole_room(states: Tensor) -> Tensor:
+    """The buffer of which a growing layer returned `states`: zeros, or once written states, follow these; else `states`."""
+    return getattr(states, "_trl_room", states)
 
 
 def growing_cache(config: Any) -> DynamicCache:

@@ -19,11 +19,14 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, EncoderDecoderCa
 from trl.functional.sampling import cut_logits, draw
 from trl.rollout.attention import decoding
 from trl.rollout.cache import GrowingLayer, growing_cache
+from trl.rollout.packing import LEAST_TOKENS, packed_weights
 
 logger = logging.getLogger(__name__)
 
 # Rows are taken out of the batch once this share of it has finished: each time copies the cache of those that stay.
 _COMPACT_SHARE = 0.25
+# Logits that are drawn from at a time.
+_NUMBERS_AT_ONCE = 2**19
 # Of the check in `obstacle`, root mean square in standard deviations of the logits; by the bytes of a number of the model's
 # weights: bfloat16 alone moves the logits by a quarter, against float32 ones.
 _CHECK_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}
@@ -234,7 +237,7 @@ def sample(
     Returns:
         The responses, without the decoder's start token of an encoder-decoder.
     """
-    with decoding(model):
+    with decoding(model), packed_weights(model, rows=len(queries), tokens=max(limits)):
         return _sample(model, queries, sampling, limits, uniforms, values)
 
 
@@ -260,11 +263,7 @@ def _sample(
     live = torch.ones(count, dtype=torch.bool, device=device)  # of the running batch
     raw = decoder.begin()
     for t in range(longest):
-        logits = sampling.logits(raw, t)
-        if sampling.greedy:
-            chosen, seen = logits.argmax(dim=-1), logits.new_zeros(len(rows))
-        else:
-            chosen, seen = draw(logits, uniforms[t, rows])
+        chosen, seen = _choose(sampling, raw, t, uniforms[t, rows])
         tokens[rows, t], logprobs[rows, t] = chosen, seen
         if values is not None:
             value = values()[:, -1].float()
@@ -287,6 +286,19 @@ def _sample(
         return [row[:size].clone() for row, size in zip(table, sizes, strict=True)]
 
     return Sampled(responses=cut(tokens), logprobs=cut(logprobs), values=None if values is None else cut(critic))
+
+
+def _choose(sampling: Sampling, raw: Tensor, drawn: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """`[b]` tokens and their log-probabilities, from logits `[b, V]` after `drawn` tokens."""
+    # On a CPU, in parts that stay in its cache.
+    at_once = max(1, _NUMBERS_AT_ONCE // raw.shape[1]) if raw.device.type == "cpu" else len(raw)
+    found: list[tuple[Tensor, Tensor]] = []
+    for some, numbers in zip(raw.split(at_once), uniforms.split(at_once), strict=True):
+        logits = sampling.logits(some, drawn)
+        greedy = sampling.greedy
+        found.append((logits.argmax(dim=-1), logits.new_zeros(len(some))) if greedy else draw(logits, numbers))
+    tokens, logprobs = zip(*found, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
 
 
 def obstacle(model: Any) -> str | None:
@@ -323,7 +335,7 @@ def _gap(model: Any) -> float:
     given = [
         torch.tensor([a, b], device=device) for a, b in ((word[8], word[9]), (word[10], word[11]), (word[0], word[5]))
     ]
-    with decoding(model):
+    with decoding(model), packed_weights(model, rows=len(queries), tokens=LEAST_TOKENS):
         decoder = _decoder(model, queries, 4)
         seen = [decoder.begin(), *(decoder.advance(tokens) for tokens in given[:2])]
         decoder.keep(torch.tensor([1], device=device))

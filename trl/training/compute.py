@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.models.precision import ComputeDtype, NarrowCopies, choose_dtype, narrow_base, narrow_for_good
+from trl.models.products import quick_products
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Compute(Passes):
         self.dtype, reason = choose_dtype(model, wanted)
         self._copies: NarrowCopies | None = None
         self._base: list[nn.Parameter] = []  # held in bfloat16 for good
+        self._models = [model]
         self._device_type = accelerator.device.type
         if accelerator.mixed_precision != "no":
             if wanted == "bfloat16":
@@ -91,7 +93,7 @@ class Compute(Passes):
             )
         if self._copies is not None:
             return self._copies.stand_in(gradients_in_place=gradients_in_place)
-        return torch.autocast(self._device_type, torch.bfloat16) if self.narrow else nullcontext()
+        return torch.autocast(self._device_type, torch.bfloat16) if self.narrow else quick_products(*self._models)
 
     def fresh_passes(self) -> AbstractContextManager[Any]:
         """The same for passes between which anybody may have changed the weights, in whatever way."""
@@ -116,5 +118,6 @@ class Compute(Passes):
 
     def adopt_reference(self, reference: nn.Module, policy: nn.Module) -> None:
         """Holds a frozen float32 reference in bfloat16; what it shares with the policy is the policy's."""
+        self._models.append(reference)
         if self.narrow:
             narrow_for_good(reference, besides=policy)

@@ -1,0 +1,95 @@
+"""Decoding on weights that are laid out for it."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from trl.functional import products
+from trl.functional.products import LinearForward
+from trl.rollout import packing
+from trl.rollout.engine import Sampling, obstacle, sample
+from trl.rollout.packing import LEAST_TOKENS, packed_weights
+
+pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")
+
+
+def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=80, num_key_value_heads=2, **sizes)
+    return LlamaForCausalLM(config).eval().to(dtype)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=80, n_embd=64, n_layer=2, n_head=4)).eval()
+
+
+def replaced(model: torch.nn.Module) -> int:
+    return sum("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_same_logits(make) -> None:
+    model = make()
+    words = torch.randint(80, (3, 9))
+    with torch.no_grad():
+        want = model(input_ids=words).logits
+        with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+            # Keys and values of the Llama are 32 wide, which is not worth it.
+            assert replaced(model) == (11 if make is llama else 9)
+            torch.testing.assert_close(model(input_ids=words).logits, want, rtol=1e-4, atol=1e-5)
+    assert replaced(model) == 0
+
+
+def test_the_weights_of_the_moment_are_packed() -> None:
+    model, words = llama(), torch.randint(80, (2, 4))
+    with torch.no_grad():
+        with packed_weights(model, rows=2, tokens=LEAST_TOKENS):
+            first = model(input_ids=words).logits
+        model.lm_head.weight.mul_(2)
+        with packed_weights(model, rows=2, tokens=LEAST_TOKENS):
+            torch.testing.assert_close(model(input_ids=words).logits, 2 * first, rtol=1e-4, atol=1e-5)
+
+
+def test_too_few_tokens_and_layers_of_somebody_else() -> None:
+    model = llama()
+    with packed_weights(model, rows=3, tokens=LEAST_TOKENS - 1):
+        assert replaced(model) == 0
+    theirs = model.lm_head.forward = lambda hidden: hidden
+    ours = model.model.layers[0].mlp.up_proj.forward = LinearForward(
+        model.model.layers[0].mlp.up_proj, transposed=False
+    )
+    with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+        assert model.lm_head.forward is theirs
+        assert model.model.layers[0].mlp.up_proj.forward is not ours
+    assert model.lm_head.forward is theirs
+    assert model.model.layers[0].mlp.up_proj.forward is ours
+    assert replaced(model) == 2
+
+
+def test_rows_of_another_dtype_go_the_plain_way() -> None:
+    model = llama()
+    with packed_weights(model, rows=3, tokens=LEAST_TOKENS), pytest.raises(RuntimeError, match="dtype"):
+        model.lm_head(torch.zeros(1, 64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_and_its_trial_use_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(weight: torch.Tensor, rows: int) -> torch.Tensor:
+        made.append(rows)
+        return products.packed(weight, rows)
+
+    monkeypatch.setattr(packing, "packed", counted)
+    model = llama(dtype)
+    if not products.can_be_packed(model.lm_head.weight):
+        pytest.skip("this processor has no bfloat16 instructions")
+    assert obstacle(model) is None
+    assert len(made) == 11
+    uniforms = torch.rand(LEAST_TOKENS, 5, dtype=torch.float64)
+    made.clear()
+    queries = [torch.randint(80, (n,)) for n in (1, 4, 2, 2, 3)]
+    sample(model, queries, sampling=Sampling(), limits=[LEAST_TOKENS] * 5, uniforms=uniforms)
+    assert made == [5] * 11

@@ -1,0 +1,158 @@
+"""Matrix products of linear layers, by the library that is the fastest on the processor at hand.
+
+torch multiplies float32 matrices on CPUs with MKL, which reaches less than half of what a processor can do unless Intel made
+it. oneDNN, which torch brings along for its other products, does not ask who made it (bench/products.py).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Multiplications of a product, from which on the other library gains more than the way to it costs.
+_WORTHWHILE = 2**21
+# Smaller weights than of so many columns and rows are not packed.
+_LEAST_SIDE = 64
+# Neither sharded nor quantised.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@cache
+def _has_onednn() -> bool:
+    """Whether torch has oneDNN's linear layers, as its own compiler calls them."""
+    names = ("_linear_pointwise", "_reorder_linear_weight")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+@cache
+def _mkl_is_slow() -> bool:
+    """Whether torch's own float32 products are MKL's, on a processor that this is not made for."""
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.backends.mkl.is_available() and "AMD" in str(able.get("cpu_name", "")) and bool(able.get("avx2"))
+
+
+def can_be_packed(weight: Tensor) -> bool:
+    """Whether `packed` can lay this weight `[out, in]` out anew."""
+    if type(weight) not in _PLAIN or weight.device.type != "cpu" or min(weight.shape) < _LEAST_SIDE:
+        return False
+    fits = weight.dtype in (torch.float32, torch.bfloat16)
+    return fits and _has_onednn() and (weight.dtype == torch.float32 or _has_bfloat16())
+
+
+@cache
+def _has_bfloat16() -> bool:
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def packed(weight: Tensor, rows: int) -> Tensor:
+    """A copy of `weight` `[out, in]` in the order in which oneDNN reads it; for `packed_linear` alone.
+
+    Args:
+        weight: what `can_be_packed` said yes to.
+        rows: how many rows will be multiplied by it at a time, about.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+
+
+def packed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`[..., in]` rows times a packed weight, plus `[out]` bias; not differentiable."""
+    return _onednn(rows, weight, bias)
+
+
+def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def _is_worthwhile(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        type(weight) in _PLAIN
+        and rows.dtype == weight.dtype == torch.float32
+        and (bias is None or bias.dtype == torch.float32)
+        and rows.device.type == weight.device.type == "cpu"
+        and rows.numel() // rows.shape[-1] * weight.numel() >= _WORTHWHILE
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and quicker_products()
+    )
+
+
+def quicker_products() -> bool:
+    """Whether `linear` has another way than torch's on this processor."""
+    return _mkl_is_slow() and _has_onednn()
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """What `torch.nn.functional.linear` computes, to the rounding, and its gradients.
+
+    Args:
+        rows: `[..., in]`.
+        weight: `[out, in]`, or `[in, out]` if `transposed`.
+        bias: `[out]`.
+        transposed: as in the layers of GPT-2.
+
+    Returns:
+        `[..., out]`.
+    """
+    if rows.numel() and _is_worthwhile(rows, weight, bias):
+        return _Linear.apply(rows, weight, bias, transposed)
+    return torch.nn.functional.linear(rows, weight.t() if transposed else weight, bias)
+
+
+class LinearForward:
+    """Stands in for the `forward` of a linear layer while passes are made.
+
+    Args:
+        layer: has `weight` and `bias`.
+        transposed: whether the weight is `[in, out]`.
+    """
+
+    def __init__(self, layer: Any, *, transposed: bool) -> None:
+        self.layer = layer
+        self.transposed = transposed
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return linear(rows, self.layer.weight, self.layer.bias, transposed=self.transposed)
+
+
+class _Linear(torch.autograd.Function):
+    """[..., I] rows, [O, I] or [I, O] weight, [O] bias -> [..., O]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.transposed = transposed
+        return _onednn(rows, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        rows, weight = ctx.saved_tensors
+        flat, wide = rows.reshape(-1, rows.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_rows = (
+            _onednn(wide, weight if ctx.transposed else weight.t(), None).view(rows.shape) if wants_rows else None
+        )
+        grad_weight = grad_bias = None
+        if wants_weight:
+            grad_weight = summed_outer(flat, wide) if ctx.transposed else summed_outer(wide, flat)
+        if wants_bias:
+            grad_bias = wide.sum(dim=0)
+        return grad_rows, grad_weight, grad_bias, None
+
+
+def summed_outer(first: Tensor, second: Tensor) -> Tensor:
+    """`[M, p]` and `[M, q]` -> `[p, q]`, the sum of the outer products of their rows; not differentiable."""
+    if not _is_worthwhile(first, second, None):
+        return first.t() @ second
+    count, p = first.shape
+    q = second.shape[1]
+    # oneDNN reads the one of them row by row after a copy; or the other, and then the result has to be turned.
+    if p * count <= q * count + p * q:
+        return _onednn(first.t().contiguous(), second.t(), None)
+    return _onednn(second.t().contiguous(), first.t(), None).t().contiguous()
