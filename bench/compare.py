@@ -87,12 +87,13 @@ class System:
 def systems_of(preset: Preset, peers: Sequence[str]) -> list[System]:
     """This library first, which the others are compared with."""
     narrow, wide = ("--weights", "bfloat16"), ("--config", '{"dtype": "float32"}')
-    script, engine = ("sample_job.py", ("--engine", "ours")) if preset.sampling else ("job.py", ())
+    usual, engine = ("sample_job.py", ("--engine", "ours")) if preset.sampling else ("job.py", ())
     found = [
-        System(name="this library", peer="", script=script, options=engine),
-        System(name="this library, dtype=float32", peer="", script=script, options=(*engine, *wide)),
+        System(name="this library", peer="", script=usual, options=engine),
+        System(name="this library, dtype=float32", peer="", script=usual, options=(*engine, *wide)),
     ]
     for peer in peers:
+        script = usual
         if preset.sampling:
             name = {"generate": "transformers generate", "vllm": "vLLM"}[peer]
             made = [(f"{name}, float32", ("--engine", peer)), (f"{name}, bfloat16", ("--engine", peer, *narrow))]

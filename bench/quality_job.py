@@ -46,6 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=80, help="limit")
     add("--seconds", type=float, default=math.inf, help="limit, from the end of loading")
     add("--target", type=float, default=0.9, help="mean P(POSITIVE) that batches are to be above")
+    add("--new", type=int, default=NEW_TOKENS, help="most tokens of a response")
     add("--in-a-row", type=int, default=5, help="that many batches above the target end the job")
     add("--config", type=json.loads, default={}, help="JSON: settings of PPOConfig in place of the demo's")
     return parser.parse_args(arguments)
@@ -96,7 +97,7 @@ def main() -> None:
             pending += order.sample(queries, len(queries))
         some, pending = pending[: settings["batch_size"]], pending[settings["batch_size"] :]
         responses = trainer.generate(
-            some, batch_size=len(some), return_prompt=False, max_new_tokens=NEW_TOKENS, do_sample=True,
+            some, batch_size=len(some), return_prompt=False, max_new_tokens=args.new, do_sample=True,
             temperature=wanted["temperature"], top_k=0, top_p=1.0, pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         texts = [

@@ -199,6 +199,12 @@ def test_presets_name_known_peers_and_start_with_this_library(job: str) -> None:
     assert len({system.name for system in systems}) == len(systems)
 
 
+def test_the_order_of_peers_does_not_change_what_they_run() -> None:
+    preset = compare.PRESETS["main"]
+    found = [compare.systems_of(preset, peers) for peers in (["1.16", "0.4.6"], ["0.4.6", "1.16"])]
+    assert sorted(map(str, found[0])) == sorted(map(str, found[1]))
+
+
 def test_old_format_of_a_folder(tmp_path: Path) -> None:
     new = tmp_path / "new"
     new.mkdir()

@@ -112,6 +112,10 @@ class PPOConfig:
     keep_memory: bool = True
     """On a CPU under glibc: keep the memory that a step frees for the next one, in the whole process. Faulting it in again
     costs a large part of an update's time; resident memory stays at its peak."""
+    score_while_sampling: bool = False
+    """Have `step` take the policy's log-probabilities and values from the pass in which `generate` drew the tokens, in place
+    of a pass of its own: where our own loop sampled all responses of a batch from the policy's plain distribution and no
+    weight has changed since. In bfloat16 they differ from those of the update's first pass by rounding."""
     max_skipped_updates: int | None = None
     """End the run after this many optimizer steps in a row whose loss or gradient was not finite; None: go on."""
     gradient_checkpointing: bool = False

@@ -29,6 +29,8 @@ from trl.models.layers import recompute_activations
 from trl.models.limits import context_length, vocabulary_sizes
 from trl.protocols import Callback, Tracker
 from trl.rollout import (
+    Sampled,
+    Sampling,
     generate_responses,
     obstacle,
     own_sampling,
@@ -41,6 +43,7 @@ from trl.trainer.checks import check_lists, check_per_token, check_room, check_s
 from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_methods import Batch, PPOMethods
+from trl.trainer.recall import Recall
 from trl.trainer.train import train
 from trl.trainer.train_options import OnDiskError, OnSpike, TrainOptions, TrainResult
 from trl.training.allocator import keep_freed_memory
@@ -179,6 +182,7 @@ class PPOTrainer(PPOMethods):
         self._warned_sampling: set[tuple[str, ...]] = set()
         self._obstacle: Any = _UNKNOWN  # what keeps our own decoding loop from driving the model: text, or None
         self._reasons: set[str] = set()
+        self._recall = Recall()
 
     # Sampling --------------------------------------------------------------------------------------------------------
 
@@ -218,6 +222,7 @@ class PPOTrainer(PPOMethods):
         self._warn_of_reshaped_sampling(model.generation_config, kwargs)
         lengths = {} if length_sampler is None else {"max_new_tokens": 1}  # the sampler's own numbers count
         asked = self._own_sampling(model, kwargs | lengths)
+        sampled: Sampled | None = None
         with eval_mode(model), self.compute.fresh_passes():
             if isinstance(asked, str):
                 responses = generate_responses(
@@ -239,11 +244,43 @@ class PPOTrainer(PPOMethods):
                     batch_size=batch_size,
                     length_sampler=length_sampler,
                     generator=self._sampling_generator(),
+                    values=model.watch_values if self._can_recall(model, asked[0], kwargs) else nullcontext,
                 )
                 responses = with_prompts(
                     model.pretrained_model, queries, sampled.responses, return_prompt=return_prompt
                 )
+        if sampled is not None and sampled.values is not None:
+            own = with_prompts(model.pretrained_model, queries, sampled.responses, return_prompt=False)
+            self._recall.keep(model, queries, own, sampled.logprobs, sampled.values)
         return responses[0].unsqueeze(0) if isinstance(query_tensor, Tensor) else responses
+
+    def _can_recall(self, model: PreTrainedModelWrapper, sampling: Sampling, kwargs: Mapping[str, Any]) -> bool:
+        """Whether what is sampled so is to be remembered: log-probabilities are those that a scoring pass would give."""
+        plain = not sampling.greedy and not unseen_by_scoring(model.generation_config, kwargs, self.config.temperature)
+        return self.config.score_while_sampling and plain
+
+    def _recalled(self, batch: Batch) -> Evaluation | None:
+        """What was computed about the responses while they were sampled; None if not of all, on every process."""
+        if not self.config.score_while_sampling:
+            return None
+        model = self.accelerator.unwrap_model(self.model)
+        found = self._recall.find(model, batch.queries, batch.responses)
+        missing = torch.tensor(float(found is None), device=self.current_device)
+        if float(self._reduce(missing)) > 0 or found is None:
+            if "recall" not in self._reasons:
+                self._reasons.add("recall")
+                logger.info(
+                    "score_while_sampling: a scoring pass is made all the same, for a batch with responses that generate did "
+                    "not sample from the policy's plain distribution since its weights changed last"
+                )
+            return None
+        # A decoder's start token is given, not sampled.
+        start = [v.new_zeros(1) for v in found[0]] if self.is_encoder_decoder else None
+        placed = [
+            self._placed(part if start is None else [torch.cat(pair) for pair in zip(start, part, strict=True)], batch)
+            for part in found
+        ]
+        return Evaluation(logprobs=placed[0], values=placed[1], entropy=None)
 
     def _own_sampling(self, model: PreTrainedModelWrapper, kwargs: Mapping[str, Any]) -> Any:
         """What our own loop is to draw from, or why it is not used: logged once for each reason."""
@@ -359,9 +396,10 @@ class PPOTrainer(PPOMethods):
         exact = None
         # Where a subclass has the update go through its own methods, passes use the weights as they are held, here and there.
         own_way = self._is_overridden("loss", "train_minibatch", "batched_forward_pass")
+        recalled = None if overridden or own_way else self._recalled(batch)
         passes = nullcontext() if own_way else self.compute.fresh_passes()
         with torch.no_grad(), eval_mode(self.model), passes:
-            old = evaluated(self.model, policy=True)
+            old = recalled or evaluated(self.model, policy=True)
             with self._reference() as reference:
                 ref_logprobs = evaluated(reference, policy=False).logprobs
             if self.config.kl_penalty == "full":

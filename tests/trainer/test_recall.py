@@ -1,0 +1,136 @@
+"""`score_while_sampling`: what `generate` computed about its tokens stands in for the policy's scoring pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trl import PPOTrainer
+from trl.trainer import ppo_trainer
+from trl.trainer.recall import Recall
+
+SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6}
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every scoring pass, whether it is one of the policy."""
+    made: list[bool] = []
+    plain = ppo_trainer.score
+
+    def score(*args: Any, **kwargs: Any) -> Any:
+        made.append(kwargs["values"])
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(ppo_trainer, "score", score)
+    return made
+
+
+def rollout(trainer: PPOTrainer, queries: list[Tensor], **more: Any) -> list[Tensor]:
+    torch.manual_seed(3)
+    found = trainer.generate(queries, return_prompt=False, batch_size=2, **{**SAMPLING, **more})
+    assert isinstance(found, list)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_same_numbers_without_the_pass(
+    make_trainer: Any, make_batch: Any, passes: list[bool], seq2seq: bool, dtype: str
+) -> None:
+    queries, _, scores = make_batch(seq2seq=seq2seq)
+    queries[1] = queries[0]
+    found = []
+    for reuse in (False, True):
+        trainer = make_trainer(seq2seq=seq2seq, score_while_sampling=reuse, temperature=0.7, dtype=dtype)
+        responses = rollout(trainer, queries, temperature=0.7)
+        passes.clear()
+        stats = trainer.step(queries, responses, scores)
+        assert passes == ([False] if reuse else [True, False])
+        found.append((stats, trainer.last_experience))
+    (plain_stats, plain), (stats, ours) = found
+    mask = plain.rollout.mask
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    for name in ("old_logprobs", "old_values", "advantages"):
+        torch.testing.assert_close(
+            getattr(ours, name)[mask], getattr(plain, name)[mask], rtol=tolerance, atol=tolerance
+        )
+    for name in ("objective/kl", "ppo/loss/policy", "ppo/returns/mean", "objective/entropy"):
+        assert stats[name] == pytest.approx(plain_stats[name], abs=10 * tolerance), name
+    assert "objective/full_entropy" in plain_stats and "objective/full_entropy" not in stats
+
+
+def test_a_second_step_needs_new_responses(make_trainer: Any, make_batch: Any, passes: list[bool]) -> None:
+    queries, _, scores = make_batch()
+    trainer = make_trainer(score_while_sampling=True)
+    responses = rollout(trainer, queries)
+    trainer.step(queries, responses, scores)
+    passes.clear()
+    trainer.step(queries, responses, scores)
+    assert passes == [True, False]
+    rollout(trainer, queries)
+    passes.clear()
+    trainer.step(queries, rollout(trainer, queries), scores)
+    assert passes == [False]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"top_k": 5}, {"top_p": 0.5}, {"do_sample": False}, {"temperature": 0.5}, {"num_beams": 2, "do_sample": False}],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_another_distribution_is_not_taken_for_the_policy_s(
+    make_trainer: Any, make_batch: Any, passes: list[bool], more: dict[str, Any]
+) -> None:
+    queries, _, scores = make_batch()
+    trainer = make_trainer(score_while_sampling=True)
+    trainer.step(queries, rollout(trainer, queries, **more), scores)
+    assert passes == [True, False]
+
+
+def test_a_response_that_was_not_sampled_so(
+    make_trainer: Any, make_batch: Any, passes: list[bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    queries, _, scores = make_batch()
+    trainer = make_trainer(score_while_sampling=True)
+    responses = rollout(trainer, queries)
+    responses[2] = torch.cat([responses[2], responses[2][:1]])
+    with caplog.at_level("INFO", logger="trl"):
+        trainer.step(queries, responses, scores)
+        trainer.step(queries, responses, scores)
+    assert passes == [True, False] * 2
+    assert sum("score_while_sampling" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_masked_tokens_stay_out(make_trainer: Any, make_batch: Any, passes: list[bool]) -> None:
+    queries, _, scores = make_batch()
+    trainer = make_trainer(score_while_sampling=True)
+    responses = rollout(trainer, queries)
+    masks = [torch.ones(len(r)) for r in responses]
+    masks[0][1:3] = 0
+    trainer.step(queries, responses, scores, response_masks=masks)
+    assert passes == [False]
+    assert int(trainer.last_experience.rollout.mask.sum()) == sum(len(r) for r in responses) - 2
+
+
+def test_changed_weights_are_forgotten_and_so_are_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    recall = Recall()
+    words, numbers = [torch.tensor([i]) for i in range(5)], [torch.tensor([float(i)]) for i in range(5)]
+    recall.keep(model, words, words, numbers, numbers)
+    logprobs, values = recall.find(model, words[3:], words[3:])  # type: ignore[misc]
+    assert logprobs == numbers[3:] and values == numbers[3:]
+    assert recall.find(model, words, words[::-1]) is None
+    monkeypatch.setattr("trl.trainer.recall._MOST", 3)
+    recall.keep(model, words[:1], words[:1], numbers[:1], numbers[:1])
+    assert recall.find(model, words[1:2], words[1:2]) is None
+    assert recall.find(model, words[2:], words[2:]) is not None
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert recall.find(model, words[4:], words[4:]) is None
+    recall.keep(model, words, words, numbers, numbers)
+    model.weight.data[1, 0] += 1
+    assert recall.find(model, words[4:], words[4:]) is None
