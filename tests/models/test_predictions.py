@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -23,7 +24,8 @@ from tests.models.test_evaluate import (
     tiny_opt,
     wrap,
 )
-from trl.models import evaluate
+from trl.functional import exact_kl
+from trl.models import evaluate, evaluate_exact_kl, reference_mode
 from trl.models.predictions import Abilities, abilities, may_pack
 from trl.types import Rollout
 
@@ -119,6 +121,38 @@ def test_trying_a_model_leaves_its_modes_alone() -> None:
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("make", EXPECTED, ids=lambda make: make.__name__)
+def test_exact_kl_with_and_without_logits(make: Callable[[], Any], side: str) -> None:
+    torch.manual_seed(0)
+    policy, other = wrap(make()), wrap(make())
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    rollout = make_rollout(side, seq2seq=policy.config.is_encoder_decoder)
+    got = evaluate_exact_kl(policy, lambda: nullcontext(other), rollout, temperature=0.7)
+    with torch.no_grad():
+        p, q = (evaluate(m, rollout, return_logits=True).logits.double() for m in (policy, other))
+    expected = exact_kl(p, q, temperature=0.7)
+    assert_close(got[rollout.mask], expected[rollout.mask].float(), tol=1e-5)
+    assert got[rollout.mask].min() > 1e-4
+    assert got.shape == rollout.mask.shape and got.isfinite().all() and not got.requires_grad
+
+
+def test_exact_kl_of_an_adapter_to_the_model_without_it() -> None:
+    policy = wrap(lora(tiny_gpt2()))
+    rollout = make_rollout("left")
+    assert not evaluate_exact_kl(policy, lambda: reference_mode(policy), rollout).any()
+    stir(policy)
+    got = evaluate_exact_kl(policy, lambda: reference_mode(policy), rollout)
+    with torch.no_grad():
+        p = evaluate(policy, rollout, return_logits=True).logits
+        with reference_mode(policy) as plain:
+            q = evaluate(plain, rollout, return_logits=True).logits
+    assert_close(got[rollout.mask], exact_kl(p, q)[rollout.mask], tol=1e-5)
+    assert got[rollout.mask].min() > 0
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation makes."""
 
@@ -143,5 +177,8 @@ def test_there_are_never_logits_of_all_tokens() -> None:
     with Largest() as seen:
         got = evaluate(model, rollout, entropy=True, response_only=True)
         got.logprobs.sum().backward()
+    with Largest() as exact:
+        evaluate_exact_kl(model, lambda: nullcontext(model), rollout)
+    assert exact.largest <= 4 * 2**20
     assert seen.largest <= 40_000 * 16 + 4 * 2**20  # a gradient of the embedding, or a block; logits were 48 million
     assert seen.largest < words * tokens / 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
 from trl.models.autos import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from trl.models.evaluate import evaluate
+from trl.models.evaluate import evaluate, evaluate_exact_kl
 from trl.models.predictions import abilities
 from trl.models.reference import create_reference_model
 from trl.models.value_head import ValueHead
@@ -22,6 +22,7 @@ __all__ = [
     "adapter_starts_at_zero",
     "create_reference_model",
     "evaluate",
+    "evaluate_exact_kl",
     "frozen_copy",
     "reference_mode",
 ]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trl.functional.kl import exact_kl
 from trl.functional.logprobs import token_logprobs_and_entropy
 from trl.models.attention import packed
 from trl.models.predictions import Wanted, abilities, decoder_config, may_pack, predict
-from trl.models.trunk import accepts, base_language_model, forward_parameters, is_encoder_decoder, unwrap
+from trl.models.trunk import accepts, base_language_model, forward_parameters, is_encoder_decoder, unwrap, without_head
 from trl.models.wrapper import PreTrainedModelWrapper
 from trl.types import Evaluation, Rollout
+
+# Numbers of logits that two models are compared by at a time.
+_LOGITS_AT_ONCE = 2**22
 
 
 def evaluate(
@@ -84,10 +90,22 @@ def evaluate(
     )
 
 
-def _without_logits(
-    model: nn.Module, rollout: Rollout, temperature: float, entropy: bool, values: bool, response_only: bool
-) -> Evaluation:
-    """The same where a model's logits need not be made, packed if it can be: no work goes into padding."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """Sequences as a model that projects reads them, packed if it can be: no work goes into padding."""
+
+    inputs: dict[str, Any]  # keyword arguments of its forward
+    running: AbstractContextManager[None]  # around it
+    asked: Tensor  # [B, S] which predictions are asked for: N of them
+    rows: Tensor  # [N] where each is made, in the decoder's tokens [B, T] as one row
+    tokens: Tensor  # [N] what each is of
+
+    def placed(self, x: Tensor) -> Tensor:
+        """`[N]` -> `[B, S]`, 0 elsewhere."""
+        return x.new_zeros(self.asked.shape).index_put(self.asked.nonzero(as_tuple=True), x)
+
+
+def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
     attention = rollout.attention.bool()
     asked = rollout.mask & attention[:, 1:] if response_only else attention[:, :-1] & attention[:, 1:]
     row, column = asked.nonzero(as_tuple=True)
@@ -113,22 +131,77 @@ def _without_logits(
         start = torch.arange(len(tokens), device=tokens.device)[:, None] * width
         place = start + (count if moved is not None else torch.arange(width, device=tokens.device))
         inputs = _inputs(model, rollout, _move(tokens, moved), _move(attention, moved))
-    wanted = Wanted(rows=place[row, column], tokens=tokens[row, column + 1], temperature=temperature, entropy=entropy)
+    return _Layout(inputs=inputs, running=running, asked=asked, rows=place[row, column], tokens=tokens[row, column + 1])
+
+
+def _without_logits(
+    model: nn.Module, rollout: Rollout, temperature: float, entropy: bool, values: bool, response_only: bool
+) -> Evaluation:
+    """The same where a model's logits need not be made."""
+    layout = _layout(model, rollout, response_only)
+    wanted = Wanted(rows=layout.rows, tokens=layout.tokens, temperature=temperature, entropy=entropy)
     critic = None
-    with running:
+    with layout.running:
         if _has_values(model):
-            logprobs, spread, critic = model(**inputs, wanted=wanted)
+            logprobs, spread, critic = model(**layout.inputs, wanted=wanted)
         else:
-            logprobs, spread = predict(model, inputs, wanted)
-
-    def placed(x: Tensor) -> Tensor:
-        return x.new_zeros(asked.shape).index_put((row, column), x)
-
+            logprobs, spread = predict(model, layout.inputs, wanted)
     return Evaluation(
-        logprobs=placed(logprobs),
-        values=placed(critic) if values and critic is not None else None,
-        entropy=placed(spread) if entropy else None,
+        logprobs=layout.placed(logprobs),
+        values=layout.placed(critic) if values and critic is not None else None,
+        entropy=layout.placed(spread) if entropy else None,
     )
+
+
+@torch.no_grad()
+def evaluate_exact_kl(
+    policy: nn.Module,
+    reference: Callable[[], AbstractContextManager[nn.Module]],
+    rollout: Rollout,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`[B, S]` float32 KL(policy || reference) over the whole vocabulary at every position; 0 where nothing is predicted.
+
+    The logits of a few positions stand in memory at a time, where both models' can be made so.
+
+    Args:
+        policy: as for `evaluate`.
+        reference: gives a second model of the same vocabulary in a context, which may be the first with an adapter off.
+        rollout: `B` sequences of `T` tokens.
+        temperature: what sampling divided the logits by; > 0.
+    """
+    with reference() as model:
+        projects = abilities(policy).projects and abilities(model).projects
+    if not projects:
+        mine = evaluate(policy, rollout, values=False, return_logits=True).logits
+        with reference() as model:
+            theirs = evaluate(model, rollout, values=False, return_logits=True).logits
+        assert mine is not None and theirs is not None
+        rows = [exact_kl(p.float(), q.float(), temperature=temperature) for p, q in zip(mine, theirs, strict=True)]
+        return torch.stack(rows)
+    _check(policy, rollout)
+    layout = _layout(policy, rollout, False)
+    mine = _last_states(policy, layout)
+    with reference() as model:
+        other = _layout(model, rollout, False)
+        theirs = _last_states(model, other)
+        heads = [base_language_model(x).get_output_embeddings() for x in (policy, model)]
+        at_once = max(1, _LOGITS_AT_ONCE // len(heads[0].weight))
+        found = [
+            exact_kl(heads[0](p).float(), heads[1](q).float(), temperature=temperature)
+            for p, q in zip(mine.split(at_once), theirs.split(at_once), strict=True)
+        ]
+    return layout.placed(torch.cat(found) if found else mine.new_zeros(0, dtype=torch.float32))
+
+
+def _last_states(model: nn.Module, layout: _Layout) -> Tensor:
+    """`[N, H]` what the model projects on its vocabulary."""
+    pretrained = getattr(unwrap(model), "pretrained_model", unwrap(model))
+    with layout.running, without_head(pretrained) as seen:
+        pretrained(**layout.inputs)
+    assert seen.value is not None
+    return seen.value.flatten(0, 1)[layout.rows]
 
 
 def _check(model: nn.Module, rollout: Rollout) -> None:

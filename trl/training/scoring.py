@@ -8,8 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from trl.functional import exact_kl
-from trl.models import abilities, evaluate
+from trl.models import abilities, evaluate, evaluate_exact_kl
 from trl.types import Evaluation, Rollout, occupied, take
 
 # Tokens of a pass that keeps nothing for a backward pass, where a model makes no logits either.
@@ -69,13 +68,10 @@ def exact_kl_of(
     batch_size: int,
     temperature: float,
 ) -> Tensor:
-    """`[B, S]` exact KL(policy || reference) at every position; logits stand in memory for `batch_size` sequences only."""
-    parts = []
-    for piece, widen in _pieces(rollout, batch_size):
-        mine = evaluate(policy, piece, values=False, return_logits=True).logits
-        with reference() as model:
-            theirs = evaluate(model, piece, values=False, return_logits=True).logits
-        assert mine is not None and theirs is not None
-        rows = [exact_kl(p.float(), q.float(), temperature=temperature) for p, q in zip(mine, theirs, strict=True)]
-        parts.append(widen(torch.stack(rows)))
-    return torch.cat(parts)
+    """`[B, S]` exact KL(policy || reference) at every position, for `batch_size` sequences at a time."""
+    return torch.cat(
+        [
+            widen(evaluate_exact_kl(policy, reference, piece, temperature=temperature))
+            for piece, widen in _pieces(rollout, batch_size)
+        ]
+    )
