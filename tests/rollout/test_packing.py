@@ -13,10 +13,10 @@ from trl.rollout.packing import LEAST_TOKENS, packed_weights
 pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")
 
 
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def llama(dtype: torch.dtype = torch.float32, **more: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=80, num_key_value_heads=2, **sizes)
+    config = LlamaConfig(vocab_size=80, num_key_value_heads=2, **sizes, **more)
     return LlamaForCausalLM(config).eval().to(dtype)
 
 
@@ -93,3 +93,61 @@ def test_sampling_and_its_trial_use_them(dtype: torch.dtype, monkeypatch: pytest
     queries = [torch.randint(80, (n,)) for n in (1, 4, 2, 2, 3)]
     sample(model, queries, sampling=Sampling(), limits=[LEAST_TOKENS] * 5, uniforms=uniforms)
     assert made == [5] * 11
+
+
+# peft asks transformers under an older name
+old_name = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def adapted(bias: bool = False, **settings: object) -> torch.nn.Module:
+    peft = pytest.importorskip("peft")
+    config = {"r": 4, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "up_proj"], "lora_dropout": 0.1}
+    model = peft.get_peft_model(llama(attention_bias=bias), peft.LoraConfig(**(config | settings))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "bias" in name:
+                parameter.normal_()
+    return model
+
+
+def joined(model: torch.nn.Module) -> int:
+    return sum(type(vars(module).get("forward")) is packing._PackedAdapter for module in model.modules())
+
+
+@old_name
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*")
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora_alpha": 13}, {"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"up_proj": 2}}]
+)
+def test_adapters_give_the_same_logits(settings: dict[str, object]) -> None:
+    model = adapted(**settings)
+    words = torch.randint(80, (3, 9))
+    with torch.no_grad():
+        want = model(input_ids=words).logits
+        with model.disable_adapter():
+            base = model(input_ids=words).logits
+        assert not torch.allclose(want, base, atol=1e-2)
+        with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+            plain = not {"use_dora", "lora_bias"} & settings.keys()
+            assert joined(model) == (4 if plain else 0)
+            torch.testing.assert_close(model(input_ids=words).logits, want, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter(), packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+            assert joined(model) == 0
+            torch.testing.assert_close(model(input_ids=words).logits, base, rtol=1e-4, atol=1e-4)
+    assert replaced(model) == 0
+
+
+@old_name
+def test_of_two_adapters_and_of_one_in_training_peft_keeps_the_sum() -> None:
+    peft = pytest.importorskip("peft")
+    model = adapted()
+    model.add_adapter("other", peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+        assert joined(model) == 4  # "other" is not active
+    model.train()
+    with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+        assert joined(model) == 0
+    model.eval()
+    model.base_model.set_adapter(["default", "other"])
+    with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+        assert joined(model) == 2  # up_proj has one of them
