@@ -117,7 +117,8 @@ def joined(model: torch.nn.Module) -> int:
 @old_name
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*")
 @pytest.mark.parametrize(
-    "settings", [{}, {"lora_alpha": 13}, {"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"up_proj": 2}}]
+    "settings",
+    [{}, {"lora_alpha": 13}, {"bias": True}, {"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"up_proj": 2}}],
 )
 def test_adapters_give_the_same_logits(settings: dict[str, object]) -> None:
     model = adapted(**settings)
