@@ -152,3 +152,20 @@ def test_of_two_adapters_and_of_one_in_training_peft_keeps_the_sum() -> None:
     model.base_model.set_adapter(["default", "other"])
     with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
         assert joined(model) == 2  # up_proj has one of them
+
+
+def test_copies_that_would_fill_the_memory_are_not_made(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = llama()
+    size = 4 * sum(p.numel() for p in model.parameters())
+    assert packing._memory() > 2**28
+    monkeypatch.setattr(packing, "_memory", lambda: 4 * size)
+    with caplog.at_level("INFO", logger="trl"):
+        for _ in range(2):
+            with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+                assert replaced(model) == 0
+    assert len(caplog.records) == 1 and "more than an eighth of the memory" in caplog.text
+    monkeypatch.setattr(packing, "_memory", lambda: 8 * size)
+    with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+        assert replaced(model) == 11

@@ -22,17 +22,28 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @cache
+def _processor() -> dict[str, Any]:
+    """Its name, and what it has instructions for; empty where torch does not say."""
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+@cache
 def _has_onednn() -> bool:
-    """Whether torch has oneDNN's linear layers, as its own compiler calls them."""
+    """Whether torch has oneDNN's linear layers, as its own compiler calls them, for a processor that they are quick on."""
     names = ("_linear_pointwise", "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return there and bool(_processor().get("avx2"))
+
+
+@cache
+def _has_bfloat16() -> bool:
+    return bool(_processor().get("avx512_bf16") or _processor().get("amx_bf16"))
 
 
 @cache
 def _mkl_is_slow() -> bool:
     """Whether torch's own float32 products are MKL's, on a processor that this is not made for."""
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.backends.mkl.is_available() and "AMD" in str(able.get("cpu_name", "")) and bool(able.get("avx2"))
+    return torch.backends.mkl.is_available() and "AMD" in str(_processor().get("cpu_name"))
 
 
 def can_be_packed(weight: Tensor) -> bool:
@@ -41,12 +52,6 @@ def can_be_packed(weight: Tensor) -> bool:
         return False
     fits = weight.dtype in (torch.float32, torch.bfloat16)
     return fits and _has_onednn() and (weight.dtype == torch.float32 or _has_bfloat16())
-
-
-@cache
-def _has_bfloat16() -> bool:
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def packed(weight: Tensor, rows: int) -> Tensor:

@@ -6,8 +6,12 @@ A product of few rows takes as long as it takes to read the weights, and torch's
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +20,13 @@ from transformers.pytorch_utils import Conv1D
 
 from trl.functional.products import LinearForward, can_be_packed, packed, packed_linear
 
+logger = logging.getLogger(__name__)
+
 # Fewer tokens are not worth a copy of the weights.
 LEAST_TOKENS = 12
+# The copies may take this share of the machine's memory. Not of what is free at the moment: a run that is resumed computes as
+# it did before.
+_SHARE = 1 / 8
 
 
 class _PackedLinear:
@@ -76,42 +85,64 @@ def _adapter(module: Any) -> tuple[Tensor, Tensor] | None:
     return low.weight.detach(), up.weight.detach() * module.scaling[name]
 
 
+@cache
+def _memory() -> int:
+    """Bytes that the machine has, or that its control group may use."""
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
+        return 0
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(whole, int(text)) if text.isdigit() else whole
+
+
+@cache
+def _log_too_large(needed: int, memory: int) -> None:
+    logger.info(
+        "weights are not packed for decoding: copies of %.1f GB are more than an eighth of the memory, %.1f GB",
+        needed / 1e9,
+        memory / 1e9,
+    )
+
+
 @contextmanager
 def packed_weights(model: nn.Module, *, rows: int, tokens: int) -> Iterator[None]:
     """Within, the linear layers of `model` read copies of their weights that are laid out for decoding; not differentiable.
 
-    Where torch cannot do so, or for too few tokens, nothing is done. The copies take the memory of the weights once more.
+    Where torch cannot do so, for too few tokens, or where the copies would fill more than an eighth of the machine's memory,
+    nothing is done.
 
     Args:
         model: a plain transformers language model, or one with adapters, whose weights nobody changes meanwhile.
         rows: about how many rows are decoded at a time.
         tokens: about how many forward passes will be made.
     """
+    layers: list[Any] = [layer for layer in model.modules() if _is_packable(layer)] if tokens >= LEAST_TOKENS else []
+    needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    if needed > _SHARE * _memory():
+        _log_too_large(needed, _memory())
+        layers = []
+    wanted = set(layers)
+    adapters: list[Any] = (
+        [module for module in model.modules() if getattr(module, "base_layer", None) in wanted] if wanted else []
+    )
     before: dict[Any, LinearForward | None] = {}
 
     def put(module: Any, forward: _PackedLinear) -> None:
         before[module] = vars(module).get("forward")
         module.forward = forward
 
-    done: set[nn.Module] = set()  # under an adapter
     try:
-        for module in model.modules() if tokens >= LEAST_TOKENS else ():
-            layer: Any = module
-            if layer in done or not _replaceable(layer):
-                continue
-            adapter = _adapter(layer)
-            if (
-                adapter is not None
-                and _replaceable(layer.base_layer)
-                and can_be_packed(layer.base_layer.weight.detach())
-            ):
-                put(layer, _PackedAdapter(layer.base_layer, *adapter, layer.forward, rows))
-                done.add(layer.base_layer)
-            elif type(layer) in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter:
-                weight = layer.weight.detach().t() if type(layer) is Conv1D else layer.weight.detach()
-                if can_be_packed(weight):
-                    bias = None if layer.bias is None else layer.bias.detach()
-                    put(layer, _PackedLinear(weight, bias, layer.forward, rows))
+        for module in adapters:
+            found = _adapter(module) if _is_free(module) else None
+            if found is not None:
+                put(module, _PackedAdapter(module.base_layer, *found, module.forward, rows))
+                wanted.discard(module.base_layer)
+        for layer in layers:
+            if layer in wanted:
+                bias = None if layer.bias is None else layer.bias.detach()
+                put(layer, _PackedLinear(_weight(layer), bias, layer.forward, rows))
         yield
     finally:
         for module, own in before.items():
@@ -120,6 +151,17 @@ def packed_weights(model: nn.Module, *, rows: int, tokens: int) -> Iterator[None
                 module.forward = own
 
 
-def _replaceable(layer: Any) -> bool:
+def _weight(layer: Any) -> Tensor:
+    """`[out, in]`."""
+    weight: Tensor = layer.weight.detach()
+    return weight.t() if type(layer) is Conv1D else weight
+
+
+def _is_packable(layer: Any) -> bool:
+    plain = type(layer) in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter
+    return plain and _is_free(layer) and can_be_packed(_weight(layer))
+
+
+def _is_free(layer: Any) -> bool:
     """Whether nobody else stands in for its `forward`."""
     return isinstance(vars(layer).get("forward"), LinearForward | None)
