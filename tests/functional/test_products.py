@@ -101,7 +101,7 @@ def test_a_subclass_of_tensor_is_torch_s_own() -> None:
     class Sharded(torch.Tensor):
         pass
 
-    weight = torch.zeros(70, 80).as_subclass(Sharded)
+    weight = torch.zeros(70, 80).as_subclass(Sharded).requires_grad_()
     assert type(linear(torch.zeros(2, 80), weight).grad_fn).__name__ != "_LinearBackward"
     assert not can_be_packed(weight)
 

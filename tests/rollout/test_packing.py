@@ -1,5 +1,7 @@
 """Decoding on weights that are laid out for it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -159,7 +161,7 @@ def test_copies_that_would_fill_the_memory_are_not_made(
 ) -> None:
     model = llama()
     size = 4 * sum(p.numel() for p in model.parameters())
-    assert packing._memory() > 2**28
+    assert (packing._memory() or 0) > 2**28
     monkeypatch.setattr(packing, "_memory", lambda: 4 * size)
     with caplog.at_level("INFO", logger="trl"):
         for _ in range(2):
@@ -169,3 +171,38 @@ def test_copies_that_would_fill_the_memory_are_not_made(
     monkeypatch.setattr(packing, "_memory", lambda: 8 * size)
     with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
         assert replaced(model) == 11
+
+
+def test_the_memory_of_a_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    known = packing._memory.__wrapped__()
+    assert known is not None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "limit").write_text(f"{known // 3}\n")
+    monkeypatch.setattr(packing, "_limits", lambda: [tmp_path / "memory.max", tmp_path / "limit", tmp_path / "none"])
+    assert packing._memory.__wrapped__() == known // 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert packing._memory.__wrapped__() == known // 3 // 2
+
+
+@old_name
+def test_within_quick_products_and_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.forward = LinearForward(module, transposed=False)
+    with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+        assert joined(model) == 4
+    with torch.autocast("cpu", torch.bfloat16), packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+        assert joined(model) == 0
+
+
+@old_name
+def test_a_hook_is_not_passed_over() -> None:
+    model = adapted()
+    called: list[int] = []
+    inner = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    inner.register_forward_hook(lambda *args: called.append(1))
+    with torch.no_grad(), packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+        assert joined(model) == 3
+        model(input_ids=torch.randint(80, (3, 9)))
+    assert called == [1]

@@ -116,21 +116,51 @@ def test_masked_tokens_stay_out(make_trainer: Any, make_batch: Any, passes: list
     assert int(trainer.last_experience.rollout.mask.sum()) == sum(len(r) for r in responses) - 2
 
 
-def test_changed_weights_are_forgotten_and_so_are_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Linear(2, 2)
-    recall = Recall()
+def test_a_temperature_that_changed_between(make_trainer: Any, make_batch: Any, passes: list[bool]) -> None:
+    queries, _, scores = make_batch()
+    trainer = make_trainer(score_while_sampling=True)
+    responses = rollout(trainer, queries)
+    trainer.config.temperature = 0.5
+    trainer.step(queries, responses, scores)
+    assert passes == [True, False]
+
+
+@pytest.mark.parametrize("how", ["counted", "data", "value head", "fused"])
+def test_weights_that_somebody_else_changed(make_trainer: Any, make_batch: Any, passes: list[bool], how: str) -> None:
+    queries, _, scores = make_batch()
+    trainer = make_trainer(score_while_sampling=True)
+    responses = rollout(trainer, queries)
+    weight = next(trainer.model.parameters())
+    if how == "counted":
+        with torch.no_grad():
+            weight[0, 0] += 1
+    elif how == "data":
+        weight.data += 1
+    elif how == "value head":
+        with torch.no_grad():
+            trainer.model.v_head.summary.bias += 1
+    else:
+        for parameter in trainer.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.Adam(trainer.model.parameters(), lr=1e-3, fused=True).step()
+    trainer.step(queries, responses, scores)
+    assert passes == [True, False]
+
+
+def test_what_is_remembered_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    recall, state = Recall(), (1.0, 2.0)
     words, numbers = [torch.tensor([i]) for i in range(5)], [torch.tensor([float(i)]) for i in range(5)]
-    recall.keep(model, words, words, numbers, numbers)
-    logprobs, values = recall.find(model, words[3:], words[3:])  # type: ignore[misc]
-    assert logprobs == numbers[3:] and values == numbers[3:]
-    assert recall.find(model, words, words[::-1]) is None
+    recall.keep(state, words, words, numbers, numbers)
+    assert recall.find(state, words[3:], words[3:]) == (numbers[3:], numbers[3:])
+    assert recall.find(state, words, words[::-1]) is None
+    assert recall.find((1.0, 3.0), words[3:], words[3:]) is None
+    # Where a query ends and its response begins is part of what was sampled.
+    pair = [torch.tensor([7, 8])]
+    recall.keep(state, pair, words[:1], numbers[:1], numbers[:1])
+    assert recall.find(state, [torch.tensor([7])], [torch.tensor([8, 0])]) is None
     monkeypatch.setattr("trl.trainer.recall._MOST", 3)
-    recall.keep(model, words[:1], words[:1], numbers[:1], numbers[:1])
-    assert recall.find(model, words[1:2], words[1:2]) is None
-    assert recall.find(model, words[2:], words[2:]) is not None
-    with torch.no_grad():
-        model.weight.add_(1)
-    assert recall.find(model, words[4:], words[4:]) is None
-    recall.keep(model, words, words, numbers, numbers)
-    model.weight.data[1, 0] += 1
-    assert recall.find(model, words[4:], words[4:]) is None
+    recall.keep(state, words[:1], words[:1], numbers[:1], numbers[:1])
+    assert recall.find(state, words[1:2], words[1:2]) is None
+    assert recall.find(state, words[3:], words[3:]) is not None
+    recall.forget()
+    assert recall.find(state, words[3:], words[3:]) is None

@@ -73,15 +73,15 @@ def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-def _is_worthwhile(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_worthwhile(rows: Tensor, weight: Tensor, bias: Tensor | None, multiplications: int) -> bool:
     return (
-        type(weight) in _PLAIN
+        not torch.compiler.is_compiling()
+        and type(weight) in _PLAIN
         and rows.dtype == weight.dtype == torch.float32
         and (bias is None or bias.dtype == torch.float32)
         and rows.device.type == weight.device.type == "cpu"
-        and rows.numel() // rows.shape[-1] * weight.numel() >= _WORTHWHILE
+        and multiplications >= _WORTHWHILE
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and quicker_products()
     )
 
@@ -103,7 +103,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpos
     Returns:
         `[..., out]`.
     """
-    if rows.numel() and _is_worthwhile(rows, weight, bias):
+    if rows.numel() and _is_worthwhile(rows, weight, bias, rows.numel() // rows.shape[-1] * weight.numel()):
         return _Linear.apply(rows, weight, bias, transposed)
     return torch.nn.functional.linear(rows, weight.t() if transposed else weight, bias)
 
@@ -129,8 +129,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.transposed = transposed
+        wants_rows, wants_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(rows if wants_weight else None, weight if wants_rows else None)
+        ctx.transposed, ctx.shape = transposed, rows.shape
         return _onednn(rows, weight.t() if transposed else weight, bias)
 
     @staticmethod
@@ -138,13 +139,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         rows, weight = ctx.saved_tensors
-        flat, wide = rows.reshape(-1, rows.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        wide = grad.reshape(-1, grad.shape[-1])
         wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_rows = (
-            _onednn(wide, weight if ctx.transposed else weight.t(), None).view(rows.shape) if wants_rows else None
+            _onednn(wide, weight if ctx.transposed else weight.t(), None).view(ctx.shape) if wants_rows else None
         )
         grad_weight = grad_bias = None
         if wants_weight:
+            flat = rows.reshape(-1, rows.shape[-1])
             grad_weight = summed_outer(flat, wide) if ctx.transposed else summed_outer(wide, flat)
         if wants_bias:
             grad_bias = wide.sum(dim=0)
@@ -153,10 +155,10 @@ class _Linear(torch.autograd.Function):
 
 def summed_outer(first: Tensor, second: Tensor) -> Tensor:
     """`[M, p]` and `[M, q]` -> `[p, q]`, the sum of the outer products of their rows; not differentiable."""
-    if not _is_worthwhile(first, second, None):
-        return first.t() @ second
     count, p = first.shape
     q = second.shape[1]
+    if not _is_worthwhile(first, second, None, count * p * q):
+        return first.t() @ second
     # oneDNN reads the one of them row by row after a copy; or the other, and then the result has to be turned.
     if p * count <= q * count + p * q:
         return _onednn(first.t().contiguous(), second.t(), None)

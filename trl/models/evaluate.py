@@ -20,7 +20,7 @@ from trl.models.wrapper import PreTrainedModelWrapper
 from trl.types import Evaluation, Rollout
 
 # Numbers of logits that two models are compared by at a time.
-_LOGITS_AT_ONCE = 2**22
+_LOGITS_AT_ONCE = {"cpu": 2**22, "other": 2**26}
 
 
 def evaluate(
@@ -187,7 +187,8 @@ def evaluate_exact_kl(
         other = _layout(model, rollout, False)
         theirs = _last_states(model, other)
         heads = [base_language_model(x).get_output_embeddings() for x in (policy, model)]
-        at_once = max(1, _LOGITS_AT_ONCE // len(heads[0].weight))
+        kind = "cpu" if mine.device.type == "cpu" else "other"
+        at_once = max(1, _LOGITS_AT_ONCE[kind] // len(heads[0].weight))
         found = [
             exact_kl(heads[0](p).float(), heads[1](q).float(), temperature=temperature)
             for p, q in zip(mine.split(at_once), theirs.split(at_once), strict=True)

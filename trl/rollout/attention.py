@@ -42,7 +42,7 @@ def decoding_attention(
     scale = size**-0.5 if scaling is None else scaling
     asked = query.reshape(rows * shared, heads // shared, size)
     tokens = key.shape[2]
-    if key.dtype != torch.float32:
+    if key.dtype != torch.float32 and whole_room(key).shape[2] == whole_room(value).shape[2]:
         # Of parts of a buffer oneDNN's products make copies first, so that its empty rest is cheaper multiplied than cut off.
         key, value = whole_room(key), whole_room(value)
     scores = torch.bmm(asked, key.flatten(0, 1).transpose(1, 2)).mul_(scale)

@@ -80,29 +80,44 @@ def _adapter(module: Any) -> tuple[Tensor, Tensor] | None:
         or (dropout.training and getattr(dropout, "p", 0))
     ):
         return None
-    if len({layer.weight.dtype for layer in layers}) > 1 or any("forward" in vars(layer) for layer in (low, up)):
+    if len({layer.weight.dtype for layer in layers}) > 1 or not all(_is_free(layer) for layer in (low, up)):
         return None
     return low.weight.detach(), up.weight.detach() * module.scaling[name]
 
 
 @cache
-def _memory() -> int:
-    """Bytes that the machine has, or that its control group may use."""
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
-        return 0
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(whole, int(text)) if text.isdigit() else whole
+def _memory() -> int | None:
+    """Bytes for this process: the machine's or its control group's, over the processes that share them; None if unknown."""
+    try:
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, OSError, ValueError):
+        return None
+    for path in _limits():
+        text = path.read_text().strip() if path.is_file() else ""
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
+
+
+def _limits() -> Iterator[Path]:
+    """Files that may hold a limit of this process's control groups, version 2 or 1."""
+    root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        number, names, path = line.split(":", 2)
+        folder = Path(path.lstrip("/"))
+        if number == "0":
+            yield from (root / above / "memory.max" for above in (folder, *folder.parents))
+        elif "memory" in names.split(","):
+            yield from (root / "memory" / above / "memory.limit_in_bytes" for above in (folder, *folder.parents))
 
 
 @cache
-def _log_too_large(needed: int, memory: int) -> None:
+def _log_too_large(needed: int, memory: int | None) -> None:
+    known = "whose size is unknown" if memory is None else f"{memory / 1e9:.1f} GB"
     logger.info(
-        "weights are not packed for decoding: copies of %.1f GB are more than an eighth of the memory, %.1f GB",
+        "weights are not packed for decoding: copies of %.1f GB are more than an eighth of the memory, %s",
         needed / 1e9,
-        memory / 1e9,
+        known,
     )
 
 
@@ -118,10 +133,13 @@ def packed_weights(model: nn.Module, *, rows: int, tokens: int) -> Iterator[None
         rows: about how many rows are decoded at a time.
         tokens: about how many forward passes will be made.
     """
-    layers: list[Any] = [layer for layer in model.modules() if _is_packable(layer)] if tokens >= LEAST_TOKENS else []
+    layers: list[Any] = []
+    if tokens >= LEAST_TOKENS and not torch.is_autocast_enabled("cpu"):  # which would narrow the weights in every pass
+        layers = [layer for layer in model.modules() if _is_packable(layer)]
     needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    if needed > _SHARE * _memory():
-        _log_too_large(needed, _memory())
+    memory = _memory()
+    if layers and (memory is None or needed > _SHARE * memory):
+        _log_too_large(needed, memory)
         layers = []
     wanted = set(layers)
     adapters: list[Any] = (
@@ -163,5 +181,6 @@ def _is_packable(layer: Any) -> bool:
 
 
 def _is_free(layer: Any) -> bool:
-    """Whether nobody else stands in for its `forward`."""
-    return isinstance(vars(layer).get("forward"), LinearForward | None)
+    """Whether nobody else stands in for its `forward`, nor waits for it to be called."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return not hooked and isinstance(vars(layer).get("forward"), LinearForward | None)

@@ -43,7 +43,7 @@ from trl.trainer.checks import check_lists, check_per_token, check_room, check_s
 from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_methods import Batch, PPOMethods
-from trl.trainer.recall import Recall
+from trl.trainer.recall import Recall, State, state_of
 from trl.trainer.train import train
 from trl.trainer.train_options import OnDiskError, OnSpike, TrainOptions, TrainResult
 from trl.training.allocator import keep_freed_memory
@@ -162,7 +162,9 @@ class PPOTrainer(PPOMethods):
         if config.gradient_checkpointing:
             recompute_activations(self.model)
         if config.compile:
-            compile_passes(self.model, self.ref_model, self.compute.fresh_passes, narrow=self.compute.narrow)
+            quick, self.compute.quick_products = self.compute.quick_products, False
+            code = compile_passes(self.model, self.ref_model, self.compute.fresh_passes, narrow=self.compute.narrow)
+            self.compute.quick_products = quick and code.off
         self.kl_ctl: AdaptiveKLController | FixedKLController = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)  # type: ignore[arg-type]
             if config.adap_kl_ctrl
@@ -251,7 +253,7 @@ class PPOTrainer(PPOMethods):
                 )
         if sampled is not None and sampled.values is not None:
             own = with_prompts(model.pretrained_model, queries, sampled.responses, return_prompt=False)
-            self._recall.keep(model, queries, own, sampled.logprobs, sampled.values)
+            self._recall.keep(self._state_of(model), queries, own, sampled.logprobs, sampled.values)
         return responses[0].unsqueeze(0) if isinstance(query_tensor, Tensor) else responses
 
     def _can_recall(self, model: PreTrainedModelWrapper, sampling: Sampling, kwargs: Mapping[str, Any]) -> bool:
@@ -259,12 +261,16 @@ class PPOTrainer(PPOMethods):
         plain = not sampling.greedy and not unseen_by_scoring(model.generation_config, kwargs, self.config.temperature)
         return self.config.score_while_sampling and plain
 
+    def _state_of(self, model: PreTrainedModelWrapper) -> State:
+        """What log-probabilities and values are a function of, besides their tokens."""
+        return (float(self.config.temperature), *state_of(model))
+
     def _recalled(self, batch: Batch) -> Evaluation | None:
         """What was computed about the responses while they were sampled; None if not of all, on every process."""
         if not self.config.score_while_sampling:
             return None
         model = self.accelerator.unwrap_model(self.model)
-        found = self._recall.find(model, batch.queries, batch.responses)
+        found = self._recall.find(self._state_of(model), batch.queries, batch.responses)
         missing = torch.tensor(float(found is None), device=self.current_device)
         if float(self._reduce(missing)) > 0 or found is None:
             if "recall" not in self._reasons:
@@ -357,6 +363,7 @@ class PPOTrainer(PPOMethods):
                     rollout, old, ref_logprobs, scores, responses, per_token
                 )
             with _timed(timing, "time/ppo/optimize_step"):
+                self._recall.forget()
                 train_stats = self._optimize(experience, batch)
                 self.last_experience = experience
             with _timed(timing, "time/ppo/calc_stats"):
@@ -403,7 +410,8 @@ class PPOTrainer(PPOMethods):
             with self._reference() as reference:
                 ref_logprobs = evaluated(reference, policy=False).logprobs
             if self.config.kl_penalty == "full":
-                exact = exact_kl_of(self.model, self._reference, rollout, batch_size=size, temperature=temperature)
+                with self.accelerator.autocast():
+                    exact = exact_kl_of(self.model, self._reference, rollout, batch_size=size, temperature=temperature)
         return old, ref_logprobs, exact
 
     def _experience(

@@ -61,6 +61,7 @@ class Compute(Passes):
         self._copies: NarrowCopies | None = None
         self._base: list[nn.Parameter] = []  # held in bfloat16 for good
         self._models = [model]
+        self.quick_products = accelerator.device.type == "cpu"  # see trl.models.products; not with compiled layers
         self._device_type = accelerator.device.type
         if accelerator.mixed_precision != "no":
             if wanted == "bfloat16":
@@ -93,7 +94,10 @@ class Compute(Passes):
             )
         if self._copies is not None:
             return self._copies.stand_in(gradients_in_place=gradients_in_place)
-        return torch.autocast(self._device_type, torch.bfloat16) if self.narrow else quick_products(*self._models)
+        return torch.autocast(self._device_type, torch.bfloat16) if self.narrow else self._quick()
+
+    def _quick(self) -> AbstractContextManager[None]:
+        return quick_products(*self._models) if self.quick_products else nullcontext()
 
     def fresh_passes(self) -> AbstractContextManager[Any]:
         """The same for passes between which anybody may have changed the weights, in whatever way."""
