@@ -7,6 +7,12 @@ at which the first of the five had been sampled and scored, from the end of load
 same order, the same classifier code and the same settings where they know them (bench/quality_job.py); they run in turn,
 seed by seed. `--peer NAME=PYTHON` is another library's interpreter (bench/compare.py --make-peers makes one), `--ours NAME=JSON`
 this one with other settings. Nothing else should be running.
+
+    python bench/time_to_quality.py --policy data/smollm2-135m --classifier data/sentiment-minilm --reviews data/reviews/train.jsonl \
+        --new 16 --seconds 240 --seeds 1 --steps 400 --target 2 --peer "TRL 0.11.4=PYTHON" --config '{"learning_rate": 5e-5, ...}'
+
+is the same job on another model, with the first 2 to 6 words of reviews for prompts; a target that cannot be reached lets every
+system run for the same time.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -39,6 +46,14 @@ def for_all(source: Path, folder: Path) -> Path:
     settings.pop("backend", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def beginnings(reviews: Path) -> list[str]:
+    """The first 2 to 6 words of texts of more than 8, shuffled; always the same."""
+    texts = [json.loads(line)["text"] for line in reviews.read_text(encoding="utf-8").splitlines()]
+    random.Random(1).shuffle(texts)
+    size = random.Random(2)
+    return [" ".join(text.split()[: size.randint(2, 6)]) for text in texts if len(text.split()) > 8][:20000]
 
 
 def run(python: str, options: list[str]) -> list[Row]:
@@ -171,8 +186,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--seconds", type=float, default=900.0, help="limit of a run")
     add("--target", type=float, default=0.9)
     add("--in-a-row", type=int, default=5)
+    add("--policy", type=Path, help="folder of a language model; else the embedded one")
+    add("--classifier", type=Path, help="folder of a classifier; else the embedded one")
+    add("--reviews", type=Path, help="a .jsonl file with a `text` per line, for prompts; else the embedded prompts")
+    add("--new", type=int, default=48, help="most tokens of a response")
     add("--out", type=Path, default=Path("runs/quality"))
     args = parser.parse_args(argv)
+    from peers import old_format  # beside this file
+
     common = json.loads(args.config)
     systems = {"this library": (sys.executable, common)}
     systems |= {name: (sys.executable, common | json.loads(more)) for name, more in args.ours}
@@ -180,17 +201,24 @@ def main(argv: list[str] | None = None) -> None:
     results: dict[str, list[list[Row]]] = {name: [] for name in systems}
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        policy = for_all(Path(trl.assets.path("tiny-gpt2-reviews")), Path(scratch) / "policy")
-        classifier = for_all(Path(trl.assets.path("tiny-bert-sentiment")), Path(scratch) / "classifier")
-        (Path(scratch) / "prompts.json").write_text(json.dumps(trl.assets.prompts()), encoding="utf-8")
+        policy = args.policy or for_all(Path(trl.assets.path("tiny-gpt2-reviews")), Path(scratch) / "policy")
+        old = old_format(policy, Path(scratch) / "old") if args.policy else policy
+        classifier = for_all(
+            args.classifier or Path(trl.assets.path("tiny-bert-sentiment")), Path(scratch) / "classifier"
+        )
+        prompts = beginnings(args.reviews) if args.reviews else trl.assets.prompts()
+        (Path(scratch) / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
         options = [
-            "--policy", str(policy), "--classifier", str(classifier), "--prompts", f"{scratch}/prompts.json",
+            "--classifier", str(classifier), "--prompts", f"{scratch}/prompts.json", "--new", str(args.new),
             "--steps", str(args.steps), "--seconds", str(args.seconds), "--target", str(args.target),
             "--in-a-row", str(args.in_a_row),
         ]  # fmt: skip
         for seed in range(args.seeds):
             for name, (python, config) in systems.items():
-                rows = run(python, [*options, "--seed", str(seed), "--config", json.dumps(config)])
+                folder = policy if python == sys.executable else old
+                rows = run(
+                    python, [*options, "--policy", str(folder), "--seed", str(seed), "--config", json.dumps(config)]
+                )
                 results[name].append(rows)
                 print(f"{name}, seed {seed}: {json.dumps(reached(rows[1:], args.target, args.in_a_row))}", flush=True)
                 (args.out / "runs.json").write_text(json.dumps(results))
