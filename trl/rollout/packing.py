@@ -1,6 +1,6 @@
 """Weights laid out for decoding: as oneDNN reads them, once per batch of responses in place of once per token.
 
-A product of few rows takes as long as it takes to read the weights, and torch's own order is read at half the speed
+A product of few rows takes as long as it takes to read the weights, and torch's own order is read more slowly
 (bench/products.py). What a LoRA adapter reads first is packed with the weight that it stands on.
 """
 

@@ -157,6 +157,10 @@ class PPOConfig:
         limit = self.max_skipped_updates
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise ValueError(f"max_skipped_updates={limit!r} must be a whole number of at least 1 or None")
+        for name in ("keep_memory", "score_while_sampling", "gradient_checkpointing", "compile"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be True or False")
         ranges = {
             "gamma": (0, 1), "lam": (0, 1), "cliprange": (0, math.inf), "cliprange_value": (0, math.inf),
             "vf_coef": (0, math.inf), "init_kl_coef": (0, math.inf), "learning_rate": (0, math.inf),
