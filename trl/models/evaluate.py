@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from trl.functional.kl import exact_kl
 from trl.functional.logprobs import token_logprobs_and_entropy
-from trl.models.attention import packed
+from trl.functional.products import shared_size
+from trl.models.attention import common_lengths, packed
 from trl.models.predictions import Wanted, abilities, decoder_config, may_pack, predict
 from trl.models.trunk import accepts, base_language_model, forward_parameters, is_encoder_decoder, unwrap, without_head
 from trl.models.wrapper import PreTrainedModelWrapper
@@ -115,16 +117,18 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
     if may_pack(model):
         lengths = attention.sum(dim=1)
         order = lengths.argsort(stable=True)
+        order = order[lengths[order] > 0]
+        sizes = common_lengths(lengths[order].tolist())
         before = torch.zeros_like(lengths)
-        before[order[1:]] = lengths[order[:-1]].cumsum(dim=0)
+        before[order] = torch.tensor([0, *accumulate(sizes)], device=lengths.device)[:-1]
         place = before[:, None] + count
         where = place[attention]
-        flat = torch.empty_like(where)
+        flat = where.new_zeros(shared_size(sum(sizes)))
         flat[where] = tokens[attention]
-        positions = torch.empty_like(where)
+        positions = torch.zeros_like(flat)
         positions[where] = count[attention]
         inputs = {"input_ids": flat[None], "position_ids": positions[None], "use_cache": False}
-        running = packed(decoder_config(model), [n for n in lengths[order].tolist() if n > 0])
+        running = packed(decoder_config(model), sizes)
     else:
         moved = None if accepts(model, "position_ids") else _order(attention)
         width = tokens.shape[1]
@@ -139,7 +143,10 @@ def _without_logits(
 ) -> Evaluation:
     """The same where a model's logits need not be made."""
     layout = _layout(model, rollout, response_only)
-    wanted = Wanted(rows=layout.rows, tokens=layout.tokens, temperature=temperature, entropy=entropy)
+    count = len(layout.rows)
+    filling = shared_size(count) - count if layout.rows.device.type == "cpu" else 0
+    rows, tokens = F.pad(layout.rows, (0, filling)), F.pad(layout.tokens, (0, filling))
+    wanted = Wanted(rows=rows, tokens=tokens, temperature=temperature, entropy=entropy)
     critic = None
     with layout.running:
         if _has_values(model):
@@ -147,9 +154,9 @@ def _without_logits(
         else:
             logprobs, spread = predict(model, layout.inputs, wanted)
     return Evaluation(
-        logprobs=layout.placed(logprobs),
-        values=layout.placed(critic) if values and critic is not None else None,
-        entropy=layout.placed(spread) if entropy else None,
+        logprobs=layout.placed(logprobs[:count]),
+        values=layout.placed(critic[:count]) if values and critic is not None else None,
+        entropy=layout.placed(spread[:count]) if entropy else None,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, EncoderDecoderCache
 
+from trl.functional.products import shared_size
 from trl.functional.sampling import cut_logits, draw
 from trl.rollout.attention import decoding
 from trl.rollout.cache import GrowingLayer, growing_cache
@@ -275,8 +276,9 @@ def _sample(
         left = int(live.sum())
         if left == 0:
             break
-        if left <= (1 - _COMPACT_SHARE) * len(rows):
-            kept = live.nonzero().squeeze(-1)
+        room = shared_size(left, steps=4) if device.type == "cpu" else left
+        if room <= (1 - _COMPACT_SHARE) * len(rows):
+            kept = live.logical_not().argsort(stable=True)[:room].sort().values  # some that have ended may stay
             decoder.keep(kept)
             rows, chosen, live = rows[kept], chosen[kept], live[kept]
         raw = decoder.advance(chosen)
