@@ -6,6 +6,7 @@ Neither the logits `[N, V]` nor their gradient is ever there as a whole. The sof
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +19,11 @@ from trl.functional.products import linear, summed_outer
 
 # Rows that are multiplied at a time, and the size of their block of logits in float32: on a CPU it stays in the cache.
 _ROWS = {"cpu": 512, "other": 8192}
-_BLOCK_BYTES = {"cpu": 4 * 2**20, "other": 256 * 2**20}
+_BLOCK_BYTES = {"cpu": 2 * 2**20, "other": 256 * 2**20}
 # Below this the logits of all blocks are kept for the backward pass in place of a second projection.
 _KEPT_BYTES = 32 * 2**20
+# Exponentials are powers of two, of numbers in bits: what torch calls for exp takes three times as long on some CPUs.
+_BITS = 1 / math.log(2)
 
 
 def _sizes(hidden: Tensor, words: int, block: tuple[int, int] | None) -> tuple[int, int]:
@@ -35,6 +38,13 @@ def _sizes(hidden: Tensor, words: int, block: tuple[int, int] | None) -> tuple[i
 def _parts(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(count, start + size))
+
+
+def _minus(raw: Tensor, top: Tensor, *, keep: bool) -> Tensor:
+    """`raw` `[n, v]` minus `top` `[n]`, in the numbers of `top`; `raw` itself may be written to unless it is to be kept."""
+    if raw.dtype == top.dtype and keep:
+        return raw - top[:, None]
+    return raw.to(top.dtype).sub_(top[:, None])
 
 
 class _Projected(torch.autograd.Function):
@@ -55,7 +65,8 @@ class _Projected(torch.autograd.Function):
         size, step = _sizes(hidden, words, block)
         chosen = torch.zeros(count, dtype=wide_dtype(hidden), device=hidden.device)
         top = torch.full_like(chosen, -torch.inf)
-        total, slope = torch.zeros_like(chosen), torch.zeros_like(chosen)  # sums of w and of w x, w = exp(x - top)
+        total, slope = torch.zeros_like(chosen), torch.zeros_like(chosen)  # sums of w and of w x, w = 2^x
+        unit = _BITS / temperature
         keep = any(ctx.needs_input_grad) and count * words * hidden.element_size() <= _KEPT_BYTES
         kept: list[Tensor] = []
         for some in _parts(words, step):
@@ -63,27 +74,24 @@ class _Projected(torch.autograd.Function):
                 raw = linear(hidden[rows], weight[some], None if bias is None else bias[some])
                 if keep:
                     kept.append(raw)
-                x = raw.to(chosen.dtype, copy=raw.dtype == chosen.dtype and keep)
-                if temperature != 1.0:
-                    x /= temperature
                 here = (tokens[rows] >= some.start) & (tokens[rows] < some.stop)
                 place = (tokens[rows] - some.start).clamp(0, some.stop - some.start - 1)
-                chosen[rows] += x.gather(-1, place[:, None]).squeeze(-1).where(here, 0)
+                chosen[rows] += raw.gather(-1, place[:, None]).squeeze(-1).where(here, 0)
                 # The largest logit is taken off first: next to a large common offset differences would lose their digits.
-                largest = torch.maximum(top[rows], x.amax(dim=-1)).clamp(min=FLOOR)
-                shift = (top[rows] - largest).clamp(min=FLOOR)
-                x -= largest[:, None]
-                w = torch.exp(x)
-                scale = shift.exp()
+                largest = torch.maximum(top[rows], raw.amax(dim=-1)).clamp(min=FLOOR)
+                shift = ((top[rows] - largest) * unit).clamp(min=FLOOR)
+                x = _minus(raw, largest, keep=keep).mul_(unit)
+                w = torch.exp2(x)
+                scale = shift.exp2()
                 if need_entropy:
                     # A logit of -inf is a word of probability 0 and adds nothing.
                     added = torch.bmm(w[:, None], x.clamp_(min=FLOOR)[..., None]).flatten()
                     slope[rows] = (slope[rows] + total[rows] * shift) * scale + added
                 total[rows] = total[rows] * scale + w.sum(dim=-1)
                 top[rows] = largest
-        log_total = total.log()
-        chosen = (chosen - top) - log_total
-        entropy = log_total - slope / total if need_entropy else slope
+        log_total = total.log2()
+        chosen = (chosen - top) / temperature - log_total / _BITS
+        entropy = (log_total - slope / total) / _BITS if need_entropy else slope
         ctx.save_for_backward(hidden, weight, bias, tokens, top, log_total, entropy, *kept)
         ctx.temperature, ctx.block = temperature, (size, step)
         ctx.set_materialize_grads(False)
@@ -98,9 +106,13 @@ class _Projected(torch.autograd.Function):
         hidden, weight, bias, tokens, top, log_total, entropy, *kept = ctx.saved_tensors
         if grad_chosen is None and grad_entropy is None:
             return (None,) * 7
+        # Of a logit before it was divided by the temperature.
+        grad_chosen, grad_entropy = (g if g is None else g / ctx.temperature for g in (grad_chosen, grad_entropy))
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         size, step = ctx.block
         count, words, wide = len(hidden), len(weight), top.dtype
+        unit = _BITS / ctx.temperature
+        highest = top + log_total / unit  # a logit as high as this would have all the probability
         grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if wants_hidden else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias else None
@@ -110,28 +122,23 @@ class _Projected(torch.autograd.Function):
             sum_bias: Tensor | None = None
             for rows in _parts(count, size):
                 if kept:
-                    x = next(blocks).to(wide, copy=True)
+                    raw = next(blocks)
                 else:
-                    x = linear(hidden[rows], weight[some], None if bias is None else bias[some])
-                    x = x.to(wide)
-                if ctx.temperature != 1.0:
-                    x /= ctx.temperature
-                x -= (top[rows] + log_total[rows])[:, None]
-                p = torch.exp(x)
+                    raw = linear(hidden[rows], weight[some], None if bias is None else bias[some])
+                x = _minus(raw, highest[rows], keep=bool(kept)).mul_(unit)
                 if grad_entropy is not None:  # dH / dx = -p (log p + H)
-                    outer = x.clamp_(min=FLOOR).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
+                    p = torch.exp2(x)
+                    outer = x.clamp_(min=FLOOR).div_(_BITS).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
                     if grad_chosen is not None:  # d log p_a / dx = onehot(a) - p
                         outer += grad_chosen[rows, None]
                     grad = p.mul_(outer).neg_()
                 else:
                     assert grad_chosen is not None
-                    grad = p.mul_(-grad_chosen[rows, None])
+                    grad = x.exp2_().mul_(-grad_chosen[rows, None])
                 if grad_chosen is not None:
                     here = (tokens[rows] >= some.start) & (tokens[rows] < some.stop)
                     place = (tokens[rows] - some.start).clamp(0, some.stop - some.start - 1)
                     grad.scatter_add_(-1, place[:, None], grad_chosen[rows].where(here, 0)[:, None].to(wide))
-                if ctx.temperature != 1.0:
-                    grad /= ctx.temperature
                 if wants_bias:
                     added = grad.sum(dim=0)
                     sum_bias = added if sum_bias is None else sum_bias.add_(added)
