@@ -43,9 +43,10 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (_part(whole, self._length) for whole in self._room)
 
     def _enlarged(self, like: Tensor, which: int, room: int) -> Tensor:
-        larger = like.new_zeros(*like.shape[:2], room, like.shape[3])
+        larger = like.new_empty(*like.shape[:2], room, like.shape[3])
         if self._room is not None:
             larger[:, :, : self._length] = self._room[which][:, :, : self._length]
+        larger[:, :, self._length :] = 0
         return larger
 
     def batch_select_indices(self, indices: Tensor) -> None:
