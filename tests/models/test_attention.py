@@ -68,6 +68,24 @@ def test_numbers_and_gradients(
         assert_close(got, want, tol=1e-11)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_a_row_may_go_on_after_its_sequences(dropout: float) -> None:
+    inputs = case([3, 3, 5, 7, 4])
+    module = Module()
+    module.training = True
+    with packed(tiny_llama().config, [3, 3, 5, 7]):
+        out = packed_attention(module, *inputs, None, scaling=0.3, dropout=dropout)[0]
+    assert not out[:, 18:].any()
+    before = [x[:, :, :18] for x in inputs]
+    for got, want in zip(
+        torch.autograd.grad(out.square().sum(), inputs),
+        torch.autograd.grad(alone(*before, [3, 3, 5, 7], None).square().sum(), before),
+        strict=True,
+    ):
+        assert_close(got[:, :, :18], want, tol=1e-7)
+        assert not got[:, :, 18:].any()
+
+
 def test_nothing_is_kept_of_the_probabilities_of_long_sequences() -> None:
     for length, expected in ((100, True), (300, False)):
         saved: list[tuple[int, ...]] = []

@@ -133,6 +133,41 @@ def test_gradients_are_those_of_the_dense_path(make: Any) -> None:
             assert_close(gradients[name], parameter.grad, 1e-4)
 
 
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_bloom, tiny_t5])  # packed, padded, an encoder-decoder
+def test_what_fills_a_size_up_is_not_seen(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    sizes: list[int] = []
+    module = import_module("trl.models.evaluate")
+    for more in (0, 13):
+        monkeypatch.setattr(module, "shared_size", lambda n, more=more: sizes.append(n + more) or n + more)
+        torch.manual_seed(0)
+        model = wrap(make())
+        rollout = make_rollout("left", seq2seq=model.is_encoder_decoder)
+        got = evaluate(model, rollout, entropy=True, response_only=True)
+        (got.logprobs.sum() + got.entropy.sum() + got.values.square().sum()).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([got.logprobs, got.values, got.entropy, *gradients])
+    assert len(set(sizes)) > 1
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, 1e-6)
+
+
+def test_rows_of_near_lengths_are_products_of_one_shape() -> None:
+    model = wrap(tiny_gpt2())
+    shapes: list[tuple[int, ...]] = []
+    model.pretrained_model.transformer.h[0].mlp.c_fc.register_forward_hook(
+        lambda module, args, output: shapes.append(tuple(args[0].shape))
+    )
+    predictions.abilities(model)  # tries the model once
+    shapes.clear()
+    for length in (33, 34):
+        tokens = torch.arange(length)[None]
+        attention = torch.ones_like(tokens, dtype=torch.bool)
+        evaluate(model, Rollout(tokens=tokens, attention=attention, mask=attention[:, 1:]))
+    assert shapes[0][:2] == (1, 34)
+    assert shapes[1] == shapes[0]
+
+
 def test_temperature_divides_the_logits() -> None:
     model, rollout = wrap(tiny_gpt2()), make_rollout("left")
     got = evaluate(model, rollout, temperature=0.5, entropy=True)

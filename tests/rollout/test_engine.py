@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5
 from tests.models.zoo import ZOO, Architecture
 from tests.trainer.conftest import make_trainer  # noqa: F401  (fixture)
+from trl.functional.products import shared_size
 from trl.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, evaluate
 from trl.rollout import Sampling, engine, obstacle, own_sampling, sample, sample_responses
 from trl.rollout.cache import GrowingLayer, growing_cache
@@ -122,6 +123,20 @@ def test_stop_tokens_and_limits_end_a_response() -> None:
     for response in got:
         assert not set(response[:-1].tolist()) & set(stops)
         assert int(response[-1]) in stops or len(response) == 30
+
+
+def test_rows_leave_in_groups_of_sizes_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    keep = engine._CausalDecoder.keep
+    monkeypatch.setattr(engine._CausalDecoder, "keep", lambda self, rows: sizes.append(len(rows)) or keep(self, rows))
+    limits = list(range(1, 42))
+    queries = [torch.tensor([7 + i]) for i in range(41)]
+    got = sample(tiny_gpt2(), queries, sampling=Sampling(), limits=limits, uniforms=numbers(41, 41))
+    assert [len(r) for r in got.responses] == limits
+    assert len(sizes) > 4
+    assert all(size == shared_size(size, steps=4) for size in sizes)
+    alone = sample(tiny_gpt2(), queries[30:31], sampling=Sampling(), limits=[31], uniforms=numbers(41, 41)[:31, [30]])
+    assert torch.equal(alone.responses[0], got.responses[30])
 
 
 def test_no_stop_token_before_the_least_length() -> None:

@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 
 NAME = "trl_packed"
 _QUERIES = 256  # of a block: their scores against all keys stand in memory
-_RUN_TOKENS = 12  # a run takes as long as about so many tokens, besides its own
 _KEPT_LENGTH = 128  # up to here probabilities are kept for the backward pass, beyond they are computed again
 
 
@@ -32,30 +31,6 @@ class Run:
     start: int
     count: int
     length: int
-
-
-def common_lengths(lengths: Sequence[int]) -> list[int]:
-    """The lengths, in ascending order, some of them raised to a longer one's, so that there are fewer runs.
-
-    Tokens that fill a sequence up stand at its end, where the causal mask hides them from all others. Raised as long as it
-    takes less work than runs of their own: the least sum of filling tokens and `_RUN_TOKENS` for every run.
-    """
-    costs, begins = [0], [0]
-    for end in range(1, len(lengths) + 1):
-        filling, cost, start = 0, costs[end - 1] + _RUN_TOKENS, end - 1
-        for begin in range(end - 2, -1, -1):
-            filling += lengths[end - 1] - lengths[begin]
-            if filling > _RUN_TOKENS * (end - begin - 1):
-                break
-            if costs[begin] + _RUN_TOKENS + filling < cost:
-                cost, start = costs[begin] + _RUN_TOKENS + filling, begin
-        costs.append(cost)
-        begins.append(start)
-    found: list[int] = []
-    while len(found) < len(lengths):
-        end = len(lengths) - len(found)
-        found += [lengths[end - 1]] * (end - begins[end])
-    return found[::-1]
 
 
 _RUNS: ContextVar[tuple[Run, ...]] = ContextVar("runs of the packed row that is being computed")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from trl.functional.kl import exact_kl
 from trl.functional.logprobs import token_logprobs_and_entropy
 from trl.functional.products import shared_size
-from trl.models.attention import common_lengths, packed
+from trl.models.attention import packed
 from trl.models.predictions import Wanted, abilities, decoder_config, may_pack, predict
 from trl.models.trunk import accepts, base_language_model, forward_parameters, is_encoder_decoder, unwrap, without_head
 from trl.models.wrapper import PreTrainedModelWrapper
@@ -94,7 +93,7 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """Sequences as a model that projects reads them, packed if it can be: no work goes into padding."""
+    """Sequences as a model that projects reads them, packed if it can be: hardly any work goes into padding."""
 
     inputs: dict[str, Any]  # keyword arguments of its forward
     running: AbstractContextManager[None]  # around it
@@ -117,18 +116,16 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
     if may_pack(model):
         lengths = attention.sum(dim=1)
         order = lengths.argsort(stable=True)
-        order = order[lengths[order] > 0]
-        sizes = common_lengths(lengths[order].tolist())
         before = torch.zeros_like(lengths)
-        before[order] = torch.tensor([0, *accumulate(sizes)], device=lengths.device)[:-1]
+        before[order[1:]] = lengths[order[:-1]].cumsum(dim=0)
         place = before[:, None] + count
         where = place[attention]
-        flat = where.new_zeros(shared_size(sum(sizes)))
+        flat = where.new_zeros(shared_size(len(where)))
         flat[where] = tokens[attention]
         positions = torch.zeros_like(flat)
         positions[where] = count[attention]
         inputs = {"input_ids": flat[None], "position_ids": positions[None], "use_cache": False}
-        running = packed(decoder_config(model), sizes)
+        running = packed(decoder_config(model), [n for n in lengths[order].tolist() if n > 0])
     else:
         moved = None if accepts(model, "position_ids") else _order(attention)
         width = tokens.shape[1]
