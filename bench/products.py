@@ -1,4 +1,5 @@
-"""Matrix products of linear layers on this machine: torch's own, and by oneDNN on weights as they are or packed.
+"""Matrix products of linear layers on this machine: torch's own, and by oneDNN on weights as they are or packed; and what a
+product of a new shape costs.
 
     python bench/products.py
 
@@ -8,9 +9,11 @@ a small Llama (576 wide, 1536 inside) and of the embedded GPT-2 (160 wide).
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +37,26 @@ def teraflops(run: Callable[[Tensor], Any], weights: list[Tensor], operations: i
             run(weight)
         seconds.append(time.perf_counter() - started)
     return operations * len(weights) / statistics.median(seconds) / 1e12
+
+
+def resident_mb() -> float:
+    """Memory of this process at the moment; nan where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), math.nan)
+
+
+def new_shapes(dtype: torch.dtype) -> tuple[float, float, float]:
+    """Milliseconds of a product by oneDNN whose number of rows is new, and of the same one again, and MB that each keeps."""
+    weight, counts = torch.randn(640, 160).to(dtype), range(400, 600)
+    inputs = [torch.randn(count, 160).to(dtype) for count in counts]
+    before, seconds = resident_mb(), []
+    for _ in range(2):
+        started = time.perf_counter()
+        for x in inputs:
+            products._onednn(x, weight, None)
+        seconds.append((time.perf_counter() - started) / len(counts))
+    return 1e3 * seconds[0], 1e3 * seconds[1], (resident_mb() - before) / len(counts)
 
 
 def main() -> None:
@@ -62,6 +85,14 @@ def main() -> None:
                 f"| {name} | {rows} | {inside} | {outside} | {plain:.2f} | {other:.2f} | {quick:.2f} | {quick / plain:.1f}× |",
                 flush=True,
             )
+
+    print("\n| dtype | first product of a shape, ms | the same again, ms | kept for each shape, MB |")
+    print("| --- | --- | --- | --- |")
+    for dtype in (torch.float32, torch.bfloat16):
+        if can_be_packed(torch.zeros(640, 160, dtype=dtype)):
+            with torch.no_grad():
+                first, again, kept = new_shapes(dtype)
+            print(f"| {str(dtype).removeprefix('torch.')} | {first:.2f} | {again:.2f} | {kept:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -95,3 +95,11 @@ def test_where_torch_is_quick_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -
     model = llama()
     with quick_products(model):
         assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_the_argument_may_be_named() -> None:
+    layer, rows = llama().lm_head, torch.randn(3, 64)
+    want = layer(rows)
+    with quick_products(layer):
+        torch.testing.assert_close(layer(input=rows), want)
+        torch.testing.assert_close(layer(rows), want)

@@ -206,3 +206,11 @@ def test_a_hook_is_not_passed_over() -> None:
         assert joined(model) == 3
         model(input_ids=torch.randint(80, (3, 9)))
     assert called == [1]
+
+
+def test_the_argument_may_be_named() -> None:
+    model, rows = llama(), torch.randn(3, 64)
+    with torch.no_grad():
+        want = model.lm_head(rows)
+        with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+            torch.testing.assert_close(model.lm_head(input=rows), want, rtol=1e-4, atol=1e-5)

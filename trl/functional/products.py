@@ -130,7 +130,8 @@ class LinearForward:
         self.layer = layer
         self.transposed = transposed
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (rows,) = (*args, *kwargs.values())  # the argument's name is the layer's own
         return linear(rows, self.layer.weight, self.layer.bias, transposed=self.transposed)
 
 

@@ -38,9 +38,13 @@ class _PackedLinear:
         self.bias = bias
         self.plain = plain
 
-    def __call__(self, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if rows.dtype != self.dtype or not rows.numel() or args or kwargs:
-            return self.plain(rows, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs or args[0].dtype != self.dtype or not args[0].numel():
+            return self.plain(*args, **kwargs)
+        return self.product(args[0])
+
+    def product(self, rows: Tensor) -> Tensor:
+        """`[..., in]` rows, at least one, to `[..., out]`."""
         return packed_linear(rows, self.weight, self.bias)
 
 
@@ -53,9 +57,7 @@ class _PackedAdapter(_PackedLinear):
         self.outside = base.out_features
         self.up = up.t()  # [r, out]
 
-    def __call__(self, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if rows.dtype != self.dtype or not rows.numel() or args or kwargs:
-            return self.plain(rows, *args, **kwargs)
+    def product(self, rows: Tensor) -> Tensor:
         both = packed_linear(rows, self.weight, self.bias).flatten(0, -2)
         found = torch.addmm(both[:, : self.outside], both[:, self.outside :], self.up)
         return found.view(*rows.shape[:-1], self.outside)
