@@ -89,8 +89,8 @@ def _is_worthwhile(rows: Tensor, weight: Tensor, bias: Tensor | None, multiplica
 def shared_size(count: int, steps: int = 16) -> int:
     """`count` or a little more: of the numbers that are the same for many counts, `steps` between a power of two and the next.
 
-    oneDNN writes code for every shape of a product, half a millisecond and half a megabyte each, and keeps it for the next
-    product of that shape. Where the shapes of a job never repeat, that is a tenth of the time of a small model.
+    oneDNN writes code for every shape of a product, half a millisecond and up to a megabyte each, and keeps it for the
+    next product of that shape (bench/products.py). Where shapes never repeat, that is a tenth of the time of a small model.
     """
     step = max(1, 2 ** (max(0, count - 1).bit_length()) // (2 * steps))
     return -(-count // step) * step
