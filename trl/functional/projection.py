@@ -6,7 +6,6 @@ Neither the logits `[N, V]` nor their gradient is ever there as a whole. The sof
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trl.functional.logprobs import FLOOR, wide_dtype
+from trl.functional.logprobs import BITS, FLOOR, wide_dtype
 from trl.functional.products import linear, summed_outer
 
 # Rows that are multiplied at a time, and the size of their block of logits in float32: on a CPU it stays in the cache.
@@ -22,8 +21,6 @@ _ROWS = {"cpu": 512, "other": 8192}
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "other": 256 * 2**20}
 # Below this the logits of all blocks are kept for the backward pass in place of a second projection.
 _KEPT_BYTES = 32 * 2**20
-# Exponentials are powers of two, of numbers in bits: what torch calls for exp takes three times as long on some CPUs.
-_BITS = 1 / math.log(2)
 
 
 def _sizes(hidden: Tensor, words: int, block: tuple[int, int] | None) -> tuple[int, int]:
@@ -66,7 +63,7 @@ class _Projected(torch.autograd.Function):
         chosen = torch.zeros(count, dtype=wide_dtype(hidden), device=hidden.device)
         top = torch.full_like(chosen, -torch.inf)
         total, slope = torch.zeros_like(chosen), torch.zeros_like(chosen)  # sums of w and of w x, w = 2^x
-        unit = _BITS / temperature
+        unit = BITS / temperature
         keep = any(ctx.needs_input_grad) and count * words * hidden.element_size() <= _KEPT_BYTES
         kept: list[Tensor] = []
         for some in _parts(words, step):
@@ -90,8 +87,8 @@ class _Projected(torch.autograd.Function):
                 total[rows] = total[rows] * scale + w.sum(dim=-1)
                 top[rows] = largest
         log_total = total.log2()
-        chosen = (chosen - top) / temperature - log_total / _BITS
-        entropy = (log_total - slope / total) / _BITS if need_entropy else slope
+        chosen = (chosen - top) / temperature - log_total / BITS
+        entropy = (log_total - slope / total) / BITS if need_entropy else slope
         ctx.save_for_backward(hidden, weight, bias, tokens, top, log_total, entropy, *kept)
         ctx.temperature, ctx.block = temperature, (size, step)
         ctx.set_materialize_grads(False)
@@ -111,7 +108,7 @@ class _Projected(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         size, step = ctx.block
         count, words, wide = len(hidden), len(weight), top.dtype
-        unit = _BITS / ctx.temperature
+        unit = BITS / ctx.temperature
         highest = top + log_total / unit  # a logit as high as this would have all the probability
         grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if wants_hidden else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
@@ -128,7 +125,7 @@ class _Projected(torch.autograd.Function):
                 x = _minus(raw, highest[rows], keep=bool(kept)).mul_(unit)
                 if grad_entropy is not None:  # dH / dx = -p (log p + H)
                     p = torch.exp2(x)
-                    outer = x.clamp_(min=FLOOR).div_(_BITS).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
+                    outer = x.clamp_(min=FLOOR).div_(BITS).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
                     if grad_chosen is not None:  # d log p_a / dx = onehot(a) - p
                         outer += grad_chosen[rows, None]
                     grad = p.mul_(outer).neg_()

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-_BITS = 1 / math.log(2)  # powers of two are quicker than exp on some CPUs
+from trl.functional.logprobs import BITS
+
 _BLOCK = 512  # words that share one partial sum
 _HEAD = 1024  # most likely words among which the edge of a nucleus is looked for first
 
@@ -84,7 +85,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     blocks = -(-words // _BLOCK)
     weights = logits.new_empty(rows, blocks * _BLOCK)
     weights[:, words:] = 0
-    torch.sub(logits, largest, out=weights[:, :words]).mul_(_BITS).exp2_()
+    torch.sub(logits, largest, out=weights[:, :words]).mul_(BITS).exp2_()
     weights = weights.view(rows, blocks, _BLOCK)
     sums = weights.sum(dim=-1).double()
     reached = sums.cumsum(dim=-1)

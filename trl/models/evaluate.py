@@ -97,13 +97,14 @@ class _Layout:
 
     inputs: dict[str, Any]  # keyword arguments of its forward
     running: AbstractContextManager[None]  # around it
-    asked: Tensor  # [B, S] which predictions are asked for: N of them
-    rows: Tensor  # [N] where each is made, in the decoder's tokens [B, T] as one row
+    asked: Tensor  # [B, S] which predictions are asked for
+    rows: Tensor  # [N] where each is made, in the decoder's tokens [B, T] as one row; then some more, so that N repeats
     tokens: Tensor  # [N] what each is of
 
     def placed(self, x: Tensor) -> Tensor:
         """`[N]` -> `[B, S]`, 0 elsewhere."""
-        return x.new_zeros(self.asked.shape).index_put(self.asked.nonzero(as_tuple=True), x)
+        places = self.asked.nonzero(as_tuple=True)
+        return x.new_zeros(self.asked.shape).index_put(places, x[: len(places[0])])
 
 
 def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
@@ -132,7 +133,9 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
         start = torch.arange(len(tokens), device=tokens.device)[:, None] * width
         place = start + (count if moved is not None else torch.arange(width, device=tokens.device))
         inputs = _inputs(model, rollout, _move(tokens, moved), _move(attention, moved))
-    return _Layout(inputs=inputs, running=running, asked=asked, rows=place[row, column], tokens=tokens[row, column + 1])
+    filling = (0, shared_size(len(row)) - len(row) if row.device.type == "cpu" else 0)
+    rows, following = F.pad(place[row, column], filling), F.pad(tokens[row, column + 1], filling)
+    return _Layout(inputs=inputs, running=running, asked=asked, rows=rows, tokens=following)
 
 
 def _without_logits(
@@ -140,10 +143,7 @@ def _without_logits(
 ) -> Evaluation:
     """The same where a model's logits need not be made."""
     layout = _layout(model, rollout, response_only)
-    count = len(layout.rows)
-    filling = shared_size(count) - count if layout.rows.device.type == "cpu" else 0
-    rows, tokens = F.pad(layout.rows, (0, filling)), F.pad(layout.tokens, (0, filling))
-    wanted = Wanted(rows=rows, tokens=tokens, temperature=temperature, entropy=entropy)
+    wanted = Wanted(rows=layout.rows, tokens=layout.tokens, temperature=temperature, entropy=entropy)
     critic = None
     with layout.running:
         if _has_values(model):
@@ -151,9 +151,9 @@ def _without_logits(
         else:
             logprobs, spread = predict(model, layout.inputs, wanted)
     return Evaluation(
-        logprobs=layout.placed(logprobs[:count]),
-        values=layout.placed(critic[:count]) if values and critic is not None else None,
-        entropy=layout.placed(spread[:count]) if entropy else None,
+        logprobs=layout.placed(logprobs),
+        values=layout.placed(critic) if values and critic is not None else None,
+        entropy=layout.placed(spread) if entropy else None,
     )
 
 
