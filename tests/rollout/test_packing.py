@@ -31,6 +31,13 @@ def replaced(model: torch.nn.Module) -> int:
     return sum("forward" in vars(module) for module in model.modules())
 
 
+def single(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with layers of a make that is not known."""
+    for layer in model.get_decoder().layers:
+        layer.__class__ = type("OurDecoderLayer", (type(layer),), {})
+    return model
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_same_logits(make) -> None:
     model = make()
@@ -38,8 +45,17 @@ def test_same_logits(make) -> None:
     with torch.no_grad():
         want = model(input_ids=words).logits
         with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
-            # Keys and values of the Llama are 32 wide, which is not worth it.
-            assert replaced(model) == (11 if make is llama else 9)
+            assert replaced(model) == 3  # two layers as a whole, and the head
+            torch.testing.assert_close(model(input_ids=words).logits, want, rtol=1e-4, atol=1e-5)
+    assert replaced(model) == 0
+
+
+def test_layers_of_another_make_are_packed_one_by_one() -> None:
+    model, words = single(llama()), torch.randint(80, (3, 9))
+    with torch.no_grad():
+        want = model(input_ids=words).logits
+        with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+            assert replaced(model) == 11  # keys and values are 32 wide, which is not worth it
             torch.testing.assert_close(model(input_ids=words).logits, want, rtol=1e-4, atol=1e-5)
     assert replaced(model) == 0
 
@@ -55,7 +71,7 @@ def test_the_weights_of_the_moment_are_packed() -> None:
 
 
 def test_too_few_tokens_and_layers_of_somebody_else() -> None:
-    model = llama()
+    model = single(llama())
     with packed_weights(model, rows=3, tokens=LEAST_TOKENS - 1):
         assert replaced(model) == 0
     theirs = model.lm_head.forward = lambda hidden: hidden
@@ -84,7 +100,7 @@ def test_sampling_and_its_trial_use_them(dtype: torch.dtype, monkeypatch: pytest
         made.append(rows)
         return products.packed(weight, rows)
 
-    monkeypatch.setattr(packing, "packed", counted)
+    monkeypatch.setattr("trl.rollout.joined.packed", counted)
     model = llama(dtype)
     if not products.can_be_packed(model.lm_head.weight):
         pytest.skip("this processor has no bfloat16 instructions")
@@ -113,7 +129,10 @@ def adapted(bias: bool = False, **settings: object) -> torch.nn.Module:
 
 
 def joined(model: torch.nn.Module) -> int:
-    return sum(type(vars(module).get("forward")) is packing._PackedAdapter for module in model.modules())
+    """How many adapters are packed with the weights under them."""
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    products = [product for forward in forwards for product in getattr(forward, "products", ())]
+    return sum(len(product.ups) for product in products)
 
 
 @old_name
@@ -170,7 +189,7 @@ def test_copies_that_would_fill_the_memory_are_not_made(
     assert len(caplog.records) == 1 and "more than an eighth of the memory" in caplog.text
     monkeypatch.setattr(packing, "_memory", lambda: 8 * size)
     with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
-        assert replaced(model) == 11
+        assert replaced(model) == 3
 
 
 def test_the_memory_of_a_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,6 +17,12 @@ from torch.autograd.function import once_differentiable
 _WORTHWHILE = 2**21
 # Smaller weights than of so many columns and rows are not packed.
 _LEAST_SIDE = 64
+# What oneDNN calls what can follow a product: a name, scalars, and a kind.
+ACTIVATIONS: dict[str, tuple[str, list[float], str]] = {
+    "none": ("none", [], ""),
+    "silu": ("swish", [], ""),
+    "gelu_tanh": ("gelu", [], "tanh"),
+}
 # Neither sharded nor quantised.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -64,13 +70,33 @@ def packed(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
 
-def packed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`[..., in]` rows times a packed weight, plus `[out]` bias; not differentiable."""
-    return _onednn(rows, weight, bias)
+def packed_linear(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str = "none",
+    added: Tensor | None = None,
+    times: Tensor | None = None,
+) -> Tensor:
+    """`[..., in]` rows times a packed weight, plus `[out]` bias, and what follows before it is rounded; not differentiable.
+
+    Args:
+        rows: at least one.
+        weight: from `packed`.
+        bias: or None.
+        activation: a name of `ACTIVATIONS`, of the result.
+        added: `[..., out]`, added to the result; without `activation`.
+        times: `[..., out]`, multiplied by the result; without either.
+    """
+    if added is not None or times is not None:
+        other, name = (added, "add") if added is not None else (times, "mul")
+        return torch.ops.mkldnn._linear_pointwise.binary(rows, other, weight, bias, name)
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *ACTIVATIONS[activation])
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *ACTIVATIONS["none"])
 
 
 def _is_worthwhile(rows: Tensor, weight: Tensor, bias: Tensor | None, multiplications: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,17 +46,50 @@ def decoding_attention(
     if key.dtype != torch.float32 and whole_room(key).shape[2] == whole_room(value).shape[2]:
         # Of parts of a buffer oneDNN's products make copies first, so that its empty rest is cheaper multiplied than cut off.
         key, value = whole_room(key), whole_room(value)
-    scores = torch.bmm(asked, key.flatten(0, 1).transpose(1, 2)).mul_(scale)
-    scores[:, :, tokens:] = -torch.inf
-    if attention_mask is not None:
-        seen = scores.view(rows, heads, -1)[:, :, :tokens]
-        mask = attention_mask[:, :, -1, :tokens]
-        if mask.dtype == torch.bool:
-            seen.masked_fill_(~mask, torch.finfo(seen.dtype).min)
-        else:
-            seen += mask
+    bias = _bias(attention_mask, tokens, key, heads)
+    keys = key.flatten(0, 1).transpose(1, 2)
+    if bias is None:
+        scores = torch.bmm(asked, keys).mul_(scale)
+    else:
+        scores = torch.baddbmm(bias.expand(*asked.shape[:2], -1), asked, keys, alpha=scale)
     out = torch.bmm(torch.softmax(scores, dim=-1), value.flatten(0, 1))
     return out.view(rows, 1, heads, size), None
+
+
+def _bias(mask: Tensor | None, tokens: int, key: Tensor, heads: int) -> Tensor | None:
+    """`[B * shared or 1, heads / shared or 1, room]`: what is added to scores, -inf in the room after the tokens.
+
+    Args:
+        mask: `[B or 1, heads or 1, n, tokens or more]`, True where tokens are looked at, or what is added; or None. All layers of
+            a pass are given the same, so that what was made of it stays with it.
+        tokens: how many there are.
+        key: `[B, shared, room, D]`.
+        heads: how many ask.
+    """
+    rows, shared, room = key.shape[:3]
+    if mask is None:
+        return None if tokens == room else _tail(tokens, room, key.dtype, key.device)
+    made: dict[Any, Tensor] = mask.__dict__.setdefault("_trl_bias", {})
+    found = made.get((key.shape, key.dtype))
+    if found is None:
+        seen = mask[:, :, -1, :tokens].expand(rows, -1, -1)  # [B, heads or 1, tokens]
+        seen = seen.expand(-1, shared, -1) if seen.shape[1] == 1 else seen
+        found = torch.full((*seen.shape[:2], room), -torch.inf, dtype=key.dtype, device=key.device)
+        if seen.dtype == torch.bool:
+            found[:, :, :tokens] = torch.zeros_like(seen, dtype=key.dtype).masked_fill_(
+                ~seen, torch.finfo(key.dtype).min
+            )
+        else:
+            found[:, :, :tokens] = seen
+        made[key.shape, key.dtype] = found = found.view(rows * shared, -1, room)
+    return found
+
+
+@lru_cache(maxsize=4)
+def _tail(tokens: int, room: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    tail = torch.zeros(1, 1, room, dtype=dtype, device=device)
+    tail[..., tokens:] = -torch.inf
+    return tail
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-_STEP = 64  # tokens of room that are added at a time, at the least
+_STEP = 16  # tokens of room that are added at a time, at the least
 
 
 class GrowingLayer(DynamicLayer):

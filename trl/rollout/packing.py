@@ -1,7 +1,8 @@
 """Weights laid out for decoding: as oneDNN reads them, once per batch of responses in place of once per token.
 
 A product of few rows takes as long as it takes to read the weights, and torch's own order is read more slowly
-(bench/products.py). What a LoRA adapter reads first is packed with the weight that it stands on.
+(bench/products.py). What a LoRA adapter reads first is packed with the weight that it stands on, and decoder layers of
+well-known makes are packed as a whole (`trl.rollout.layers`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trl.functional.products import LinearForward, can_be_packed, packed, packed_linear
+from trl.rollout.joined import Joined, Part, can_be_joined, part_of
+from trl.rollout.layers import quick_make
 
 logger = logging.getLogger(__name__)
 
@@ -30,61 +32,16 @@ _SHARE = 1 / 8
 
 
 class _PackedLinear:
-    """Stands in for the `forward` of a linear layer, on a packed weight."""
+    """Stands in for the `forward` of a linear layer, or of a LoRA layer, on a packed weight."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, plain: Callable[..., Tensor], rows: int) -> None:
-        self.weight = packed(weight, rows)
-        self.dtype = weight.dtype
-        self.bias = bias
+    def __init__(self, part: Part, plain: Callable[..., Tensor], rows: int) -> None:
+        self.products = (Joined([part], rows),)
         self.plain = plain
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) != 1 or kwargs or args[0].dtype != self.dtype or not args[0].numel():
+        if len(args) != 1 or kwargs or args[0].dtype != self.products[0].dtype or not args[0].numel():
             return self.plain(*args, **kwargs)
-        return self.product(args[0])
-
-    def product(self, rows: Tensor) -> Tensor:
-        """`[..., in]` rows, at least one, to `[..., out]`."""
-        return packed_linear(rows, self.weight, self.bias)
-
-
-class _PackedAdapter(_PackedLinear):
-    """The same for a LoRA layer: one product with the weight and with what the adapter reads."""
-
-    def __init__(self, base: nn.Linear, low: Tensor, up: Tensor, plain: Callable[..., Tensor], rows: int) -> None:
-        bias = None if base.bias is None else nn.functional.pad(base.bias.detach(), (0, len(low)))
-        super().__init__(torch.cat([base.weight.detach(), low.detach()]), bias, plain, rows)
-        self.outside = base.out_features
-        self.up = up.t()  # [r, out]
-
-    def product(self, rows: Tensor) -> Tensor:
-        both = packed_linear(rows, self.weight, self.bias).flatten(0, -2)
-        found = torch.addmm(both[:, : self.outside], both[:, self.outside :], self.up)
-        return found.view(*rows.shape[:-1], self.outside)
-
-
-def _adapter(module: Any) -> tuple[Tensor, Tensor] | None:
-    """What a plain LoRA layer multiplies by, one after the other: `[r, in]`, and `[out, r]` with its scale; None for others."""
-    if type(module).__name__ != "Linear" or not type(module).__module__.startswith("peft.tuners.lora."):
-        return None
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    if module.disable_adapters or module.merged or len(names) != 1:
-        return None
-    (name,) = names
-    low, up, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    layers = (module.base_layer, low, up)
-    if any(type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter for layer in layers):
-        return None
-    if (
-        low.bias is not None
-        or up.bias is not None
-        or name in module.lora_variant
-        or (dropout.training and getattr(dropout, "p", 0))
-    ):
-        return None
-    if len({layer.weight.dtype for layer in layers}) > 1 or not all(_is_free(layer) for layer in (low, up)):
-        return None
-    return low.weight.detach(), up.weight.detach() * module.scaling[name]
+        return self.products[0](args[0])
 
 
 @cache
@@ -125,7 +82,7 @@ def _log_too_large(needed: int, memory: int | None) -> None:
 
 @contextmanager
 def packed_weights(model: nn.Module, *, rows: int, tokens: int) -> Iterator[None]:
-    """Within, the linear layers of `model` read copies of their weights that are laid out for decoding; not differentiable.
+    """Within, the layers of `model` read copies of their weights that are laid out for decoding; not differentiable.
 
     Where torch cannot do so, for too few tokens, or where the copies would fill more than an eighth of the machine's memory,
     nothing is done.
@@ -135,34 +92,25 @@ def packed_weights(model: nn.Module, *, rows: int, tokens: int) -> Iterator[None
         rows: about how many rows are decoded at a time.
         tokens: about how many forward passes will be made.
     """
-    layers: list[Any] = []
+    chosen: dict[Any, Callable[[], Callable[..., Tensor]]] = {}  # what will stand in for the forward of which module
     if tokens >= LEAST_TOKENS and not torch.is_autocast_enabled("cpu"):  # which would narrow the weights in every pass
-        layers = [layer for layer in model.modules() if _is_packable(layer)]
-    needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    memory = _memory()
-    if layers and (memory is None or needed > _SHARE * memory):
-        _log_too_large(needed, memory)
-        layers = []
-    wanted = set(layers)
-    adapters: list[Any] = (
-        [module for module in model.modules() if getattr(module, "base_layer", None) in wanted] if wanted else []
+        chosen = _chosen(model, rows)
+    needed = sum(
+        part.weight.numel() * part.weight.element_size()
+        for module in chosen
+        for part in module.modules()
+        if type(part) in (nn.Linear, Conv1D)
     )
-    before: dict[Any, LinearForward | None] = {}
-
-    def put(module: Any, forward: _PackedLinear) -> None:
-        before[module] = vars(module).get("forward")
-        module.forward = forward
-
+    memory = _memory()
+    if chosen and (memory is None or needed > _SHARE * memory):
+        _log_too_large(needed, memory)
+        chosen = {}
+    before: dict[Any, Any] = {}
     try:
-        for module in adapters:
-            found = _adapter(module) if _is_free(module) else None
-            if found is not None:
-                put(module, _PackedAdapter(module.base_layer, *found, module.forward, rows))
-                wanted.discard(module.base_layer)
-        for layer in layers:
-            if layer in wanted:
-                bias = None if layer.bias is None else layer.bias.detach()
-                put(layer, _PackedLinear(_weight(layer), bias, layer.forward, rows))
+        for module, make in chosen.items():
+            forward = make()
+            before[module] = vars(module).get("forward")
+            module.forward = forward
         yield
     finally:
         for module, own in before.items():
@@ -171,18 +119,18 @@ def packed_weights(model: nn.Module, *, rows: int, tokens: int) -> Iterator[None
                 module.forward = own
 
 
-def _weight(layer: Any) -> Tensor:
-    """`[out, in]`."""
-    weight: Tensor = layer.weight.detach()
-    return weight.t() if type(layer) is Conv1D else weight
-
-
-def _is_packable(layer: Any) -> bool:
-    plain = type(layer) in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter
-    return plain and _is_free(layer) and can_be_packed(_weight(layer))
-
-
-def _is_free(layer: Any) -> bool:
-    """Whether nobody else stands in for its `forward`, nor waits for it to be called."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return not hooked and isinstance(vars(layer).get("forward"), LinearForward | None)
+def _chosen(model: nn.Module, rows: int) -> dict[Any, Callable[[], Callable[..., Tensor]]]:
+    """Whole decoder layers where they are known, and other linear layers; nothing that is within another."""
+    found: dict[Any, Callable[[], Callable[..., Tensor]]] = {}
+    within: set[nn.Module] = set()
+    for module in model.modules():  # what holds others comes before them
+        if module in within:
+            continue
+        if (make := quick_make(module)) is not None:
+            found[module] = partial(make, module, rows)
+        elif (part := part_of(module)) is not None and can_be_joined([part]):
+            found[module] = partial(_PackedLinear, part, module.forward, rows)
+        else:
+            continue
+        within |= set(module.modules())
+    return found

@@ -1,0 +1,152 @@
+"""Decoder layers with few operations: the numbers of the model's own, for each make and under adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tests.rollout.test_packing import old_name, replaced
+from trl.functional import products
+from trl.rollout import engine
+from trl.rollout.attention import decoding
+from trl.rollout.layers import _GPT2, QuickLayer, _Gated, quick_make
+from trl.rollout.packing import LEAST_TOKENS, packed_weights
+
+pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")
+
+SIZES = {
+    "vocab_size": 80,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def llama(**more: object) -> torch.nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | more)))
+
+
+def mistral() -> torch.nn.Module:
+    return MistralForCausalLM(MistralConfig(**SIZES, head_dim=32, sliding_window=4))
+
+
+def qwen() -> torch.nn.Module:
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES))
+
+
+def gpt2(**more: object) -> torch.nn.Module:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=80, n_embd=64, n_layer=2, n_head=4, **more))
+
+
+def made(make: Callable[..., torch.nn.Module], dtype: torch.dtype = torch.float32, **more: object) -> torch.nn.Module:
+    """A model whose norms and biases are not what they begin as."""
+    torch.manual_seed(0)
+    model = make(**more).eval().to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "ln_" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) / 4)
+    return model
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each pass of a layer was made with few operations."""
+    seen: list[bool] = []
+    for kind in (_Gated, _GPT2):
+
+        def watched(self: QuickLayer, *args: object, _plain=kind.pass_through, **kwargs: object) -> object:
+            found = _plain(self, *args, **kwargs)
+            seen.append(found is not None)
+            return found
+
+        monkeypatch.setattr(kind, "pass_through", watched)
+    return seen
+
+
+@pytest.mark.parametrize("make", [llama, mistral, qwen, gpt2])
+def test_decoding_gives_the_numbers_of_plain_passes(make: Callable[..., torch.nn.Module], passes: list[bool]) -> None:
+    model = made(make)
+    assert engine._gap(model) < 1e-5
+    assert passes == [True] * len(passes) and len(passes) == 8  # a prefill and three tokens, in two layers
+    assert replaced(model) == 0
+
+
+@pytest.mark.parametrize("make", [llama, qwen, gpt2])
+def test_in_bfloat16_they_are_as_near_as_rounding_lets_them(make: Callable[..., torch.nn.Module]) -> None:
+    model = made(make, torch.bfloat16)
+    if not products.can_be_packed(model.get_output_embeddings().weight):
+        pytest.skip("this processor has no bfloat16 instructions")
+    plain = made(make, torch.bfloat16)
+    for layer in plain.modules():
+        layer.register_forward_hook(lambda *args: None)  # a layer that somebody watches is run as it is
+    assert quick_make(next(m for m in plain.modules() if type(m).__name__.endswith(("DecoderLayer", "Block")))) is None
+    assert engine._gap(model) < max(2 * engine._gap(plain), 0.02)
+
+
+@old_name
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]], ids=len
+)
+def test_under_adapters(targets: list[str], passes: list[bool]) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets, lora_alpha=3)
+    model = peft.get_peft_model(made(llama, attention_bias=True), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert engine._gap(model) < 1e-5
+    assert passes == [True] * 8
+    with model.disable_adapter():
+        assert engine._gap(model) < 1e-5
+        assert len(passes) == 8  # peft knows best
+
+
+def test_what_is_not_as_it_was_made_runs_as_it_is() -> None:
+    def known(model: torch.nn.Module) -> list[bool]:
+        layers = getattr(model.get_decoder(), "layers", None) or model.get_decoder().h
+        return [quick_make(layer) is not None for layer in layers]
+
+    assert known(made(llama)) == [True, True]
+    assert known(made(gpt2)) == [True, True]
+    assert known(made(llama, hidden_act="relu")) == [False, False]
+    assert known(made(gpt2, activation_function="relu")) == [False, False]
+    assert known(made(gpt2, add_cross_attention=True)) == [False, False]
+    model = made(llama)
+    model.model.layers[0].self_attn.register_forward_hook(lambda *args: None)
+    model.model.layers[1].mlp.forward = model.model.layers[1].mlp.forward
+    assert known(model) == [False, False]
+    model = made(llama)
+    model.config._attn_implementation = "eager"
+    assert known(model) == [False, False]
+    model = made(llama)
+    model.model.layers[0].forward = model.model.layers[0].forward
+    model.model.layers[1].to(torch.float64)
+    assert known(model) == [False, False]
+
+
+def test_passes_that_they_are_not_for_are_the_models_own(passes: list[bool]) -> None:
+    model, words = made(llama), torch.randint(80, (3, 9))
+    with torch.no_grad():
+        want = model(input_ids=words, use_cache=False).logits
+        with decoding(model), packed_weights(model, rows=3, tokens=LEAST_TOKENS):
+            torch.testing.assert_close(model(input_ids=words, use_cache=False).logits, want, rtol=1e-4, atol=1e-5)
+            assert passes == [False, False]
+            model.train()
+            torch.testing.assert_close(model(input_ids=words).logits, want, rtol=1e-4, atol=1e-5)
+            assert passes == [False, False]  # not asked

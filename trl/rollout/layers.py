@@ -1,0 +1,172 @@
+"""Decoder layers of well-known makes, with as few operations as a token needs.
+
+At one token a row, an operation between two products takes as long to be asked for as to be done. Here products that read the
+same rows are one, what follows a product is done before its result is rounded, and rotations and norms take a third of the
+operations. The trial of decoding (`trl.rollout.engine.obstacle`) runs through these layers too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
+
+from trl.rollout.attention import NAME, decoding_attention
+from trl.rollout.joined import Joined, Part, can_be_joined, is_free, part_of
+
+
+class QuickLayer:
+    """Stands in for the `forward` of a decoder layer in passes with a cache; not differentiable.
+
+    Args:
+        layer: of the make that a subclass is for.
+        rows: how many sequences there are, about.
+    """
+
+    # Names of its linear layers, those that read the same rows together, and of its other parts, attention first.
+    reads: tuple[tuple[str, ...], ...]
+    beside: tuple[str, ...]
+
+    def __init__(self, layer: Any, rows: int) -> None:
+        self.layer = layer
+        self.plain: Callable[..., Tensor] = layer.forward
+        self.products = [Joined(parts, rows) for parts in self.parts(layer) or ()]
+        self.attention = layer.get_submodule(self.beside[0])
+
+    @classmethod
+    def knows(cls, layer: Any) -> bool:
+        """Whether a layer of this make is as it was made, and its products can be made here."""
+        others = [layer.get_submodule(name) for name in cls.beside]
+        config = others[0].config
+        return (
+            config._attn_implementation in ("sdpa", NAME)
+            and all(is_free(part) for part in (layer, *others))
+            and "forward" not in vars(layer)
+            and cls.parts(layer) is not None
+        )
+
+    @classmethod
+    def parts(cls, layer: Any) -> list[list[Part]] | None:
+        """The linear layers that read the same rows, in lists; None if one is of another kind."""
+        found = [[part_of(layer.get_submodule(name)) for name in names] for names in cls.reads]
+        known = [[part for part in parts if part is not None] for parts in found]
+        whole = all(
+            len(parts) == len(names) and can_be_joined(parts) for parts, names in zip(known, cls.reads, strict=True)
+        )
+        return known if whole else None
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        known = hidden_states.dtype == self.products[0].dtype and not self.layer.training
+        found = self.pass_through(hidden_states, *args, **kwargs) if known else None
+        return self.plain(hidden_states, *args, **kwargs) if found is None else found
+
+    def pass_through(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        """`[B, n, H]` to the same; None if these arguments are for the plain layer."""
+        raise NotImplementedError
+
+
+class _Gated(QuickLayer):
+    """Llama's, and its like: norms by the root mean square, rotated queries and keys, a gated inner layer."""
+
+    reads = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj",),
+        ("mlp.up_proj",),
+        ("mlp.down_proj",),
+    )
+    beside = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+
+    @classmethod
+    def knows(cls, layer: Any) -> bool:
+        return super().knows(layer) and isinstance(layer.mlp.act_fn, SiLUActivation | nn.SiLU)
+
+    def pass_through(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        size = self.attention.head_dim
+        if past_key_values is None or position_embeddings is None or position_embeddings[0].shape[-1] != size:
+            return None
+        read, write, gate, up, down = self.products
+        heads, shared = (width // size for width in read.sizes[:2])
+        by_head = read(_normed(hidden, self.layer.input_layernorm)).unflatten(-1, (-1, size))
+        turned = _rotated(by_head[:, :, : heads + shared], *position_embeddings)
+        query, key = turned.transpose(1, 2).split((heads, shared), dim=1)
+        value = by_head[:, :, heads + shared :].transpose(1, 2)
+        hidden = write(_attended(self.attention, query, key, value, attention_mask, past_key_values), added=hidden)
+        normed = _normed(hidden, self.layer.post_attention_layernorm)
+        return down(up(normed, times=gate(normed, activation="silu")), added=hidden)
+
+
+class _GPT2(QuickLayer):
+    """GPT-2's: layer norms, and queries, keys and values in one product already."""
+
+    reads = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))
+    beside = ("attn", "mlp", "ln_1", "ln_2")
+
+    @classmethod
+    def knows(cls, layer: Any) -> bool:
+        tanh = isinstance(layer.mlp.act, NewGELUActivation | GELUTanh)
+        return tanh and not hasattr(layer, "crossattention") and super().knows(layer)
+
+    def pass_through(
+        self,
+        hidden: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        if past_key_values is None or encoder_hidden_states is not None:
+            return None
+        read, write, up, down = self.products
+        by_head = read(self.layer.ln_1(hidden)).unflatten(-1, (3, self.attention.num_heads, self.attention.head_dim))
+        query, key, value = by_head.permute(2, 0, 3, 1, 4)
+        hidden = write(_attended(self.attention, query, key, value, attention_mask, past_key_values), added=hidden)
+        return down(up(self.layer.ln_2(hidden), activation="gelu_tanh"), added=hidden)
+
+
+_MAKES: dict[tuple[str, str], type[QuickLayer]] = {
+    ("transformers.models.llama.modeling_llama", "LlamaDecoderLayer"): _Gated,
+    ("transformers.models.mistral.modeling_mistral", "MistralDecoderLayer"): _Gated,
+    ("transformers.models.qwen2.modeling_qwen2", "Qwen2DecoderLayer"): _Gated,
+    ("transformers.models.gpt2.modeling_gpt2", "GPT2Block"): _GPT2,
+}
+
+
+def quick_make(layer: Any) -> type[QuickLayer] | None:
+    """What can stand in for a layer; None if it is of another make, or was changed."""
+    make = _MAKES.get((type(layer).__module__, type(layer).__name__))
+    return make if make is not None and make.knows(layer) else None
+
+
+def _attended(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, past_key_values: Any
+) -> Tensor:
+    """`[B, heads, n, D]` queries, keys and values of new tokens to `[B, n, heads * D]`."""
+    key, value = past_key_values.update(key, value, attention.layer_idx)
+    return decoding_attention(attention, query, key, value, mask, scaling=attention.scaling)[0].flatten(2)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`[B, n, heads, D]` by angles `[B, n, D]`: its halves are the two parts of what turns (Su et al. 2021, arXiv:2104.09864)."""
+    half = x.shape[-1] // 2
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    turned = x * cos
+    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return turned
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    """What a norm by the root mean square makes of `[..., H]` (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    return nn.functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
