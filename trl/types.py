@@ -29,6 +29,8 @@ class Rollout:
     encoder_attention: Tensor | None = None  # [B, Q] bool
     sampler_logprobs: Tensor | None = None  # [B, S] as the engine that sampled saw them
     policy_version: int = 0  # which weights sampled it
+    states: Tensor | None = None  # [B, T, H] what the policy's first `depth` layers, which are frozen, return
+    depth: int = 0
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -158,7 +160,7 @@ def take(batch: Batch, rows: Tensor | slice, columns: slice | None = None) -> Ba
             changes[name] = take(value, rows, columns)
         elif isinstance(value, Tensor):
             value = value[rows]
-            if columns is not None and name in ("tokens", "attention"):
+            if columns is not None and name in ("tokens", "attention", "states"):
                 value = value[:, columns]
             elif columns is not None and value.dim() == 2 and not name.startswith("encoder_"):
                 value = value[:, columns.start : columns.stop - 1]

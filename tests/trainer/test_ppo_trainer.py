@@ -13,6 +13,7 @@ import torch
 from tests.helpers import assert_close, tiny_gpt2, tiny_tokenizer
 from tests.trainer.conftest import weights_of
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
+from trl.trainer import ppo_trainer
 
 
 def moved(before: dict[str, torch.Tensor], trainer: PPOTrainer) -> set[str]:
@@ -446,3 +447,38 @@ def test_bf16_compute_keeps_float32_weights_and_losses(make_trainer: Any, make_b
     assert stats["objective/logprobs"].dtype == np.float32
     assert_close(stats["ppo/policy/ratio"], np.ones_like(stats["ppo/policy/ratio"]), 0.05)
     assert all(np.isfinite(v) for v in stats.values() if isinstance(v, float))
+
+
+@pytest.mark.parametrize("kl_penalty", ["kl", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_layers_are_run_once_for_a_batch(
+    make_batch: Any, monkeypatch: pytest.MonkeyPatch, kl_penalty: str, dtype: str
+) -> None:
+    queries, responses, scores = make_batch()
+    found = []
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr(ppo_trainer, "with_frozen_states", lambda policy, rollout, **more: rollout)
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), summary_dropout_prob=0.0)
+        reference = create_reference_model(model, num_shared_layers=1)
+        settings = {"batch_size": 4, "mini_batch_size": 2, "learning_rate": 1e-3, "dtype": dtype, "ppo_epochs": 3}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "no dataset is given")
+            trainer = PPOTrainer(PPOConfig(**settings, kl_penalty=kl_penalty), model, reference, tiny_tokenizer())
+        trainer.step(queries, responses, scores)  # with what is tried once
+        seen: list[int] = []
+        first = model.pretrained_model.transformer.h[0].attn
+        handle = first.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output[0].shape[1]))
+        stats = trainer.step(queries, responses, scores)
+        handle.remove()
+        tokens = sum(len(pair[0]) + len(pair[1]) for pair in zip(queries, responses, strict=True))
+        whole = [n for n in seen if n != 5]  # without the trial's words
+        assert trainer.last_experience is not None and trainer.last_experience.rollout.states is None
+        assert (tokens <= sum(whole) < 1.2 * tokens) if once else sum(whole) >= 4 * tokens
+        found.append((stats, weights_of(trainer)))
+    (ours, weights), (plain, others) = found
+    tolerance = 1e-5 if dtype == "float32" else 0.02
+    for name in ("objective/kl", "ppo/loss/total", "ppo/policy/entropy", "ppo/val/mean"):
+        assert ours[name] == pytest.approx(plain[name], abs=tolerance), name
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], rtol=0, atol=tolerance)

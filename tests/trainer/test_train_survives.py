@@ -379,8 +379,8 @@ def test_a_batch_whose_kl_spikes_is_skipped_before_it_changes_anything(
             ends[step] = bits(trainer)
 
     def drifted(*arguments: Any) -> Any:
-        old, ref, exact = real(*arguments)
-        return old, (ref - 100.0 if len(ends) == 2 else ref), exact
+        rollout, old, ref, exact = real(*arguments)
+        return rollout, old, (ref - 100.0 if len(ends) == 2 else ref), exact
 
     monkeypatch.setattr(trainer, "_evaluate", drifted)
     spike = SpikeSettings(kl=3.0, kl_floor=1.0, least=2, loss=None)

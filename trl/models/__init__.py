@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
 from trl.models.autos import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from trl.models.evaluate import evaluate, evaluate_exact_kl
+from trl.models.evaluate import evaluate, evaluate_exact_kl, frozen_states
+from trl.models.frozen import frozen_depth, shares_frozen
 from trl.models.predictions import abilities
 from trl.models.reference import create_reference_model
 from trl.models.value_head import ValueHead
@@ -24,5 +25,8 @@ __all__ = [
     "evaluate",
     "evaluate_exact_kl",
     "frozen_copy",
+    "frozen_depth",
+    "frozen_states",
     "reference_mode",
+    "shares_frozen",
 ]

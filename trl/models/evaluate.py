@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from trl.functional.kl import exact_kl
 from trl.functional.logprobs import token_logprobs_and_entropy
 from trl.functional.products import shared_size
 from trl.models.attention import packed
+from trl.models.frozen import beginning_above, draws_below, only_first_layers
 from trl.models.predictions import Wanted, abilities, decoder_config, may_pack, predict
 from trl.models.trunk import accepts, base_language_model, forward_parameters, is_encoder_decoder, unwrap, without_head
 from trl.models.wrapper import PreTrainedModelWrapper
@@ -97,9 +98,17 @@ class _Layout:
 
     inputs: dict[str, Any]  # keyword arguments of its forward
     running: AbstractContextManager[None]  # around it
+    place: Tensor  # [B, T] where each token is in these inputs, as one row
     asked: Tensor  # [B, S] which predictions are asked for
     rows: Tensor  # [N] where each is made, in the decoder's tokens [B, T] as one row; then some more, so that N repeats
     tokens: Tensor  # [N] what each is of
+
+    def spread(self, states: Tensor, attention: Tensor) -> Tensor:
+        """`[B, T, H]` -> `[b, t, H]` of the inputs, 0 where they have no token."""
+        shape = self.inputs["input_ids"].shape
+        flat = states.new_zeros(shape.numel(), states.shape[-1])
+        flat[self.place[attention]] = states[attention]
+        return flat.view(*shape, -1)
 
     def placed(self, x: Tensor) -> Tensor:
         """`[N]` -> `[B, S]`, 0 elsewhere."""
@@ -135,7 +144,17 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
         inputs = _inputs(model, rollout, _move(tokens, moved), _move(attention, moved))
     filling = (0, shared_size(len(row)) - len(row) if row.device.type == "cpu" else 0)
     rows, following = F.pad(place[row, column], filling), F.pad(tokens[row, column + 1], filling)
-    return _Layout(inputs=inputs, running=running, asked=asked, rows=rows, tokens=following)
+    layout = _Layout(inputs=inputs, running=running, place=place, asked=asked, rows=rows, tokens=following)
+    if rollout.states is None or draws_below(model, rollout.depth):
+        return layout
+    states = layout.spread(rollout.states, attention)
+    return replace(layout, running=_both(running, beginning_above(model, states, rollout.depth)))
+
+
+@contextmanager
+def _both(first: AbstractContextManager[None], second: AbstractContextManager[None]) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 def _without_logits(
@@ -207,6 +226,24 @@ def _last_states(model: nn.Module, layout: _Layout) -> Tensor:
         pretrained(**layout.inputs)
     assert seen.value is not None
     return seen.value.flatten(0, 1)[layout.rows]
+
+
+@torch.no_grad()
+def frozen_states(model: nn.Module, rollout: Rollout, depth: int) -> Tensor:
+    """`[B, T, H]` what the first `depth` layers return for a rollout's tokens, 0 on padding; for `Rollout.states`.
+
+    Args:
+        model: one that projects (`abilities`).
+        rollout: `B` sequences of `T` tokens of a decoder.
+        depth: of `frozen_depth`, > 0.
+    """
+    _check(model, rollout)
+    layout = _layout(model, rollout, False)
+    pretrained = getattr(unwrap(model), "pretrained_model", unwrap(model))
+    with layout.running, without_head(pretrained), only_first_layers(model, depth) as seen:
+        pretrained(**layout.inputs)
+    (states,) = seen
+    return states.flatten(0, 1)[layout.place].masked_fill(~rollout.attention.bool()[..., None], 0)
 
 
 def _check(model: nn.Module, rollout: Rollout) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trl.functional.products import LinearForward
 from trl.functional.projection import projected_logprobs_and_entropy
 from trl.models.attention import packed
-from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, unwrap, without_head
+from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, trial_words, unwrap, without_head
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +95,6 @@ def may_pack(model: nn.Module) -> bool:
     return abilities(model).packs
 
 
-def _words(model: Any) -> list[Tensor]:
-    """Two short sequences, from the middle of the vocabulary: special tokens stand at its ends."""
-    embeddings = model.get_input_embeddings().weight
-    count = embeddings.shape[0]
-    word = [count // 2 + i % max(1, count // 4) for i in range(8)]
-    return [torch.tensor(some, device=embeddings.device) for some in (word[:5], word[5:])]
-
-
 def _plain(model: Any, words: Tensor) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": words[None]} | ({"use_cache": False} if accepts(model, "use_cache") else {})
     if is_encoder_decoder(model):
@@ -120,7 +112,7 @@ def _keeps_logits(model: Any) -> str | None:
     if hasattr(head, "_hf_hook") or not isinstance(vars(head).get("forward"), LinearForward | None):
         return "its output embedding is moved between devices"
     given: list[Tensor] = []
-    words = _words(model)[0]
+    words = trial_words(model)[0]
     handle = head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     try:
         logits = model(**_plain(model, words)).logits
@@ -149,7 +141,7 @@ def _cannot_pack(model: Any) -> str | None:
         return "it takes no position_ids"
     if strange := set(getattr(decoder_config(model), "layer_types", None) or ()) - _KNOWN_LAYERS:
         return f"it has layers of {', '.join(sorted(strange))}"
-    words = _words(model)
+    words = trial_words(model)
     try:
         row = packed_inputs(words)
         with packed(decoder_config(model), [len(some) for some in words]):

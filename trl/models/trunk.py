@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -53,6 +54,14 @@ def has_lm_head(model: nn.Module, namings: list[str] | tuple[str, ...]) -> bool:
     if callable(find) and find() is not None:
         return True
     return any(name.rpartition(".")[2] in namings for name, _ in base.named_modules())
+
+
+def trial_words(model: Any) -> list[Tensor]:
+    """Two short sequences to try a model on, from the middle of the vocabulary: special tokens stand at its ends."""
+    embeddings = model.get_input_embeddings().weight
+    count = embeddings.shape[0]
+    word = [count // 2 + i % max(1, count // 4) for i in range(8)]
+    return [torch.tensor(some, device=embeddings.device) for some in (word[:5], word[5:])]
 
 
 class LastHiddenState:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.core import PPODecorators, convert_to_scalar, set_seed, stats_to_np
 from trl.data import PadCollator
 from trl.functional import Moments, gae, masked_mean, masked_sum, masked_whiten
-from trl.models import PreTrainedModelWrapper, create_reference_model
+from trl.models import PreTrainedModelWrapper, create_reference_model, shares_frozen
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
 from trl.models.layers import recompute_activations
 from trl.models.limits import context_length, vocabulary_sizes
@@ -58,7 +58,7 @@ from trl.training.peak import memory_statistics
 from trl.training.ppo import ppo_loss, ppo_minibatches
 from trl.training.resume import load_training, save_training
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
-from trl.training.scoring import exact_kl_of, score
+from trl.training.scoring import exact_kl_of, score, with_frozen_states
 from trl.training.spikes import SpikeSettings
 from trl.training.statistics import stack_updates
 from trl.types import Evaluation, Experience, Rollout
@@ -351,7 +351,7 @@ class PPOTrainer(PPOMethods):
             with _timed(timing, "time/ppo/forward_pass"):
                 batch = Batch(queries, responses, self.prepare_model_inputs(queries, responses))
                 rollout = self._with_extras(self._rollout(batch), batch, response_masks, sampler_logprobs)
-                old, ref_logprobs, exact_kl = self._evaluate(rollout, batch)
+                rollout, old, ref_logprobs, exact_kl = self._evaluate(rollout, batch)
             if self.guards.before_update is not None:
                 kl = masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1)
                 self.guards.before_update(kl, rollout.mask.any(dim=1))
@@ -365,7 +365,7 @@ class PPOTrainer(PPOMethods):
             with _timed(timing, "time/ppo/optimize_step"):
                 self._recall.forget()
                 train_stats = self._optimize(experience, batch)
-                self.last_experience = experience
+                self.last_experience = replace(experience, rollout=replace(rollout, states=None, depth=0))
             with _timed(timing, "time/ppo/calc_stats"):
                 stats = self.record_step_stats(
                     kl_coef=self.kl_ctl.value,
@@ -389,12 +389,15 @@ class PPOTrainer(PPOMethods):
             timing["time/ppo/total"] = time.perf_counter() - started
             return stats | timing | memory_statistics(self.current_device)
 
-    def _evaluate(self, rollout: Rollout, batch: Batch) -> tuple[Evaluation, Tensor, Tensor | None]:
-        """What the policy and, as logprobs [B, S], the reference say before the update; and their exact KL [B, S]."""
+    def _evaluate(self, rollout: Rollout, batch: Batch) -> tuple[Rollout, Evaluation, Tensor, Tensor | None]:
+        """What the policy and, as logprobs [B, S], the reference say before the update; and their exact KL [B, S].
+
+        First comes the rollout, with what frozen layers make of it.
+        """
         size, temperature = int(self.config.mini_batch_size or 1), self.config.temperature
         overridden = self._is_overridden("batched_forward_pass")
 
-        def evaluated(model: nn.Module, policy: bool) -> Evaluation:
+        def evaluated(model: nn.Module, rollout: Rollout, policy: bool) -> Evaluation:
             if overridden:
                 logprobs, _, values, _ = self.batched_forward_pass(model, batch.queries, batch.responses, batch.inputs)
                 return Evaluation(logprobs=logprobs, values=values, entropy=None)
@@ -406,13 +409,17 @@ class PPOTrainer(PPOMethods):
         recalled = None if overridden or own_way else self._recalled(batch)
         passes = nullcontext() if own_way else self.compute.fresh_passes()
         with torch.no_grad(), eval_mode(self.model), passes:
-            old = recalled or evaluated(self.model, policy=True)
+            if not own_way:
+                rollout = with_frozen_states(self.model, rollout, batch_size=size)
+            old = recalled or evaluated(self.model, rollout, policy=True)
             with self._reference() as reference:
-                ref_logprobs = evaluated(reference, policy=False).logprobs
+                shared = rollout.depth > 0 and shares_frozen(self.model, reference, rollout.depth)
+                common = rollout if shared else replace(rollout, states=None, depth=0)
+                ref_logprobs = evaluated(reference, common, policy=False).logprobs
             if self.config.kl_penalty == "full":
                 with self.accelerator.autocast():
-                    exact = exact_kl_of(self.model, self._reference, rollout, batch_size=size, temperature=temperature)
-        return old, ref_logprobs, exact
+                    exact = exact_kl_of(self.model, self._reference, common, batch_size=size, temperature=temperature)
+        return rollout, old, ref_logprobs, exact
 
     def _experience(
         self,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from trl.models import abilities, evaluate, evaluate_exact_kl
+from trl.models import abilities, evaluate, evaluate_exact_kl, frozen_depth, frozen_states
 from trl.types import Evaluation, Rollout, occupied, take
 
 # Tokens of a pass that keeps nothing for a backward pass, where a model makes no logits either.
@@ -30,6 +31,26 @@ def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, Callab
         yield take(rollout, rows, columns), widen
 
 
+def _at_once(model: nn.Module, rollout: Rollout, batch_size: int) -> int:
+    """How many sequences to score at a time, where `batch_size` are what the update takes."""
+    return max(batch_size, _TOKENS_AT_ONCE // rollout.tokens.shape[1]) if abilities(model).projects else batch_size
+
+
+def with_frozen_states(policy: nn.Module, rollout: Rollout, *, batch_size: int) -> Rollout:
+    """The rollout with what the policy's frozen first layers make of it, if it has any; passes then begin above them.
+
+    Args:
+        policy: in evaluation mode.
+        rollout: `B` sequences.
+        batch_size: of the update's passes.
+    """
+    if rollout.encoder_tokens is not None or not abilities(policy).projects or not (depth := frozen_depth(policy)):
+        return rollout
+    size = _at_once(policy, rollout, batch_size)
+    pieces = [take(rollout, slice(start, start + size)) for start in range(0, len(rollout), size)]
+    return replace(rollout, states=torch.cat([frozen_states(policy, piece, depth) for piece in pieces]), depth=depth)
+
+
 def score(
     model: nn.Module,
     rollout: Rollout,
@@ -45,8 +66,8 @@ def score(
     More of them, up to a number of tokens, for a model whose logits need not be made: that takes less memory than a
     minibatch of the update does.
     """
-    if not return_logits and abilities(model).projects:
-        batch_size = max(batch_size, _TOKENS_AT_ONCE // rollout.tokens.shape[1])
+    if not return_logits:
+        batch_size = _at_once(model, rollout, batch_size)
     found: dict[str, list[Tensor]] = {"logprobs": [], "values": [], "entropy": [], "logits": []}
     for piece, widen in _pieces(rollout, batch_size):
         result = evaluate(

@@ -1,0 +1,133 @@
+"""What the frozen first layers of a decoder make of a rollout: computed once, for the policy, its reference and every epoch.
+
+With `create_reference_model(model, num_shared_layers=n)`, or an adapter on upper layers alone, no update changes what the first
+layers return. Where that is tried and found so, passes begin above them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, trial_words, without_head
+
+logger = logging.getLogger(__name__)
+
+_CAN_BEGIN_ABOVE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def frozen_depth(model: nn.Module) -> int:
+    """How many of a decoder's first layers return the same after every update; 0 too where passes cannot begin above them.
+
+    Their weights, and those of all that runs before them, take no gradient. Tried on a few words, whenever the first layer is
+    frozen; of a model in evaluation mode.
+    """
+    base = base_language_model(model)
+    if is_encoder_decoder(model):
+        return 0
+    layers = _layers(base)
+    if not layers or any(p.requires_grad for p in layers[0].parameters()):
+        return 0
+    with torch.enable_grad(), _watched(layers) as seen:
+        base(**_words(base))
+    if len(seen) != len(layers) or not all(isinstance(states, Tensor) for states in seen):
+        return 0
+    learns = [states.requires_grad for states in seen]
+    depth = learns.index(True) if True in learns else len(learns)
+    return depth if depth and _can_begin_above(base, seen[depth - 1], depth) else 0
+
+
+def shares_frozen(policy: nn.Module, reference: nn.Module, depth: int) -> bool:
+    """Whether a reference's first `depth` layers, and what runs before them, are the frozen ones of the policy itself."""
+    mine, theirs = (base_language_model(model) for model in (policy, reference))
+    if mine is theirs:
+        return True
+    above = {id(p) for layer in _layers(mine)[depth:] for p in layer.parameters()}
+    other = dict(theirs.get_decoder().named_parameters())
+    below = [
+        (name, p) for name, p in mine.get_decoder().named_parameters() if id(p) not in above and not p.requires_grad
+    ]
+    same = type(mine) is type(theirs) and all(other.get(name) is p for name, p in below)
+    return same and mine.get_input_embeddings().weight is theirs.get_input_embeddings().weight
+
+
+@contextmanager
+def only_first_layers(model: nn.Module, depth: int) -> Iterator[list[Any]]:
+    """Within, passes stop being worked on after `depth` layers, whose `[.., n, H]` states are put into the list."""
+    layers = _layers(base_language_model(model))
+    with _watched(layers[depth - 1 : depth]) as seen, _replaced(layers[depth:], lambda hidden, *args, **kwargs: hidden):
+        yield seen
+
+
+@contextmanager
+def beginning_above(model: nn.Module, states: Tensor, depth: int) -> Iterator[None]:
+    """Within, `states` `[.., n, H]` stand in for what the first `depth` layers return, which are not run."""
+    layers = _layers(base_language_model(model))[:depth]
+    with _replaced(layers, lambda hidden, *args, **kwargs: states):
+        yield
+
+
+def draws_below(model: nn.Module, depth: int) -> bool:
+    """Whether the first `depth` layers, or what runs before them, are in training mode, where they may drop numbers at random."""
+    base = base_language_model(model)
+    return base.get_decoder().training or any(layer.training for layer in _layers(base)[:depth])
+
+
+def _layers(base: Any) -> list[Any]:
+    return [module for module in base.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _words(base: Any) -> dict[str, Any]:
+    return {"input_ids": trial_words(base)[0][None]} | ({"use_cache": False} if accepts(base, "use_cache") else {})
+
+
+@torch.no_grad()
+def _can_begin_above(base: Any, states: Tensor, depth: int) -> bool:
+    """Whether the last hidden state is the same to the bit where `states` stand in for the first layers."""
+    if base not in _CAN_BEGIN_ABOVE:
+        try:
+            with without_head(base) as whole:
+                base(**_words(base))
+            with without_head(base) as upper, beginning_above(base, states, depth):
+                base(**_words(base))
+            found = whole.value is not None and upper.value is not None and torch.equal(whole.value, upper.value)
+            reason = "its last hidden state is another then"
+        except (RuntimeError, ValueError, TypeError) as error:
+            found, reason = False, f"{type(error).__name__}: {error}"
+        if not found:
+            logger.info("%s: frozen first layers are run in every pass: %s", type(base).__name__, reason)
+        _CAN_BEGIN_ABOVE[base] = found
+    return _CAN_BEGIN_ABOVE[base]
+
+
+@contextmanager
+def _watched(layers: list[Any]) -> Iterator[list[Any]]:
+    """A list of what these layers return, in the order in which they are run."""
+    seen: list[Any] = []
+    handles = [layer.register_forward_hook(lambda module, args, output: seen.append(output)) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _replaced(layers: list[Any], forward: Any) -> Iterator[None]:
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = forward
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            del layer.forward
+            if own is not None:
+                layer.forward = own
