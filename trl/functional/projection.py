@@ -20,7 +20,7 @@ from trl.functional.products import linear, summed_outer
 _ROWS = {"cpu": 512, "other": 8192}
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "other": 256 * 2**20}
 # Below this the logits of all blocks are kept for the backward pass in place of a second projection.
-_KEPT_BYTES = 32 * 2**20
+_KEPT_BYTES = 48 * 2**20
 
 
 def _sizes(hidden: Tensor, words: int, block: tuple[int, int] | None) -> tuple[int, int]:
