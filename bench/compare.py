@@ -92,6 +92,11 @@ def systems_of(preset: Preset, peers: Sequence[str]) -> list[System]:
         System(name="this library", peer="", script=usual, options=engine),
         System(name="this library, dtype=float32", peer="", script=usual, options=(*engine, *wide)),
     ]
+    if not preset.sampling:
+        narrow_moments = ("--config", '{"optimizer_state_dtype": "bfloat16"}')
+        found.append(
+            System(name="this library, optimizer_state_dtype=bfloat16", peer="", script=usual, options=narrow_moments)
+        )
     for peer in peers:
         script = usual
         if preset.sampling:
@@ -222,10 +227,10 @@ def machine() -> dict[str, Any]:
 
     name = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = names[0] if names else name
+        lines = [line.partition(":") for line in info.read_text().splitlines()]
+        about = {key.strip(): value.strip() for key, _, value in lines}
+        parts = (about.get("model name", name), *(f"{k} {about[k]}" for k in ("cpu family", "model") if k in about))
+        name = ", ".join(parts)
     able = [k for k, v in torch.cpu.get_capabilities().items() if v is True and k in ("amx_bf16", "avx512_bf16")]
     return {
         "cpu": name,

@@ -2,12 +2,12 @@
 
     python bench/precision.py gradients --out runs/precision                      # the tiny model of the package
     python bench/precision.py gradients --model data/smollm2-135m --out runs/precision
-    python bench/precision.py learning --seeds 5 --out runs/precision             # the demo's job, five runs in each dtype
+    python bench/precision.py learning --seeds 5 --out runs/precision             # the demo's job, five runs in each way
 
 `gradients`: responses are sampled and scored once; the loss of the first minibatch (PPO's, with rewards, advantages and
 returns of the float64 model, and each arithmetic's own log-probabilities as the old ones) is differentiated in float64, in
 float32, and in bfloat16 on float32 weights as PPOConfig.dtype="bfloat16" does it. `learning`: mean P(POSITIVE) and KL of the
-last tenth of the batches of the demo. Both print Markdown and write it and JSON to --out.
+last tenth of the batches of the demo, in float32, with bfloat16 passes, and with bfloat16 moments of Adam too. Both print Markdown and write it and JSON to --out.
 """
 
 from __future__ import annotations
@@ -171,16 +171,24 @@ def as_float32(experience: Experience) -> Experience:
 # Learning ------------------------------------------------------------------------------------------------------------
 
 
+# What is bfloat16, and how PPOConfig is asked for it; the others are compared with the first.
+ARMS: dict[str, dict[str, str]] = {
+    "nothing": {"dtype": "float32"},
+    "passes": {"dtype": "bfloat16"},
+    "passes and moments": {"dtype": "bfloat16", "optimizer_state_dtype": "bfloat16"},
+}
+
+
 def runs(args: argparse.Namespace) -> Iterator[Row]:
-    """The demo's job, seed by seed in each dtype."""
+    """The demo's job, seed by seed in each arm."""
     for seed in range(args.seeds):
-        for dtype in ("float32", "bfloat16"):
-            with mock.patch("trl.demo.run.PPOConfig", partial(PPOConfig, dtype=dtype)):
+        for arm, settings in ARMS.items():
+            with mock.patch("trl.demo.run.PPOConfig", partial(PPOConfig, **settings)):
                 demo = Demo(DemoSettings(seed=seed, steps=args.steps))
             rows = list(demo.steps())
             last = rows[-max(1, len(rows) // 10) :]
             yield {
-                "dtype": dtype,
+                "arm": arm,
                 "seed": seed,
                 "positive": statistics.mean(row.positive for row in last),
                 "kl": statistics.mean(row.kl for row in last),
@@ -196,29 +204,35 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def learning_markdown(found: list[Row], steps: int) -> tuple[str, Row]:
-    results: Row = {"runs": len(found) // 2, "steps": steps}
+    count = len(found) // len(ARMS)
+    results: Row = {"runs": count, "steps": steps}
     lines = [
-        f"The last tenth of the batches of {len(found) // 2} runs of {steps} steps in each dtype; ± is the standard error.",
+        f"The last tenth of the batches of {count} runs of {steps} steps each; ± is the standard error.",
         "",
-        "| passes in | P(POSITIVE) | KL, nats | seconds |",
+        "| bfloat16 | P(POSITIVE) | KL, nats | seconds |",
         "| --- | --- | --- | --- |",
     ]
-    for dtype in ("float32", "bfloat16"):
-        own = [row for row in found if row["dtype"] == dtype]
+    for arm in ARMS:
+        own = [row for row in found if row["arm"] == arm]
         means = {key: mean_and_error([row[key] for row in own]) for key in ("positive", "kl", "seconds")}
-        results[dtype] = {key: {"mean": mean, "standard_error": error} for key, (mean, error) in means.items()}
+        results[arm] = {key: {"mean": mean, "standard_error": error} for key, (mean, error) in means.items()}
         lines.append(
-            f"| {dtype} | {means['positive'][0]:.3f} ± {means['positive'][1]:.3f} | "
+            f"| {arm} | {means['positive'][0]:.3f} ± {means['positive'][1]:.3f} | "
             f"{means['kl'][0]:.1f} ± {means['kl'][1]:.1f} | {means['seconds'][0]:.0f} |"
         )
     lines.append("")
-    for key, name in (("positive", "P(POSITIVE)"), ("kl", "KL")):
-        wide, slim = results["float32"][key], results["bfloat16"][key]
-        apart = abs(wide["mean"] - slim["mean"])
-        reach = wide["standard_error"] + slim["standard_error"]
-        results[f"{key}_overlaps"] = overlaps = apart <= reach if not math.isnan(reach) else None
-        verdict = {True: "within", False: "outside of", None: "not to be told from"}[overlaps]
-        lines.append(f"- {name}: {apart:.3g} apart, {verdict} the two standard errors (together {reach:.3g}).")
+    first, *others = ARMS
+    for arm in others:
+        for key, name in (("positive", "P(POSITIVE)"), ("kl", "KL")):
+            wide, slim = results[first][key], results[arm][key]
+            apart = abs(wide["mean"] - slim["mean"])
+            reach = wide["standard_error"] + slim["standard_error"]
+            overlaps = apart <= reach if not math.isnan(reach) else None
+            results[arm][key]["overlaps"] = overlaps
+            verdict = {True: "within", False: "outside of", None: "not to be told from"}[overlaps]
+            lines.append(
+                f"- {name}, {arm}: {apart:.3g} apart, {verdict} the two standard errors (together {reach:.3g})."
+            )
     return "\n".join(lines) + "\n", results
 
 

@@ -97,13 +97,14 @@ def test_means_overlap_within_their_standard_errors(other: float, overlaps: bool
     module = load("precision")
     assert_close(module.mean_and_error([1.0, 2.0, 3.0]), [2.0, 1 / 3**0.5])
     found = [
-        {"dtype": dtype, "positive": centre + off, "kl": 10 + off, "seconds": 1.0}
-        for dtype, centre in (("float32", 0.92), ("bfloat16", other))
+        {"arm": arm, "positive": centre + off, "kl": 10 + off, "seconds": 1.0}
+        for arm, centre in zip(module.ARMS, (0.92, other, 0.92), strict=True)
         for off in (-0.02, 0.0, 0.02)
     ]
     text, report = module.learning_markdown(found, 44)
-    assert report["positive_overlaps"] is overlaps and report["kl_overlaps"] is True
-    assert "| float32 | 0.920 ± 0.012 | 10.0 ± 0.0 | 1 |" in text
+    assert report["passes"]["positive"]["overlaps"] is overlaps and report["passes"]["kl"]["overlaps"] is True
+    assert report["passes and moments"]["positive"]["overlaps"] is True and report["runs"] == 3
+    assert "| nothing | 0.920 ± 0.012 | 10.0 ± 0.0 | 1 |" in text
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from trl import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValu
 from trl.training.resume import capture
 from trl.training.tensorfile import tensor_bytes
 
-CASES = ("full", "full bfloat16", "lora", "lora bfloat16", "seq2seq", "plain sgd")
+CASES = ("full", "full bfloat16", "lora", "lora bfloat16", "seq2seq", "plain sgd", "narrow moments")
 ADAPTIVE = {
     "adap_kl_ctrl": True,
     "horizon": 40,
@@ -44,6 +44,8 @@ def build(case: str, chance: int = 0, **settings: Any) -> PPOTrainer:
         trained = [p for p in model.parameters() if p.requires_grad]
         if case.endswith("bfloat16"):
             settings = {"dtype": "bfloat16"} | settings
+        if case == "narrow moments":
+            settings = {"dtype": "bfloat16", "optimizer_state_dtype": "bfloat16"} | settings
         config = PPOConfig(
             **({"batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 1e-2} | ADAPTIVE | settings)
         )

@@ -109,6 +109,9 @@ class PPOConfig:
     large enough to gain. Weights, optimizer, losses and value head are float32 all the same; a float32 reference is held
     in this dtype."""
 
+    optimizer_state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What Adam's two moments are held in. "bfloat16" takes 4 bytes a trained parameter less; the second moment is rounded at
+    random, so that it still moves. Read when the trainer is made; for its own Adam, on unsharded float32 weights."""
     keep_memory: bool = True
     """On a CPU under glibc: keep the memory that a step frees for the next one, in the whole process. Faulting it in again
     costs a large part of an update's time; resident memory stays at its peak."""
@@ -187,6 +190,8 @@ class PPOConfig:
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        if self.optimizer_state_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"optimizer_state_dtype={self.optimizer_state_dtype!r} must be float32 or bfloat16")
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm=True works with use_score_scaling=True only")
         assert self.batch_size is not None

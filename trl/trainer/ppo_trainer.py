@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
-from torch.optim import Adam
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
@@ -54,6 +53,7 @@ from trl.training.fingerprints import Fingerprints
 from trl.training.guards import UpdateGuards
 from trl.training.loop import optimize
 from trl.training.modes import eval_mode
+from trl.training.optimizers import make_adam
 from trl.training.peak import memory_statistics
 from trl.training.ppo import ppo_loss, ppo_minibatches
 from trl.training.resume import load_training, save_training
@@ -150,8 +150,14 @@ class PPOTrainer(PPOMethods):
                 ", ".join(sorted(narrow)),
             )
         if optimizer is None:
-            fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
-            optimizer = Adam(trained, lr=float(config.learning_rate or 0), fused=fused)
+            optimizer = make_adam(
+                trained, float(config.learning_rate or 0), narrow=config.optimizer_state_dtype != "float32"
+            )
+        elif config.optimizer_state_dtype != "float32":
+            raise ValueError(
+                f"optimizer_state_dtype={config.optimizer_state_dtype!r} is for the Adam that the trainer makes, not for the "
+                f"{type(optimizer).__name__} that is given"
+            )
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, loader, lr_scheduler
         )

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
+from torch.optim import Adam
 
 from trl.training.encoding import decode, encode
+from trl.training.streaming import NarrowAdam
+
+
+def make_adam(parameters: Sequence[nn.Parameter], learning_rate: float, *, narrow: bool) -> Adam:
+    """Fused Adam where torch has it for these parameters; `narrow`: with bfloat16 moments.
+
+    Raises:
+        ValueError: if moments of such parameters cannot be narrow.
+    """
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    if not narrow:
+        return Adam(parameters, lr=learning_rate, fused=fused)
+    if strange := {f"{p.dtype} on {p.device.type}" for p in parameters if p.dtype != torch.float32 or not fused}:
+        raise ValueError(
+            f"optimizer_state_dtype='bfloat16' is for float32 weights on a CPU or a GPU, not for {', '.join(sorted(strange))}"
+        )
+    return NarrowAdam(parameters, lr=learning_rate, fused=True)
 
 
 def inner(wrapped: Any) -> Any:
