@@ -3,11 +3,13 @@
     python bench/precision.py gradients --out runs/precision                      # the tiny model of the package
     python bench/precision.py gradients --model data/smollm2-135m --out runs/precision
     python bench/precision.py learning --seeds 5 --out runs/precision             # the demo's job, five runs in each way
+    python bench/precision.py lost --model data/smollm2-135m --out runs/precision    # updates that bfloat16 weights do not see
 
 `gradients`: responses are sampled and scored once; the loss of the first minibatch (PPO's, with rewards, advantages and
 returns of the float64 model, and each arithmetic's own log-probabilities as the old ones) is differentiated in float64, in
 float32, and in bfloat16 on float32 weights as PPOConfig.dtype="bfloat16" does it. `learning`: mean P(POSITIVE) and KL of the
-last tenth of the batches of the demo, in float32, with bfloat16 passes, and with bfloat16 moments of Adam too. Both print Markdown and write it and JSON to --out.
+last tenth of the batches of the demo, in float32, with bfloat16 passes, and with bfloat16 moments of Adam too. `lost`: a step of
+Adam moves a weight by about the learning rate; the share of weights that stay where they are if they are held in bfloat16. All print Markdown and write it and JSON to --out.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl.assets
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -245,6 +247,24 @@ def measure_learning(args: argparse.Namespace) -> tuple[str, Row, str]:
     return text, report | {"by_run": found}, "learning"
 
 
+# Updates that are lost ------------------------------------------------------------------------------------------------
+
+
+def lost(weights: list[Tensor], size: float) -> float:
+    """The share of weights that, held in bfloat16, are the same after `size` was taken off as after it was added."""
+    kept = sum(int(((w.bfloat16() - size).bfloat16() == (w.bfloat16() + size).bfloat16()).sum()) for w in weights)
+    return kept / sum(w.numel() for w in weights)
+
+
+def measure_lost(args: argparse.Namespace) -> tuple[str, Row, str]:
+    model = AutoModelForCausalLM.from_pretrained(args.model or trl.assets.path("tiny-gpt2-reviews"), dtype=torch.float32)
+    weights = [p.detach() for p in model.parameters() if p.dim() > 1]
+    shares = {size: lost(weights, size) for size in args.sizes}
+    lines = ["| an update of | leaves the same, of the weights in bfloat16 |", "| --- | --- |"]
+    lines += [f"| {size:g} | {share:.1%} |" for size, share in shares.items()]
+    return "\n".join(lines) + "\n", {"model": args.model, "shares": shares}, "lost"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     kinds = parser.add_subparsers(required=True)
@@ -257,7 +277,11 @@ def main(argv: list[str] | None = None) -> None:
     two.add_argument("--seeds", type=int, default=5)
     two.add_argument("--steps", type=int, default=DemoSettings().steps)
     two.set_defaults(measure=measure_learning)
-    for kind in (one, two):
+    three = kinds.add_parser("lost")
+    three.add_argument("--model", help="folder of a causal language model; else the tiny one of the package")
+    three.add_argument("--sizes", type=float, nargs="+", default=[1e-6, 1e-5, 1e-4], help="of an update of one weight")
+    three.set_defaults(measure=measure_lost)
+    for kind in (one, two, three):
         kind.add_argument("--out", type=Path, default=Path("runs/precision"))
     args = parser.parse_args(argv)
     text, report, name = args.measure(args)

@@ -107,6 +107,14 @@ def test_means_overlap_within_their_standard_errors(other: float, overlaps: bool
     assert "| nothing | 0.920 ± 0.012 | 10.0 ± 0.0 | 1 |" in text
 
 
+def test_updates_that_bfloat16_weights_do_not_see() -> None:
+    module = load("precision")
+    weights = [torch.tensor([1.0, 0.001]), torch.tensor([[0.02, 0.0]])]
+    assert module.lost(weights, 1e-4) == 0.25  # numbers next to 1 are 0.0039 and 0.0078 apart
+    assert module.lost(weights, 1e-5) == 0.5
+    assert module.lost(weights, 1.0) == 0.0
+
+
 @pytest.mark.slow
 def test_both_measurements_run(tmp_path: Path) -> None:
     for command in (

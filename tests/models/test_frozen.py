@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -119,6 +120,16 @@ def test_under_an_adapter_on_upper_layers() -> None:
             assert shares_frozen(model, model, 2)
             assert_close(evaluate(model, short).logprobs, evaluate(model, rollout).logprobs, tol=1e-5)
     assert frozen_depth(Causal.from_pretrained(lora(tiny_gpt2())).eval()) == 0
+
+
+def test_a_prefix_that_is_trained_comes_before_all_layers() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with warnings.catch_warnings():  # peft asks transformers under an older name
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        model = Causal.from_pretrained(peft.get_peft_model(tiny_gpt2(), config)).eval()
+    assert not any(p.requires_grad for p in frozen.base_language_model(model).parameters())
+    assert frozen_depth(model) == 0
 
 
 def test_a_copy_shares_nothing() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, trial_words, without_head
+from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, trial_words, unwrap, without_head
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +29,19 @@ def frozen_depth(model: nn.Module) -> int:
     Their weights, and those of all that runs before them, take no gradient. Tried on a few words, whenever the first layer is
     frozen; of a model in evaluation mode.
     """
-    base = base_language_model(model)
+    whole = getattr(unwrap(model), "pretrained_model", unwrap(model))  # adapters may put something before the layers
     if is_encoder_decoder(model):
         return 0
-    layers = _layers(base)
+    layers = _layers(base_language_model(model))
     if not layers or any(p.requires_grad for p in layers[0].parameters()):
         return 0
     with torch.enable_grad(), _watched(layers) as seen:
-        base(**_words(base))
+        whole(**_words(whole))
     if len(seen) != len(layers) or not all(isinstance(states, Tensor) for states in seen):
         return 0
     learns = [states.requires_grad for states in seen]
     depth = learns.index(True) if True in learns else len(learns)
-    return depth if depth and _can_begin_above(base, seen[depth - 1], depth) else 0
+    return depth if depth and _can_begin_above(whole, seen[depth - 1], depth) else 0
 
 
 def shares_frozen(policy: nn.Module, reference: nn.Module, depth: int) -> bool:
@@ -84,27 +84,28 @@ def _layers(base: Any) -> list[Any]:
     return [module for module in base.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _words(base: Any) -> dict[str, Any]:
-    return {"input_ids": trial_words(base)[0][None]} | ({"use_cache": False} if accepts(base, "use_cache") else {})
+def _words(model: Any) -> dict[str, Any]:
+    return {"input_ids": trial_words(model)[0][None]} | ({"use_cache": False} if accepts(model, "use_cache") else {})
 
 
 @torch.no_grad()
-def _can_begin_above(base: Any, states: Tensor, depth: int) -> bool:
+def _can_begin_above(model: Any, states: Tensor, depth: int) -> bool:
     """Whether the last hidden state is the same to the bit where `states` stand in for the first layers."""
-    if base not in _CAN_BEGIN_ABOVE:
+    if model not in _CAN_BEGIN_ABOVE:
         try:
-            with without_head(base) as whole:
-                base(**_words(base))
-            with without_head(base) as upper, beginning_above(base, states, depth):
-                base(**_words(base))
+            with without_head(model) as whole:
+                model(**_words(model))
+            with without_head(model) as upper, beginning_above(model, states, depth):
+                model(**_words(model))
             found = whole.value is not None and upper.value is not None and torch.equal(whole.value, upper.value)
             reason = "its last hidden state is another then"
         except (RuntimeError, ValueError, TypeError) as error:
             found, reason = False, f"{type(error).__name__}: {error}"
         if not found:
-            logger.info("%s: frozen first layers are run in every pass: %s", type(base).__name__, reason)
-        _CAN_BEGIN_ABOVE[base] = found
-    return _CAN_BEGIN_ABOVE[base]
+            name = type(base_language_model(model)).__name__
+            logger.info("%s: frozen first layers are run in every pass: %s", name, reason)
+        _CAN_BEGIN_ABOVE[model] = found
+    return _CAN_BEGIN_ABOVE[model]
 
 
 @contextmanager

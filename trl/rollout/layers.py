@@ -1,8 +1,8 @@
 """Decoder layers of well-known makes, with as few operations as a token needs.
 
-At one token a row, an operation between two products takes as long to be asked for as to be done. Here products that read the
-same rows are one, what follows a product is done before its result is rounded, and rotations and norms take a third of the
-operations. The trial of decoding (`trl.rollout.engine.obstacle`) runs through these layers too.
+At one token a row, an operation between two products takes about as long to be asked for as to be done. Here products that read
+the same rows are one, what follows a product is done before its result is rounded, and queries and keys are rotated together. The
+trial of decoding (`trl.rollout.engine.obstacle`) runs through these layers too.
 """
 
 from __future__ import annotations
