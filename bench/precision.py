@@ -257,7 +257,9 @@ def lost(weights: list[Tensor], size: float) -> float:
 
 
 def measure_lost(args: argparse.Namespace) -> tuple[str, Row, str]:
-    model = AutoModelForCausalLM.from_pretrained(args.model or trl.assets.path("tiny-gpt2-reviews"), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model or trl.assets.path("tiny-gpt2-reviews"), dtype=torch.float32
+    )
     weights = [p.detach() for p in model.parameters() if p.dim() > 1]
     shares = {size: lost(weights, size) for size in args.sizes}
     lines = ["| an update of | leaves the same, of the weights in bfloat16 |", "| --- | --- |"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW
 from torch.optim.adam import adam
 
+_DOT = 2**18  # elements of a dot product
 # Elements of a piece. A multiple of every vector width, so that pieces round as the whole does.
 _CACHED, _LAUNCHED = 2**19, 2**24
 
@@ -71,11 +72,16 @@ def can_stream(optimizer: Any) -> bool:
 
 def total_norm(narrow: Iterable[Tensor], wide: Iterable[Tensor]) -> Tensor:
     """Scalar float32: the norm of gradients of any dtype together, with no widened copy of any but a piece."""
-    norms = [torch.linalg.vector_norm(piece.float()) for tensor in narrow for (piece,) in _pieces(tensor)]
-    norms += [torch.linalg.vector_norm(tensor.float()) for tensor in wide]
-    if not norms:
+    squares = [_square(piece) for tensor in (*narrow, *wide) for (piece,) in _pieces(tensor.detach())]
+    if not squares:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """Scalar float32: the squared norm. A dot product takes half the time of torch's norm, and is nearer to the exact one."""
+    parts = (part.float() for part in tensor.flatten().split(_DOT))
+    return torch.stack([torch.dot(part, part) for part in parts]).sum()
 
 
 @torch.no_grad()
