@@ -130,6 +130,7 @@ def _step(
     """One step of one parameter, which `narrows` writes to where its gradient was."""
     beta1, beta2 = group["betas"]
     narrow = state["exp_avg"].dtype != parameter.dtype
+    seed = int(state["step"]) if narrow else 0
     for weights, average, square, slope in _pieces(parameter.detach(), state["exp_avg"], state["exp_avg_sq"], gradient):
         wide = slope.to(weights.dtype)
         if scale != 1.0:
@@ -154,7 +155,7 @@ def _step(
         )
         if narrow:
             average.copy_(moments[0])
-            square.copy_(_rounded_at_random(moments[1], int(state["step"])))
+            square.copy_(_rounded_at_random(moments[1], seed))
         if narrows:
             slope.copy_(weights)
     state["step"].add_(1)
