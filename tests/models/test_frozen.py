@@ -122,12 +122,36 @@ def test_under_an_adapter_on_upper_layers() -> None:
     assert frozen_depth(Causal.from_pretrained(lora(tiny_gpt2())).eval()) == 0
 
 
+def test_frozen_adapters_that_say_something_are_not_the_references() -> None:
+    model = Causal.from_pretrained(lora(tiny_gpt2(n_layer=3))).eval()
+    stir(model)
+    for name, parameter in model.named_parameters():
+        if ".h.2." not in name:
+            parameter.requires_grad_(False)
+    assert frozen_depth(model) == 2
+    with reference_mode(model):
+        assert not shares_frozen(model, model, 2)
+
+
+def test_each_depth_is_tried_and_whatever_a_layer_raises() -> None:
+    model = tiny_gpt2(n_layer=3)
+    create_reference_model(model, num_shared_layers=1)
+    left: dict[str, bool] = {}  # what the second layer leaves for the third, which fails without it
+    second, third = model.transformer.h[1:]
+    plain = third.forward
+    second.attn.register_forward_hook(lambda module, args, output: left.update(here=True))
+    third.forward = lambda hidden, *args, **kwargs: plain(hidden * left.pop("here"), *args, **kwargs)
+    assert frozen_depth(model) == 1
+    create_reference_model(model, num_shared_layers=2)
+    assert frozen_depth(model) == 0  # the third layer wants something of the second
+
+
 def test_a_prefix_that_is_trained_comes_before_all_layers() -> None:
     peft = pytest.importorskip("peft")
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with warnings.catch_warnings():  # peft asks transformers under an older name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        model = Causal.from_pretrained(peft.get_peft_model(tiny_gpt2(), config)).eval()
+        model = peft.get_peft_model(tiny_gpt2(), config).eval()
     assert not any(p.requires_grad for p in frozen.base_language_model(model).parameters())
     assert frozen_depth(model) == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tests.rollout.test_packing import old_name, replaced
 from trl.functional import products
@@ -138,6 +140,50 @@ def test_what_is_not_as_it_was_made_runs_as_it_is() -> None:
     model.model.layers[0].forward = model.model.layers[0].forward
     model.model.layers[1].to(torch.float64)
     assert known(model) == [False, False]
+
+
+def test_a_part_of_another_class_or_with_a_hook_runs_as_it_is() -> None:
+    class Louder(LlamaAttention):
+        def forward(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+            seen, weights = super().forward(*args, **kwargs)
+            return 1.25 * seen, weights
+
+    def change(model: torch.nn.Module, what: str) -> None:
+        for layer in model.model.layers:
+            if what == "attention":
+                layer.self_attn.__class__ = Louder
+            elif what == "norm":
+                layer.input_layernorm = torch.nn.RMSNorm(64)
+            else:
+                layer.mlp.act_fn.register_forward_hook(lambda *args: calls.append(1))
+
+    calls: list[int] = []
+    for what in ("attention", "norm", "hook"):
+        model = made(llama)
+        change(model, what)
+        assert [quick_make(layer) for layer in model.model.layers] == [None, None]
+        assert engine.obstacle(model) is None
+    assert calls
+    norms = made(gpt2)
+    norms.transformer.h[0].ln_1 = torch.nn.RMSNorm(64)
+    assert [quick_make(layer) is None for layer in norms.transformer.h] == [True, False]
+
+
+@old_name
+def test_under_adapters_on_norms_and_on_bare_parameters() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=[], target_parameters=["q_proj.weight"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuning = peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"])
+        norms = peft.get_peft_model(made(llama), tuning).eval()
+        bare = peft.get_peft_model(made(llama), config).eval()
+    with torch.no_grad():
+        for name, parameter in bare.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert engine.obstacle(norms) is None
+    assert engine._gap(bare) < 1e-5
 
 
 def test_passes_that_they_are_not_for_are_the_models_own(passes: list[bool]) -> None:

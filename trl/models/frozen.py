@@ -20,7 +20,7 @@ from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, t
 
 logger = logging.getLogger(__name__)
 
-_CAN_BEGIN_ABOVE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_CAN_BEGIN_ABOVE: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
 
 
 def frozen_depth(model: nn.Module) -> int:
@@ -47,8 +47,13 @@ def frozen_depth(model: nn.Module) -> int:
 def shares_frozen(policy: nn.Module, reference: nn.Module, depth: int) -> bool:
     """Whether a reference's first `depth` layers, and what runs before them, are the frozen ones of the policy itself."""
     mine, theirs = (base_language_model(model) for model in (policy, reference))
-    if mine is theirs:
-        return True
+    if mine is theirs:  # with its adapters off: none may be in what is shared
+        upper = {module for layer in _layers(mine)[depth:] for module in layer.modules()}
+        return not any(
+            type(module).__module__.startswith("peft.")
+            for module in mine.get_decoder().modules()
+            if module not in upper
+        )
     above = {id(p) for layer in _layers(mine)[depth:] for p in layer.parameters()}
     other = dict(theirs.get_decoder().named_parameters())
     below = [
@@ -91,7 +96,8 @@ def _words(model: Any) -> dict[str, Any]:
 @torch.no_grad()
 def _can_begin_above(model: Any, states: Tensor, depth: int) -> bool:
     """Whether the last hidden state is the same to the bit where `states` stand in for the first layers."""
-    if model not in _CAN_BEGIN_ABOVE:
+    known = _CAN_BEGIN_ABOVE.setdefault(model, {})
+    if depth not in known:
         try:
             with without_head(model) as whole:
                 model(**_words(model))
@@ -99,13 +105,13 @@ def _can_begin_above(model: Any, states: Tensor, depth: int) -> bool:
                 model(**_words(model))
             found = whole.value is not None and upper.value is not None and torch.equal(whole.value, upper.value)
             reason = "its last hidden state is another then"
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             found, reason = False, f"{type(error).__name__}: {error}"
         if not found:
             name = type(base_language_model(model)).__name__
             logger.info("%s: frozen first layers are run in every pass: %s", name, reason)
-        _CAN_BEGIN_ABOVE[model] = found
-    return _CAN_BEGIN_ABOVE[model]
+        known[depth] = found
+    return known[depth]
 
 
 @contextmanager

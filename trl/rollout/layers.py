@@ -7,8 +7,8 @@ trial of decoding (`trl.rollout.engine.obstacle`) runs through these layers too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
@@ -25,25 +25,33 @@ class QuickLayer:
         rows: how many sequences there are, about.
     """
 
-    # Names of its linear layers, those that read the same rows together, and of its other parts, attention first.
+    # Names of its linear layers, those that read the same rows together; and of its other parts, attention first, with what their
+    # classes are called after the make.
     reads: tuple[tuple[str, ...], ...]
-    beside: tuple[str, ...]
+    beside: ClassVar[Mapping[str, str]]
 
     def __init__(self, layer: Any, rows: int) -> None:
         self.layer = layer
         self.plain: Callable[..., Tensor] = layer.forward
         self.products = [Joined(parts, rows) for parts in self.parts(layer) or ()]
-        self.attention = layer.get_submodule(self.beside[0])
+        self.attention = layer.get_submodule(next(iter(self.beside)))
 
     @classmethod
     def knows(cls, layer: Any) -> bool:
         """Whether a layer of this make is as it was made, and its products can be made here."""
-        others = [layer.get_submodule(name) for name in cls.beside]
-        config = others[0].config
+        make = type(layer).__name__.removesuffix("DecoderLayer").removesuffix("Block")
+        parts = {name: layer.get_submodule(name) for name in cls.beside}
+        as_made = all(
+            type(part) is nn.LayerNorm
+            if kind == "LayerNorm"
+            else (type(part).__module__, type(part).__name__) == (type(layer).__module__, make + kind)
+            for part, kind in zip(parts.values(), cls.beside.values(), strict=True)
+        )
         return (
-            config._attn_implementation in ("sdpa", NAME)
-            and all(is_free(part) for part in (layer, *others))
+            as_made
             and "forward" not in vars(layer)
+            and all(is_free(module) for module in layer.modules())
+            and next(iter(parts.values())).config._attn_implementation in ("sdpa", NAME)
             and cls.parts(layer) is not None
         )
 
@@ -77,11 +85,16 @@ class _Gated(QuickLayer):
         ("mlp.up_proj",),
         ("mlp.down_proj",),
     )
-    beside = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+    beside: ClassVar = {
+        "self_attn": "Attention",
+        "mlp": "MLP",
+        "input_layernorm": "RMSNorm",
+        "post_attention_layernorm": "RMSNorm",
+    }
 
     @classmethod
     def knows(cls, layer: Any) -> bool:
-        return super().knows(layer) and isinstance(layer.mlp.act_fn, SiLUActivation | nn.SiLU)
+        return super().knows(layer) and type(layer.mlp.act_fn) in (SiLUActivation, nn.SiLU)
 
     def pass_through(
         self,
@@ -111,12 +124,12 @@ class _GPT2(QuickLayer):
     """GPT-2's: layer norms, and queries, keys and values in one product already."""
 
     reads = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))
-    beside = ("attn", "mlp", "ln_1", "ln_2")
+    beside: ClassVar = {"attn": "Attention", "mlp": "MLP", "ln_1": "LayerNorm", "ln_2": "LayerNorm"}
 
     @classmethod
     def knows(cls, layer: Any) -> bool:
-        tanh = isinstance(layer.mlp.act, NewGELUActivation | GELUTanh)
-        return tanh and not hasattr(layer, "crossattention") and super().knows(layer)
+        tanh = (NewGELUActivation, GELUTanh)
+        return super().knows(layer) and type(layer.mlp.act) in tanh and not hasattr(layer, "crossattention")
 
     def pass_through(
         self,

@@ -130,7 +130,7 @@ def _chosen(model: nn.Module, rows: int) -> dict[Any, Callable[[], Callable[...,
             found[module] = partial(make, module, rows)
         elif (part := part_of(module)) is not None and can_be_joined([part]):
             found[module] = partial(_PackedLinear, part, module.forward, rows)
-        else:
+        elif type(module).__name__ != "ParamWrapper":  # peft's, which changes the weight under it in each pass
             continue
         within |= set(module.modules())
     return found

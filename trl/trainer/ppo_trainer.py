@@ -416,7 +416,8 @@ class PPOTrainer(PPOMethods):
         passes = nullcontext() if own_way else self.compute.fresh_passes()
         with torch.no_grad(), eval_mode(self.model), passes:
             if not own_way:
-                rollout = with_frozen_states(self.model, rollout, batch_size=size)
+                with self.accelerator.autocast():
+                    rollout = with_frozen_states(self.model, rollout, batch_size=size)
             old = recalled or evaluated(self.model, rollout, policy=True)
             with self._reference() as reference:
                 shared = rollout.depth > 0 and shares_frozen(self.model, reference, rollout.depth)
