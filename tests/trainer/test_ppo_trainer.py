@@ -486,11 +486,13 @@ def test_frozen_layers_are_run_once_for_a_batch(
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_frozen_layers_under_mixed_precision_are_those_that_sampling_and_reference_see(make_batch: Any) -> None:
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), summary_dropout_prob=0.0)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        tiny_gpt2(initializer_range=0.3), summary_dropout_prob=0.0
+    )
     reference = create_reference_model(model)
     create_reference_model(model, num_shared_layers=1)  # freezes the first layer; the other reference has its own
     config = PPOConfig(batch_size=4, mini_batch_size=2, accelerator_kwargs={"mixed_precision": "bf16"})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "no dataset is given")
         trainer = PPOTrainer(config, model, reference, tiny_tokenizer())
-    assert abs(trainer.step(*make_batch())["objective/kl"]) < 2e-4  # 4e-3 with float32 numbers from the first layer
+    assert trainer.step(*make_batch())["objective/kl"] == 0

@@ -416,8 +416,7 @@ class PPOTrainer(PPOMethods):
         passes = nullcontext() if own_way else self.compute.fresh_passes()
         with torch.no_grad(), eval_mode(self.model), passes:
             if not own_way:
-                with self.accelerator.autocast():
-                    rollout = with_frozen_states(self.model, rollout, batch_size=size)
+                rollout = with_frozen_states(self.model, rollout, batch_size=size, autocast=self.accelerator.autocast)
             old = recalled or evaluated(self.model, rollout, policy=True)
             with self._reference() as reference:
                 shared = rollout.depth > 0 and shares_frozen(self.model, reference, rollout.depth)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,19 +37,32 @@ def _at_once(model: nn.Module, rollout: Rollout, batch_size: int) -> int:
     return max(batch_size, _TOKENS_AT_ONCE // rollout.tokens.shape[1]) if abilities(model).projects else batch_size
 
 
-def with_frozen_states(policy: nn.Module, rollout: Rollout, *, batch_size: int) -> Rollout:
+def with_frozen_states(
+    policy: nn.Module,
+    rollout: Rollout,
+    *,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Rollout:
     """The rollout with what the policy's frozen first layers make of it, if it has any; passes then begin above them.
 
     Args:
         policy: in evaluation mode.
         rollout: `B` sequences.
         batch_size: of the update's passes.
+        autocast: what the policy's own forward is wrapped in.
     """
-    if rollout.encoder_tokens is not None or not abilities(policy).projects or not (depth := frozen_depth(policy)):
+    if rollout.encoder_tokens is not None or not abilities(policy).projects:
         return rollout
-    size = _at_once(policy, rollout, batch_size)
-    pieces = [take(rollout, slice(start, start + size)) for start in range(0, len(rollout), size)]
-    return replace(rollout, states=torch.cat([frozen_states(policy, piece, depth) for piece in pieces]), depth=depth)
+    with autocast():
+        depth = frozen_depth(policy)
+        if depth == 0:
+            return rollout
+        size = _at_once(policy, rollout, batch_size)
+        pieces = [take(rollout, slice(start, start + size)) for start in range(0, len(rollout), size)]
+        return replace(
+            rollout, states=torch.cat([frozen_states(policy, piece, depth) for piece in pieces]), depth=depth
+        )
 
 
 def score(
