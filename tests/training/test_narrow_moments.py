@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,8 +98,16 @@ def test_a_step(make_trainer: Any, make_batch: Any, dtype: str) -> None:  # noqa
     assert torch.cosine_similarity(*found, dim=0) > 0.98
 
 
+def test_a_checkpoint_of_the_other_kind_is_refused_by_the_settings_name(tmp_path: Path, make_trainer: Any) -> None:  # noqa: F811
+    make_trainer().save_checkpoint(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"torch\.optim\.adam\.Adam, is a .*NarrowAdam \(PPOConfig\.optimizer_state_dtype"
+    ):
+        make_trainer(optimizer_state_dtype="bfloat16").load_checkpoint(tmp_path)
+
+
 def test_what_it_is_not_for(make_trainer: Any) -> None:  # noqa: F811
-    with pytest.raises(ValueError, match="optimizer_state_dtype='float16' must be float32 or bfloat16"):
+    with pytest.raises(ValueError, match="optimizer_state_dtype='float16' must be 'float32' or 'bfloat16'"):
         make_trainer(optimizer_state_dtype="float16")
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     with pytest.raises(ValueError, match="not for the SGD that is given"):

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, trial_words, unwrap, without_head
+from trl.models.trunk import (
+    accepts,
+    base_language_model,
+    is_encoder_decoder,
+    replaced_forward,
+    trial_words,
+    unwrap,
+    without_head,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +75,10 @@ def shares_frozen(policy: nn.Module, reference: nn.Module, depth: int) -> bool:
 def only_first_layers(model: nn.Module, depth: int) -> Iterator[list[Any]]:
     """Within, passes stop being worked on after `depth` layers, whose `[.., n, H]` states are put into the list."""
     layers = _layers(base_language_model(model))
-    with _watched(layers[depth - 1 : depth]) as seen, _replaced(layers[depth:], lambda hidden, *args, **kwargs: hidden):
+    with (
+        _watched(layers[depth - 1 : depth]) as seen,
+        replaced_forward(layers[depth:], lambda hidden, *args, **kwargs: hidden),
+    ):
         yield seen
 
 
@@ -75,7 +86,7 @@ def only_first_layers(model: nn.Module, depth: int) -> Iterator[list[Any]]:
 def beginning_above(model: nn.Module, states: Tensor, depth: int) -> Iterator[None]:
     """Within, `states` `[.., n, H]` stand in for what the first `depth` layers return, which are not run."""
     layers = _layers(base_language_model(model))[:depth]
-    with _replaced(layers, lambda hidden, *args, **kwargs: states):
+    with replaced_forward(layers, lambda hidden, *args, **kwargs: states):
         yield
 
 
@@ -124,17 +135,3 @@ def _watched(layers: list[Any]) -> Iterator[list[Any]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _replaced(layers: list[Any], forward: Any) -> Iterator[None]:
-    before = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = forward
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            del layer.forward
-            if own is not None:
-                layer.forward = own

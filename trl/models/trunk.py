@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,20 +97,28 @@ def watch_last_hidden_state(model: nn.Module) -> Iterator[LastHiddenState]:
 
 
 @contextmanager
+def replaced_forward(modules: Sequence[Any], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Within, `forward` stands in for that of each of `modules`."""
+    before = [vars(module).get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = forward
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            vars(module).pop("forward", None)
+            if own is not None:
+                module.forward = own
+
+
+@contextmanager
 def without_head(model: nn.Module) -> Iterator[LastHiddenState]:
     """Catches what a model projects on its vocabulary [B, T, H], and spares the projection: logits are [B, T, 0]."""
     seen = LastHiddenState()
-    head = base_language_model(model).get_output_embeddings()
 
     def forward(hidden: Tensor) -> Tensor:
         seen.value = hidden
         return hidden.new_empty(*hidden.shape[:-1], 0)
 
-    own = vars(head).get("forward")
-    head.forward = forward
-    try:
+    with replaced_forward([base_language_model(model).get_output_embeddings()], forward):
         yield seen
-    finally:
-        del head.forward
-        if own is not None:
-            head.forward = own

@@ -191,7 +191,7 @@ class PPOConfig:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.optimizer_state_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"optimizer_state_dtype={self.optimizer_state_dtype!r} must be float32 or bfloat16")
+            raise ValueError(f"optimizer_state_dtype={self.optimizer_state_dtype!r} must be 'float32' or 'bfloat16'")
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm=True works with use_score_scaling=True only")
         assert self.batch_size is not None

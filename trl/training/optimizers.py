@@ -91,7 +91,9 @@ def optimizer_differences(
 ) -> list[str]:
     """Why a saved state is not this optimizer's."""
     if saved["class"] != kind(optimizer):
-        return [f"the optimizer was a {saved['class']}, is a {kind(optimizer)}"]
+        narrow = f"{NarrowAdam.__module__}.{NarrowAdam.__qualname__}" in (saved["class"], kind(optimizer))
+        hint = " (PPOConfig.optimizer_state_dtype makes it)" if narrow else ""
+        return [f"the optimizer was a {saved['class']}, is a {kind(optimizer)}{hint}"]
     names = {id(parameter): name for name, parameter in named.items()}
     now = [_names(group, i, names) for i, group in enumerate(optimizer.param_groups)]
     before = [group["parameters"] for group in saved["groups"]]
