@@ -173,6 +173,16 @@ def test_16_the_controller_counts_episodes() -> None:
     assert math.isclose(twice, 0.1 * (1 + 0.2 * 256 / 10_000) ** 2)
 
 
+@pytest.mark.parametrize("horizon", [1, 10, 64, 10_000])
+@pytest.mark.parametrize("kl", [-1e3, 0.0, 3.0, 1e3, math.inf, math.nan])
+def test_50_the_coefficient_is_never_negative(horizon: float, kl: float) -> None:
+    """Negative, it pays the policy for leaving its reference."""
+    controller = AdaptiveKLController(0.2, target=6.0, horizon=horizon)
+    for _ in range(5):
+        controller.update(kl, 64)
+        assert controller.value > 0
+
+
 def test_16_the_state_of_the_controller_is_in_a_checkpoint() -> None:
     """A resumed run that starts at `init_kl_coef` again throws the policy back to the reference, or lets it go."""
     straight = AdaptiveKLController(0.2, target=6.0, horizon=1000)

@@ -123,3 +123,15 @@ def test_adaptive_coefficient_worked_by_hand(kl: float, factor: float) -> None:
 
 def test_adaptive_coefficient_of_zero_stays_zero() -> None:
     assert adaptive_kl_coef(0.0, 50.0, target=6.0, horizon=100, episodes=10) == 0.0
+
+
+def test_adaptive_coefficient_of_a_batch_beyond_the_horizon_moves_by_a_fifth() -> None:
+    """64 episodes at a horizon of 10: 1 - 0.2 * 64 / 10 = -0.28 would make a penalty a reward."""
+    assert math.isclose(adaptive_kl_coef(0.2, 0.0, target=6.0, horizon=10, episodes=64), 0.2 * 0.8)
+    assert math.isclose(adaptive_kl_coef(0.2, 600.0, target=6.0, horizon=10, episodes=64), 0.2 * 1.2)
+    assert math.isclose(adaptive_kl_coef(0.2, 0.0, target=6.0, horizon=10, episodes=10), 0.2 * 0.8)
+
+
+def test_adaptive_coefficient_outlives_a_kl_that_is_not_a_number() -> None:
+    assert adaptive_kl_coef(0.2, math.nan, target=6.0, horizon=100, episodes=10) == 0.2
+    assert math.isclose(adaptive_kl_coef(0.2, math.inf, target=6.0, horizon=100, episodes=10), 0.2 * 1.02)

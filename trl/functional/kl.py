@@ -6,6 +6,8 @@ divergence" (2020), http://joschu.net/blog/kl-approx.html.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,11 @@ def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float
         episodes: sequences since the last update, over all processes.
 
     Returns:
-        kl_coef · (1 + clip(kl / target - 1, -0.2, 0.2) · episodes / horizon)
+        kl_coef · (1 + clip(kl / target - 1, -0.2, 0.2) · min(episodes / horizon, 1)): at most a fifth up or down. Without
+        the minimum, which the paper does not have, more than five horizons of episodes make the coefficient negative, a
+        reward for drifting. `kl_coef` itself where `kl` is NaN.
     """
+    if math.isnan(kl):
+        return kl_coef
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * episodes / horizon)
+    return kl_coef * (1 + error * min(episodes, horizon) / horizon)
