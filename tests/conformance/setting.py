@@ -51,6 +51,8 @@ def make_trainer(
     tokenizer: Any = None,
     learning_rate: float | None = None,
     sgd: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr_scheduler: Any = None,
     **settings: Any,
 ) -> PPOTrainer:
     """Eight samples, one optimizer step and one epoch unless told otherwise; SGD where weights are to be compared."""
@@ -58,7 +60,8 @@ def make_trainer(
     reference = create_reference_model(model) if reference is None else reference
     rate = 1e-3 if learning_rate is None else learning_rate
     settings = {"batch_size": 8, "mini_batch_size": 8, "ppo_epochs": 1, "learning_rate": rate} | settings
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate) if sgd else None
+    if sgd:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*dataset.*", category=UserWarning)
         return PPOTrainer(
@@ -67,6 +70,7 @@ def make_trainer(
             reference,
             tiny_tokenizer() if tokenizer is None else tokenizer,
             optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
         )
 
 

@@ -693,6 +693,41 @@ def test_25_dropout_off_or_on_the_old_policy_is_looked_at_without_it() -> None:
     assert_close(looks[0], expected)
 
 
+def test_45_the_reference_is_looked_at_without_dropout_whatever_mode_it_is_in() -> None:
+    """With dropout, the KL of two identical models is noise around something else than 0."""
+    model = with_value_head(language_model(resid_pdrop=0.5, attn_pdrop=0.5))
+    reference = create_reference_model(model).train()
+    trainer = make_trainer(model=model, reference=reference)
+    queries, responses, scores = make_batch()
+    stats = trainer.step(queries, responses, scores)
+    assert reference.training and reference.pretrained_model.training
+    expected = torch.cat([plain_logprobs(language_model(), q, r) for q, r in zip(queries, responses)])
+    assert_close(on_responses(stats["objective/ref_logprobs"], queries, responses), expected)
+    assert stats["objective/kl"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_51_weights_that_the_optimizer_does_not_hold_add_nothing_to_the_gradient(dtype: str) -> None:
+    """Never cleared, their gradients grow from step to step, and clipping shrinks the others until nothing is learnt."""
+
+    def norms_and_gradients(frozen: bool) -> tuple[list[float], dict[str, Tensor]]:
+        model = with_value_head(language_model())
+        model.pretrained_model.requires_grad_(not frozen)
+        optimizer = torch.optim.SGD(model.v_head.parameters(), lr=0.0)
+        trainer = make_trainer(model=model, optimizer=optimizer, max_grad_norm=0.1, dtype=dtype)
+        norms = [trainer.step(*make_batch())["ppo/grad_norm"] for _ in range(3)]
+        return norms, gradients_of(trainer)
+
+    norms, gradients = norms_and_gradients(frozen=False)
+    expected_norms, expected_gradients = norms_and_gradients(frozen=True)
+    assert_close(norms, [norms[0]] * 3)
+    assert_close(norms, expected_norms)
+    assert norms[0] > 0.1  # so that clipping acts
+    assert list(gradients) == list(expected_gradients) == ["v_head.summary.weight", "v_head.summary.bias"]
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected_gradients[name])
+
+
 def test_28_cutting_padding_off_changes_nothing() -> None:
     """A rollout with columns of padding on both sides, and the same without: the tokens' numbers agree."""
     model = with_value_head(language_model())

@@ -414,7 +414,8 @@ class PPOTrainer(PPOMethods):
         own_way = self._is_overridden("loss", "train_minibatch", "batched_forward_pass")
         recalled = None if overridden or own_way else self._recalled(batch)
         passes = nullcontext() if own_way else self.compute.fresh_passes()
-        with torch.no_grad(), eval_mode(self.model), passes:
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        with torch.no_grad(), eval_mode(*models), passes:
             if not own_way:
                 rollout = with_frozen_states(self.model, rollout, batch_size=size, autocast=self.accelerator.autocast)
             old = recalled or evaluated(self.model, rollout, policy=True)

@@ -54,7 +54,8 @@ class Updater:
     optimizer: Any
     accelerator: Any
     max_grad_norm: float | None = None
-    frozen: Sequence[nn.Parameter] = field(default_factory=tuple)  # keep their values: their gradients are dropped
+    # Keep their values, as parameters that the optimizer does not hold do: their gradients are dropped before the norm is taken.
+    frozen: Sequence[nn.Parameter] = field(default_factory=tuple)
     compute: Passes = field(default_factory=Passes)  # in which numbers forward and backward passes are made
     guards: UpdateGuards = field(default_factory=UpdateGuards)
     reduce: Reduce = identity  # sums a tensor over all processes
@@ -63,6 +64,7 @@ class Updater:
     def clear(self) -> None:
         """Forgets gradients, before the first microbatch of a minibatch."""
         self.optimizer.zero_grad()
+        self.model.zero_grad()  # also of weights that the optimizer does not hold
         self.compute.discard()
         self._finite = None
 
@@ -98,9 +100,11 @@ class Updater:
             NonFiniteError: if too many steps in a row were skipped.
         """
         started = time.perf_counter()
-        for parameter in self.frozen:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        unused = [*self.frozen, *(p for p in self.model.parameters() if id(p) not in held)]
+        for parameter in unused:
             parameter.grad = None
-        self.compute.discard(self.frozen)
+        self.compute.discard(unused)
         narrow = self.compute.gradients()
         norm, scale = self._clip(narrow)
         finite = torch.ones(()) if self._finite is None else self._finite.float()
