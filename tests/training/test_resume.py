@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import tiny_gpt2, tiny_tokenizer
+from tests.conformance.setting import language_model, make_batch, make_trainer, with_value_head
+from tests.helpers import assert_close, tiny_gpt2, tiny_tokenizer
 from tests.training.runs import CASES, advance, begin, build, fingerprint
-from trl import AutoModelForCausalLMWithValueHead
+from trl import AutoModelForCausalLMWithValueHead, PPOTrainer
 from trl.training.checkpoints import load_checkpoint
 from trl.training.encoding import decode, encode, no_tensors
 from trl.training.fingerprints import Fingerprints
@@ -179,6 +181,19 @@ def test_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pyt
     refuses(build("full"), folder, "processes was 2, is 1")
 
 
+def test_a_checkpoint_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    """`begin("full")` after two steps, saved before settings were kept by group, and the rows of the next two steps.
+
+    To rounding, not to the bit: another processor may have written it.
+    """
+    folder = shutil.copytree(Path(__file__).with_name("data") / "before_0_5", tmp_path / "before")
+    trainer = build("full", chance=1)
+    assert trainer.load_checkpoint(folder) is not None
+    for row, expected in zip(advance(trainer, 2), json.loads((folder / "rows.json").read_text()), strict=True):
+        for name, value in expected.items():
+            assert_close(row[name], value)
+
+
 def test_settings_are_the_users_and_their_changes_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = saved(tmp_path, "lora", learning_rate=1e-2)
     trainer = build("lora", learning_rate=5e-3, cliprange=0.3, seed=4)
@@ -192,13 +207,52 @@ def test_settings_are_the_users_and_their_changes_are_named(tmp_path: Path, capl
     assert trainer.config.cliprange == 0.3
 
 
+def grouped(head_rate: float, **trunk: Any) -> PPOTrainer:
+    """A trainer whose optimizer has a group for the trunk, at the default rate of 1e-3, and one for the value head."""
+    model = with_value_head(language_model())
+    optimizer = torch.optim.Adam(
+        [
+            {"params": model.pretrained_model.parameters(), **trunk},
+            {"params": model.v_head.parameters(), "lr": head_rate},
+        ],
+        lr=1e-3,
+    )
+    return make_trainer(model=model, optimizer=optimizer)
+
+
+def test_settings_of_a_group_are_the_users_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = grouped(1e-2)
+    trainer.step(*make_batch())
+    trainer.save_checkpoint(tmp_path)
+    other = grouped(5e-2, weight_decay=0.1)
+    with caplog.at_level(logging.WARNING):
+        other.load_checkpoint(tmp_path)
+    assert [group["lr"] for group in other.optimizer.param_groups] == [1e-3, 5e-2]
+    assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.1, 0]
+    assert "group 0 of the optimizer was made with weight_decay=0, now with 0.1: the new value counts" in caplog.text
+    assert "group 1 of the optimizer was made with lr=0.01, now with 0.05: the new value counts" in caplog.text
+
+
+def test_a_rate_that_was_changed_by_hand_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Made with the same rate as before, the optimizer keeps what a loop of the user's own had made of it."""
+    trainer = grouped(1e-2)
+    trainer.step(*make_batch())
+    trainer.optimizer.param_groups[1]["lr"] = 3e-3
+    trainer.save_checkpoint(tmp_path)
+    other = grouped(1e-2)
+    with caplog.at_level(logging.WARNING):
+        other.load_checkpoint(tmp_path)
+    assert [group["lr"] for group in other.optimizer.param_groups] == [1e-3, 3e-3]
+    assert "was made with" not in caplog.text
+
+
 def test_a_schedule_goes_on_even_if_its_start_was_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = begin("full")
     advance(trainer, 2)
     trainer.save_checkpoint(tmp_path)
     rate = trainer.optimizer.param_groups[0]["lr"]
     other = build("full")
-    other.optimizer.optimizer.defaults["lr"] = 1.0
+    other.optimizer.param_groups[0]["lr"] = 1.0
     other.load_checkpoint(tmp_path)
     assert other.optimizer.param_groups[0]["lr"] == rate != 1e-2
     assert "the scheduler's saved state rules" in caplog.text

@@ -53,7 +53,7 @@ from trl.training.fingerprints import Fingerprints
 from trl.training.guards import UpdateGuards
 from trl.training.loop import optimize
 from trl.training.modes import eval_mode
-from trl.training.optimizers import make_adam
+from trl.training.optimizers import group_settings, inner, make_adam
 from trl.training.peak import memory_statistics
 from trl.training.ppo import ppo_loss, ppo_minibatches
 from trl.training.resume import load_training, save_training
@@ -161,6 +161,7 @@ class PPOTrainer(PPOMethods):
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, loader, lr_scheduler
         )
+        self._optimizer_made_with = group_settings(inner(self.optimizer))
         self.compute = Compute(self.model, config.dtype, self.accelerator)
         if reference is not None:
             self.compute.adopt_reference(reference, model)

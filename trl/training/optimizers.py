@@ -43,8 +43,20 @@ def kind(value: Any) -> str | None:
     return None if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Each parameter group's learning rate, weight decay and so on, without its parameters."""
+    return [
+        {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+
+
 def optimizer_state(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    tensors: dict[str, Tensor],
+    *,
+    made_with: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """JSON of an optimizer; its tensors go to `tensors` as "parameter/entry".
 
@@ -52,6 +64,7 @@ def optimizer_state(
         optimizer: of parameters of one model.
         named: that model's parameters.
         tensors: takes up the tensors, not copied.
+        made_with: the settings of each group before the run's first step, from `group_settings`.
 
     Raises:
         ValueError: if the optimizer has a parameter that is not among them.
@@ -63,9 +76,10 @@ def optimizer_state(
         "groups": [
             {
                 "parameters": _names(group, i, names),
-                "settings": encode(_settings(group), f"optimizer/groups/{i}", tensors),
+                "settings": encode(settings, f"optimizer/groups/{i}", tensors),
+                "made_with": encode(made_with[i], f"optimizer/made_with/{i}", tensors),
             }
-            for i, group in enumerate(optimizer.param_groups)
+            for i, (group, settings) in enumerate(zip(optimizer.param_groups, group_settings(optimizer), strict=True))
         ],
         "entries": {
             names[id(parameter)]: encode(entries, names[id(parameter)], tensors)
@@ -80,10 +94,6 @@ def _names(group: Mapping[str, Any], i: int, names: Mapping[int, str]) -> list[s
         shape = tuple(group["params"][found.index(None)].shape)
         raise ValueError(f"group {i} of the optimizer holds a parameter of shape {shape} that is not the model's")
     return [name for name in found if name is not None]
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
 def optimizer_differences(
@@ -121,25 +131,27 @@ def load_optimizer(
 ) -> list[str]:
     """Puts a saved state into an optimizer that fits.
 
-    A setting that the optimizer was made with anew, such as another learning rate, is the user's wish and stays, unless a
-    scheduler (`scheduled`) rules the learning rate.
+    A setting of a group that differs from what the group was made with when the run began, such as another learning rate, is
+    the user's wish and stays, unless a scheduler (`scheduled`) rules the learning rate.
 
     Returns:
         What is not as it was saved, in words.
     """
     remarks = []
-    made_with = decode(saved["defaults"], tensor)
-    wishes = {name for name, value in optimizer.defaults.items() if name in made_with and made_with[name] != value}
-    for name in sorted(wishes):
-        ruled = scheduled and name == "lr"
-        remarks.append(
-            f"the optimizer was made with {name}={made_with[name]}, now with {optimizer.defaults[name]}: "
-            + ("the scheduler's saved state rules" if ruled else "the new value counts")
-        )
-    wishes -= {"lr"} if scheduled else set()
-    for group, old in zip(optimizer.param_groups, saved["groups"], strict=True):
+    ruled = {"lr", "initial_lr"} if scheduled else set()
+    for i, (group, old) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
         settings = decode(old["settings"], tensor)
-        group.update({name: value for name, value in settings.items() if name not in wishes})
+        # Older checkpoints hold the optimizer's defaults alone.
+        then = decode(old.get("made_with", saved["defaults"]), tensor)
+        now = group if "made_with" in old else optimizer.defaults
+        wishes = {name for name in then if name in now and now[name] != then[name]}
+        whole = "the optimizer" if len(optimizer.param_groups) == 1 else f"group {i} of the optimizer"
+        remarks += [
+            f"{whole} was made with {name}={then[name]}, now with {now[name]}: "
+            + ("the scheduler's saved state rules" if name in ruled else "the new value counts")
+            for name in sorted(wishes)
+        ]
+        group.update({name: value for name, value in settings.items() if name not in wishes - ruled})
     optimizer.state.clear()
     fused = {
         id(p): bool(group.get("fused") or group.get("capturable"))

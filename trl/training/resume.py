@@ -132,7 +132,12 @@ def capture(trainer: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
         "modes": _modes(model),
         "frozen": trainer.fingerprints.of("policy", frozen),
         "reference": _reference(trainer),
-        "optimizer": optimizer_state(inner(trainer.optimizer), dict(model.named_parameters()), entries),
+        "optimizer": optimizer_state(
+            inner(trainer.optimizer),
+            dict(model.named_parameters()),
+            entries,
+            made_with=trainer._optimizer_made_with,
+        ),
         "scheduler": None if scheduler is None else encode(scheduler.state_dict(), "scheduler", entries),
         "scaler": None if scaler is None else encode(scaler.state_dict(), "scaler", entries),
         "ppo": encode(own, "ppo", entries),
