@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +129,39 @@ def test_constructor_refuses(arguments: dict[str, Any], message: str) -> None:
     good = {"config": PPOConfig(batch_size=1), "model": model, "tokenizer": tiny_tokenizer()}
     with pytest.raises(ValueError, match=message):
         PPOTrainer(**{**good, **arguments})
+
+
+def make_trainer_with(optimizer: Any, scheduler: Any = None, model: Any = None) -> PPOTrainer:
+    model = model or AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no dataset is given")
+        return PPOTrainer(
+            PPOConfig(batch_size=1), model, None, tiny_tokenizer(), optimizer=optimizer, lr_scheduler=scheduler
+        )
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    optimizer = torch.optim.Adam(tiny_gpt2().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="the Adam that is given holds none of the model's 30 trained parameters"):
+        make_trainer_with(optimizer)
+
+
+def test_a_scheduler_that_needs_a_metric_is_refused_before_anything_moves() -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"lr_scheduler is a ReduceLROnPlateau, whose step needs metrics: .*mean_scores"
+    ):
+        make_trainer_with(optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), model)
+
+
+def test_a_scheduler_of_another_optimizer_gives_a_warning() -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
+    optimizers = [torch.optim.Adam(model.parameters(), lr=0.1) for _ in range(2)]
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizers[0])
+    for given in (optimizers[1], None):
+        with pytest.warns(UserWarning, match="ConstantLR that is given does not drive the trainer's optimizer"):
+            make_trainer_with(given, scheduler, model)
 
 
 def test_generate_refuses(make_trainer: Any) -> None:

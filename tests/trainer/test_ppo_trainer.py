@@ -134,6 +134,18 @@ def test_scores_are_scaled_by_running_moments_then_clipped(make_trainer: Any, ma
         assert_close(shaped[-1], np.clip(expected, -1, 1))
 
 
+def test_whitened_rewards_have_unit_variance_and_the_mean_they_had(make_trainer: Any, make_batch: Any) -> None:
+    rewards = []
+    for whiten in (False, True):
+        trainer = make_trainer(whiten_rewards=whiten)
+        trainer.step(*make_batch())
+        experience = trainer.last_experience
+        rewards.append(experience.rewards[experience.rollout.mask].double().numpy())
+    plain, white = rewards
+    assert_close(white, (plain - plain.mean()) / plain.std(ddof=1) + plain.mean())
+    assert abs(plain.std(ddof=1) - 1) > 0.1
+
+
 def test_only_the_value_head_learns_during_warm_up(make_trainer: Any, make_batch: Any) -> None:
     trainer = make_trainer(value_warmup_steps=1, max_grad_norm=1.0)
     before = weights_of(trainer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trl.functional import adaptive_kl_coef
+from trl.trainer.ppo_config import PPOConfig
 
 
 class AdaptiveKLController:
@@ -56,3 +57,11 @@ class FixedKLController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a saved coefficient."""
         self.value = state["value"]
+
+
+def controller_for(config: PPOConfig) -> AdaptiveKLController | FixedKLController:
+    """The controller that a configuration asks for."""
+    first = float(config.init_kl_coef or 0)
+    if not config.adap_kl_ctrl:
+        return FixedKLController(first)
+    return AdaptiveKLController(first, float(config.target or 0), float(config.horizon or 0))

@@ -15,7 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 @dataclass
 class PPOConfig:
-    """Settings of a run. A value that is changed after the trainer was made counts from the next call on."""
+    """Settings of a run. A value that is changed after the trainer was made counts from the next call on, or gives a warning."""
 
     task_name: str | None = None
     """Name of the task, for trackers."""

@@ -39,7 +39,8 @@ from trl.rollout import (
     with_prompts,
 )
 from trl.trainer.checks import check_lists, check_per_token, check_room, check_scores, check_tokens
-from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
+from trl.trainer.kl_controllers import controller_for
+from trl.trainer.live_settings import LiveSettings
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_methods import Batch, PPOMethods
 from trl.trainer.recall import Recall, State, state_of
@@ -53,7 +54,7 @@ from trl.training.fingerprints import Fingerprints
 from trl.training.guards import UpdateGuards
 from trl.training.loop import optimize
 from trl.training.modes import eval_mode
-from trl.training.optimizers import group_settings, inner, make_adam
+from trl.training.optimizers import check_optimizer, check_scheduler, group_settings, inner, make_adam
 from trl.training.peak import memory_statistics
 from trl.training.ppo import ppo_loss, ppo_minibatches
 from trl.training.resume import load_training, save_training
@@ -74,7 +75,8 @@ class PPOTrainer(PPOMethods):
     scores of whole responses, minus a penalty for drifting away from a reference model.
 
     Args:
-        config: the settings. It stays live: what is changed on it counts from the next call on.
+        config: the settings. It stays live: what is changed on it counts from the next call on, but for what a trainer is
+            made of (seed, trackers, accelerator, dtype, memory, compile), of which a warning tells.
         model: the policy with its value head; for a PEFT model only the adapter and the head are trained.
         ref_model: the frozen reference. If None: the same model with its adapter off for a PEFT model that starts at
             its base, else a frozen copy of `model`.
@@ -83,10 +85,11 @@ class PPOTrainer(PPOMethods):
         optimizer: Adam at `config.learning_rate` if None.
         data_collator: makes a batch of a list of `dataset`'s examples.
         num_shared_layers: layers that policy and reference share, frozen in both.
-        lr_scheduler: stepped once per call of `step`.
+        lr_scheduler: stepped once per call of `step`, without an argument.
 
     Raises:
-        ValueError: if an argument is of the wrong type.
+        ValueError: if an argument is of the wrong type, `optimizer` holds none of the model's trained parameters, or
+            `lr_scheduler` needs a number at each step.
     """
 
     def __init__(
@@ -114,6 +117,10 @@ class PPOTrainer(PPOMethods):
             raise ValueError(f"optimizer must be a torch optimizer, not {type(optimizer).__name__}")
         if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
             raise ValueError(f"lr_scheduler must be a torch learning-rate scheduler, not {type(lr_scheduler).__name__}")
+        if optimizer is not None:
+            check_optimizer(optimizer, model)
+        if lr_scheduler is not None:
+            check_scheduler(lr_scheduler, optimizer)
         config.validate()
         set_seed(int(config.seed or 0))
         super().__init__(config)
@@ -149,6 +156,7 @@ class PPOTrainer(PPOMethods):
                 "float32 weights, load them in float32 and set accelerator_kwargs={'mixed_precision': 'bf16'}",
                 ", ".join(sorted(narrow)),
             )
+        own_optimizer = optimizer is None
         if optimizer is None:
             optimizer = make_adam(
                 trained, float(config.learning_rate or 0), narrow=config.optimizer_state_dtype != "float32"
@@ -172,11 +180,8 @@ class PPOTrainer(PPOMethods):
             quick, self.compute.quick_products = self.compute.quick_products, False
             code = compile_passes(self.model, self.ref_model, self.compute.fresh_passes, narrow=self.compute.narrow)
             self.compute.quick_products = quick and code.off
-        self.kl_ctl: AdaptiveKLController | FixedKLController = (
-            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)  # type: ignore[arg-type]
-            if config.adap_kl_ctrl
-            else FixedKLController(config.init_kl_coef)  # type: ignore[arg-type]
-        )
+        self.kl_ctl = controller_for(config)
+        self._live_settings = LiveSettings(config, rate_is_ours=own_optimizer and lr_scheduler is None)
         self.current_device = self.accelerator.device
         self.current_step = 0
         self.score_moments = Moments()
@@ -346,6 +351,7 @@ class PPOTrainer(PPOMethods):
         """
         with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache):
             self.config.validate()
+            self.kl_ctl = self._live_settings.follow(self.config, self.optimizer, self.kl_ctl)
             started = time.perf_counter()
             timing: dict[str, float] = {}
             queries, responses, scores = self._step_safety_checker(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 from torch.optim import Adam
+from torch.optim.lr_scheduler import LRScheduler
 
 from trl.training.encoding import decode, encode
 from trl.training.streaming import NarrowAdam
@@ -29,6 +32,41 @@ def make_adam(parameters: Sequence[nn.Parameter], learning_rate: float, *, narro
             f"optimizer_state_dtype='bfloat16' is for float32 weights on a CPU or a GPU, not for {', '.join(sorted(strange))}"
         )
     return NarrowAdam(parameters, lr=learning_rate, fused=True)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuses an optimizer that would change nothing.
+
+    Raises:
+        ValueError: if it holds none of the model's trained parameters.
+    """
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"the {type(optimizer).__name__} that is given holds none of the model's {len(trained)} trained parameters: make "
+            "it of [p for p in model.parameters() if p.requires_grad], with the model that the trainer is given"
+        )
+
+
+def check_scheduler(scheduler: LRScheduler, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuses a scheduler that cannot be stepped once per call of `step`, and warns of one that drives another optimizer.
+
+    Raises:
+        ValueError: if its `step` needs an argument, as ReduceLROnPlateau's does.
+    """
+    empty = inspect.Parameter.empty
+    needed = [name for name, p in inspect.signature(scheduler.step).parameters.items() if p.default is empty]
+    if needed:
+        raise ValueError(
+            f"lr_scheduler is a {type(scheduler).__name__}, whose step needs {', '.join(needed)}: leave it out, and call its "
+            'step yourself after each ppo_trainer.step, such as scheduler.step(stats["ppo/mean_scores"])'
+        )
+    if optimizer is None or inner(scheduler.optimizer) is not inner(optimizer):
+        warnings.warn(
+            f"the {type(scheduler).__name__} that is given does not drive the trainer's optimizer, whose learning rate stays "
+            "as it is: give both, the scheduler made of the optimizer",
+            stacklevel=3,
+        )
 
 
 def inner(wrapped: Any) -> Any:
