@@ -26,7 +26,7 @@ class Processes:
     """What the loop asks of accelerate; backward passes as in a thread that is one of `num_processes`."""
 
     def __init__(self, num_processes: int = 1) -> None:
-        self.num_processes = num_processes
+        self.num_processes, self.scaler = num_processes, None
 
     def no_sync(self, model: nn.Module) -> Any:
         return nullcontext()
