@@ -28,14 +28,19 @@ class OwnLoss(PPOTrainer):
     def loss(self, *args: Any, **kwargs: Any) -> Any:
         policy, value, stats = super().loss(*args, **kwargs)
         counted = args[-1].bool()
-        stats = stats | {"own/logprobs": args[5][counted].mean(), "policy/policykl": (args[0] - args[5])[counted].mean()}
+        stats = stats | {
+            "own/logprobs": args[5][counted].mean(),
+            "policy/policykl": (args[0] - args[5])[counted].mean(),
+        }
         return policy, value, stats
 
 
 class OtherLoss(PPOTrainer):
     """A `loss` of another formula: a mean over this process's tokens, NaN where there is none."""
 
-    def loss(self, old_logprobs: Tensor, values: Any, rewards: Any, logits: Any, vpreds: Any, logprobs: Any, mask: Any) -> Any:
+    def loss(
+        self, old_logprobs: Tensor, values: Any, rewards: Any, logits: Any, vpreds: Any, logprobs: Any, mask: Any
+    ) -> Any:
         counted = mask.bool()
         policy = (torch.exp(logprobs - old_logprobs) * (values - rewards))[counted].mean()
         value = ((vpreds - rewards) ** 2)[counted].mean()

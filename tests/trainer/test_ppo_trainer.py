@@ -282,7 +282,9 @@ def test_a_subclass_hears_of_the_sampler_and_the_denominator(
     batch = make_batch()
     random = torch.Generator().manual_seed(1)
     seen = [-3 - 2 * torch.rand(len(response), generator=random) for response in batch[1]]
-    own = type("Mine", (PPOTrainer,), {overridden: lambda self, *a, **k: getattr(PPOTrainer, overridden)(self, *a, **k)})
+    own = type(
+        "Mine", (PPOTrainer,), {overridden: lambda self, *a, **k: getattr(PPOTrainer, overridden)(self, *a, **k)}
+    )
     gradients = []
     for kind, denominator in ((own, "batch"), (PPOTrainer, "batch"), (PPOTrainer, "minibatch")):
         trainer = make_trainer(trainer_class=kind, ppo_epochs=1, loss_denominator=denominator)
@@ -432,7 +434,9 @@ def test_the_best_model_is_pushed(make_trainer: Any, make_batch: Any, monkeypatc
 def test_the_best_model_is_that_of_all_processes(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(push_to_hub_if_best_kwargs={"repo_id": "me/best"})
     monkeypatch.setattr(trainer, "push_to_hub", lambda **kwargs: None)
-    monkeypatch.setattr(trainer, "_reduce", lambda tensor: tensor + torch.tensor([30.0, 3.0]))  # another's sum and count
+    monkeypatch.setattr(
+        trainer, "_reduce", lambda tensor: tensor + torch.tensor([30.0, 3.0])
+    )  # another's sum and count
     trainer._push_if_best([torch.tensor(2.0)])
     assert trainer._highest_score == 32 / 4
     trainer._push_if_best([])  # all of this process's are left out

@@ -67,7 +67,9 @@ class Batch(NamedTuple):
 class _Minibatch:
     """What `loss` and `train_minibatch` are not told, since TRL 0.4.6's signatures have no room for it."""
 
-    batch_tokens: Tensor | None  # scalar: tokens of an average minibatch, over all processes, if the loss is divided by them
+    batch_tokens: (
+        Tensor | None
+    )  # scalar: tokens of an average minibatch, over all processes, if the loss is divided by them
     weights: Tensor | None  # [b, S] of the policy loss, where another distribution sampled
     weighted: bool = False  # whether a loss has used them
 
@@ -432,9 +434,11 @@ class PPOMethods(BaseTrainer):
         """Numbers that are means over this process's counted tokens [B, S] become those over the tokens of all."""
         if not self.is_distributed:
             return stats
-        names = [name for name, value in stats.items() if value.numel() == 1]
+        names = [
+            name for name, value in stats.items() if value.dim() == 0
+        ]  # an array may hold one number, on one process
         tokens = counted.sum().double()
-        values = torch.stack([stats[name].reshape(()).to(tokens) for name in names] + [torch.ones_like(tokens)])
+        values = torch.stack([stats[name].to(tokens) for name in names] + [torch.ones_like(tokens)])
         sums = self._reduce((values * tokens).masked_fill(tokens == 0, 0.0))
         return stats | dict(zip(names, sums[:-1] / sums[-1], strict=True))
 
@@ -536,7 +540,7 @@ def _stacked(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     stacked = {}
     for name in history[0]:
         column = [stats[name] for stats in history]
-        if column[0].numel() == 1:
+        if column[0].dim() < 2 and column[0].numel() == 1:
             stacked[name] = torch.stack([x.reshape(()).float().cpu() for x in column])
         else:
             stacked[name] = torch.cat([x.flatten() for x in column]).unsqueeze(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_SIMPLE_LAUNCH = {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"}  # `accelerate launch` sets both for its one process
+_LAUNCHED_ALONE = {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"}  # by `accelerate launch`, without torchrun
 
 
 def make_accelerator(**settings: Any) -> Accelerator:
@@ -28,7 +28,7 @@ def make_accelerator(**settings: Any) -> Accelerator:
     """
     on_cpu = not torch.accelerator.is_available()
     sizes = ("WORLD_SIZE", *_MPI_SIZES) if on_cpu else ("WORLD_SIZE",)
-    started = max(int(os.environ.get(name, 1)) for name in sizes)
+    started = max(int(os.environ.get(name) or 1) for name in sizes)
     if on_cpu and started > 1:
         settings = {"cpu": True} | settings  # accelerate joins processes on CPUs only when told to use CPUs
     accelerator = Accelerator(**settings)
@@ -43,7 +43,7 @@ def make_accelerator(**settings: Any) -> Accelerator:
             "them with torchrun; without a GPU, give cpu=True to an Accelerator or PartialState that your script makes "
             "before the trainer, and leave 'cpu' out of PPOConfig.accelerator_kwargs or set it to True"
         )
-    if on_cpu and "MASTER_ADDR" in os.environ and _SIMPLE_LAUNCH <= os.environ.keys():
+    if on_cpu and os.environ.keys() >= {"MASTER_ADDR", *_LAUNCHED_ALONE}:
         raise ValueError(
             "accelerate launch was asked for several processes and has started this one alone (MASTER_ADDR is set, WORLD_SIZE "
             "is not): on CPUs it needs MPI for more. Start them with `torchrun --nproc-per-node N script.py` or with "
