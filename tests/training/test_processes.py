@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 
+from trl.models.loading import transformers_arguments
 from trl.training import processes
 from trl.training.processes import check_not_accumulating, make_accelerator
 
@@ -62,6 +65,22 @@ def test_with_a_gpu_accelerate_is_asked_for_nothing_new(monkeypatch: pytest.Monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert asked(monkeypatch) == {}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_loading_a_quantised_model_does_not_keep_processes_apart(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks accelerate for its device before the trainer does, and who asks first decides."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    seen: list[bool] = []
+
+    def state(cpu: bool = False) -> Any:
+        seen.append(cpu)
+        return SimpleNamespace(device="here")
+
+    monkeypatch.setattr(accelerate, "PartialState", state)
+    arguments = transformers_arguments({"quantization_config": object()}, allow_pickle=False)
+    assert arguments["device_map"] == {"": "here"}
+    assert seen == [not gpu]
 
 
 @pytest.mark.parametrize("settings", [{}, {"cpu": True}, {"cpu": False}])

@@ -105,8 +105,8 @@ class Updater:
         norm, scale = self._clip(narrow)
         finite = torch.ones(()) if self._finite is None else self._finite.float()
         own = math.isfinite(norm) and bool(finite)
-        spoiled, lossless = self.reduce(torch.stack([torch.full_like(finite, float(not own)), 1 - finite])).tolist()
-        if spoiled == 0:
+        refused, without_loss = self.reduce(torch.stack([torch.full_like(finite, float(not own)), 1 - finite])).tolist()
+        if refused == 0:
             if narrow:
                 # From inside the optimizer's own step, which does the rest: hooks and schedulers see one step.
                 self.optimizer.step(lambda: self._step_narrow(narrow, scale))
@@ -120,10 +120,11 @@ class Updater:
             reason = f"gradient norm is {norm}"
         else:
             reason = "the loss is not finite" if not own else "loss or gradient of another process is not finite"
-        scale = self._back_off()
-        if scale is not None:
-            reason += f" at a loss scale of {scale:g}, which is lowered"
-        self.guards.skipped(norm, reason, experience, counts=scale is None or scale <= 1 or lossless > 0)
+        loss_scale = self._back_off()
+        if loss_scale is not None:
+            reason += f" at a loss scale of {loss_scale:g}, which is lowered"
+        counts = loss_scale is None or loss_scale <= 1 or without_loss > 0
+        self.guards.skipped(norm, reason, experience, counts)
         return norm, False, time.perf_counter() - started
 
     def _back_off(self) -> float | None:
