@@ -101,6 +101,8 @@ def test_53_one_process_where_accelerate_was_asked_for_more_is_refused(monkeypat
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ValueError, match="asked for several processes and has started this one alone"):
         make_accelerator()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # by torchrun, of one process
+    assert make_accelerator().num_processes == 1
 
 
 def test_47_accelerate_does_not_multiply_the_steps_of_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def make_accelerator(**settings: Any) -> Accelerator:
             "them with torchrun; without a GPU, give cpu=True to an Accelerator or PartialState that your script makes "
             "before the trainer, and leave 'cpu' out of PPOConfig.accelerator_kwargs or set it to True"
         )
-    if on_cpu and os.environ.keys() >= {"MASTER_ADDR", *_LAUNCHED_ALONE}:
+    if on_cpu and "WORLD_SIZE" not in os.environ and os.environ.keys() >= {"MASTER_ADDR", *_LAUNCHED_ALONE}:
         raise ValueError(
             "accelerate launch was asked for several processes and has started this one alone (MASTER_ADDR is set, WORLD_SIZE "
             "is not): on CPUs it needs MPI for more. Start them with `torchrun --nproc-per-node N script.py` or with "
