@@ -564,7 +564,7 @@ def test_37_epsilon_and_schedule_are_documented_against_the_original() -> None:
 class _OneOfTwo:
     """What the loop asks of accelerate, for a rank that is a thread: gradients stay apart, counts do not."""
 
-    num_processes = 2
+    num_processes, scaler = 2, None
 
     def no_sync(self, model: nn.Module) -> Any:
         return nullcontext()

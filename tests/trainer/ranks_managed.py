@@ -64,7 +64,9 @@ def main() -> None:
         run(run_dir=folder / "run", steps=5)
     except ValueError as error:
         report["again"] = str(error)
+    run(fresh(), prompts=["w40 w50"] * 10, run_dir=folder / "one_prompt", steps=1)
     if rank == 0:
+        report["drawn"] = [sample["completion"] for sample in recorded(folder / "one_prompt")[1][0]]
         rows, samples = recorded(folder / "run")
         report["same"] = (rows, samples) == recorded(folder / "whole")
         report["taken"] = [[sample["prompt_id"] for sample in some] for some in samples]

@@ -272,6 +272,40 @@ def test_a_subclass_is_heard(overridden: str, make_trainer: Any, make_batch: Any
             assert_close(weights_of(mine)[name], weight, 1e-4)
 
 
+def test_a_loss_of_ones_own_that_leaves_the_sampler_out_is_an_error(make_trainer: Any, make_batch: Any) -> None:
+    class Mine(PPOTrainer):
+        def loss(self, *args: Any, **kwargs: Any) -> Any:
+            logprobs, vpreds = args[5], args[4]
+            return logprobs.mean(), vpreds.mean(), {"policy/policykl": 0.0, "val/error": 0.0, "returns/var": 1.0}
+
+    trainer = make_trainer(trainer_class=Mine)
+    before, batch = weights_of(trainer), make_batch()
+    seen = [torch.full((len(response),), -3.0) for response in batch[1]]
+    with pytest.raises(RuntimeError, match=r"sampler_logprobs, and Mine computes its loss without them"):
+        trainer.step(*batch, sampler_logprobs=seen)
+    assert all(torch.equal(before[name], weight) for name, weight in weights_of(trainer).items())
+    trainer.step(*batch)
+
+
+@pytest.mark.parametrize("overridden", ["loss", "train_minibatch", "batched_forward_pass"])
+def test_a_subclass_hears_of_the_sampler_and_the_denominator(
+    overridden: str, make_trainer: Any, make_batch: Any
+) -> None:
+    batch = make_batch()
+    random = torch.Generator().manual_seed(1)
+    seen = [-3 - 2 * torch.rand(len(response), generator=random) for response in batch[1]]
+    own = type(
+        "Mine", (PPOTrainer,), {overridden: lambda self, *a, **k: getattr(PPOTrainer, overridden)(self, *a, **k)}
+    )
+    gradients = []
+    for kind, denominator in ((own, "batch"), (PPOTrainer, "batch"), (PPOTrainer, "minibatch")):
+        trainer = make_trainer(trainer_class=kind, ppo_epochs=1, loss_denominator=denominator)
+        trainer.step(*batch, sampler_logprobs=seen)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
+    assert_close(gradients[0], gradients[1], 1e-4)
+    assert float((gradients[1] - gradients[2]).abs().max()) > 1e-2
+
+
 def test_a_subclass_can_stop_early(make_trainer: Any, make_batch: Any) -> None:
     class Mine(PPOTrainer):
         def loss(self, *args: Any) -> Any:
@@ -323,6 +357,22 @@ def test_generate(make_trainer: Any) -> None:
         eos_token_id=-1,
     )
     assert [len(s) for s in sampled] == [2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:responses are sampled with")
+@pytest.mark.parametrize("path", [{}, {"bad_words_ids": [[60]]}], ids=["own loop", "transformers"])
+def test_processes_that_are_seeded_alike_draw_different_responses(
+    path: dict[str, Any], make_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": 8, "return_prompt": False} | path
+    drawn = []
+    for rank in (0, 1, 2, 1):
+        monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda self, rank=rank: rank))
+        torch.manual_seed(3)
+        drawn.append(trainer.generate(torch.tensor([5, 6, 7]), **sampling)[0].tolist())
+    assert drawn[1] == drawn[3]  # each of its own, which the seed gives again
+    assert len({tuple(response) for response in drawn}) == 3
 
 
 def test_a_generated_stop_token_stays_and_a_prompts_does_not_cut(make_trainer: Any) -> None:
@@ -391,6 +441,33 @@ def test_the_best_model_is_pushed(make_trainer: Any, make_batch: Any, monkeypatc
     for mean in (0.0, 9.0, 1.0, 9.0, 0.5, 9.0):  # looked at: 0.0, 1.0, 0.5
         trainer.step(queries, responses, [torch.tensor(mean)] * 4)
     assert pushed == [{"repo_id": "me/best"}] * 2
+
+
+def test_the_best_model_is_that_of_all_processes(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(push_to_hub_if_best_kwargs={"repo_id": "me/best"})
+    monkeypatch.setattr(trainer, "push_to_hub", lambda **kwargs: None)
+    monkeypatch.setattr(
+        trainer, "_reduce", lambda tensor: tensor + torch.tensor([30.0, 3.0])
+    )  # another's sum and count
+    trainer._push_if_best([torch.tensor(2.0)])
+    assert trainer._highest_score == 32 / 4
+    trainer._push_if_best([])  # all of this process's are left out
+    assert trainer._highest_score == 30 / 3
+
+
+def test_what_is_logged_of_rewards_that_step_has_not_seen_is_of_one_process(
+    make_trainer: Any, make_batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, batch = make_trainer(), make_batch()
+    stats = trainer.step(*batch)
+    logged: list[Any] = []
+    monkeypatch.setattr(trainer.accelerator, "log", lambda logs, step: logged.append(logs))
+    monkeypatch.setattr(trainer, "is_distributed", True)
+    texts = {"query": [""] * 4, "response": [""] * 4}
+    trainer.log_stats(stats, texts, batch[2])
+    with pytest.warns(UserWarning, match="other rewards than step's scores"):
+        trainer.log_stats(stats, texts, [score + 1 for score in batch[2]])
+    assert_close(logged[1]["env/reward_mean"], logged[0]["env/reward_mean"] + 1)
 
 
 def test_push_to_hub_uploads_a_loadable_folder(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

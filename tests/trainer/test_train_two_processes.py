@@ -32,6 +32,7 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     assert [len(step) for step in first["taken"]] == [8] * 5
     assert all(flat.count(str(i)) == 4 for i in range(10))  # four epochs of ten prompts
     assert first["picky"] == second["picky"] and first["picky"][1] == 12  # of 16 scores
+    assert first["drawn"][:4] != first["drawn"][4:]  # to one prompt, from one seed
     assert first["excluded"] == [0.5, 0.0]
     assert "process 1 failed with RewardFailed" in first["broken"] and "on rank 1 alone" in second["broken"]
     assert "holds a run already" in first["again"] and "holds a run already" in second["again"]

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from tests.functional.oracles import Ranks
@@ -26,7 +28,7 @@ class Processes:
     """What the loop asks of accelerate; backward passes as in a thread that is one of `num_processes`."""
 
     def __init__(self, num_processes: int = 1) -> None:
-        self.num_processes = num_processes
+        self.num_processes, self.scaler = num_processes, None
 
     def no_sync(self, model: nn.Module) -> Any:
         return nullcontext()
@@ -181,6 +183,74 @@ def test_r10_through_the_trainer_over_calls_of_step() -> None:
     with pytest.raises(NonFiniteError), pytest.warns(UserWarning, match="is skipped"):
         subject.step(*batch())
     assert all(torch.equal(before[k], v) for k, v in subject.model.state_dict().items())
+
+
+class Scaled(Processes):
+    """accelerate in fp16, with its loss scaler; gradients overflow as often as `overflows` says."""
+
+    def __init__(self, model: Weight, overflows: int, scale: float = 2.0**16, processes: int = 1) -> None:
+        super().__init__(processes)
+        Accelerator()  # whose state the optimizer below asks for
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        self.optimizer = AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scaler=self.scaler)
+        left = iter([math.inf] * overflows)
+        model.w.register_hook(lambda gradient: gradient * next(left, 1.0))
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def unscale_gradients(self) -> None:
+        self.scaler.unscale_(self.optimizer.optimizer)
+
+
+def scaled(
+    overflows: int,
+    minibatches: int,
+    guards: UpdateGuards,
+    scale: float = 2.0**16,
+    processes: int = 1,
+    reduce: Any = identity,
+    spoil: float = 0.0,
+) -> tuple[float, float, list[bool]]:
+    """w and the loss scale after some optimizer steps in fp16, and which of them were taken."""
+    model = Weight()
+    accelerator = Scaled(model, overflows, scale, processes)
+    updater = Updater(
+        model=model, optimizer=accelerator.optimizer, accelerator=accelerator, guards=guards, reduce=reduce
+    )
+
+    def loss(experience: Experience) -> Loss:
+        plain = model.loss(experience)
+        return Loss(objective=plain.objective + spoil, metrics=plain.metrics, arrays=plain.arrays)
+
+    history = optimize([minibatch()] * minibatches, loss, updater, microbatch_size=8, reduce=reduce)
+    return float(model.w.detach()), accelerator.scaler.get_scale(), [metrics.stepped for metrics in history]
+
+
+def test_fp16_overflows_lower_the_loss_scale_and_the_run_goes_on() -> None:
+    """They are how a scaler finds its scale: no reason to end a run."""
+    guards = UpdateGuards(max_skipped=1)
+    with pytest.warns(UserWarning, match="at a loss scale of [0-9]+, which is lowered"):
+        w, scale, taken = scaled(3, 4, guards)
+    assert taken == [False, False, False, True]
+    assert scale == 2.0**13
+    assert math.isclose(w, 0.1 * 2 * 4.5, rel_tol=1e-6)  # one step, on the unscaled gradient of mean((w - score)²)
+
+
+@pytest.mark.parametrize(("scale", "spoil"), [(1.0, 0.0), (2.0**16, math.inf)])
+def test_fp16_skips_that_no_scale_helps_end_the_run(scale: float, spoil: float) -> None:
+    guards = UpdateGuards(max_skipped=2)
+    with pytest.raises(NonFiniteError), pytest.warns(UserWarning, match="is skipped"):
+        scaled(99, 9, guards, scale=scale, spoil=spoil)
+    assert guards.consecutive_skips == 2
+
+
+def test_fp16_processes_keep_one_loss_scale() -> None:
+    """Where the gradient of one alone overflows, gradients that meet in a sum must have been scaled alike."""
+    with pytest.warns(UserWarning, match="is skipped"):
+        outcomes = Ranks(2).run(lambda rank, reduce: scaled(rank, 2, UpdateGuards(), processes=2, reduce=reduce))
+    assert [taken for _, _, taken in outcomes] == [[False, True]] * 2
+    assert [scale for _, scale, _ in outcomes] == [2.0**15] * 2
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])

@@ -194,7 +194,8 @@ def transformers_arguments(kwargs: Mapping[str, Any], *, allow_pickle: bool) -> 
     elif kwargs.get("device_map") is None:
         from accelerate import PartialState
 
-        kwargs["device_map"] = {"": PartialState().device}
+        # Whoever asks first decides for the trainer, too, whether processes on CPUs are joined.
+        kwargs["device_map"] = {"": PartialState(cpu=not torch.accelerator.is_available()).device}
     if kwargs.pop("weights_only", True) is not True:
         raise ValueError("weights_only=False would run code out of a pickle; only weights_only=True is supported")
     if not allow_pickle:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,26 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from trl.data import PadCollator, pad, place_on_columns, prompt_loader, response_columns
-from trl.functional import entropy, gae, k1, k1_abs, k2, k3, masked_whiten, shape_rewards
+from trl.functional import (
+    entropy,
+    gae,
+    importance_weights,
+    k1,
+    k1_abs,
+    k2,
+    k3,
+    masked_sum,
+    masked_whiten,
+    shape_rewards,
+)
 from trl.trackers import completions_table
 from trl.trainer.base import BaseTrainer
 from trl.trainer.ppo_config import PPOConfig
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
-from trl.training.loop import Updater
+from trl.training.loop import Updater, means_of
 from trl.training.ppo import PPOSettings, experience_statistics, ppo_terms
-from trl.training.processes import sum_over_processes
+from trl.training.processes import check_not_accumulating, sum_over_processes
 from trl.training.scoring import score
 from trl.training.statistics import step_statistics
 from trl.types import Experience, Rollout, take
@@ -51,6 +63,17 @@ class Batch(NamedTuple):
         )
 
 
+@dataclass(kw_only=True)
+class _Minibatch:
+    """What `loss` and `train_minibatch` are not told, since TRL 0.4.6's signatures have no room for it."""
+
+    batch_tokens: (
+        Tensor | None
+    )  # scalar: tokens of an average minibatch, over all processes, if the loss is divided by them
+    weights: Tensor | None  # [b, S] of the policy loss, where another distribution sampled
+    weighted: bool = False  # whether a loss has used them
+
+
 class PPOMethods(BaseTrainer):
     """What `PPOTrainer.step` is made of."""
 
@@ -67,6 +90,8 @@ class PPOMethods(BaseTrainer):
     _steps_done: int
     _generator: torch.Generator
     guards: UpdateGuards
+    _minibatch: _Minibatch | None = None  # the one under way in `step`
+    _scores_of_step: tuple[Tensor, Tensor] | None = None  # [B] of this process and [n · B] of all
 
     # Batches ---------------------------------------------------------------------------------------------------------
 
@@ -225,6 +250,7 @@ class PPOMethods(BaseTrainer):
         if self._steps_done < self.config.value_warmup_steps:
             frozen = [p for name, p in self.model.named_parameters() if "v_head." not in name]
         self.guards.max_skipped = self.config.max_skipped_updates
+        check_not_accumulating(self.accelerator)
         return Updater(
             model=self.model,
             optimizer=self.optimizer,
@@ -258,7 +284,8 @@ class PPOMethods(BaseTrainer):
             mask: `[B, S]`, not 0 where a response token is predicted.
 
         Returns:
-            The policy loss, vf_coef · the value loss (scalars with gradients), and statistics by name.
+            The policy loss and vf_coef · the value loss, means over this process's tokens (scalars with gradients), and
+            statistics by name, their numbers over all processes.
         """
         counted = mask.bool()
         advantages, returns = gae(
@@ -278,8 +305,10 @@ class PPOMethods(BaseTrainer):
             returns=returns,
             mask=counted,
             settings=self._settings(),
+            weights=self._weights(counted),
         )
-        stats = {name: tally.detach().mean() for name, tally in terms.metrics.items()}
+        means = means_of([{name: tally.detach() for name, tally in terms.metrics.items()}], self._reduce)
+        stats = {name: torch.tensor(mean) for name, mean in means.items()}
         stats |= experience_statistics(
             advantages=advantages, returns=returns, values=values, mask=counted, reduce=self._reduce
         )
@@ -302,13 +331,21 @@ class PPOMethods(BaseTrainer):
     ) -> dict[str, Tensor]:
         """One optimizer step on a minibatch whose forward pass has been made; arguments as for `loss`.
 
+        The gradient is that of all processes' tokens together, divided as `config.loss_denominator` says. A method of your
+        own in its place that calls `backward` itself gets the mean over processes of their gradients.
+
         Returns:
             The statistics of `loss`, `grad_norm` and the seconds of the optimizer step.
+
+        Raises:
+            RuntimeError: if `step` was given sampler_logprobs, and a `loss` of your own leaves them out.
         """
         policy_loss, value_loss, stats = self.loss(old_logprobs, values, rewards, logits, vpreds, logprobs, mask)
+        self._check_weighted()
+        objective = self._summed(policy_loss + value_loss, logprobs, vpreds, mask.bool())
         updater = self._updater()
         updater.clear()
-        updater.accumulate(policy_loss + value_loss, last=True)
+        updater.accumulate(objective, last=True)
         norm, stepped, seconds = updater.step()
         return stats | {
             "grad_norm": torch.tensor(norm),
@@ -316,28 +353,94 @@ class PPOMethods(BaseTrainer):
             "time/ppo/optimizer_step": torch.tensor(seconds),
         }
 
+    def _summed(self, mean: Tensor, logprobs: Tensor, vpreds: Tensor, counted: Tensor) -> Tensor:
+        """This process's part of the loss of all processes: `mean` over its counted tokens becomes sum / all that count.
+
+        Args:
+            mean: scalar.
+            logprobs: `[B, S]`, and with `vpreds` what every weight's gradient goes through.
+            vpreds: `[B, S]`.
+            counted: `[B, S]` bool.
+        """
+        local_tokens = counted.sum().float()
+        all_tokens = None if self._minibatch is None else self._minibatch.batch_tokens
+        if all_tokens is None:
+            all_tokens = self._reduce(local_tokens)
+        if local_tokens == 0:  # a mean over nothing may be NaN, and every process has to take part in the backward pass
+            return masked_sum(logprobs, counted) + masked_sum(vpreds, counted)
+        return mean * (local_tokens / all_tokens.clamp(min=1))
+
+    def _weights(self, counted: Tensor) -> Tensor | None:
+        """`[B, S]` importance weights of the minibatch that `step` is at; None if there are none."""
+        if self._minibatch is None or self._minibatch.weights is None:
+            return None
+        if self._minibatch.weights.shape != counted.shape:
+            raise RuntimeError(
+                f"loss was given a mask of shape {tuple(counted.shape)}; the minibatch, for which step has sampler_logprobs, "
+                f"has {tuple(self._minibatch.weights.shape)}"
+            )
+        self._minibatch.weighted = True
+        return self._minibatch.weights
+
+    def _check_weighted(self) -> None:
+        if self._minibatch is not None and self._minibatch.weights is not None and not self._minibatch.weighted:
+            raise RuntimeError(
+                f"step was given sampler_logprobs, and {type(self).__name__} computes its loss without them: call "
+                "super().loss, which weights the policy loss by them, or give none"
+            )
+
     def _optimize_by_methods(self, experience: Experience, batch: Batch) -> dict[str, Tensor]:
         """The update through this object's public methods, for a subclass that overrides them: more memory, no trimming."""
+        try:
+            return _stacked(self._history_by_methods(experience, batch))
+        finally:
+            self._minibatch = None
+
+    def _history_by_methods(self, experience: Experience, batch: Batch) -> list[dict[str, Tensor]]:
         config = self.config
         history: list[dict[str, Tensor]] = []
+        batch_tokens = None
+        if config.loss_denominator == "batch":
+            all_tokens = self._reduce(experience.rollout.mask.sum().float())
+            batch_tokens = all_tokens * config.samples_per_update / len(experience)
         for _ in range(int(config.ppo_epochs or 1)):
             order = torch.randperm(len(experience), generator=self._generator)
             for rows in order.split(config.samples_per_update):
                 part = take(experience, rows.to(self.current_device))
-                if float(self._reduce(part.rollout.mask.sum().float())) == 0:
+                mask = part.rollout.mask
+                if float(self._reduce(mask.sum().float())) == 0:
                     continue
+                weights = None
+                if part.rollout.sampler_logprobs is not None:
+                    weights = importance_weights(
+                        part.old_logprobs, part.rollout.sampler_logprobs, mask, cap=config.importance_cap
+                    )
+                self._minibatch = _Minibatch(batch_tokens=batch_tokens, weights=weights)
                 some = batch.rows(rows)
                 logprobs, logits, values, _ = self.batched_forward_pass(
                     self.model, some.queries, some.responses, some.inputs, return_logits=True
                 )
                 assert logits is not None
                 stats = self.train_minibatch(
-                    part.old_logprobs, part.old_values, part.rewards, logprobs, logits, values, part.rollout.mask.long()
+                    part.old_logprobs, part.old_values, part.rewards, logprobs, logits, values, mask.long()
                 )
-                history.append({name: torch.as_tensor(value).detach() for name, value in stats.items()})
+                self._check_weighted()
+                history.append(self._pooled({n: torch.as_tensor(v).detach() for n, v in stats.items()}, mask))
                 if self._stops_early(float(history[-1]["policy/policykl"])):
-                    return _stacked(history)
-        return _stacked(history)
+                    return history
+        return history
+
+    def _pooled(self, stats: dict[str, Tensor], counted: Tensor) -> dict[str, Tensor]:
+        """Numbers that are means over this process's counted tokens [B, S] become those over the tokens of all."""
+        if not self.is_distributed:
+            return stats
+        names = [
+            name for name, value in stats.items() if value.dim() == 0
+        ]  # an array may hold one number, on one process
+        tokens = counted.sum().double()
+        values = torch.stack([stats[name].to(tokens) for name in names] + [torch.ones_like(tokens)])
+        sums = self._reduce((values * tokens).masked_fill(tokens == 0, 0.0))
+        return stats | dict(zip(names, sums[:-1] / sums[-1], strict=True))
 
     def _stops_early(self, policy_kl: float) -> bool:
         """Whether the policy has moved too far for more passes over this batch."""
@@ -354,8 +457,10 @@ class PPOMethods(BaseTrainer):
 
         Args:
             kl_coef: weight of the KL in this step's rewards.
-            **data: scores, logprobs, ref_logprobs, non_score_reward, masks [B, S], queries, responses, train_stats, and
-                rows, where some rows of the mask are empty (see `step_statistics`).
+            **data: scores, logprobs, ref_logprobs, non_score_reward, masks [B, S], queries, responses, train_stats.
+
+        Returns:
+            Numbers of all processes together, and arrays of this one. Every process must call this.
         """
         scores = data["scores"]
         return step_statistics(
@@ -368,11 +473,11 @@ class PPOMethods(BaseTrainer):
             queries=data["queries"],
             responses=data["responses"],
             train_stats=data["train_stats"],
-            rows=data.get("rows"),
+            reduce=self._reduce,
         )
 
     def gather_stats(self, stats: dict[str, Any]) -> dict[str, Any]:
-        """Averages scalars over processes; distributions stay those of this process."""
+        """Averages scalars over processes, such as your own in `record_step_stats`; arrays stay those of this process."""
         if not self.is_distributed:
             return stats
         names = [k for k, v in stats.items() if isinstance(v, Tensor) and v.dim() == 0]
@@ -389,6 +494,9 @@ class PPOMethods(BaseTrainer):
     ) -> None:
         """Sends statistics, the scores' moments and a table of completions to the tracker, on the main process.
 
+        Where `rewards` are the scores that `step` was last given, `env/reward_*` are of the scores of all processes. The
+        table shows those of the main process.
+
         Args:
             stats: as from `step`.
             batch: texts by column name, at least those of `columns_to_log`; else a warning, and no table.
@@ -404,11 +512,27 @@ class PPOMethods(BaseTrainer):
         else:
             rows = list(zip(*(batch[c] for c in columns_to_log), flat.tolist(), strict=True))
             logs |= completions_table(self.config.log_with, [*columns_to_log, "reward"], rows)
+        flat = self._of_all_processes(flat)
         logs["env/reward_mean"] = flat.mean().item()
         logs["env/reward_std"] = flat.std().item() if len(flat) > 1 else 0.0
         logs["env/reward_dist"] = flat.numpy()
         self.current_step += 1
         self.accelerator.log(logs, step=self.current_step)
+
+    def _of_all_processes(self, scores: Tensor) -> Tensor:
+        """`[n · B]` scores of all processes, of which `scores` [B] are this one's, as `step` has gathered them.
+
+        Gathering them here would wait for ever where a script calls `log_stats` on the main process alone.
+        """
+        if not self.is_distributed:
+            return scores
+        if self._scores_of_step is not None and torch.equal(scores, self._scores_of_step[0]):
+            return self._scores_of_step[1]
+        warnings.warn(
+            "log_stats was given other rewards than step's scores: env/reward_* are of the main process alone",
+            stacklevel=3,
+        )
+        return scores
 
 
 def _stacked(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -416,7 +540,7 @@ def _stacked(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     stacked = {}
     for name in history[0]:
         column = [stats[name] for stats in history]
-        if column[0].numel() == 1:
+        if column[0].dim() < 2 and column[0].numel() == 1:
             stacked[name] = torch.stack([x.reshape(()).float().cpu() for x in column])
         else:
             stacked[name] = torch.cat([x.flatten() for x in column]).unsqueeze(0)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.core import PPODecorators, convert_to_scalar, set_seed, stats_to_np
 from trl.data import PadCollator
-from trl.functional import Moments, gae, masked_mean, masked_sum, masked_whiten
+from trl.functional import Moments, gae, masked_sum, masked_whiten
 from trl.models import PreTrainedModelWrapper, create_reference_model, shares_frozen
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
 from trl.models.layers import recompute_activations
@@ -57,12 +56,13 @@ from trl.training.modes import eval_mode
 from trl.training.optimizers import check_optimizer, check_scheduler, group_settings, inner, make_adam
 from trl.training.peak import memory_statistics
 from trl.training.ppo import ppo_loss, ppo_minibatches
+from trl.training.processes import gather_over_processes, make_accelerator
 from trl.training.resume import load_training, save_training
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
 from trl.training.scoring import exact_kl_of, score, with_frozen_states
 from trl.training.spikes import SpikeSettings
-from trl.training.statistics import stack_updates
-from trl.types import Evaluation, Experience, Rollout
+from trl.training.statistics import pooled_mean, stack_updates
+from trl.types import Evaluation, Experience, Rollout, Tally
 
 logger = logging.getLogger(__name__)
 _UNKNOWN = object()
@@ -127,7 +127,7 @@ class PPOTrainer(PPOMethods):
         self.tokenizer = tokenizer
         self.is_encoder_decoder = bool(model.is_encoder_decoder)
         self.is_peft_model = bool(model.is_peft_model)
-        self.accelerator = Accelerator(
+        self.accelerator = make_accelerator(
             log_with=config.log_with,
             project_config=ProjectConfiguration(**config.project_kwargs),
             **config.accelerator_kwargs,
@@ -237,7 +237,7 @@ class PPOTrainer(PPOMethods):
         lengths = {} if length_sampler is None else {"max_new_tokens": 1}  # the sampler's own numbers count
         asked = self._own_sampling(model, kwargs | lengths)
         sampled: Sampled | None = None
-        with eval_mode(model), self.compute.fresh_passes():
+        with eval_mode(model), self.compute.fresh_passes(), self._ranks_apart(isinstance(asked, str)):
             if isinstance(asked, str):
                 responses = generate_responses(
                     model,
@@ -317,6 +317,18 @@ class PPOTrainer(PPOMethods):
         seed = int(torch.randint(2**62, (), dtype=torch.int64))
         return torch.Generator().manual_seed(seed + self.accelerator.process_index)
 
+    @contextmanager
+    def _ranks_apart(self, by_transformers: bool) -> Iterator[None]:
+        """transformers' generate draws from torch's global generator, which is seeded alike on every process."""
+        rank = self.accelerator.process_index
+        if rank == 0 or not by_transformers:
+            yield
+            return
+        seed = int(torch.randint(2**62, (), dtype=torch.int64)) + rank
+        with torch.random.fork_rng([self.current_device] if self.current_device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
     # One step --------------------------------------------------------------------------------------------------------
 
     def step(
@@ -390,9 +402,11 @@ class PPOTrainer(PPOMethods):
                     masks=rollout.mask,
                     queries=queries,
                     responses=responses,
-                    rows=kept / self.accelerator.num_processes,
                 )
-                stats |= self._extra_stats(rollout, old, kept / self.accelerator.num_processes)
+                stats |= self._extra_stats(rollout, old)
+                local_scores = torch.stack(scores)
+                all_scores = gather_over_processes(self.accelerator, local_scores)
+                self._scores_of_step = (local_scores.cpu(), all_scores.cpu())
                 stats = stats_to_np(convert_to_scalar(self.gather_stats(stats)))
             stats["ppo/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
             self.kl_ctl.update(stats["objective/kl"], kept)
@@ -623,14 +637,15 @@ class PPOTrainer(PPOMethods):
             rollout = replace(rollout, sampler_logprobs=seen)
         return rollout
 
-    def _extra_stats(self, rollout: Rollout, old: Evaluation, rows: float) -> dict[str, Tensor]:
-        """Statistics that TRL 0.4.6 did not have; `rows` as for `step_statistics`."""
-        stats = {}
+    def _extra_stats(self, rollout: Rollout, old: Evaluation) -> dict[str, Tensor]:
+        """Statistics that TRL 0.4.6 did not have, of all processes together."""
+        stats, mask = {}, rollout.mask
         if old.entropy is not None:
-            stats["objective/full_entropy"] = masked_sum(old.entropy, rollout.mask).sum() / rows
+            entropy = Tally(masked_sum(old.entropy, mask), mask.any(dim=1).sum())
+            stats["objective/full_entropy"] = pooled_mean(entropy, self._reduce)
         if rollout.sampler_logprobs is not None:
             gap = (old.logprobs - rollout.sampler_logprobs).abs()
-            stats["objective/sampler_gap"] = masked_mean(gap, rollout.mask)
+            stats["objective/sampler_gap"] = pooled_mean(Tally.of(gap, mask), self._reduce)
         return stats
 
     def _warn_of_reshaped_sampling(self, generation_config: Any, kwargs: Mapping[str, Any]) -> None:
@@ -647,10 +662,11 @@ class PPOTrainer(PPOMethods):
 
     def _push_if_best(self, scores: list[Tensor]) -> None:
         kwargs = self.config.push_to_hub_if_best_kwargs
-        if not kwargs or not scores:
+        if not kwargs:
             return
         if self._compared % int(self.config.compare_steps or 1) == 0:
-            mean = torch.stack(scores).mean().item()
+            total = torch.tensor([float(sum(scores)), len(scores)], device=self.current_device)
+            mean = float(pooled_mean(Tally(*total), self._reduce))
             if mean > self._highest_score:
                 self._highest_score = mean
                 self.push_to_hub(**kwargs)

@@ -44,13 +44,19 @@ class UpdateGuards:
         """A step was taken."""
         self.consecutive_skips = 0
 
-    def skipped(self, norm: float, reason: str, experience: Experience | None) -> None:
+    def skipped(self, norm: float, reason: str, experience: Experience | None, counts: bool = True) -> None:
         """A step was left out, on every process alike.
+
+        Args:
+            norm: of this process's gradient.
+            reason: why.
+            experience: what the gradient is of.
+            counts: towards `max_skipped`; False where a loss scaler overflowed, which it does by design.
 
         Raises:
             NonFiniteError: at `max_skipped` in a row.
         """
-        self.consecutive_skips += 1
+        self.consecutive_skips += int(counts)
         warnings.warn(
             f"{reason}: this optimizer step is skipped and the weights stay as they are. Look at the scores, the learning "
             "rate and ppo/policy/ratio.",
@@ -58,7 +64,7 @@ class UpdateGuards:
         )
         if self.on_skip is not None:
             self.on_skip(SkippedUpdate(experience=experience, grad_norm=norm, in_a_row=self.consecutive_skips))
-        if self.max_skipped is not None and self.consecutive_skips >= self.max_skipped:
+        if counts and self.max_skipped is not None and self.consecutive_skips >= self.max_skipped:
             raise NonFiniteError(
                 f"{self.consecutive_skips} optimizer steps in a row were skipped (max_skipped_updates={self.max_skipped}); "
                 f"the last one since {reason}"

@@ -109,7 +109,8 @@ class Updater:
         norm, scale = self._clip(narrow)
         finite = torch.ones(()) if self._finite is None else self._finite.float()
         own = math.isfinite(norm) and bool(finite)
-        if float(self.reduce(torch.zeros_like(finite) if own else torch.ones_like(finite))) == 0:
+        refused, without_loss = self.reduce(torch.stack([torch.full_like(finite, float(not own)), 1 - finite])).tolist()
+        if refused == 0:
             if narrow:
                 # From inside the optimizer's own step, which does the rest: hooks and schedulers see one step.
                 self.optimizer.step(lambda: self._step_narrow(narrow, scale))
@@ -123,8 +124,24 @@ class Updater:
             reason = f"gradient norm is {norm}"
         else:
             reason = "the loss is not finite" if not own else "loss or gradient of another process is not finite"
-        self.guards.skipped(norm, reason, experience)
+        loss_scale = self._back_off()
+        if loss_scale is not None:
+            reason += f" at a loss scale of {loss_scale:g}, which is lowered"
+        counts = loss_scale is None or loss_scale <= 1 or without_loss > 0
+        self.guards.skipped(norm, reason, experience, counts)
         return norm, False, time.perf_counter() - started
+
+    def _back_off(self) -> float | None:
+        """Lowers the loss scale of fp16, on every process alike, and returns what it was; None without a scaler.
+
+        A scaler that unscaled gradients has to be updated before it can do so again.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None or not scaler.is_enabled():
+            return None
+        scale = float(scaler.get_scale())
+        scaler.update(new_scale=scale * scaler.get_backoff_factor())
+        return scale
 
     def _clip(self, narrow: Mapping[Tensor, Tensor]) -> tuple[float, float]:
         """The norm before clipping, and what is left to multiply the `narrow` gradients by; the others are clipped."""
@@ -145,7 +162,7 @@ class Updater:
         self.compute.narrowed(adam_step(inner(self.optimizer), narrow, scale))
 
 
-def _mean(tallies: Sequence[dict[str, Tally]], reduce: Reduce) -> dict[str, float]:
+def means_of(tallies: Sequence[Mapping[str, Tally]], reduce: Reduce) -> dict[str, float]:
     """Adds up the tallies of all microbatches and processes, and divides once."""
     names = list(tallies[0])
     table = torch.stack(
@@ -191,7 +208,7 @@ def optimize(
         tallies, arrays = _gradient(minibatch, loss_fn, updater, microbatch_size, reduce)
         norm, stepped, seconds = updater.step(minibatch.experience)
         metrics = UpdateMetrics(
-            means=_mean(tallies, reduce) | {name: float(mean) for name, mean in minibatch.means.items()},
+            means=means_of(tallies, reduce) | {name: float(mean) for name, mean in minibatch.means.items()},
             arrays={name: torch.cat([a[name] for a in arrays]) for name in arrays[0]},
             grad_norm=norm,
             stepped=stepped,

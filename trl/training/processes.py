@@ -1,19 +1,79 @@
-"""What processes have to tell each other. Collective calls stand in this room alone."""
+"""Joining the processes of a launch, and every collective call between them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 T = TypeVar("T")
+
+_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LAUNCHED_ALONE = {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"}  # by `accelerate launch`, without torchrun
+
+
+def make_accelerator(**settings: Any) -> Accelerator:
+    """An `Accelerator` that spans every process of the launch, on machines without a GPU as well.
+
+    Args:
+        **settings: for `accelerate.Accelerator`.
+
+    Raises:
+        ValueError: if several processes were started, or asked for, and accelerate sees one, or if accelerate accumulates
+            gradients.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    sizes = ("WORLD_SIZE", *_MPI_SIZES) if on_cpu else ("WORLD_SIZE",)
+    started = max(int(os.environ.get(name) or 1) for name in sizes)
+    if on_cpu and started > 1:
+        settings = {"cpu": True} | settings  # accelerate joins processes on CPUs only when told to use CPUs
+    accelerator = Accelerator(**settings)
+    # Every schedule is per call of `step`; accelerate's default is one per process and optimizer step.
+    accelerator.step_scheduler_with_optimizer = False
+    check_not_accumulating(accelerator)
+    if accelerator.num_processes > 1:
+        return accelerator
+    if started > 1:
+        raise ValueError(
+            f"{started} processes were started together and accelerate sees one: each would train a model of its own. Start "
+            "them with torchrun; without a GPU, give cpu=True to an Accelerator or PartialState that your script makes "
+            "before the trainer, and leave 'cpu' out of PPOConfig.accelerator_kwargs or set it to True"
+        )
+    if on_cpu and "WORLD_SIZE" not in os.environ and os.environ.keys() >= {"MASTER_ADDR", *_LAUNCHED_ALONE}:
+        raise ValueError(
+            "accelerate launch was asked for several processes and has started this one alone (MASTER_ADDR is set, WORLD_SIZE "
+            "is not): on CPUs it needs MPI for more. Start them with `torchrun --nproc-per-node N script.py` or with "
+            "`accelerate launch --multi_gpu --num_processes N script.py`, which need no GPU; for one process, unset MASTER_ADDR"
+        )
+    return accelerator
+
+
+def check_not_accumulating(accelerator: Any) -> None:
+    """accelerate divides every loss by its own accumulation steps, and leaves out optimizer steps between them.
+
+    Raises:
+        ValueError: if it would.
+    """
+    if accelerator.gradient_accumulation_steps != 1 or not accelerator.sync_gradients:
+        raise ValueError(
+            f"accelerate accumulates gradients over {accelerator.gradient_accumulation_steps} steps "
+            f"(sync_gradients={accelerator.sync_gradients}), by ACCELERATE_GRADIENT_ACCUMULATION_STEPS, a "
+            "GradientAccumulationPlugin or another Accelerator of this process: set PPOConfig.gradient_accumulation_steps"
+        )
 
 
 def sum_over_processes(accelerator: Any, tensor: Tensor) -> Tensor:
     """The sum of `tensor`, of one shape everywhere, over all processes. Every process must call this."""
     return accelerator.reduce(tensor, reduction="sum") if accelerator.num_processes > 1 else tensor
+
+
+def gather_over_processes(accelerator: Any, tensor: Tensor) -> Tensor:
+    """`[n · B, ...]`: `tensor` [B, ...], of one shape everywhere, of all processes. Every process must call this."""
+    return accelerator.gather(tensor) if accelerator.num_processes > 1 else tensor
 
 
 def share_bytes(accelerator: Any, data: bytes) -> list[bytes]:

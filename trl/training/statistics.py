@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl.functional import masked_mean, masked_sum
+from trl.functional import masked_moments, masked_sum
+from trl.protocols import Reduce
 from trl.training.loop import UpdateMetrics
+from trl.types import Tally, identity
 
 
 def stack_updates(history: Sequence[UpdateMetrics]) -> dict[str, Tensor]:
@@ -24,18 +26,22 @@ def stack_updates(history: Sequence[UpdateMetrics]) -> dict[str, Tensor]:
     return stacked
 
 
-def _lengths(name: str, sequences: Sequence[Tensor]) -> dict[str, Tensor]:
-    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.float)
-    return {
-        f"tokens/{name}_len_mean": lengths.mean(),
-        f"tokens/{name}_len_std": _std(lengths),
-        f"tokens/{name}_dist": lengths,
-    }
+def pooled_mean(tally: Tally, reduce: Reduce = identity) -> Tensor:
+    """The mean over all processes of what `tally` sums on this one; 0 over nothing."""
+    total, count = reduce(torch.stack([tally.sum, tally.count.to(tally.sum)]))
+    return total / count.clamp(min=1)
 
 
-def _std(values: Tensor) -> Tensor:
-    """Standard deviation with Bessel's correction; 0, not NaN, for a single value."""
-    return values.std() if values.numel() > 1 else torch.zeros_like(values.sum())
+def _mean_and_std(values: Tensor, counted: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """Over all processes, of `values` [B] where `counted` [B]; Bessel's correction, and 0 for a single value."""
+    mean, var, _ = masked_moments(values, counted, reduce)
+    return mean, var.sqrt()
+
+
+def _lengths(name: str, sequences: Sequence[Tensor], device: torch.device, reduce: Reduce) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.float, device=device)
+    mean, std = _mean_and_std(lengths, torch.ones_like(lengths).bool(), reduce)
+    return {f"tokens/{name}_len_mean": mean, f"tokens/{name}_len_std": std, f"tokens/{name}_dist": lengths}
 
 
 def step_statistics(
@@ -49,9 +55,11 @@ def step_statistics(
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
     train_stats: Mapping[str, Tensor],
-    rows: float | None = None,
+    reduce: Reduce = identity,
 ) -> dict[str, Any]:
-    """What one step did, by key: tensors of this process. A row without a counted token counts in the lengths alone.
+    """What one step did, by key: numbers of all processes together, arrays of this one.
+
+    A row without a counted token counts in the lengths alone.
 
     Args:
         kl_coef: weight of the KL in this step's rewards.
@@ -63,13 +71,13 @@ def step_statistics(
         queries: `B` 1-D tensors.
         responses: `B` 1-D tensors.
         train_stats: one row per optimizer step, as from `stack_updates`; their means are reported.
-        rows: rows with a counted token, the mean over all processes, so that the mean of the processes' means is that of
-            all rows; those of this process if None.
+        reduce: sums a tensor over all processes.
     """
     counted = mask.any(dim=1)
-    known = counted.sum().clamp(min=1) if rows is None else rows
+    rows, scores = counted.sum(), scores.to(mask.device)
     kl = masked_sum(logprobs - ref_logprobs, mask, dim=1)
-    mean_kl = kl.sum() / known
+    mean_kl = pooled_mean(Tally(kl.sum(), rows), reduce)
+    mean_score, std_score = _mean_and_std(scores, counted, reduce)
     if mean_kl.item() < -1.0:
         warnings.warn(
             f"objective/kl is {mean_kl.item():.2f}: it should not be negative. Were the responses sampled with settings that "
@@ -82,12 +90,12 @@ def step_statistics(
         "objective/logprobs": logprobs,
         "objective/ref_logprobs": ref_logprobs,
         "objective/kl_coef": kl_coef,
-        "objective/entropy": -masked_sum(logprobs, mask, dim=1).sum() / known,
-        "ppo/mean_non_score_reward": masked_mean(non_score_reward, mask),
-        "ppo/mean_scores": scores[counted].sum() / known,
-        "ppo/std_scores": _std(scores[counted]),
-        **_lengths("queries", queries),
-        **_lengths("responses", responses),
+        "objective/entropy": pooled_mean(Tally(-masked_sum(logprobs, mask), rows), reduce),
+        "ppo/mean_non_score_reward": pooled_mean(Tally.of(non_score_reward, mask), reduce),
+        "ppo/mean_scores": mean_score,
+        "ppo/std_scores": std_score,
+        **_lengths("queries", queries, mask.device, reduce),
+        **_lengths("responses", responses, mask.device, reduce),
     }
     stats |= {f"ppo/{name}": values.mean(dim=0) for name, values in train_stats.items()}
     error, spread = stats["ppo/val/error"], stats["ppo/returns/var"]
