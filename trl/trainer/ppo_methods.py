@@ -67,9 +67,7 @@ class Batch(NamedTuple):
 class _Minibatch:
     """What `loss` and `train_minibatch` are not told, since TRL 0.4.6's signatures have no room for it."""
 
-    batch_tokens: (
-        Tensor | None
-    )  # scalar: tokens of an average minibatch, over all processes, if the loss is divided by them
+    batch_tokens: Tensor | None  # scalar: mean tokens of a minibatch over all processes, for loss_denominator="batch"
     weights: Tensor | None  # [b, S] of the policy loss, where another distribution sampled
     weighted: bool = False  # whether a loss has used them
 
@@ -434,9 +432,8 @@ class PPOMethods(BaseTrainer):
         """Numbers that are means over this process's counted tokens [B, S] become those over the tokens of all."""
         if not self.is_distributed:
             return stats
-        names = [
-            name for name, value in stats.items() if value.dim() == 0
-        ]  # an array may hold one number, on one process
+        # An array may hold a single number, on one process.
+        names = [name for name, value in stats.items() if value.dim() == 0]
         tokens = counted.sum().double()
         values = torch.stack([stats[name].to(tokens) for name in names] + [torch.ones_like(tokens)])
         sums = self._reduce((values * tokens).masked_fill(tokens == 0, 0.0))
