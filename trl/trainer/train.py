@@ -31,6 +31,7 @@ from trl.trainer.train_options import TrainOptions, TrainResult
 from trl.training.checkpoints import Checkpoint
 from trl.training.processes import run_together, share_bytes, sum_over_processes
 from trl.training.resume import load_training
+from trl.training.rng import kept_generators
 from trl.training.signals import SignalWatch, raise_for
 from trl.training.spikes import UpdateDeclined
 from trl.types import Scored
@@ -216,7 +217,7 @@ class _Run:
             self.options.length_sampler,
         )
         clock.lap("sample")
-        scored = judge(self.trainer, self.reward, drawn)
+        scored = judge(self.trainer, self.reward, drawn, f"step/{self.step + 1}")
         everyone = told_to_all(self.trainer, scored)
         clock.lap("score")
         stats = self._learn(drawn, scored, everyone)
@@ -296,17 +297,22 @@ class _Run:
 
     def _tell_of_step(self) -> None:
         """Callbacks may end the run, from any process."""
-        wishes = self._tell("on_step", self.step, self.row)
+        wishes = self._tell("on_step", self.step, dict(self.row))
         if self._anywhere(any(wish is True for wish in wishes)):
             self.reason = "callback"
 
     def _tell(self, name: str, *arguments: Any) -> list[Any]:
+        """Calls this method of every callback, from which the run's random numbers are kept: a resumed run is told of
+        other things than one that was never stopped.
+        """
+
+        def told(callback: Any) -> Any:
+            with kept_generators(self.accelerator.device, self.trainer._generator):
+                return getattr(callback, name)(self.trainer, *arguments)
+
         if not self.options.callbacks:
             return []
-        return run_together(
-            self.accelerator,
-            lambda: [getattr(callback, name)(self.trainer, *arguments) for callback in self.options.callbacks],
-        )
+        return run_together(self.accelerator, lambda: [told(callback) for callback in self.options.callbacks])
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
