@@ -642,7 +642,7 @@ class PPOTrainer(PPOMethods):
         if not kwargs or not scores:
             return
         if self._compared % int(self.config.compare_steps or 1) == 0:
-            mean = torch.stack(scores).mean().item()
+            mean = torch.stack(scores).double().mean().item()  # of float32, a sum can overflow
             if mean > self._highest_score:
                 self._highest_score = mean
                 self.push_to_hub(**kwargs)
@@ -685,7 +685,8 @@ class PPOTrainer(PPOMethods):
             steps: of the whole run, those before a resumption included.
             episodes: samples over all processes, in place of `steps`; rounded up to whole steps.
             run_dir: the folder of the run; None writes nothing.
-            resume: "auto": go on with the run in `run_dir`, or begin one; True: it must be there; False: it must not.
+            resume: "auto": go on with the run in `run_dir`, or begin one; True: it must be there; False: it must not. A run
+                with records whose checkpoints were removed is refused.
             generation: for `generate`; by default up to 64 new tokens of the distribution that the update scores.
             length_sampler: draws the most new tokens, as for `generate`.
             eval_prompts: held-out prompts, sampled and scored as the others with the same random numbers each time.
