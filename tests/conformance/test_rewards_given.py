@@ -25,7 +25,9 @@ ROWS = [{"prompt": f"w{40 + i}", "answer": {"seen": [i]}, "level": torch.tensor(
 
 
 def own_rows() -> list[dict[str, Any]]:
-    return [{"prompt": r["prompt"], "answer": {"seen": [*r["answer"]["seen"]]}, "level": r["level"].clone()} for r in ROWS]
+    return [
+        {"prompt": r["prompt"], "answer": {"seen": [*r["answer"]["seen"]]}, "level": r["level"].clone()} for r in ROWS
+    ]
 
 
 def spoil(answers: Sequence[dict[str, Any]], levels: Sequence[torch.Tensor]) -> list[float]:
@@ -122,7 +124,7 @@ def test_52_a_run_and_its_evaluations_see_the_same_columns_in_every_epoch(reward
 def test_52_what_cannot_be_copied_is_named() -> None:
     import threading
 
-    with pytest.raises(ColumnError, match="the column 'answer' holds a lock that cannot be copied.*__deepcopy__"):
+    with pytest.raises(ColumnError, match=r"the column 'answer' holds a lock that cannot be copied.*__deepcopy__"):
         as_reward(by_name, on_error="skip").score([sample("a", answer=threading.Lock(), level=0)])
     assert as_reward(words).score([sample("a", answer=threading.Lock())]).errors == [None]  # it does not ask for it
 
@@ -152,6 +154,9 @@ class Noisy:
 class NoisyCallback(TrainCallback):
     """Draws, and seeds, wherever it is called."""
 
+    def __init__(self, last: int = 0) -> None:
+        self.last = last
+
     def on_start(self, trainer: Any, step: int) -> None:
         noise(), torch.manual_seed(0)
 
@@ -163,27 +168,25 @@ class NoisyCallback(TrainCallback):
     def on_save(self, trainer: Any, step: int, path: Path) -> None:
         noise(), torch.manual_seed(0)
 
-    def __init__(self, last: int = 0) -> None:
-        self.last = last
-
 
 def ended(folder: Path, *parts: dict[str, Any], **arguments: Any) -> tuple[Any, Any]:
     """Records and bits of a run of four steps, made in `parts`."""
     for part in parts or ({},):
         trainer = fresh()
-        run(trainer, run_dir=folder, resume="auto", steps=4, save_every=1, eval_prompts=["w50", "w51 w52"], eval_every=2, **arguments, **part)
+        held_out = {"eval_prompts": ["w50", "w51 w52"], "eval_every": 2}
+        run(trainer, run_dir=folder, resume="auto", steps=4, save_every=1, **held_out, **arguments, **part)
         torch.manual_seed(1234)  # of another process
     return recorded(folder), bits(trainer)
 
 
 @pytest.mark.parametrize("seed", [None, 0])
-def test_52_the_runs_random_numbers_do_not_depend_on_what_a_reward_draws_or_seeds(tmp_path: Path, seed: int | None) -> None:
+def test_52_sampling_does_not_depend_on_what_a_reward_draws_or_seeds(tmp_path: Path, seed: int | None) -> None:
     quiet = ended(tmp_path / "quiet", reward=words)
     reward = Noisy(seed)
     noisy = ended(tmp_path / "noisy", reward=reward)
-    assert [[s["completion"] for s in some] for some in noisy[0][1]] == [[s["completion"] for s in some] for some in quiet[0][1]]
+    completions, same = ([[s["completion"] for s in some] for some in samples] for (_, samples), _ in (noisy, quiet))
+    assert completions == same
     assert noisy[1] == quiet[1]
-    completions = [[s["completion"] for s in some] for some in noisy[0][1]]
     assert len({str(some) for some in completions}) == 4  # each step samples anew
     assert len(reward.drawn) == 4 + 2
     assert seed == 0 or len({number for numbers in reward.drawn for number in numbers}) == 3 * 5  # evaluations alike
@@ -192,7 +195,9 @@ def test_52_the_runs_random_numbers_do_not_depend_on_what_a_reward_draws_or_seed
 def test_52_a_reward_that_draws_is_resumed_to_the_bit(tmp_path: Path) -> None:
     whole, parts = Noisy(), Noisy()
     first = ended(tmp_path / "whole", reward=whole)
-    second = ended(tmp_path / "parts", {"callbacks": [NoisyCallback(2)]}, {"callbacks": [NoisyCallback()]}, reward=parts)
+    second = ended(
+        tmp_path / "parts", {"callbacks": [NoisyCallback(2)]}, {"callbacks": [NoisyCallback()]}, reward=parts
+    )
     assert whole.drawn == parts.drawn
     assert first == second
 
@@ -204,7 +209,9 @@ def test_52_callbacks_neither_take_the_runs_numbers_nor_change_its_rows(tmp_path
 
 
 @pytest.mark.parametrize("settings", [{}, {"rows_per_call": 2, "concurrency": 2}], ids=["one call", "two at a time"])
-def test_52_a_reward_in_a_process_draws_what_follows_from_the_runs_seed(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_52_a_reward_in_a_process_draws_what_follows_from_the_runs_seed(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
     found = []
     for name, parts in (("whole", [{}]), ("parts", [{"callbacks": [NoisyCallback(2)]}, {}])):
         rewards = [as_reward(hostile.draws, isolation="process", **settings) for _ in parts]

@@ -528,7 +528,7 @@ def test_the_largest_float32_is_a_score() -> None:
 
 @pytest.mark.parametrize("penalty", [HUGE, -HUGE, math.inf, math.nan])
 def test_a_penalty_is_a_number_that_float32_can_hold(penalty: float) -> None:
-    with pytest.raises(ValueError, match="penalty=.*must be a finite number that float32 can hold"):
+    with pytest.raises(ValueError, match=r"penalty=.*must be a finite number that float32 can hold"):
         Guard(on_error="penalty", penalty=penalty)
 
 
@@ -543,7 +543,7 @@ def test_a_weighted_sum_above_float32_is_a_failure_of_its_sample(first: Any, wei
     assert "sum: ValueError: the weighted sum" in skipped.errors[0] and skipped.token_rewards == [None, None]
     assert skipped.components["second"] == [1.0, 0.5]
     assert as_reward(made, weights=weights, on_error="penalty", penalty=-3.0).score(BATCH).scores[0] == -3.0
-    with pytest.raises(RewardFailed, match="the weighted sum .* x first, -1 x second is more than float32 can hold"):
+    with pytest.raises(RewardFailed, match=r"the weighted sum .* x first, -1 x second is more than float32 can hold"):
         as_reward(made, weights=weights).score(BATCH)
 
 

@@ -99,7 +99,10 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "score norm": ({"use_score_norm": True}, "use_score_norm=True works with use_score_scaling=True only"),
     "hub": ({"push_to_hub_if_best_kwargs": {"private": True}}, "needs a repo_id"),
     "accumulation": ({"accelerator_kwargs": {"gradient_accumulation_steps": 2}}, "on PPOConfig"),
-    "missing_eos_penalty": ({"missing_eos_penalty": math.inf}, "missing_eos_penalty=inf must be a finite number or None"),
+    "missing_eos_penalty": (
+        {"missing_eos_penalty": math.inf},
+        "missing_eos_penalty=inf must be a finite number or None",
+    ),
     "early stopping": ({"early_stopping": True, "target_kl": 0.0}, "target_kl=0.0 must be a number above 0"),
     "grad norm": ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 must be a number above 0 or None"),
 }

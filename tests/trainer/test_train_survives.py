@@ -485,7 +485,9 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_keeps_its_records(tmp_p
     records, trainer = recorded(tmp_path), fresh()
     before = bits(trainer)
     for _ in range(2):  # the folder is made again; that changes nothing
-        with pytest.raises(ValueError, match=r"records up to step 3 and no checkpoint .*the last was of step 3: put it back"):
+        with pytest.raises(
+            ValueError, match=r"records up to step 3 and no checkpoint .*the last was of step 3: put it back"
+        ):
             run(trainer, run_dir=tmp_path, resume=resume)
     assert recorded(tmp_path) == records and bits(trainer) == before
     assert (tmp_path / "summary.json").exists() and (tmp_path / "model").is_dir()
@@ -500,7 +502,9 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_if_aske
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         run(reward=as_reward(until_it_dies, name="words"), run_dir=tmp_path / "parts", save_every=3)
     assert [row["step"] for row in read_metrics(tmp_path / "parts")] == [1, 2] and not saved(tmp_path / "parts")
-    with pytest.raises(ValueError, match=r"up to step 2 and no checkpoint .*stopped before the first: resume='auto' takes"):
+    with pytest.raises(
+        ValueError, match=r"up to step 2 and no checkpoint .*stopped before the first: resume='auto' takes"
+    ):
         run(run_dir=tmp_path / "parts", resume=True, save_every=3)
     ends = []
     for name in ("parts", "whole"):

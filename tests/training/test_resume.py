@@ -179,7 +179,9 @@ def test_r7_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: 
     refuses(build("full"), folder, "processes was 2, is 1")
 
 
-def test_r7_settings_are_the_users_and_their_changes_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_r7_settings_are_the_users_and_their_changes_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = saved(tmp_path, "lora", learning_rate=1e-2)
     trainer = build("lora", learning_rate=5e-3, cliprange=0.3, seed=4)
     with caplog.at_level(logging.WARNING):

@@ -121,7 +121,9 @@ class Keeper:
         try:
             before = run.read_config()
             if not isinstance(before, dict | None):
-                raise ValueError(f"{run.path}/config.resolved.yaml holds a {type(before).__name__}, not settings by name")
+                raise ValueError(
+                    f"{run.path}/config.resolved.yaml holds a {type(before).__name__}, not settings by name"
+                )
         except ValueError as error:
             text = f"what has changed about the settings is not known, and they are written anew: {error}"
             logger.warning("%s", text)
