@@ -249,7 +249,7 @@ def test_fingerprints_of_columns_see_every_change_and_nothing_else() -> None:
 
     values: list[Any] = [
         None, True, 2, 2.5, "text", [1, 2], {"a": [1]}, {"a": [2]}, {1, 9}, b"bytes", Thing(), np.arange(3), np.arange(4),
-        np.zeros(3), torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(1, 3), np.array([None, 1]),
+        np.zeros(3), np.int64(2), np.float32(2), torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(1, 3), np.array([None, 1]),
         datetime.date(2020, 1, 1), datetime.date(2020, 1, 2),
     ]  # fmt: skip
     digests = [prints(x=value)["x"] for value in values]

@@ -536,6 +536,15 @@ def test_completions_removed_in_the_middle_of_a_run_do_not_end_it(tmp_path: Path
     assert len(list((tmp_path / "completions").iterdir())) == 2
 
 
+def test_a_run_whose_whole_folder_is_removed_under_it_ends(tmp_path: Path) -> None:
+    class Removes(TrainCallback):
+        def on_step(self, trainer: Any, step: int, row: Any) -> None:
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(FileNotFoundError, match=r"/run"):
+        run(run_dir=tmp_path / "run", callbacks=[Removes()])
+
+
 @pytest.mark.parametrize("text", ["a: [1\n", "\tppo: 1", "- a list\n", b"\xff\xfe"])
 def test_settings_that_cannot_be_read_are_written_anew_and_that_is_said(
     tmp_path: Path, text: str | bytes, caplog: pytest.LogCaptureFixture

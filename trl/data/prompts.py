@@ -114,6 +114,8 @@ def _stable(value: Any) -> Any:
         return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]
     if isinstance(value, np.ndarray) and value.dtype != object:
         return ["array", str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, np.generic):
+        return ["scalar", str(value.dtype), str(value)]
     return [type(value).__qualname__, re.sub(r"0x[0-9a-fA-F]+", "", repr(value))]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.files import STAGING, append_line, make_folder, remove, write_atomic
+from trl.files import STAGING, append_line, remove, sync_folder, write_atomic
 from trl.trackers.environment import differences, environment
 from trl.trackers.events import event_line
 from trl.trackers.lock import RunLock
@@ -246,7 +246,8 @@ class RunDirectory:
     def _make_again(self, name: str) -> None:
         """Makes a folder of the run that somebody has removed, and says that what was in it is gone."""
         if not (self.path / name).is_dir():
-            make_folder(self.path / name)
+            (self.path / name).mkdir()  # not the folder of the run itself: without it, that is an error
+            sync_folder(self.path)
             text = f"{name}/ was removed, with what was in it, and is made again"
             logger.warning("%s: %s", self.path, text)
             self.event(text)
