@@ -286,7 +286,7 @@ def test_an_evaluation_counts_every_prompt_once(monkeypatch: pytest.MonkeyPatch)
     passes = []
     for rank in range(3):
         monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda self, rank=rank: rank))
-        monkeypatch.setattr(evaluation, "judge", lambda t, r, drawn: passes.append(len(drawn.samples)) or r(drawn))
+        monkeypatch.setattr(evaluation, "judge", lambda t, r, drawn, _: passes.append(len(drawn.samples)) or r(drawn))
         monkeypatch.setattr(evaluation, "share_bytes", lambda _, data: told.append(data) or [b"[[1.0, 0, 1, true]]"])
         by_word = lambda drawn: as_reward(counted).score(drawn.samples)  # noqa: E731
         evaluation.evaluate_prompts(trainer, loaded, by_word, {"max_new_tokens": 2})
