@@ -80,8 +80,8 @@ class RewardMix:
             components=components,
             token_rewards=[tokens for _, tokens, _ in sums],
             seconds=[math.fsum(part.seconds[i] for part in parts.values()) for i in count],
-            errors=[_joined(errors[i] | {"sum": sums[i][2]}, "; ") for i in count],
-            tracebacks=[_joined(traces[i] | {"sum": sums[i][2]}, "\n") for i in count],
+            errors=[_joined(errors[i], "; ", sums[i][2]) for i in count],
+            tracebacks=[_joined(traces[i], "\n", sums[i][2]) for i in count],
         )
 
     def close(self) -> None:
@@ -282,8 +282,9 @@ def _by_name(weights: Any, names: Sequence[str]) -> Mapping[str, float] | None:
     return dict(zip(names, weights, strict=True))
 
 
-def _joined(texts: Mapping[str, str | None], between: str) -> str | None:
+def _joined(texts: Mapping[str, str | None], between: str, last: str | None) -> str | None:
     said = [f"{name}: {text}" for name, text in texts.items() if text is not None]
+    said += [] if last is None else [last]
     return between.join(said) if said else None
 
 
