@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from tests.helpers import tiny_tokenizer
-from trl.data import Prompt, fingerprint, load_prompts
+from trl.data import Prompt, column_fingerprints, fingerprint, load_prompts
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'w40 ' if m.role == 'user' else 'w41 ' }}{{ m.content }} {% endfor %}"
@@ -236,3 +238,24 @@ def test_fingerprint_sees_ids_tokens_and_order() -> None:
     assert same == of([[5], [6]]) and len(same) == 64
     others = [["w6", "w5"], ["w5", "w7"], ["w5"], [{"prompt": "w5", "id": "a"}, {"prompt": "w6", "id": "b"}]]
     assert same not in [of(source) for source in others]
+
+
+def test_fingerprints_of_columns_see_every_change_and_nothing_else() -> None:
+    class Thing:
+        pass
+
+    def prints(**columns: Any) -> dict[str, str]:
+        return column_fingerprints([Prompt(id="0", text="a", tokens=torch.tensor([3]), columns=columns)])
+
+    values: list[Any] = [
+        None, True, 2, 2.5, "text", [1, 2], {"a": [1]}, {"a": [2]}, {1, 9}, b"bytes", Thing(), np.arange(3), np.arange(4),
+        np.zeros(3), np.int64(2), np.float32(2), torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(1, 3), np.array([None, 1]),
+        datetime.date(2020, 1, 1), datetime.date(2020, 1, 2),
+    ]  # fmt: skip
+    digests = [prints(x=value)["x"] for value in values]
+    assert len(set(digests)) == len(values)
+    assert prints(x=copy.deepcopy(values), y=0)["x"] == prints(x=values)["x"]  # wherever in memory they are
+    first, second = {1, 9}, {9, 1}
+    assert list(first) != list(second) and prints(x=first) == prints(x=second)
+    assert prints(x={"a": 1, "b": 2}) == prints(x={"b": 2, "a": 1})
+    assert set(prints(x=1, y=2)) == {"x", "y"} and prints(x=1, y=2)["x"] == prints(x=1)["x"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import os
+import random
 import subprocess
 import sys
 import time
@@ -107,6 +108,10 @@ def leaves_children(prompts: list[str], completions: list[str]) -> list[float]:
     with open(os.environ["CHILDREN_FILE"], "w") as file:
         file.write(f"{same.pid} {other.pid} {lost.stdout.strip()}")
     return sleeps(prompts, completions)
+
+
+def draws(prompts: list[str], completions: list[str]) -> list[float]:
+    return [random.random() for _ in completions]
 
 
 def closes_everything(prompts: list[str], completions: list[str]) -> list[float]:

@@ -25,6 +25,7 @@ from trl.rewards import (
     FunctionReward,
     Guard,
     RewardErrors,
+    RewardFailed,
     RewardMix,
     ScoreCache,
     Scored,
@@ -492,3 +493,91 @@ def test_mix_keeps_tracebacks_for_the_budget() -> None:
     mix = RewardMix({"a": as_reward(failing([1]), on_error="skip"), "b": as_reward(hostile.length)})
     scored = mix.score(samples("one"))
     assert scored.tracebacks[0].startswith("a: Traceback") and "in common" in scored.tracebacks[0]
+
+
+# Numbers that float32 cannot hold ------------------------------------------------------------------------------------
+
+HUGE = 1e39
+TOO_LARGE = [
+    (lambda: HUGE, "the score is 1e+39; expected a number that float32 can hold"),
+    (lambda: -HUGE, "the score is -1e+39"),
+    (lambda: np.float64(HUGE), "the score is 1e+39"),
+    (lambda: torch.tensor(HUGE, dtype=torch.double), "the score is 1e+39"),
+    (lambda: 10**40, "the score is 1e+40"),
+    (lambda: [HUGE, 0.0], "the reward of token 0 is 1e+39"),
+    (lambda: [3e38, 3e38], "the rewards of 2 tokens add up to more than float32 can hold"),
+    (lambda: [3e38, -3e38], "the rewards of 2 tokens add up"),  # a return is a part of the sum
+]
+
+
+@pytest.mark.parametrize(("value", "said"), TOO_LARGE)
+def test_a_score_above_float32_is_a_failure_of_its_sample(value: Any, said: str) -> None:
+    function = lambda prompts, completions: [value(), 2.0]  # noqa: E731
+    skipped = as_reward(function, on_error="skip").score(BATCH)
+    assert skipped.scores == [None, 2.0] and skipped.token_rewards == [None, None]
+    assert said in skipped.errors[0] and skipped.errors[1] is None
+    assert as_reward(function, on_error="penalty", penalty=-1.0).score(BATCH).scores == [-1.0, 2.0]
+    with pytest.raises(RewardFailed, match="failed on the completion 'one two': ValueError: the reward"):
+        as_reward(lambda prompts, completions: [[HUGE, 0.0], 2.0]).score(BATCH)
+
+
+def test_the_largest_float32_is_a_score() -> None:
+    largest = float(np.finfo(np.float32).max)
+    assert as_reward(constant(largest, -largest)).score(BATCH).scores == [largest, -largest]
+
+
+@pytest.mark.parametrize("penalty", [HUGE, -HUGE, math.inf, math.nan])
+def test_a_penalty_is_a_number_that_float32_can_hold(penalty: float) -> None:
+    with pytest.raises(ValueError, match=r"penalty=.*must be a finite number that float32 can hold"):
+        Guard(on_error="penalty", penalty=penalty)
+
+
+@pytest.mark.parametrize(
+    ("first", "weight"), [(1e30, 1e30), (1e30, 1e300), (1e38, 10.0), ([1e30, 0.0], 1e20), ([3e38, 0.0], 1.5)]
+)
+def test_a_weighted_sum_above_float32_is_a_failure_of_its_sample(first: Any, weight: float) -> None:
+    made = {"first": constant(first, 1.0), "second": constant(1.0, 0.5)}
+    weights = {"first": weight, "second": -1.0}
+    skipped = as_reward(made, weights=weights, on_error="skip").score(BATCH)
+    assert skipped.scores == [None, weight - 0.5] if weight < 1e38 else [None, None]
+    assert "ValueError: the weighted sum" in skipped.errors[0] and skipped.token_rewards == [None, None]
+    assert skipped.components["second"] == [1.0, 0.5]
+    assert as_reward(made, weights=weights, on_error="penalty", penalty=-3.0).score(BATCH).scores[0] == -3.0
+    with pytest.raises(RewardFailed, match=r"the weighted sum .* x first, -1 x second is more than float32 can hold"):
+        as_reward(made, weights=weights).score(BATCH)
+
+
+def answer(**changed: Any) -> Any:
+    class Made:
+        def score(self, samples: Any) -> Scored:
+            count = len(samples)
+            fields = {"scores": [1.0] * count, "token_rewards": [None] * count, "errors": [None] * count}
+            return Scored(**({**fields, "components": {}, "seconds": [0.0] * count} | changed))
+
+        def close(self) -> None:
+            pass
+
+    return Made()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"scores": [1.0, math.nan]}, "Made returned the score nan for sample 1"),
+        ({"scores": [HUGE, 1.0]}, "Made returned the score 1e\\+39 for sample 0"),
+        ({"scores": [1.0]}, "Made returned 1 scores for 2 samples"),
+        ({"token_rewards": [[0.0, math.inf], None]}, "for sample 0, with 2 token_rewards"),
+        ({"token_rewards": [[0.0], None]}, "Made returned 1 token_rewards for the 2 tokens of sample 0"),
+    ],
+)
+def test_what_a_reward_of_ones_own_says_is_checked(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(RewardFailed, match=said):
+        as_reward({"made": answer(**changed), "other": hostile.length}).score(BATCH)
+
+
+def test_a_cache_of_an_earlier_version_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    as_reward(hostile.length, cache=path).score(BATCH)
+    path.write_text(path.read_text().replace("7.0", "1e39"))
+    with pytest.raises(RewardFailed, match="CachedReward returned the score 1e\\+39 for sample 0"):
+        as_reward(as_reward(hostile.length, cache=path), budget=ErrorBudget()).score(BATCH)

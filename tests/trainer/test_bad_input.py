@@ -48,6 +48,14 @@ BAD_STEPS: dict[str, tuple[Callable[[list, list, list], Any], str]] = {
         lambda q, r, s: (q, r, s, None, [torch.full((len(x),), math.nan) for x in r]),
         r"token_rewards\[0\] holds a number that is not finite",
     ),
+    "a token reward above float32": (
+        lambda q, r, s: (q, r, s, None, [torch.full((len(x),), 1e39, dtype=torch.double) for x in r]),
+        r"token_rewards\[0\] holds a number that is not finite in float32",
+    ),
+    "a score above float32": (
+        lambda q, r, s: (q, r, [*s[:3], torch.tensor(1e39, dtype=torch.double)]),
+        r"scores\[3\] is 1e\+39: scores must be numbers that are finite in float32",
+    ),
     "too few token rewards": (lambda q, r, s: (q, r, s, None, []), "token_rewards has 0 elements"),
 }
 
@@ -92,6 +100,10 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "score norm": ({"use_score_norm": True}, "use_score_norm=True works with use_score_scaling=True only"),
     "hub": ({"push_to_hub_if_best_kwargs": {"private": True}}, "needs a repo_id"),
     "accumulation": ({"accelerator_kwargs": {"gradient_accumulation_steps": 2}}, "on PPOConfig"),
+    "missing_eos_penalty": (
+        {"missing_eos_penalty": math.inf},
+        "missing_eos_penalty=inf must be a finite number or None",
+    ),
     "early stopping": ({"early_stopping": True, "target_kl": 0.0}, "target_kl=0.0 must be a number above 0"),
     "grad norm": ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 must be a number above 0 or None"),
 }

@@ -168,6 +168,23 @@ def test_a_sample_without_a_score_is_left_out_and_counted(tmp_path: Path) -> Non
             assert (sample["prompt_id"] == "0") == (sample["score"] is None)
 
 
+@pytest.mark.parametrize(("on_error", "excluded"), [("skip", 0.25), ("penalty", 0.0)])
+def test_a_score_above_float32_costs_its_sample_and_no_moments(tmp_path: Path, on_error: str, excluded: float) -> None:
+    def huge(prompts: Any, completions: Any) -> Any:
+        return [1e39, *words(prompts, completions)[1:]]
+
+    trainer = fresh(use_score_scaling=True, use_score_norm=True)
+    reward = as_reward(huge, on_error=on_error, penalty=-1.0 if on_error == "penalty" else None)
+    run(trainer, reward=reward, run_dir=tmp_path)
+    rows = read_metrics(tmp_path)
+    assert [(row["reward/errors"], row["reward/excluded"]) for row in rows] == [(0.25, excluded)] * 3
+    scores = [sample["score"] for step in (1, 2, 3) for sample in read_completions(tmp_path, step)]
+    known = [score for score in scores if score is not None]
+    assert trainer.score_moments.count == len(known) == 12 * (1 - excluded)
+    assert trainer.score_moments.mean == pytest.approx(sum(known) / len(known), rel=1e-6)
+    assert math.isfinite(trainer.score_moments.squares)
+
+
 def test_batches_without_any_score_are_skipped_and_end_the_run_in_the_end(tmp_path: Path) -> None:
     calls = iter([True, False, True, True, True])
 
@@ -269,7 +286,7 @@ def test_an_evaluation_counts_every_prompt_once(monkeypatch: pytest.MonkeyPatch)
     passes = []
     for rank in range(3):
         monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda self, rank=rank: rank))
-        monkeypatch.setattr(evaluation, "judge", lambda t, r, drawn: passes.append(len(drawn.samples)) or r(drawn))
+        monkeypatch.setattr(evaluation, "judge", lambda t, r, drawn, _: passes.append(len(drawn.samples)) or r(drawn))
         monkeypatch.setattr(evaluation, "share_bytes", lambda _, data: told.append(data) or [b"[[1.0, 0, 1, true]]"])
         by_word = lambda drawn: as_reward(counted).score(drawn.samples)  # noqa: E731
         evaluation.evaluate_prompts(trainer, loaded, by_word, {"max_new_tokens": 2})

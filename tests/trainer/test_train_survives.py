@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +99,9 @@ def test_a_run_that_is_there_is_neither_overwritten_nor_taken_for_another(tmp_pa
     with pytest.raises(ValueError, match="holds a run already: resume='auto' goes on with it"):
         run(run_dir=folder, steps=1)
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.suffix != ".log") == before
-    with pytest.raises(ValueError, match="the prompts are not those"):
+    with pytest.raises(ValueError, match="is a checkpoint of another run: the prompts are not those of the run"):
         run(run_dir=folder, resume="auto", prompts=PROMPTS[::-1])
-    with pytest.raises(ValueError, match="seed was 0 and is 3 now"):
+    with pytest.raises(ValueError, match="another run: seed was 0, is 3: the order of the prompts"):
         run(fresh(seed=3), run_dir=folder, resume="auto")
     assert [row["step"] for row in read_metrics(folder)] == [1]
     assert run(run_dir=folder, resume="auto", steps=2).steps == 2  # a longer run is the same run
@@ -403,7 +405,185 @@ def test_wrong_spike_settings_are_refused(wrong: dict[str, Any]) -> None:
         SpikeSettings(**wrong)
 
 
+# R7: another run, or the same one ------------------------------------------------------------------------------------
+
+
+def refuses(folder: Path, trainer: Any, message: str, **arguments: Any) -> None:
+    before, records = bits(trainer), recorded(folder)
+    with pytest.raises(ValueError, match=rf"is a checkpoint of another run: {message}"):
+        run(trainer, run_dir=folder, resume="auto", **arguments)
+    assert bits(trainer) == before and recorded(folder) == records
+
+
+def test_r7_another_run_is_refused_with_every_difference_named_and_nothing_changed(tmp_path: Path) -> None:
+    run(run_dir=tmp_path, steps=1)
+    refuses(tmp_path, fresh(batch_size=8), "batch_size was 4, is 8$")
+    refuses(tmp_path, fresh(seed=3), "seed was 0, is 3: the order of the prompts follows from it$")
+    refuses(tmp_path, fresh(), "the prompts are not those of the run: their ids or tokens differ$", prompts=PROMPTS[1:])
+    several = "batch_size was 4, is 8; the prompts are not those of the run.*; seed was 0, is 3"
+    refuses(tmp_path, fresh(batch_size=8, seed=3), several, prompts=PROMPTS[1:])
+
+
+def test_r7_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(run_dir=tmp_path, steps=1)
+    checkpoint = load_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    other = replace(checkpoint, state=dict(checkpoint.state) | {"processes": 2})
+    monkeypatch.setattr("trl.training.resume.load_checkpoint", lambda folder: other)
+    refuses(tmp_path, fresh(), "processes was 2, is 1$")
+
+
+def test_r7_other_settings_count_from_here_on_and_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(run_dir=tmp_path, steps=1)
+    trainer = fresh(cliprange=0.3)
+    run(trainer, run_dir=tmp_path, resume="auto", steps=2, generation={"max_new_tokens": 4})
+    assert "settings have changed, and count from here on: cliprange was 0.2, is 0.3" in caplog.text
+    assert {line for line in events(tmp_path) if line.startswith("setting changed")} == {
+        "setting changed: ppo.cliprange: 0.2 -> 0.3",
+        "setting changed: train.steps: 1 -> 2",
+        "setting changed: train.generation.max_new_tokens: 5 -> 4",
+    }
+    assert max(sample["length"] for sample in read_completions(tmp_path, 2)) <= 4
+
+
+def with_columns(answer: int = 0, **columns: Any) -> list[dict[str, Any]]:
+    return [{"prompt": text, "answer": {i + answer, "a", "b"}, **columns} for i, text in enumerate(PROMPTS)]
+
+
+def test_r7_other_columns_and_held_out_prompts_count_from_here_on_and_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = {"prompts": with_columns(level=torch.tensor([0.5])), "eval_prompts": HELD_OUT, "eval_every": 1}
+    run(run_dir=tmp_path, steps=1, **first)
+    run(run_dir=tmp_path, steps=2, resume="auto", **(first | {"prompts": with_columns(level=torch.tensor([0.5]))}))
+    assert not [line for line in events(tmp_path) if "have changed" in line]
+    other = with_columns(answer=1, level=torch.tensor([0.5]), source=object())
+    run(run_dir=tmp_path, steps=3, resume="auto", **(first | {"prompts": other}))
+    said = "columns of the prompts have changed, and count from here on: answer, source"
+    assert events(tmp_path).count(said) == 1 and said in caplog.text
+    run(run_dir=tmp_path, steps=4, resume="auto", **(first | {"prompts": other, "eval_prompts": HELD_OUT[:2]}))
+    said = "the held-out prompts have changed, and count from here on: ids and tokens"
+    assert events(tmp_path).count(said) == 1 and said in caplog.text
+
+
+def test_r7_a_run_that_begins_to_roll_back_goes_back_to_where_it_was_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(plain(), run_dir=tmp_path, steps=2, save_every=2)
+    Losses(monkeypatch, {5: 1e6})  # in step 4
+    run(plain(), run_dir=tmp_path, steps=5, save_every=5, resume="auto", spike=LOSS_SPIKES, on_spike="rollback")
+    assert any("went back to step 2, and on with the next prompts" in line for line in events(tmp_path))
+
+
+# What somebody has removed or broken ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_keeps_its_records(tmp_path: Path, resume: Any) -> None:
+    run(run_dir=tmp_path, steps=3, save_every=2)
+    shutil.rmtree(tmp_path / "checkpoints")
+    records, trainer = recorded(tmp_path), fresh()
+    before = bits(trainer)
+    for _ in range(2):  # the folder is made again; that changes nothing
+        with pytest.raises(
+            ValueError, match=r"records up to step 3 and no checkpoint .*the last was of step 3: put it back"
+        ):
+            run(trainer, run_dir=tmp_path, resume=resume)
+    assert recorded(tmp_path) == records and bits(trainer) == before
+    assert (tmp_path / "summary.json").exists() and (tmp_path / "model").is_dir()
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_if_asked(tmp_path: Path) -> None:
+    def until_it_dies(prompts: Any, completions: Any) -> Any:
+        if len(read_metrics(tmp_path / "parts")) == 2:
+            raise ZeroDivisionError
+        return words(prompts, completions)
+
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        run(reward=as_reward(until_it_dies, name="words"), run_dir=tmp_path / "parts", save_every=3)
+    assert [row["step"] for row in read_metrics(tmp_path / "parts")] == [1, 2] and not saved(tmp_path / "parts")
+    with pytest.raises(
+        ValueError, match=r"up to step 2 and no checkpoint .*stopped before the first: resume='auto' takes"
+    ):
+        run(run_dir=tmp_path / "parts", resume=True, save_every=3)
+    ends = []
+    for name in ("parts", "whole"):
+        trainer = fresh()
+        run(trainer, run_dir=tmp_path / name, resume="auto", save_every=3)
+        ends.append(bits(trainer))
+    same_end(tmp_path / "whole", tmp_path / "parts", ends)
+
+
+def test_a_folder_of_completions_that_is_gone_costs_what_was_in_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(run_dir=tmp_path, steps=2)
+    shutil.rmtree(tmp_path / "completions")
+    run(run_dir=tmp_path, steps=3, resume=True)
+    assert [path.stem for path in (tmp_path / "completions").iterdir()] == ["step-00000003"]
+    said = "completions/ was removed, with what was in it, and is made again"
+    assert said in events(tmp_path) and said in caplog.text
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_completions_removed_in_the_middle_of_a_run_do_not_end_it(tmp_path: Path) -> None:
+    class Removes(TrainCallback):
+        def on_step(self, trainer: Any, step: int, row: Any) -> None:
+            if step == 1:
+                shutil.rmtree(tmp_path / "completions")
+
+    assert run(run_dir=tmp_path, steps=3, callbacks=[Removes()]).steps == 3
+    assert len(list((tmp_path / "completions").iterdir())) == 2
+
+
+def test_a_run_whose_whole_folder_is_removed_under_it_ends(tmp_path: Path) -> None:
+    class Removes(TrainCallback):
+        def on_step(self, trainer: Any, step: int, row: Any) -> None:
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(FileNotFoundError, match=r"/run"):
+        run(run_dir=tmp_path / "run", callbacks=[Removes()])
+
+
+@pytest.mark.parametrize("text", ["a: [1\n", "\tppo: 1", "- a list\n", b"\xff\xfe"])
+def test_settings_that_cannot_be_read_are_written_anew_and_that_is_said(
+    tmp_path: Path, text: str | bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(run_dir=tmp_path, steps=1)
+    settings = (tmp_path / "config.resolved.yaml").read_text()
+    (tmp_path / "config.resolved.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "environment.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    run(run_dir=tmp_path, steps=1, resume=True)
+    assert (tmp_path / "config.resolved.yaml").read_text() == settings
+    for said in ("settings is not known, and they are written anew", "environment.json cannot be read"):
+        assert any(said in line for line in events(tmp_path)) and said in caplog.text
+
+
 # Disks ---------------------------------------------------------------------------------------------------------------
+
+
+class Watching(Disk):
+    """Notes which of the run's files a power cut would take at the moment in which a checkpoint gets its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_renames: list[list[str]] = []
+
+    def _remember(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        if name == "replace" and Path(args[1]).parent.name == "checkpoints" and Path(args[1]).name.startswith("step-"):
+            self.at_renames.append(sorted(path.name for path in self.unsynced))
+        super()._remember(name, args, result)
+
+
+def test_every_record_is_on_the_disk_before_the_checkpoint_that_relies_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Watching()
+    for module in ("trl.files", "trl.trackers.run_directory"):
+        monkeypatch.setattr(f"{module}.os", disk)
+    run(run_dir=tmp_path, steps=3, save_every=1)
+    assert disk.at_renames == [[], [], []]
+    assert {"metrics.jsonl", "events.log"} <= {Path(where).name for name, where in disk.log if name == "write"}
 
 
 class Refusing(Disk):

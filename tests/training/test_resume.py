@@ -120,11 +120,11 @@ def refuses(trainer: Any, folder: Path, message: str) -> None:
     assert fingerprint(trainer) == before
 
 
-def test_another_batch_size_is_refused(tmp_path: Path) -> None:
+def test_r7_another_batch_size_is_refused(tmp_path: Path) -> None:
     refuses(build("full", batch_size=8), saved(tmp_path), "batch_size was 4, is 8")
 
 
-def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+def test_r7_another_optimizer_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, "plain sgd")
     refuses(
         build("full"),
@@ -133,11 +133,11 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_another_adapter_is_refused(tmp_path: Path) -> None:
+def test_r7_another_adapter_is_refused(tmp_path: Path) -> None:
     refuses(build("full"), saved(tmp_path, "lora"), "the policy lacks .*lora_A.* and 1 more; the policy has beside")
 
 
-def test_another_base_model_is_refused(tmp_path: Path) -> None:
+def test_r7_another_base_model_is_refused(tmp_path: Path) -> None:
     """Under an adapter nothing would fail: the adapter would quietly stand on other weights."""
     folder = saved(tmp_path, "lora")
     trainer = build("lora")
@@ -150,7 +150,7 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_another_reference_is_refused(tmp_path: Path) -> None:
+def test_r7_another_reference_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     trainer = build("full")
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_another_reference_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_another_shape_and_another_tokenizer_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r7_another_shape_and_another_tokenizer_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path, "lora")
     monkeypatch.setattr("tests.training.runs.tiny_gpt2", lambda **kw: tiny_gpt2(**kw | {"n_embd": 32}))
     trainer = build("lora")
@@ -172,7 +172,7 @@ def test_another_shape_and_another_tokenizer_are_refused(tmp_path: Path, monkeyp
     )
 
 
-def test_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r7_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path)
     found = load_checkpoint(folder)
     assert found is not None
@@ -194,7 +194,9 @@ def test_a_checkpoint_of_an_older_version_goes_on(tmp_path: Path) -> None:
             assert_close(row[name], value)
 
 
-def test_settings_are_the_users_and_their_changes_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_r7_settings_are_the_users_and_their_changes_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = saved(tmp_path, "lora", learning_rate=1e-2)
     trainer = build("lora", learning_rate=5e-3, cliprange=0.3, seed=4)
     with caplog.at_level(logging.WARNING):
@@ -246,7 +248,7 @@ def test_a_rate_that_was_changed_by_hand_goes_on(tmp_path: Path, caplog: pytest.
     assert "was made with" not in caplog.text
 
 
-def test_a_schedule_goes_on_even_if_its_start_was_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_r7_a_schedule_goes_on_even_if_its_start_was_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = begin("full")
     advance(trainer, 2)
     trainer.save_checkpoint(tmp_path)
@@ -258,7 +260,7 @@ def test_a_schedule_goes_on_even_if_its_start_was_changed(tmp_path: Path, caplog
     assert "the scheduler's saved state rules" in caplog.text
 
 
-def test_a_fixed_coefficient_is_a_setting(tmp_path: Path) -> None:
+def test_r7_a_fixed_coefficient_is_a_setting(tmp_path: Path) -> None:
     folder = saved(tmp_path, "lora", adap_kl_ctrl=False, init_kl_coef=0.2)
     for coefficient in (0.2, 0.4):
         trainer = build("lora", adap_kl_ctrl=False, init_kl_coef=coefficient)
@@ -266,7 +268,7 @@ def test_a_fixed_coefficient_is_a_setting(tmp_path: Path) -> None:
         assert trainer.kl_ctl.value == coefficient
 
 
-def test_other_versions_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+def test_r7_other_versions_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     monkeypatch.setattr("trl.training.checkpoints.versions", lambda: {"torch": "1.0"})
     folder = saved(tmp_path, "lora")
     build("lora").load_checkpoint(folder)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +84,39 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
     for prompt in prompts:
         digest.update(json.dumps([prompt.id, prompt.tokens.tolist()]).encode())
     return digest.hexdigest()
+
+
+def column_fingerprints(prompts: Iterable[Prompt]) -> dict[str, str]:
+    """A digest of each column's values by its name, by which a resumed run sees which of them are others.
+
+    Of an object that is neither a plain value nor an array or tensor, its `repr` counts without addresses in memory.
+    """
+    digests: dict[str, Any] = {}
+    for prompt in prompts:
+        for name, value in prompt.columns.items():
+            digest = digests.setdefault(name, hashlib.sha256())
+            digest.update(json.dumps([prompt.id, _stable(value)]).encode())
+    return {str(name): digest.hexdigest() for name, digest in digests.items()}
+
+
+def _stable(value: Any) -> Any:
+    """JSON that is the same in another process, and another for another value."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return ["mapping", sorted(json.dumps([_stable(key), _stable(item)]) for key, item in value.items())]
+    if isinstance(value, list | tuple):
+        return [_stable(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return ["set", sorted(json.dumps(_stable(item)) for item in value)]
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return ["array", str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, np.generic):
+        return ["scalar", str(value.dtype), str(value)]
+    return [type(value).__qualname__, re.sub(r"0x[0-9a-fA-F]+", "", repr(value))]
 
 
 def _draft(where: str, index: int, row: Any, tokenizer: Any) -> _Draft:

@@ -11,8 +11,10 @@ from torch import nn
 
 from trl.protocols import Reward
 from trl.rewards.cache import CachedReward, ScoreCache
-from trl.rewards.failures import ErrorBudget
+from trl.rewards.failures import ErrorBudget, RewardFailed
 from trl.rewards.function import FunctionReward, Guard
+from trl.rewards.signature import copied
+from trl.rewards.values import fits
 from trl.types import Sample, Scored
 
 One: TypeAlias = "Callable[..., Any] | str | Reward"
@@ -30,6 +32,7 @@ class RewardMix:
         rewards: by name; a name is the component's in statistics.
         weights: one per reward; None is 1 each.
         missing: what None from one of several rewards means: "exclude" the sample, or "leave_out" the reward.
+        guard: its `on_error` and `penalty` say what a weighted sum means that float32 cannot hold.
 
     Raises:
         ValueError: if there are no rewards, or the weights are not theirs or not finite.
@@ -40,6 +43,7 @@ class RewardMix:
         rewards: Mapping[str, Reward],
         weights: Mapping[str, float] | None = None,
         missing: Literal["exclude", "leave_out"] = "exclude",
+        guard: Guard | None = None,
     ) -> None:
         if not rewards:
             raise ValueError("there is no reward in the mix")
@@ -54,26 +58,30 @@ class RewardMix:
         self.rewards = dict(rewards)
         self.weights = {name: float(weights[name]) for name in rewards}
         self.missing = missing
+        self.guard = guard or Guard()
 
     def score(self, samples: Sequence[Sample]) -> Scored:
-        """Scores samples with each reward in turn; errors carry the reward's name."""
-        parts = {name: reward.score(samples) for name, reward in self.rewards.items()}
+        """Scores samples with each reward in turn; errors carry the reward's name.
+
+        Raises:
+            RewardFailed: if float32 cannot hold a weighted sum and `on_error` is "raise".
+        """
+        parts = {name: score_apart(reward, samples) for name, reward in self.rewards.items()}
         components: dict[str, list[float | None]] = {}
         for name, part in parts.items():
             own = list(part.components) == [name] or len(part.components) == 1
             components |= {(name if own else f"{name}/{key}"): value for key, value in part.components.items()}
         count = range(len(samples))
-        kept = [self._kept(parts, i) for i in count]
+        sums = [self._summed(parts, i) for i in count]
+        errors = [{name: part.errors[i] for name, part in parts.items()} for i in count]
+        traces = [{name: (part.tracebacks or part.errors)[i] for name, part in parts.items()} for i in count]
         return Scored(
-            scores=[self._total(parts, kept[i], i) for i in count],
+            scores=[total for total, _, _ in sums],
             components=components,
-            token_rewards=[self._tokens(parts, kept[i], i) for i in count],
+            token_rewards=[tokens for _, tokens, _ in sums],
             seconds=[math.fsum(part.seconds[i] for part in parts.values()) for i in count],
-            errors=[_joined({name: part.errors[i] for name, part in parts.items()}, "; ") for i in count],
-            tracebacks=[
-                _joined({name: (part.tracebacks or part.errors)[i] for name, part in parts.items()}, "\n")
-                for i in count
-            ],
+            errors=[_joined(errors[i], "; ", sums[i][2]) for i in count],
+            tracebacks=[_joined(traces[i], "\n", sums[i][2]) for i in count],
         )
 
     def close(self) -> None:
@@ -88,14 +96,22 @@ class RewardMix:
             return []
         return [name for name in parts if name not in absent]
 
-    def _total(self, parts: Mapping[str, Scored], kept: Sequence[str], i: int) -> float | None:
-        values = [(self.weights[name], parts[name].scores[i]) for name in kept]
-        return math.fsum(weight * value for weight, value in values if value is not None) if values else None
-
-    def _tokens(self, parts: Mapping[str, Scored], kept: Sequence[str], i: int) -> list[float] | None:
-        values = [(self.weights[name], parts[name].token_rewards[i]) for name in kept]
-        weighted = [[weight * reward for reward in tokens] for weight, tokens in values if tokens is not None]
-        return [math.fsum(column) for column in zip(*weighted, strict=True)] if weighted else None
+    def _summed(self, parts: Mapping[str, Scored], i: int) -> tuple[float | None, list[float] | None, str | None]:
+        """Score and rewards of tokens of sample `i`, and what is wrong with their sum."""
+        kept = self._kept(parts, i)
+        if not kept:
+            return None, None, None
+        values = [(self.weights[name], parts[name].scores[i] or 0.0, parts[name].token_rewards[i]) for name in kept]
+        scores = [weight * score for weight, score, _ in values]
+        weighted = [[weight * reward for reward in tokens] for weight, _, tokens in values if tokens is not None]
+        if fits(*scores, *(reward for tokens in weighted for reward in tokens)):
+            tokens = [math.fsum(column) for column in zip(*weighted, strict=True)] if weighted else None
+            return math.fsum(scores), tokens, None
+        terms = ", ".join(f"{self.weights[name]:g} x {name}" for name in kept)
+        error = f"ValueError: the weighted sum {terms} is more than float32 can hold (up to 3.4e38)"
+        if self.guard.on_error == "raise":
+            raise RewardFailed(f"{error}, for sample {i}")
+        return self.guard.penalty, None, error
 
 
 class Budgeted:
@@ -111,7 +127,7 @@ class Budgeted:
         Raises:
             RewardErrors: if too many failed.
         """
-        scored = self.reward.score(samples)
+        scored = score_apart(self.reward, samples)
         self.budget.record(scored)
         return scored
 
@@ -175,10 +191,40 @@ def as_reward(
     if isinstance(spec, Mapping | list | tuple):
         by_name = dict(spec) if isinstance(spec, Mapping) else _named(spec)
         leaves = {key: _leaf(one, key, guard, cache) for key, one in by_name.items()}
-        reward = RewardMix(leaves, _by_name(weights, list(by_name)), missing)
+        reward = RewardMix(leaves, _by_name(weights, list(by_name)), missing, guard)
     else:
         reward = _leaf(spec, name or _name_of(spec), guard, cache)
     return reward if budget is None else Budgeted(reward, budget)
+
+
+def score_apart(reward: Reward, samples: Sequence[Sample]) -> Scored:
+    """Scores samples with any reward: one that is not of this module gets copies of the columns, and its answer is checked.
+
+    Raises:
+        RewardFailed: if the answer is not one finite number or None per sample.
+        ColumnError: if a column cannot be copied.
+    """
+    if type(reward) in (FunctionReward, RewardMix, Budgeted):  # these do so themselves
+        return reward.score(samples)
+    scored = reward.score(copied(samples))
+    _check_answer(scored, samples, type(reward).__name__)
+    return scored
+
+
+def _check_answer(scored: Scored, samples: Sequence[Sample], name: str) -> None:
+    for field in ("scores", "token_rewards", "seconds", "errors"):
+        if len(getattr(scored, field)) != len(samples):
+            raise RewardFailed(f"{name} returned {len(getattr(scored, field))} {field} for {len(samples)} samples")
+    for i, (score, tokens, sample) in enumerate(zip(scored.scores, scored.token_rewards, samples, strict=True)):
+        if tokens is not None and len(tokens) != len(sample.completion_ids):
+            raise RewardFailed(
+                f"{name} returned {len(tokens)} token_rewards for the {len(sample.completion_ids)} tokens of sample {i}"
+            )
+        if score is not None and not fits(score, *(tokens or ())):
+            raise RewardFailed(
+                f"{name} returned the score {score} for sample {i}, with {len(tokens or ())} token_rewards; expected "
+                "finite numbers that float32 can hold (up to 3.4e38)"
+            )
 
 
 def budgets_of(reward: Reward) -> list[ErrorBudget]:
@@ -236,8 +282,9 @@ def _by_name(weights: Any, names: Sequence[str]) -> Mapping[str, float] | None:
     return dict(zip(names, weights, strict=True))
 
 
-def _joined(texts: Mapping[str, str | None], between: str) -> str | None:
+def _joined(texts: Mapping[str, str | None], between: str, last: str | None) -> str | None:
     said = [f"{name}: {text}" for name, text in texts.items() if text is not None]
+    said += [] if last is None else [last]
     return between.join(said) if said else None
 
 

@@ -17,7 +17,7 @@ from trl.rewards.failures import ColumnError, Failure, RewardFailed
 from trl.rewards.isolation import Inline, Runner, Threaded, in_threads
 from trl.rewards.process import Process
 from trl.rewards.signature import resolve
-from trl.rewards.values import Row
+from trl.rewards.values import Row, fits
 from trl.types import Sample, Scored
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ class Guard:
             raise ValueError(f"isolation={self.isolation!r} must be 'none', 'thread' or 'process'")
         if (self.penalty is None) != (self.on_error != "penalty"):
             raise ValueError(f"penalty={self.penalty!r} and on_error={self.on_error!r}: each needs the other")
-        if self.penalty is not None and not math.isfinite(self.penalty):
-            raise ValueError(f"penalty={self.penalty!r} must be a finite number")
+        if self.penalty is not None and not fits(self.penalty):
+            raise ValueError(f"penalty={self.penalty!r} must be a finite number that float32 can hold (up to 3.4e38)")
         if self.timeout is not None and self.isolation == "none":
             raise ValueError(f"timeout={self.timeout:g} needs isolation='thread' or 'process'")
         for name in ("timeout", "start_timeout"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from trl.rewards.failures import RewardFailed
-from trl.rewards.signature import Binding, call
+from trl.rewards.signature import Binding, call, copied
 from trl.rewards.values import Row, read_answer
 
 if TYPE_CHECKING:
@@ -20,6 +22,20 @@ Result = TypeVar("Result")
 
 # Threads given up that may still run before scoring is refused: each holds memory and perhaps a core.
 _MOST_LOST = 16
+
+
+# Names the random numbers of a call: rewards in processes of their own draw those that follow from it. "": no matter which.
+random_stream: ContextVar[str] = ContextVar("random_stream", default="")
+
+
+@contextmanager
+def drawing_from(stream: str) -> Iterator[None]:
+    """Inside, rewards in processes of their own draw the random numbers that `stream` names, the same each time."""
+    token = random_stream.set(stream)
+    try:
+        yield
+    finally:
+        random_stream.reset(token)
 
 
 class Runner(Protocol):
@@ -50,7 +66,7 @@ class Inline:
     def run(self, samples: Sequence[Sample]) -> list[Row]:
         """See `Runner`."""
         columns = self.binding.wanted(samples, self.name)
-        answer = guarded(self.function, *self.binding.arguments(samples, columns))
+        answer = guarded(self.function, *self.binding.arguments(copied(samples, columns), columns))
         return read_answer(answer, [len(sample.completion_ids) for sample in samples])
 
     def close(self) -> None:
@@ -164,7 +180,7 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item], thread
                 done.put((index, False, error))
 
     for _ in range(min(threads, len(items))):
-        threading.Thread(target=run, name="reward", daemon=True).start()
+        threading.Thread(target=copy_context().run, args=(run,), name="reward", daemon=True).start()
     try:
         outcomes = {index: (succeeded, value) for index, succeeded, value in (done.get() for _ in items)}
     finally:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trl.rewards.failures import ColumnError, Failure, RewardFailed, RowFailed
+from trl.rewards.isolation import random_stream
 from trl.rewards.processes import Killable
 from trl.rewards.signature import Binding, path_of
 from trl.rewards.values import Row, decode, decode_failure
@@ -69,7 +70,9 @@ class Process:
         worker = self._started()
         assert self._binding is not None
         columns = self._binding.wanted(samples, self.name)
-        message = _request(samples, self._binding, columns, self.timeout, self.name)
+        stream = random_stream.get()
+        numbers = f"{stream}/{self.name}" if stream else None
+        message = _request(samples, self._binding, columns, self.timeout, self.name, numbers)
         lengths = [len(sample.completion_ids) for sample in samples]
         try:
             answer = worker.exchange(message, self.timeout)
@@ -184,7 +187,12 @@ class _Worker:
 
 
 def _request(
-    samples: Sequence[Sample], binding: Binding, columns: Sequence[str], timeout: float | None, name: str
+    samples: Sequence[Sample],
+    binding: Binding,
+    columns: Sequence[str],
+    timeout: float | None,
+    name: str,
+    numbers: str | None,
 ) -> bytes:
     rows = []
     for sample in samples:
@@ -193,7 +201,7 @@ def _request(
         row["completion_ids"] = sample.completion_ids if binding.reads_ids else ()
         row["columns"] = {column: sample.columns[column] for column in columns if column in sample.columns}
         rows.append(row)
-    request: dict[str, Any] = {"samples": rows, "columns": columns, "seconds": timeout}
+    request: dict[str, Any] = {"samples": rows, "columns": columns, "seconds": timeout, "numbers": numbers}
     request["lengths"] = [len(sample.completion_ids) for sample in samples]
     try:
         return json.dumps(request).encode("ascii") + b"\n"

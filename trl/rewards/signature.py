@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trl.rewards.failures import ColumnError
@@ -107,6 +108,35 @@ class Binding:
         """From the other end of a pipe."""
         known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
         return cls(**known)
+
+
+def copied(samples: Sequence[Sample], names: Collection[str] | None = None) -> list[Sample]:
+    """The same samples with columns of their own: whatever a reward does to these, the dataset stays as it is.
+
+    Args:
+        samples: as they were drawn.
+        names: of the columns that are needed; None is all.
+
+    Raises:
+        ColumnError: if a value cannot be copied, naming its column and what to do.
+    """
+    memo: dict[int, Any] = {}  # an object that several samples share is copied once
+    own = []
+    for sample in samples:
+        columns = {}
+        for name, value in sample.columns.items():
+            if names is not None and name not in names:
+                continue
+            try:
+                columns[name] = copy.deepcopy(value, memo)
+            except Exception as error:  # whatever an object raises that is not made to be copied
+                raise ColumnError(
+                    f"the column {name!r} holds a {type(value).__name__} that cannot be copied for the reward "
+                    f"({type(error).__name__}: {error}): give its class a __deepcopy__ (which returns self if it never "
+                    "changes), or a key in its place by which the reward finds it"
+                ) from error
+        own.append(replace(sample, columns=columns))
+    return own
 
 
 def call(function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> Any:

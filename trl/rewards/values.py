@@ -11,13 +11,20 @@ from trl.rewards.failures import Failure
 # A score; one number per completion token; nothing to be had; or why there is none.
 Row: TypeAlias = float | list[float] | Failure | None
 
+LARGEST = 3.4028234663852886e38  # of float32, in which scores are learnt from
+
+
+def fits(*numbers: float) -> bool:
+    """Whether float32 can hold each of the numbers and every sum of them."""
+    return sum(abs(number) for number in numbers) <= LARGEST
+
 
 def read_answer(answer: Any, lengths: Sequence[int]) -> list[Row]:
     """Checks what a reward returned for a batch.
 
     Args:
-        answer: a list, tuple, array or tensor with one element per sample: a finite number, None, one finite number per
-            completion token, or an exception.
+        answer: a list, tuple, array or tensor with one element per sample: a number that is finite in float32, None,
+            one such number per completion token, or an exception.
         lengths: completion tokens per sample.
 
     Returns:
@@ -66,7 +73,10 @@ def _row(value: Any, length: int) -> Row:
         return Failure.saying(f"ValueError: the reward has {len(value)} values for a completion of {length} tokens")
     numbers = [_number(_plain(element), f"the reward of token {i}") for i, element in enumerate(value)]
     failed = [number for number in numbers if isinstance(number, Failure)]
-    return failed[0] if failed else [number for number in numbers if not isinstance(number, Failure)]
+    rewards = [number for number in numbers if not isinstance(number, Failure)]
+    if not failed and not fits(*rewards):
+        return Failure.saying(f"ValueError: the rewards of {length} tokens add up to more than float32 can hold")
+    return failed[0] if failed else rewards
 
 
 def _number(value: Any, what: str) -> float | Failure:
@@ -78,6 +88,8 @@ def _number(value: Any, what: str) -> float | Failure:
         return Failure.saying(f"ValueError: {what} is a whole number too large for a float")
     if not math.isfinite(number):
         return Failure.saying(f"ValueError: {what} is {number}; expected a finite number")
+    if not fits(number):
+        return Failure.saying(f"ValueError: {what} is {number}; expected a number that float32 can hold (up to 3.4e38)")
     return number
 
 

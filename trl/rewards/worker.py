@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import hashlib
 import json
 import os
+import random
 import signal
 import sys
 import threading
@@ -39,6 +41,8 @@ def main() -> None:
         binding = Binding.from_json(first["binding"])
         for line in requests:
             request = json.loads(line)
+            if request["numbers"] is not None:
+                _seed(line)
             # Should the trainer be gone when this hangs, nobody else would end it; the stack says where it hung.
             if request["seconds"] is not None:
                 faulthandler.dump_traceback_later(request["seconds"], exit=True)
@@ -67,6 +71,16 @@ def _answer(function: Callable[..., Any], binding: Binding, request: dict[str, A
         return {"rows": encode(read_answer(answer, request["lengths"]))}
     except BaseException as error:  # reported at the other end; this process goes on
         return _failed(error)
+
+
+def _seed(request: bytes) -> None:
+    """Has the next random numbers follow from the request, those of NumPy and torch too where the reward has loaded them."""
+    seed = int.from_bytes(hashlib.sha256(request).digest()[:7], "big")
+    random.seed(seed)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(seed % 2**32)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 
 def _sample(binding: Binding, fields: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.files import STAGING, append_line, remove, write_atomic
+from trl.files import STAGING, append_line, remove, sync_folder, write_atomic
 from trl.trackers.environment import differences, environment
 from trl.trackers.events import event_line
 from trl.trackers.lock import RunLock
@@ -106,6 +106,8 @@ class RunDirectory:
             run._note_environment()
             previous = run._lock.left_by
             run.event("run opened" + (f"; {previous} ended without closing it" if previous else ""))
+            for name in ("completions", "checkpoints"):
+                run._make_again(name)
         except BaseException:
             run.close()
             raise
@@ -121,6 +123,11 @@ class RunDirectory:
         """The folder for checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last row of metrics; None if there is no row."""
+        return self._last_step
+
     # Writing ---------------------------------------------------------------------------------------------------------
 
     def write_config(self, config: Any) -> None:
@@ -135,11 +142,18 @@ class RunDirectory:
         write_atomic(self.path / "config.resolved.yaml", text.encode("utf-8"))
 
     def read_config(self) -> Any:
-        """What `write_config` wrote, as plain data; None if it has not been called."""
+        """What `write_config` wrote, as plain data; None if it has not been called.
+
+        Raises:
+            ValueError: if the file is no YAML, naming it and the place.
+        """
         import yaml
 
         path = self.path / "config.resolved.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`: what the run came to."""
@@ -167,6 +181,7 @@ class RunDirectory:
             self._warned_parquet = True
             logger.warning("pyarrow is not installed: completions are written as .jsonl (pip install pyarrow)")
             self.event("completions are written as .jsonl, since pyarrow is not installed")
+        self._make_again("completions")
         write_records(self.path / "completions", step, records)
 
     def event(self, text: str) -> None:
@@ -228,6 +243,15 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _make_again(self, name: str) -> None:
+        """Makes a folder of the run that somebody has removed, and says that what was in it is gone."""
+        if not (self.path / name).is_dir():
+            (self.path / name).mkdir()  # not the folder of the run itself: without it, that is an error
+            sync_folder(self.path)
+            text = f"{name}/ was removed, with what was in it, and is made again"
+            logger.warning("%s: %s", self.path, text)
+            self.event(text)
+
     def _completion_files(self) -> list[Path]:
         folder = self.path / "completions"
         return sorted(entry for entry in folder.iterdir() if step_of(entry) is not None) if folder.is_dir() else []
@@ -255,15 +279,19 @@ class RunDirectory:
 
     def _note_environment(self) -> None:
         """Writes `environment.json` anew, and what changed into the events."""
-        path = self.path / "environment.json"
-        text = to_json(environment(), indent=2) + "\n"
+        path, now = self.path / "environment.json", to_json(environment(), indent=2) + "\n"
         try:
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError:
-            before = {}
-        for line in differences(before, json.loads(text)):
+            if not isinstance(before, dict):
+                raise ValueError(f"it holds a {type(before).__name__}")
+        except ValueError as error:
+            text = f"environment.json cannot be read, and is written anew; what has changed is not known: {error}"
+            logger.warning("%s: %s", self.path, text)
+            self.event(text)
+            before = json.loads(now)
+        for line in differences(before, json.loads(now)):
             self.event(f"environment changed: {line}")
-        write_atomic(path, text.encode())
+        write_atomic(path, now.encode())
 
 
 class NullRunDirectory:

@@ -75,9 +75,10 @@ def check_scores(scores: Sequence[Tensor]) -> list[Tensor]:
     for i, score in enumerate(scores):
         if score.dim() > 1 or score.numel() != 1:
             raise ValueError(f"scores[{i}] must be one number (0-D or 1-D), not of shape {tuple(score.shape)}")
-        if not torch.isfinite(score).all():
-            raise ValueError(f"scores[{i}] is {score.item()}: scores must be finite numbers")
-        flat.append(score.reshape(()).float())
+        number = score.reshape(()).float()
+        if not torch.isfinite(number):
+            raise ValueError(f"scores[{i}] is {score.item()}: scores must be numbers that are finite in float32")
+        flat.append(number)
     return flat
 
 
@@ -90,5 +91,5 @@ def check_per_token(name: str, values: Sequence[Tensor], responses: Sequence[Ten
     for i, (value, response) in enumerate(zip(values, responses, strict=True)):
         if value.shape != response.shape:
             raise ValueError(f"{name}[{i}] has shape {tuple(value.shape)}; its response has {tuple(response.shape)}")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"{name}[{i}] holds a number that is not finite")
+        if not torch.isfinite(value.float()).all():
+            raise ValueError(f"{name}[{i}] holds a number that is not finite in float32")

@@ -43,7 +43,7 @@ def evaluate_prompts(
             # Every process makes as many forward passes: wrapped models meet in them. What is too much is not counted.
             chunk = mine[start : start + size]
             drawn = draw(trainer, [prompts[i % len(prompts)] for i in chunk], generation)
-            scores = totals(judge(trainer, reward, drawn))
+            scores = totals(judge(trainer, reward, drawn, f"evaluation/{start}"))
             lengths = [len(sample.completion_ids) for sample in drawn.samples]
             found = zip(scores, _kl(trainer, drawn), lengths, drawn.finished, strict=True)
             rows += [row for i, row in zip(chunk, found, strict=True) if i < len(prompts)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ _MOST_DUMPS = 20  # minibatches of one call of `train` that are kept for looking
 _SAVES_APART = 125  # times what a save takes: with the first one, which is early, under 1% of an hour
 _LONGEST_INTERVAL = 1800.0  # seconds without a checkpoint
 _FIRST_INTERVAL = 60.0  # seconds to the first one, before it is known what one takes
+_SAVED = re.compile(r"\S+ checkpoint of step (\d+) saved in ")  # the event that `save` leaves, after its time
 
 
 class Keeper:
@@ -75,19 +77,59 @@ class Keeper:
         return None if self.path is None else self.path / "checkpoints"
 
     def begin(self, step: int, found: Path | None, config: Mapping[str, Any]) -> None:
-        """Takes off records after `step`, from which the run goes on, and writes the settings down."""
+        """Takes off records after `step`, from which the run goes on, and writes the settings down.
+
+        Raises:
+            ValueError: if the run has records and no checkpoint, unless it was stopped before its first one and
+                `resume="auto"` may begin it again.
+        """
         self.last_step, self._last = (step if found else None), found
         run = self._run
+        if found is None:
+            run_together(self._trainer.accelerator, self._check_nothing_is_lost, ValueError)
 
         def write() -> None:
             run.truncate_after(step)
             if isinstance(run, RunDirectory):
-                before = run.read_config()
-                for line in differences(before, plain(config)) if before is not None else ():
-                    run.event(f"setting changed: {line}")
+                for line in self._changed_settings(run, config):
+                    run.event(line)
             run.write_config(config)
 
         run_together(self._trainer.accelerator, write, OSError)
+
+    def _check_nothing_is_lost(self) -> None:
+        """A run without a checkpoint begins anew, which takes all of its records off."""
+        run = self._run
+        if not isinstance(run, RunDirectory):
+            return
+        lines = (run.path / "events.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        saved = [match[1] for line in lines if (match := _SAVED.match(line))]
+        if not saved and (run.last_step is None or self._options.resume == "auto"):
+            return
+        records = "no records" if run.last_step is None else f"records up to step {run.last_step}"
+        if saved:
+            hint = f"the last was of step {saved[-1]}: put it back, or begin afresh in another folder or by removing this one"
+        else:
+            hint = "it was stopped before the first: resume='auto' takes the records off and begins again"
+        raise ValueError(
+            f"resume={self._options.resume!r}: {run.path} has {records} and no checkpoint from which the run could go "
+            f"on; {hint}"
+        )
+
+    def _changed_settings(self, run: RunDirectory, config: Mapping[str, Any]) -> list[str]:
+        """Events that say what is different from the run so far."""
+        try:
+            before = run.read_config()
+            if not isinstance(before, dict | None):
+                raise ValueError(
+                    f"{run.path}/config.resolved.yaml holds a {type(before).__name__}, not settings by name"
+                )
+        except ValueError as error:
+            text = f"what has changed about the settings is not known, and they are written anew: {error}"
+            logger.warning("%s", text)
+            return [text]
+        changed = differences(before, plain(config)) if before is not None else []
+        return [f"setting changed: {line}" for line in changed]
 
     # Records ---------------------------------------------------------------------------------------------------------
 

@@ -180,6 +180,9 @@ class PPOConfig:
                 raise ValueError(f"{name}={value!r} must be a number above 0{' or None' if optional else ''}")
         if self.dual_clip is not None and not (_is_number(self.dual_clip) and self.dual_clip > 1):
             raise ValueError(f"dual_clip={self.dual_clip!r} must be a number above 1 or None")
+        penalty = self.missing_eos_penalty
+        if penalty is not None and not (_is_number(penalty) and math.isfinite(penalty)):
+            raise ValueError(f"missing_eos_penalty={penalty!r} must be a finite number or None")
         if self.early_stopping and not (_is_number(self.target_kl) and (self.target_kl or 0) > 0):
             raise ValueError(f"target_kl={self.target_kl!r} must be a number above 0 for early_stopping")
         if self.kl_penalty not in KL_PENALTIES:

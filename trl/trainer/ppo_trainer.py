@@ -665,8 +665,9 @@ class PPOTrainer(PPOMethods):
         if not kwargs:
             return
         if self._compared % int(self.config.compare_steps or 1) == 0:
-            total = torch.tensor([float(sum(scores)), len(scores)], device=self.current_device)
-            mean = float(pooled_mean(Tally(*total), self._reduce))
+            # In float64: a sum of scores that float32 holds can be more than it holds.
+            total = torch.tensor([sum(map(float, scores)), len(scores)], dtype=torch.float64)
+            mean = float(pooled_mean(Tally(*total.to(self.current_device)), self._reduce))
             if mean > self._highest_score:
                 self._highest_score = mean
                 self.push_to_hub(**kwargs)
@@ -709,7 +710,8 @@ class PPOTrainer(PPOMethods):
             steps: of the whole run, those before a resumption included.
             episodes: samples over all processes, in place of `steps`; rounded up to whole steps.
             run_dir: the folder of the run; None writes nothing.
-            resume: "auto": go on with the run in `run_dir`, or begin one; True: it must be there; False: it must not.
+            resume: "auto": go on with the run in `run_dir`, or begin one; True: it must be there; False: it must not. A run
+                with records whose checkpoints were removed is refused.
             generation: for `generate`; by default up to 64 new tokens of the distribution that the update scores.
             length_sampler: draws the most new tokens, as for `generate`.
             eval_prompts: held-out prompts, sampled and scored as the others with the same random numbers each time.

@@ -147,9 +147,11 @@ class SpikePolicy:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: JSON."""
-        return {"watch": self._watch.state_dict(), "rollbacks": self.rollbacks, "anchor": self._anchor}
+        anchor = self._anchor if self._policy == "rollback" else None  # other runs have none
+        return {"watch": self._watch.state_dict(), "rollbacks": self.rollbacks, "anchor": anchor}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict`."""
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Goes on from `state_dict`, which was saved at `step`: the anchor of a run that did not roll back until then."""
         self._watch.load_state_dict(state["watch"])
-        self.rollbacks, self._anchor = state["rollbacks"], state["anchor"]
+        self.rollbacks = state["rollbacks"]
+        self._anchor = step if state["anchor"] is None else state["anchor"]

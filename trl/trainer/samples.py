@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from trl.data import Prompt
 from trl.protocols import Reward
+from trl.rewards.compose import score_apart
+from trl.rewards.isolation import drawing_from
 from trl.rollout import stop_tokens
 from trl.trackers import CompletionRecord
 from trl.training.processes import run_together, share_bytes
+from trl.training.rng import own_numbers
 from trl.types import Sample, Scored
 
 
@@ -55,9 +59,20 @@ def draw(trainer: Any, prompts: Sequence[Prompt], generation: Mapping[str, Any],
     return Drawn(prompts=list(prompts), responses=responses, samples=samples, finished=finished)
 
 
-def judge(trainer: Any, reward: Reward, drawn: Drawn) -> Scored:
-    """Scores samples; if that fails on one process, it fails on all."""
-    return run_together(trainer.accelerator, lambda: reward.score(drawn.samples))
+def judge(trainer: Any, reward: Reward, drawn: Drawn, numbers: str) -> Scored:
+    """Scores samples; if that fails on one process, it fails on all.
+
+    The reward neither takes the run's random numbers nor changes them: what it draws follows from the run's seed, the
+    process and `numbers`, such as "step/12".
+    """
+    stream = f"{trainer.config.seed or 0}/{numbers}/{trainer.accelerator.process_index}"
+    seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:7], "big")
+
+    def scored() -> Scored:
+        with own_numbers(seed, trainer.accelerator.device, trainer._generator), drawing_from(stream):
+            return score_apart(reward, drawn.samples)
+
+    return run_together(trainer.accelerator, scored)
 
 
 def totals(scored: Scored) -> list[float | None]:

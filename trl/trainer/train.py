@@ -9,11 +9,12 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from trl.data import Prompt, PromptSampler, fingerprint, load_prompts
+from trl.data import Prompt, PromptSampler, column_fingerprints, fingerprint, load_prompts
 from trl.functional import masked_mean
 from trl.models.limits import context_length
 from trl.protocols import Reward
@@ -31,6 +32,7 @@ from trl.trainer.train_options import TrainOptions, TrainResult
 from trl.training.checkpoints import Checkpoint
 from trl.training.processes import run_together, share_bytes, sum_over_processes
 from trl.training.resume import load_training
+from trl.training.rng import kept_generators
 from trl.training.signals import SignalWatch, raise_for
 from trl.training.spikes import UpdateDeclined
 from trl.types import Scored
@@ -120,12 +122,14 @@ class _Run:
         self.stack.push(self._note_error)
         found = None
         if self.keeper.checkpoints is not None and self.options.resume is not False:
-            found = load_training(self.trainer, self.keeper.checkpoints)
-        if found is not None:
-            self._take_up(found)
+            found = load_training(self.trainer, self.keeper.checkpoints, self._differences)
+        remarks = [] if found is None else self._take_up(found)
         config = {"ppo": self.trainer.config, "train": self._described()}
         self.keeper.begin(self.step, found.path if found else None, config)
         self.keeper.event(f"from step {self.step} to {self.target}" + (f", from {found.path.name}" if found else ""))
+        for remark in remarks:
+            logger.warning("resuming %s: %s", self.keeper.path, remark)
+            self.keeper.event(remark)
         self._watch_updates()
         self.spikes.begin(self.step, self._extra)
         if self.accelerator.is_main_process:
@@ -136,24 +140,52 @@ class _Run:
         self.stack.callback(self.progress.close)
         self._tell("on_start", self.step)
 
-    def _take_up(self, checkpoint: Checkpoint) -> None:
+    def _differences(self, checkpoint: Checkpoint) -> list[str]:
+        """Why this run is not the one of a checkpoint, beside what its trainer says."""
         state = checkpoint.state["extra"].get("run")
         if state is None or state["version"] != _VERSION:
-            raise ValueError(
-                f"{checkpoint.path} was not saved by this version's PPOTrainer.train: it cannot go on with it"
-            )
-        if state["prompts"] != fingerprint(self.prompts):
-            raise ValueError(
-                f"the prompts are not those that {checkpoint.path} was trained on: their ids or tokens differ"
-            )
+            return ["it was not saved by this version's PPOTrainer.train"]
+        found = []
+        if state["prompts"] != self._fingerprint:
+            found.append("the prompts are not those of the run: their ids or tokens differ")
+        if (before := state["sampler"]["seed"]) != self.sampler.seed:
+            found.append(f"seed was {before}, is {self.sampler.seed}: the order of the prompts follows from it")
+        return found
+
+    def _take_up(self, checkpoint: Checkpoint) -> list[str]:
+        """Goes on with a run; returns what has changed about its data, in words."""
+        state = checkpoint.state["extra"]["run"]
         self.sampler.load_state_dict(state["sampler"])
         for budget, seen in zip(
             budgets_of(self.reward), state["budgets"][self.accelerator.process_index], strict=False
         ):
             budget.load_state_dict(seen)
-        self.spikes.load_state_dict(state["spikes"])
+        self.spikes.load_state_dict(state["spikes"], checkpoint.step)
         self.step, self.counts = checkpoint.step, dict(state["counts"])
         self.best_eval = -math.inf if state["best_eval"] is None else state["best_eval"]
+        return self._changed_data(state.get("data"))
+
+    def _changed_data(self, before: Mapping[str, Any] | None) -> list[str]:
+        """What may change in a run and changes its numbers: the columns that rewards get, and what evaluations ask."""
+        now, found = self._data, []
+        for what in now if before is not None else ():
+            old, new = (before or {})[what], now[what]
+            if names := [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]:
+                found.append(f"{what} have changed, and count from here on: {', '.join(names)}")
+        return found
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.prompts)
+
+    @cached_property
+    def _data(self) -> dict[str, dict[str, str]]:
+        """Digests by name of what `_changed_data` compares."""
+        held_out = {"ids and tokens": fingerprint(self.eval_prompts)} if self.eval_prompts else {}
+        return {
+            "columns of the prompts": column_fingerprints(self.prompts),
+            "the held-out prompts": held_out | column_fingerprints(self.eval_prompts),
+        }
 
     def _described(self) -> dict[str, Any]:
         """Every option as it can be written down and as it is used; prompts by their number."""
@@ -175,7 +207,8 @@ class _Run:
         return {
             "run": {
                 "version": _VERSION,
-                "prompts": fingerprint(self.prompts),
+                "prompts": self._fingerprint,
+                "data": self._data,
                 "sampler": self.sampler.state_dict(),
                 "budgets": [json.loads(part) for part in share_bytes(self.accelerator, json.dumps(own).encode())],
                 "spikes": self.spikes.state_dict(),
@@ -216,7 +249,7 @@ class _Run:
             self.options.length_sampler,
         )
         clock.lap("sample")
-        scored = judge(self.trainer, self.reward, drawn)
+        scored = judge(self.trainer, self.reward, drawn, f"step/{self.step + 1}")
         everyone = told_to_all(self.trainer, scored)
         clock.lap("score")
         stats = self._learn(drawn, scored, everyone)
@@ -296,17 +329,22 @@ class _Run:
 
     def _tell_of_step(self) -> None:
         """Callbacks may end the run, from any process."""
-        wishes = self._tell("on_step", self.step, self.row)
+        wishes = self._tell("on_step", self.step, dict(self.row))
         if self._anywhere(any(wish is True for wish in wishes)):
             self.reason = "callback"
 
     def _tell(self, name: str, *arguments: Any) -> list[Any]:
+        """Calls this method of every callback, from which the run's random numbers are kept: a resumed run is told of
+        other things than one that was never stopped.
+        """
+
+        def told(callback: Any) -> Any:
+            with kept_generators(self.accelerator.device, self.trainer._generator):
+                return getattr(callback, name)(self.trainer, *arguments)
+
         if not self.options.callbacks:
             return []
-        return run_together(
-            self.accelerator,
-            lambda: [getattr(callback, name)(self.trainer, *arguments) for callback in self.options.callbacks],
-        )
+        return run_together(self.accelerator, lambda: [told(callback) for callback in self.options.callbacks])
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 

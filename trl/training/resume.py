@@ -72,11 +72,19 @@ def save_training(
     return Path(folder) / name.decode()
 
 
-def load_training(trainer: Any, folder: str | Path) -> Checkpoint | None:
-    """Puts the newest usable checkpoint of a folder into a trainer; every process calls it, and all load the same one."""
+def load_training(
+    trainer: Any, folder: str | Path, differences: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
+) -> Checkpoint | None:
+    """Puts the newest usable checkpoint of a folder into a trainer; every process calls it, and all load the same one.
+
+    Args:
+        trainer: as for `restore`.
+        folder: of the checkpoints.
+        differences: more reasons not to go on with a checkpoint, in words, beside those that the trainer gives.
+    """
     checkpoint = _found_by_all(trainer, folder, lambda: load_checkpoint(folder))
     if checkpoint is not None:
-        restore(trainer, checkpoint)
+        restore(trainer, checkpoint, differences)
     return checkpoint
 
 
@@ -207,18 +215,21 @@ def _modes(model: torch.nn.Module) -> dict[str, Any]:
 # Into a trainer ------------------------------------------------------------------------------------------------------
 
 
-def restore(trainer: Any, checkpoint: Checkpoint) -> None:
+def restore(
+    trainer: Any, checkpoint: Checkpoint, differences: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
+) -> None:
     """Makes a trainer continue where `checkpoint` was taken. Every process must call this.
 
     Args:
         trainer: made as the one that was saved.
         checkpoint: as from `load_checkpoint`.
+        differences: see `load_training`.
 
     Raises:
         ValueError: if the checkpoint is of another run, naming each difference; nothing was changed then.
     """
     _check_whole(trainer)
-    run_together(trainer.accelerator, lambda: _refuse_another_run(trainer, checkpoint), ValueError)
+    run_together(trainer.accelerator, lambda: _refuse_another_run(trainer, checkpoint, differences), ValueError)
     state, model = checkpoint.state, trainer.accelerator.unwrap_model(trainer.model)
     remarks = _harmless_differences(trainer, checkpoint)
     stored, _ = _split(model)
@@ -250,8 +261,8 @@ def restore(trainer: Any, checkpoint: Checkpoint) -> None:
         logger.warning("resuming %s: %s", checkpoint.path.name, remark)
 
 
-def _refuse_another_run(trainer: Any, checkpoint: Checkpoint) -> None:
-    differences = list(_differences(trainer, checkpoint))
+def _refuse_another_run(trainer: Any, checkpoint: Checkpoint, more: Callable[[Checkpoint], Sequence[str]]) -> None:
+    differences = [*_differences(trainer, checkpoint), *more(checkpoint)]
     if differences:
         raise ValueError(f"{checkpoint.path} is a checkpoint of another run: {'; '.join(differences)}")
 

@@ -45,7 +45,9 @@ def shape_scores(
         `[B]` shaped scores, and the moments with these scores in them (the same on every process).
     """
     if settings.missing_eos_penalty is not None:
-        scores = torch.where(finished, scores, scores - settings.missing_eos_penalty)
+        limits = torch.finfo(scores.dtype)  # an infinite score would ruin the moments for good
+        penalised = (scores - settings.missing_eos_penalty).clamp(limits.min, limits.max)
+        scores = torch.where(finished, scores, penalised)
     if settings.scale:
         moments = update_moments(moments, scores if counted is None else scores[counted], reduce)
         scores = (scores - moments.mean if settings.center else scores) / moments.std
