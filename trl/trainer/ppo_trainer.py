@@ -289,7 +289,7 @@ class PPOTrainer(PPOMethods):
 
     def _state_of(self, model: PreTrainedModelWrapper) -> State:
         """What log-probabilities and values are a function of, besides their tokens."""
-        return (float(self.config.temperature), *state_of(model))
+        return float(self.config.temperature), state_of(model)
 
     def _recalled(self, batch: Batch) -> Evaluation | None:
         """What was computed about the responses while they were sampled; None if not of all, on every process."""
