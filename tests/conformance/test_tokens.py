@@ -447,7 +447,12 @@ _ENDS: dict[str, Any] = {
     "criterion for eos": lambda word: {"stopping_criteria": [EosTokenCriteria(word)]},
     "nothing": lambda word: {"eos_token_id": None},
     "beams": lambda word: {"eos_token_id": word, "num_beams": 2, "early_stopping": True},
-    "beams and strings": lambda word: {"stop_strings": [_LETTERS[word]], "num_beams": 2, "early_stopping": True, "eos_token_id": None},
+    "beams and strings": lambda word: {
+        "stop_strings": [_LETTERS[word]],
+        "num_beams": 2,
+        "early_stopping": True,
+        "eos_token_id": None,
+    },
     "the model's own": lambda word: {},
 }
 

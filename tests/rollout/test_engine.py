@@ -239,9 +239,14 @@ def test_a_longer_limit_changes_no_token_before_it() -> None:
 
 def test_lengths_are_drawn_once_per_batch(make_trainer: Any) -> None:  # noqa: F811
     for own in ({}, {"num_beams": 2}):  # our own loop; generate
-        lengths = iter([3, 6, 1])
         got = make_trainer().generate(
-            QUERIES, lambda: next(lengths), batch_size=2, return_prompt=False, do_sample=False, eos_token_id=None, **own
+            QUERIES,
+            iter([3, 6, 1]).__next__,
+            batch_size=2,
+            return_prompt=False,
+            do_sample=False,
+            eos_token_id=None,
+            **own,
         )
         assert [len(r) for r in got] == [3, 3, 6, 6, 1]
 

@@ -168,7 +168,11 @@ def test_reshaped_sampling_is_named(make_trainer: Any, asked: dict[str, Any]) ->
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_is_not_one_response_per_query_is_refused(
-    make_trainer: Any, asked: dict[str, Any], named: str, own: bool, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    make_trainer: Any,  # noqa: F811
+    asked: dict[str, Any],
+    named: str,
+    own: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainer = make_trainer()
     if not own:
@@ -206,21 +210,26 @@ def _long(n: int) -> list[Tensor]:
     ids=lambda asked: "-".join(asked) or "own",
 )
 def test_a_response_that_may_not_fit_is_refused_before_sampling(
-    make_trainer: Any, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], llama: bool  # noqa: F811
+    make_trainer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    asked: dict[str, Any],
+    llama: bool,
 ) -> None:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama()) if llama else None
     trainer = make_trainer(model=model)
     asked = {"max_new_tokens": 5} | asked if "generation_config" not in asked else asked
     assert [len(r) for r in trainer.generate(_long(59), do_sample=False, eos_token_id=None, **asked)] == [6, 64]
     monkeypatch.setattr(trainer.model.pretrained_model, "forward", None)
-    with pytest.raises(ValueError, match=r"query_tensor\[1\]: .*max_new_tokens=5 .* after 60 of the query .* 64 tokens: .* 4 new"):
+    with pytest.raises(
+        ValueError, match=r"query_tensor\[1\]: .*max_new_tokens=5 .* after 60 of the query .* 64 tokens: .* 4 new"
+    ):
         trainer.generate(_long(60), do_sample=False, **asked)
 
 
 def test_max_length_counts_the_query(make_trainer: Any) -> None:  # noqa: F811
     trainer = make_trainer()
     assert [len(r) for r in trainer.generate(_long(60), max_length=64, do_sample=False, eos_token_id=None)] == [5, 64]
-    with pytest.raises(ValueError, match="max_new_tokens=5 .*60 of the query"):
+    with pytest.raises(ValueError, match=r"max_new_tokens=5 .*60 of the query"):
         trainer.generate(_long(60), max_length=65, do_sample=False)
 
 
@@ -239,7 +248,9 @@ def test_an_encoder_decoder_has_room_for_queries_and_for_responses(make_trainer:
     trainer = make_trainer(seq2seq=True, model=model)
     greedy = {"do_sample": False, "eos_token_id": None, "forced_eos_token_id": None}
     assert [len(r) for r in trainer.generate(_long(20), max_new_tokens=15, **greedy)] == [16, 16]
-    with pytest.raises(ValueError, match="max_new_tokens=16 tokens after the decoder's start token .* 16 tokens: .* 15 new"):
+    with pytest.raises(
+        ValueError, match=r"max_new_tokens=16 tokens after the decoder's start token .* 16 tokens: .* 15 new"
+    ):
         trainer.generate(_long(20), max_new_tokens=16, **greedy)
     with pytest.raises(ValueError, match="the query of sample 1 is 33 tokens long"):
         trainer.generate(_long(33), max_new_tokens=4, **greedy)

@@ -182,9 +182,7 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("how", ["nothing", "modes", *CHANGES])
-def test_whatever_changes_the_numbers_is_seen(
-    make_trainer: Any, make_batch: Any, passes: list[bool], how: str
-) -> None:
+def test_whatever_changes_the_numbers_is_seen(make_trainer: Any, make_batch: Any, passes: list[bool], how: str) -> None:
     queries, _, scores = make_batch()
     model = lora(tiny_gpt2())
     stir(model)

@@ -331,7 +331,10 @@ def test_callbacks_see_everything_and_can_end_the_run(tmp_path: Path) -> None:
         ({"length_sampler": LengthSampler(2, 65)}, "max_new_tokens=64 leave no room for a prompt"),
         ({"length_sampler": LengthSampler(2, 63)}, "more than max_tokens=2"),
         ({"length_sampler": lambda: 3, "generation": {"max_new_tokens": 62}}, "more than max_tokens=2"),
-        ({"length_sampler": LengthSampler(2, 4), "generation": {}, "eval_prompts": HELD_OUT}, "max_new_tokens=64 leave"),
+        (
+            {"length_sampler": LengthSampler(2, 4), "generation": {}, "eval_prompts": HELD_OUT},
+            "max_new_tokens=64 leave",
+        ),
         ({"prompts": []}, "there are no prompts"),
         ({"reward": 3}, "expected a function"),
     ],
@@ -358,7 +361,13 @@ def test_a_length_sampler_of_unknown_range_is_held_to_the_room(caplog: pytest.Lo
         return words(prompts, completions)
 
     with caplog.at_level("WARNING", logger="trl"):
-        run(prompts=prompts, reward=reward, length_sampler=lambda: next(lengths), generation={"eos_token_id": None}, steps=6)
+        run(
+            prompts=prompts,
+            reward=reward,
+            length_sampler=lambda: next(lengths),
+            generation={"eos_token_id": None},
+            steps=6,
+        )
     assert drawn == [3] * 4 + [9] * 4 + [4] * 4 + [9] * 4 + [5] * 4 + [9] * 4
     said = [r.getMessage() for r in caplog.records if "length_sampler drew" in r.getMessage()]
     assert len(said) == 1 and "drew 80 new tokens, but 55 tokens before them leave room for 9" in said[0]

@@ -186,7 +186,9 @@ def packed_mask(
         raise NotImplementedError("packed attention with a mask that is not the causal one")
     if local_size is None:
         return None
-    if local_size != getattr(config, "sliding_window", None) or local_size == getattr(config, "attention_chunk_size", None):
+    if local_size != getattr(config, "sliding_window", None) or local_size == getattr(
+        config, "attention_chunk_size", None
+    ):
         raise NotImplementedError(f"packed attention within chunks of {local_size}")
     return torch.full((1, 1, 1, 1), local_size, device=device)
 

@@ -75,20 +75,19 @@ _ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "output_logits": (None, False),
     "return_dict_in_generate": (None, False),
 }
-# Arguments under which `generate` would not return one response for each query, the values that are none, and what to do.
+# What `generate` is given of the queries, and nobody else names.
+_MADE = (
+    "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "encoder_outputs", "decoder_input_ids",
+    "decoder_inputs_embeds", "decoder_attention_mask", "past_key_values",
+)  # fmt: skip
+# Arguments under which `generate` would not return one response for each query; the values under which it does, and why.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_return_sequences": ((None, 1), "generate returns one response per query: repeat a query to sample it again"),
     "return_dict_in_generate": ((None, False), "generate returns tokens alone"),
     "custom_generate": ((None,), "where its responses end is unknown"),
     "token_healing": ((None, False), "it would exchange the last tokens of the queries"),
-    **{
-        name: ((None,), "generate makes it of the queries")
-        for name in (
-            "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "encoder_outputs",
-            "decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "past_key_values",
-        )
-    },
-}  # fmt: skip
+    **dict.fromkeys(_MADE, ((None,), "generate makes it of the queries")),
+}
 
 
 def _effective(generation_config: Any, kwargs: Mapping[str, Any], name: str) -> Any:
@@ -120,7 +119,9 @@ def check_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> None:
         and _effective(generation_config, kwargs, "do_sample")
         and not (math.isfinite(temperature) and temperature > 0)
     ):
-        raise ValueError(f"temperature={temperature!r} must be a finite number > 0; do_sample=False takes the likeliest token")
+        raise ValueError(
+            f"temperature={temperature!r} must be a finite number > 0; do_sample=False takes the likeliest token"
+        )
     longest = _effective(generation_config, kwargs, "max_new_tokens")
     if longest is not None and (longest < 1 or longest != int(longest)):
         raise ValueError(f"max_new_tokens={longest!r} must be a whole number of at least 1")
@@ -187,7 +188,8 @@ def check_context(
 
 def stop_tokens(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids at which `generate` ends a response: `eos_token_id` of the call, else of its `generation_config`, else of the
-    model; negative ones are off."""
+    model; negative ones are off.
+    """
     eos = _effective(generation_config, kwargs, "eos_token_id")
     ids = [] if eos is None else torch.as_tensor(eos).reshape(-1).tolist()
     return tuple(int(i) for i in ids if i >= 0)
@@ -355,7 +357,9 @@ def _criteria(model: Any, kwargs: dict[str, Any], stops: Sequence[int]) -> tuple
     """The criteria for `generate`, in place of those that `kwargs` held, and the last of them, which sees where rows end."""
     given = list(kwargs.pop("stopping_criteria", None) or ())
     # Of its own kinds, `generate` takes these in place of those that it would make.
-    known = [one for one in given if type(one) in (EosTokenCriteria, StopStringCriteria, MaxLengthCriteria, MaxTimeCriteria)]
+    known = [
+        one for one in given if type(one) in (EosTokenCriteria, StopStringCriteria, MaxLengthCriteria, MaxTimeCriteria)
+    ]
     watched = [one for one in known if type(one) in (EosTokenCriteria, StopStringCriteria)]
     kinds = {type(one) for one in watched}
     if stops and EosTokenCriteria not in kinds:

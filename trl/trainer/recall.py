@@ -73,11 +73,13 @@ def state_of(model: nn.Module) -> str:
     def described(value: Any) -> Any:
         if isinstance(value, Tensor):
             if hasattr(type(value), "__tensor_flatten__"):  # quantised or sharded: of several tensors
-                return [described(getattr(value, name)) for name in value.__tensor_flatten__()[0]]
+                return [described(getattr(value, name)) for name in value.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
             if value.device.type != "meta":
                 sums.append(_checksum(value))
             return str(value.dtype), tuple(value.shape)
-        if value is None or isinstance(value, bool | int | float | complex | str | bytes | Enum | torch.dtype | torch.device):
+        if value is None or isinstance(
+            value, bool | int | float | complex | str | bytes | Enum | torch.dtype | torch.device
+        ):
             return repr(value)
         holds = vars(value) if callable(getattr(value, "to_dict", None)) else value  # a configuration
         if isinstance(holds, Mapping | list | tuple | set | frozenset):
@@ -85,7 +87,8 @@ def state_of(model: nn.Module) -> str:
                 return "again"
             seen.add(id(value))
             keys = list(map(repr, holds)) if isinstance(holds, Mapping) else []
-            return type(value).__name__, keys, [described(part) for part in (holds.values() if keys else holds)]
+            parts = holds.values() if isinstance(holds, Mapping) else holds
+            return type(value).__name__, keys, [described(part) for part in parts]
         return type(value).__name__, id(value)
 
     text = [
