@@ -1,4 +1,4 @@
-"""Conformance 1, 33, 35, 38, 40: what a right implementation does with models.."""
+"""Conformance 1, 33, 35, 38, 40, 44: what a right implementation does with models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.helpers import PAD, assert_close, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 from tests.models.lora import lora, lora_config, stir
-from tests.models.rollouts import make_rollout
+from tests.models.rollouts import make_rollout, pad
 from trl.models import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
@@ -23,6 +23,9 @@ from trl.models import (
     frozen_copy,
     reference_mode,
 )
+from trl.models.attention import packed_mask
+from trl.models.predictions import may_pack
+from trl.rollout import Sampling, obstacle, sample
 from trl.types import Rollout
 
 pytestmark = pytest.mark.conformance
@@ -277,3 +280,77 @@ def test_40_with_an_adapter(tmp_path: Path) -> None:
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         plain = peft.PeftModel.from_pretrained(trunk, str(tmp_path / "policy")).eval()
     assert_close(evaluate(plain, rollout).logprobs, before.logprobs)
+
+
+# -- 44 ----------------------------------------------------------------------------------------------------------
+
+_WINDOWED: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": 10},
+    "Qwen2": {"sliding_window": 10, "use_sliding_window": True, "max_window_layers": 1},
+    "Phi3": {"sliding_window": 10, "original_max_position_embeddings": 64},
+    "Gemma3": {"sliding_window": 10, "layer_types": ["sliding_attention", "full_attention"]},
+    "GptOss": {"sliding_window": 10, "num_local_experts": 4, "num_experts_per_tok": 2},
+    # These put the window into their mask and pass none to their attention.
+    "Qwen2Moe": {
+        "sliding_window": 10, "use_sliding_window": True, "max_window_layers": 1, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    },
+    "Phimoe": {"sliding_window": 10, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Doge": {"sliding_window": 10, "keep_window_size": 10},
+    "Llama4": {"attention_chunk_size": 10, "num_local_experts": 4, "intermediate_size_mlp": 24},
+    "DeepseekV4": {
+        "sliding_window": 10, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "n_routed_experts": 4, "index_topk": 10, "index_head_dim": 8, "index_n_heads": 2, "q_lora_rank": 8,
+    },
+    "GPTNeo": {"window_size": 10, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+}  # fmt: skip
+
+
+def windowed(name: str) -> Any:
+    """A tiny model that looks back 10 tokens at most, in some layer; its matrices are large, so that what it sees shows."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "vocab_size": 61}
+    config = getattr(transformers, f"{name}{'Text' if name in ('Gemma3', 'Llama4') else ''}Config")
+    if name == "GPTNeo":
+        sizes = {"hidden_size": 16, "max_position_embeddings": 64, "vocab_size": 61}
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    model = getattr(transformers, f"{name}ForCausalLM")(config(**sizes, **special, **_WINDOWED[name])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0 if parameter.dim() > 1 else 1.0)
+    return model
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", _WINDOWED)
+@torch.no_grad()
+def test_44_scoring_beyond_a_window_or_chunk_equals_scoring_each_sequence_alone(name: str, side: str) -> None:
+    trunk = windowed(name)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 61, (n,), generator=generator) for n in (36, 8, 24)]
+    tokens, attention = pad(rows, side)
+    rollout = Rollout(tokens=tokens, attention=attention, mask=attention[:, 1:] & attention[:, :-1])
+    expected = unpadded(trunk, rollout)
+    assert_close(evaluate(trunk, rollout).logprobs[rollout.mask], expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in _WINDOWED if name != "DeepseekV4"])  # which generate samples from
+@torch.no_grad()
+def test_44_sampling_beyond_a_window_or_chunk_sees_what_scoring_sees(name: str) -> None:
+    trunk = windowed(name)
+    queries = [torch.tensor(ids) for ids in ([5, 6, 7], list(range(8, 22)), [40])]
+    uniforms = torch.rand(30, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert obstacle(trunk) is None
+    got = sample(trunk, queries, sampling=Sampling(), limits=[30] * 3, uniforms=uniforms)
+    for query, response, logprobs in zip(queries, got.responses, got.logprobs, strict=True):
+        logp = trunk(input_ids=torch.cat([query, response])[None]).logits[0, len(query) - 1 : -1].log_softmax(-1)
+        assert len(response) == 30
+        assert_close(logprobs, logp.gather(-1, response[:, None])[:, 0], 1e-4)
+
+
+def test_44_a_window_is_packed_and_a_chunk_is_not() -> None:
+    assert all(may_pack(windowed(name)) for name in ("Mistral", "Qwen2Moe", "Phimoe"))
+    assert not may_pack(windowed("Llama4"))
+    with pytest.raises(NotImplementedError, match="chunks of 10"):
+        packed_mask(local_size=10, config=windowed("Llama4").config)

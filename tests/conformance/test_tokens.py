@@ -1,16 +1,20 @@
-"""Tokens and sampling: lines 2 to 10 of the list of what PPO codebases have got wrong (line 1 is in test_models.py)."""
+"""Tokens and sampling: lines 2 to 10 and 48 of the list of what PPO codebases have got wrong (line 1 is in test_models.py)."""
 
 from __future__ import annotations
 
 import re
 import statistics
+import string
 import warnings
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import EosTokenCriteria, GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria
 
 from tests.conformance.setting import (
     RESPONSE_LENGTHS,
@@ -419,3 +423,72 @@ def test_05_gradients_do_not_depend_on_what_pads() -> None:
     for gradients in found[1:]:
         for name, gradient in gradients.items():
             assert_close(gradient, found[0][name])
+
+
+# --- 48: where a response ends ------------------------------------------------------------------------------------
+
+
+class _TwoInARow(StoppingCriteria):
+    """Ends a row whose last two tokens add up to an odd number: neither of them is special."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return (input_ids[:, -1] + input_ids[:, -2]) % 2 == 1
+
+
+_LETTERS = (string.ascii_letters + string.digits)[:61]
+# Ways to name an end, given a word that greedy decoding chooses.
+_ENDS: dict[str, Any] = {
+    "argument": lambda word: {"eos_token_id": [60, word]},
+    "generation_config": lambda word: {"generation_config": GenerationConfig(eos_token_id=[60, word])},
+    "strings": lambda word: {"stop_strings": [_LETTERS[word]]},
+    "strings without eos": lambda word: {"stop_strings": [_LETTERS[word]], "eos_token_id": None},
+    "criterion": lambda word: {"stopping_criteria": [_TwoInARow()]},
+    "criterion without eos": lambda word: {"stopping_criteria": [_TwoInARow()], "eos_token_id": None},
+    "criterion for eos": lambda word: {"stopping_criteria": [EosTokenCriteria(word)]},
+    "nothing": lambda word: {"eos_token_id": None},
+    "beams": lambda word: {"eos_token_id": word, "num_beams": 2, "early_stopping": True},
+    "beams and strings": lambda word: {
+        "stop_strings": [_LETTERS[word]],
+        "num_beams": 2,
+        "early_stopping": True,
+        "eos_token_id": None,
+    },
+    "the model's own": lambda word: {},
+}
+
+
+def _letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of 61 letters and digits, such as stop strings are looked for with."""
+    words = Tokenizer(BPE({letter: i for i, letter in enumerate(_LETTERS)}, []))
+    words.decoder = ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "how"),
+    [("gpt2", how) for how in _ENDS] + [("t5", "argument"), ("t5", "strings without eos"), ("t5", "beams")],
+)
+def test_48_a_response_ends_where_it_was_ended(architecture: str, how: str) -> None:
+    """As it does when transformers is given that query alone, where nothing pads; whichever token pads."""
+    model, tokenizer = language_model(architecture, spread=8.0), _letters()
+    seq2seq = model.config.is_encoder_decoder
+    queries, _, _ = make_batch(size=4)
+
+    def alone(query: Tensor, **more: Any) -> list[int]:
+        settings = {"do_sample": False, "max_new_tokens": 9, "tokenizer": tokenizer, "pad_token_id": 0}
+        row = model.generate(query[None], attention_mask=torch.ones(1, len(query)).long(), **settings | more)[0]
+        return row[0 if seq2seq else len(query) :].tolist()
+
+    beams = {"num_beams": 2, "early_stopping": True} if "beams" in how else {}
+    word = alone(queries[0], eos_token_id=None, **beams)[4]
+    if how == "the model's own":
+        model.generation_config.eos_token_id = word
+    ends = _ENDS[how](word)
+    expected = [alone(query, **ends) for query in queries]
+    assert how == "nothing" or len({len(row) for row in expected}) > 1  # some rows are padded
+    auto = with_value_head(model)
+    trainer = make_trainer(model=auto, reference=create_reference_model(auto), tokenizer=tokenizer)
+    asked = {"do_sample": False, "max_new_tokens": 9, "return_prompt": False, "batch_size": 4, **ends}
+    for pad in (word, 0, expected[1][-2]):  # what ends a response, another token, one that stands within a response
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        assert [r.tolist() for r in trainer.generate(queries, **asked)] == expected

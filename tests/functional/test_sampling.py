@@ -108,6 +108,10 @@ def test_cuts_by_hand() -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     assert torch.isfinite(cut_logits(logits, top_k=2)).tolist() == [[True, True, False, False]]
     assert torch.isfinite(cut_logits(logits, top_p=0.69)).tolist() == [[True, True, False, False]]
+    # The smallest set that reaches top_p: of probabilities 1/2, 1/4, 1/4 a half is reached by one word, three quarters by two.
+    halves = torch.tensor([[0.0, -1.0, -1.0, -INF]], dtype=torch.float64) * math.log(2)
+    assert torch.isfinite(cut_logits(halves, top_p=0.5)).tolist() == [[True, False, False, False]]
+    assert torch.isfinite(cut_logits(halves, top_p=0.5 + 1e-9)).tolist() == [[True, True, True, False]]
     assert torch.isfinite(cut_logits(logits, top_p=0.71)).tolist() == [[True, True, True, False]]
     assert torch.isfinite(cut_logits(logits, min_p=0.5)).tolist() == [[True, True, True, False]]
     assert torch.isfinite(cut_logits(logits, top_p=1e-9)).tolist() == [[True, False, False, False]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tests.helpers import assert_close, tiny_llama
 from trl.models import attention
-from trl.models.attention import Run, packed, packed_attention, runs_of
+from trl.models.attention import Run, packed, packed_attention, packed_mask, runs_of
 
 LENGTHS = [[3, 3, 5, 7], [1, 1, 2], [9], [12, 12, 4]]
 
@@ -47,7 +48,8 @@ def alone(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], win
 
 def ours(inputs: Sequence[Tensor], lengths: Sequence[int], window: int | None = None, **others: Any) -> Tensor:
     with packed(tiny_llama().config, lengths):
-        return packed_attention(Module(), *inputs, None, scaling=0.3, sliding_window=window, **others)[0]
+        mask = packed_mask(local_size=window, config=SimpleNamespace(sliding_window=window))
+        return packed_attention(Module(), *inputs, mask, scaling=0.3, sliding_window=window, **others)[0]
 
 
 @pytest.mark.parametrize("shared", [1, 2, 6])
@@ -112,6 +114,34 @@ def test_what_it_does_not_know_is_refused(others: dict[str, Any]) -> None:
         ours(case([4]), [4], **others)
     with packed(tiny_llama().config, [4]), pytest.raises(NotImplementedError, match="mask"):
         packed_attention(Module(), *case([4]), torch.zeros(1, 1, 4, 4))
+    with (
+        packed(tiny_llama().config, [4]),
+        pytest.raises(NotImplementedError, match="sliding_window=2 and a mask whose window is"),
+    ):
+        packed_attention(Module(), *case([4]), None, sliding_window=2)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"use_vmap": True},
+        {"allow_is_bidirectional_skip": True},
+        {"local_size": 3, "config": SimpleNamespace(attention_chunk_size=3)},
+        {"local_size": 3, "config": SimpleNamespace(attention_chunk_size=3, sliding_window=3)},
+    ],
+    ids=lambda asked: "-".join(asked),
+)
+def test_masks_that_it_does_not_know_are_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(NotImplementedError):
+        packed_mask(**asked)
+
+
+def test_a_window_that_only_the_mask_names_is_kept() -> None:
+    """Models may pass none on to their attention, which transformers' own does not look at either."""
+    inputs = case([5, 7])
+    with packed(tiny_llama().config, [5, 7]):
+        got = packed_attention(Module(), *inputs, torch.full((1, 1, 1, 1), 2), scaling=0.3)[0]
+    assert_close(got, alone(*inputs, [5, 7], 2), tol=1e-11)
 
 
 def test_sequences_of_one_length_are_one_run() -> None:

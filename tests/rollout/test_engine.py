@@ -217,7 +217,7 @@ def test_batch_size_changes_no_response() -> None:
     model = tiny_gpt2()
     runs = [
         sample_responses(
-            model, QUERIES, sampling=Sampling(), max_new_tokens=7, batch_size=size, length_sampler=None,
+            model, QUERIES, sampling=Sampling(), limits=[7] * 5, batch_size=size,
             generator=torch.Generator().manual_seed(3),
         ).responses
         for size in (1, 2, 5)
@@ -229,7 +229,7 @@ def test_batch_size_changes_no_response() -> None:
 def test_a_longer_limit_changes_no_token_before_it() -> None:
     short, long = (
         sample_responses(
-            tiny_gpt2(), QUERIES, sampling=Sampling(), max_new_tokens=n, batch_size=5, length_sampler=None,
+            tiny_gpt2(), QUERIES, sampling=Sampling(), limits=[n] * 5, batch_size=5,
             generator=torch.Generator().manual_seed(3),
         ).responses
         for n in (3, 9)
@@ -237,20 +237,24 @@ def test_a_longer_limit_changes_no_token_before_it() -> None:
     assert all(torch.equal(a, b[:3]) for a, b in zip(short, long, strict=True))
 
 
-def test_lengths_are_drawn_once_per_batch() -> None:
-    lengths = iter([3, 6, 1])
-    got = sample_responses(
-        tiny_gpt2(), QUERIES, sampling=Sampling(), max_new_tokens=99, batch_size=2,
-        length_sampler=lambda: next(lengths), generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    assert [len(r) for r in got.responses] == [3, 3, 6, 6, 1]
+def test_lengths_are_drawn_once_per_batch(make_trainer: Any) -> None:  # noqa: F811
+    for own in ({}, {"num_beams": 2}):  # our own loop; generate
+        got = make_trainer().generate(
+            QUERIES,
+            iter([3, 6, 1]).__next__,
+            batch_size=2,
+            return_prompt=False,
+            do_sample=False,
+            eos_token_id=None,
+            **own,
+        )
+        assert [len(r) for r in got] == [3, 3, 6, 6, 1]
 
 
 def test_an_empty_response_cannot_be_asked_for() -> None:
     with pytest.raises(ValueError, match="at most 0 new tokens"):
         sample_responses(
-            tiny_gpt2(), QUERIES, sampling=Sampling(), max_new_tokens=0, batch_size=2, length_sampler=None,
-            generator=torch.Generator(),
+            tiny_gpt2(), QUERIES, sampling=Sampling(), limits=[4, 4, 0, 4, 4], batch_size=2, generator=torch.Generator(),
         )  # fmt: skip
 
 
@@ -275,9 +279,9 @@ def test_what_is_left_to_generate(asked: dict[str, Any], reason: str) -> None:
 def test_the_usual_settings_are_our_own() -> None:
     config = tiny_gpt2().generation_config
     usual = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": 0, "max_new_tokens": 5}
-    assert own_sampling(config, usual) == (Sampling(stops=(1,)), 5)
+    assert own_sampling(config, usual) == Sampling(stops=(1,))
     # transformers samples from the 50 most likely words if nobody names a number.
-    assert own_sampling(config, {"do_sample": True, "max_new_tokens": 5}) == (Sampling(stops=(1,), top_k=50), 5)
+    assert own_sampling(config, {"do_sample": True, "max_new_tokens": 5}) == Sampling(stops=(1,), top_k=50)
 
 
 def test_the_default_top_k_is_that_of_transformers() -> None:

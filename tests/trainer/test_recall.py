@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl import PPOConfig, PPOTrainer
+from tests.helpers import tiny_gpt2, tiny_llama
+from tests.models.lora import lora, stir
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.trainer import ppo_trainer
-from trl.trainer.recall import Recall
+from trl.trainer.recall import Recall, state_of
 
 SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6}
 
@@ -145,6 +147,110 @@ def test_weights_that_somebody_else_changed(make_trainer: Any, make_batch: Any, 
         torch.optim.Adam(trainer.model.parameters(), lr=1e-3, fused=True).step()
     trainer.step(queries, responses, scores)
     assert passes == [True, False]
+
+
+def attention(trainer: PPOTrainer) -> Any:
+    """That of the second layer of a LoRA model."""
+    return trainer.model.pretrained_model.base_model.model.transformer.h[1].attn
+
+
+def edit(tensor: Tensor, change: Any) -> None:
+    """Behind torch's back: no version is counted, and the middle one of the numbers stays."""
+    middle = float(tensor.data.flatten()[tensor.numel() // 2])
+    change(tensor.data)
+    tensor.data.view(-1)[tensor.numel() // 2] = middle
+
+
+# Ways to change what a LoRA policy computes.
+CHANGES: dict[str, Any] = {
+    "a number": lambda t: edit(attention(t).c_attn.base_layer.weight, lambda w: w[3, 5].add_(0.5)),
+    "two signs": lambda t: edit(attention(t).c_attn.base_layer.weight, lambda w: w[3, 5:7].neg_()),
+    "two rows": lambda t: edit(attention(t).c_proj.weight, lambda w: w[:2].copy_(w[:2].flip(0))),
+    "the adapter": lambda t: edit(attention(t).c_attn.lora_A["default"].weight, lambda w: w[0].add_(1)),
+    "the adapter's scale": lambda t: attention(t).c_attn.scaling.update(default=7.0),
+    "the adapter off": lambda t: t.model.pretrained_model.base_model.disable_adapter_layers(),
+    "a number of a module": lambda t: setattr(attention(t), "scaling", 0.1),
+    "a number of the configuration": lambda t: setattr(t.model.config, "scale_attn_weights", False),
+    "an activation": lambda t: setattr(
+        t.model.pretrained_model.base_model.model.transformer.h[0].mlp, "act", torch.nn.ReLU()
+    ),
+    "a hook": lambda t: attention(t).register_forward_hook(lambda module, args, out: (out[0] * 2, *out[1:])),
+    "a hook before": lambda t: attention(t).c_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "a forward": lambda t: setattr(attention(t).c_proj, "forward", lambda x: x),
+    "the value head": lambda t: edit(t.model.v_head.summary.weight, lambda w: w[0, 0].add_(1)),
+}
+
+
+@pytest.mark.parametrize("how", ["nothing", "modes", *CHANGES])
+def test_whatever_changes_the_numbers_is_seen(make_trainer: Any, make_batch: Any, passes: list[bool], how: str) -> None:
+    queries, _, scores = make_batch()
+    model = lora(tiny_gpt2())
+    stir(model)
+    wrapper = AutoModelForCausalLMWithValueHead.from_pretrained(model, summary_dropout_prob=0.0)
+    trainer = make_trainer(model=wrapper, score_while_sampling=True)
+    responses = rollout(trainer, queries)
+    if how == "modes":  # dropout is off while tokens are sampled and while they are scored, whatever the mode is
+        trainer.model.train(not trainer.model.training)
+    elif how != "nothing":
+        CHANGES[how](trainer)
+    trainer.step(queries, responses, scores)
+    assert passes == ([False] if how in ("nothing", "modes") else [True, False])
+
+
+def test_a_buffer_that_changed(make_trainer: Any, make_batch: Any, passes: list[bool]) -> None:
+    queries, _, scores = make_batch()
+    wrapper = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama(), summary_dropout_prob=0.0)
+    trainer = make_trainer(model=wrapper, score_while_sampling=True)
+    responses = rollout(trainer, queries)
+    trainer.model.pretrained_model.model.rotary_emb.inv_freq.data.mul_(0.5)
+    trainer.step(queries, responses, scores)
+    assert passes == [True, False]
+
+
+def test_weights_that_were_others_for_one_call_of_generate(
+    make_trainer: Any, make_batch: Any, passes: list[bool]
+) -> None:
+    """Averaged weights are put in place, sampled from, and taken out again."""
+    queries, _, scores = make_batch()
+    trainer = make_trainer(score_while_sampling=True)
+    rollout(trainer, queries)
+    before = [parameter.data.clone() for parameter in trainer.model.parameters()]
+    for parameter in trainer.model.parameters():
+        parameter.data.mul_(0.9)
+    responses = rollout(trainer, queries)
+    for parameter, value in zip(trainer.model.parameters(), before, strict=True):
+        parameter.data.copy_(value)
+    trainer.step(queries, responses, scores)
+    assert passes == [True, False]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2**18 + 3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_a_state_sees_every_number_of_a_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    module = torch.nn.Module()
+    module.register_buffer("numbers", tensor)
+    before, flat = state_of(module), tensor.view(-1)
+    for place in {0, tensor.numel() // 3, tensor.numel() - 1}:
+        kept = flat[place].clone()
+        flat[place] = not kept if dtype == torch.bool else -kept
+        assert state_of(module) != before
+        flat[place] = kept
+    assert state_of(module) == before
+    module.register_buffer("numbers", tensor.reshape(1, *shape))
+    assert state_of(module) != before
+
+
+def test_a_state_sees_numbers_that_do_not_lie_together() -> None:
+    whole = torch.arange(40.0)
+    for part in (whole[1:30], whole.view(5, 8).t(), whole[::3]):
+        module = torch.nn.Module()
+        module.register_buffer("numbers", part)
+        before = state_of(module)
+        part[1:3] = part[1:3].flip(0)
+        assert state_of(module) != before
+        part[1:3] = part[1:3].flip(0)
+        assert state_of(module) == before
 
 
 def test_what_is_remembered_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import torch
 from tests.helpers import assert_close
 from tests.trainer.managed import HELD_OUT, PROMPTS, bits, events, fresh, recorded, run, words
 from trl import AutoModelForCausalLMWithValueHead, TrainCallback
+from trl.core import LengthSampler
 from trl.data import PromptSampler, load_prompts
 from trl.rewards import ErrorBudget, RewardErrors, RewardFailed, as_reward
 from trl.trackers import read_completions, read_metrics
@@ -344,6 +345,13 @@ def test_callbacks_see_everything_and_can_end_the_run(tmp_path: Path) -> None:
         ({"generation": {"return_prompt": True}}, "must not hold return_prompt"),
         ({"generation": {"max_new_tokens": 64}}, "max_new_tokens=64 leave no room for a prompt"),
         ({"generation": {"max_new_tokens": 62}}, "more than max_tokens=2"),
+        ({"length_sampler": LengthSampler(2, 65)}, "max_new_tokens=64 leave no room for a prompt"),
+        ({"length_sampler": LengthSampler(2, 63)}, "more than max_tokens=2"),
+        ({"length_sampler": lambda: 3, "generation": {"max_new_tokens": 62}}, "more than max_tokens=2"),
+        (
+            {"length_sampler": LengthSampler(2, 4), "generation": {}, "eval_prompts": HELD_OUT},
+            "max_new_tokens=64 leave",
+        ),
         ({"prompts": []}, "there are no prompts"),
         ({"reward": 3}, "expected a function"),
     ],
@@ -357,6 +365,40 @@ def test_wrong_arguments_are_refused_before_anything_happens(
         run(trainer, **({"run_dir": tmp_path / "run"} if arguments != {"resume": True} else {}), **arguments)
     assert bits(trainer) == before
     assert not (tmp_path / "run").exists()
+
+
+def test_a_length_sampler_of_unknown_range_is_held_to_the_room(caplog: pytest.LogCaptureFixture) -> None:
+    """The longest prompt and its response fill the context of 64 tokens to the last; what was drawn beyond is said once."""
+    lengths = iter([3, 80, 4, 90, 5, 100])
+    prompts = [" ".join(["w50"] * n) for n in (55, 20, 30, 40)]
+    drawn: list[int] = []
+
+    def reward(prompts: Any, completions: Any, completion_ids: Any) -> list[float]:
+        drawn.extend(len(ids) for ids in completion_ids)
+        return words(prompts, completions)
+
+    with caplog.at_level("WARNING", logger="trl"):
+        run(
+            prompts=prompts,
+            reward=reward,
+            length_sampler=lambda: next(lengths),
+            generation={"eos_token_id": None},
+            steps=6,
+        )
+    assert drawn == [3] * 4 + [9] * 4 + [4] * 4 + [9] * 4 + [5] * 4 + [9] * 4
+    said = [r.getMessage() for r in caplog.records if "length_sampler drew" in r.getMessage()]
+    assert len(said) == 1 and "drew 80 new tokens, but 55 tokens before them leave room for 9" in said[0]
+
+
+def test_a_length_sampler_of_known_range_leaves_room() -> None:
+    """Every prompt that is taken has room for the longest response: 59 + 5 = 64."""
+    lengths = []
+    prompts = [" ".join(["w50"] * n) for n in (59, 20, 30, 40)]
+    reward = lambda prompts, completions, completion_ids: lengths.extend(map(len, completion_ids)) or [0.0] * 4  # noqa: E731
+    run(prompts=prompts, reward=reward, length_sampler=LengthSampler(2, 6), generation={"eos_token_id": None}, steps=4)
+    assert set(lengths) <= {2, 3, 4, 5} and max(lengths) == 5
+    with pytest.raises(ValueError, match="more than max_tokens=59"):
+        run(prompts=[*prompts, " ".join(["w50"] * 60)], length_sampler=LengthSampler(2, 6))
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\nb", "x" * 300])

@@ -171,6 +171,33 @@ def _probabilities(query: Tensor, key: Tensor, run: Run, block: slice, scale: fl
     return torch.softmax(scores, dim=-1)
 
 
+def packed_mask(
+    *, local_size: int | None = None, use_vmap: bool = False, config: Any = None, device: Any = None, **others: Any
+) -> Tensor | None:
+    """What transformers calls in place of its own mask function: None for the causal mask, or a sliding window's width.
+
+    Returns:
+        `[1, 1, 1, 1]` int64, the width of the window: a dtype that no real mask has.
+
+    Raises:
+        NotImplementedError: for a mask that is neither causal nor a sliding window.
+    """
+    if use_vmap or "allow_is_bidirectional_skip" in others:
+        raise NotImplementedError("packed attention with a mask that is not the causal one")
+    if local_size is None:
+        return None
+    if local_size != getattr(config, "sliding_window", None) or local_size == getattr(
+        config, "attention_chunk_size", None
+    ):
+        raise NotImplementedError(f"packed attention within chunks of {local_size}")
+    return torch.full((1, 1, 1, 1), local_size, device=device)
+
+
+def _window_of(mask: Tensor | None) -> int | None:
+    """The width of the sliding window that `packed_mask` returned; None for any other mask."""
+    return int(mask) if mask is not None and mask.dtype == torch.int64 and mask.numel() == 1 else None
+
+
 def packed_attention(
     module: Any,
     query: Tensor,
@@ -184,12 +211,19 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of its own attention; `[1, heads, T, D]` tensors, returns `[1, T, heads, D]`.
 
+    The window is the one of the mask that the model asked `packed_mask` for: transformers' own attention reads it there too.
+
     Raises:
         NotImplementedError: for what changes attention in a way that this one does not know.
     """
     unknown = [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if others.get(name) is not None]
-    if attention_mask is not None or not getattr(module, "is_causal", True) or others.get("is_causal") is False:
+    window = _window_of(attention_mask)
+    if attention_mask is not None and window is None:
+        unknown.append("a mask that the model made itself")
+    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
         unknown.append("a mask that is not the causal one")
+    if sliding_window not in (None, window):
+        unknown.append(f"sliding_window={sliding_window} and a mask whose window is {window}")
     if unknown or len(query) != 1:
         raise NotImplementedError(f"packed attention with {', '.join(unknown) or f'{len(query)} rows'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -199,8 +233,8 @@ def packed_attention(
     q, k, v = (x[0].to(narrow) for x in (query, key, value))
     with torch.autocast(kind, enabled=False):
         if dropout > 0 and module.training:
-            return _with_dropout(q, k, v, scale, dropout, sliding_window, runs)[None], None
-        return _Attention.apply(q, k, v, scale, sliding_window, runs)[None], None
+            return _with_dropout(q, k, v, scale, dropout, window, runs)[None], None
+        return _Attention.apply(q, k, v, scale, window, runs)[None], None
 
 
 def _with_dropout(
@@ -219,9 +253,10 @@ def _with_dropout(
 @contextmanager
 def packed(config: Any, lengths: Sequence[int]) -> Iterator[None]:
     """Within, a model of this configuration attends within sequences of these lengths, packed in one row, which may go on."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     if NAME not in AttentionInterface._global_mapping:
+        AttentionMaskInterface.register(NAME, packed_mask)
         AttentionInterface.register(NAME, packed_attention)
     before = config._attn_implementation
     token = _RUNS.set(runs_of(lengths))

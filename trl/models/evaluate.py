@@ -16,7 +16,7 @@ from trl.functional.logprobs import token_logprobs_and_entropy
 from trl.functional.products import shared_size
 from trl.models.attention import packed
 from trl.models.frozen import beginning_above, draws_below, only_first_layers
-from trl.models.predictions import Wanted, abilities, decoder_config, may_pack, predict
+from trl.models.predictions import Wanted, abilities, counts_columns, decoder_config, may_pack, predict
 from trl.models.trunk import accepts, base_language_model, forward_parameters, is_encoder_decoder, unwrap, without_head
 from trl.models.wrapper import PreTrainedModelWrapper
 from trl.types import Evaluation, Rollout
@@ -59,9 +59,9 @@ def evaluate(
     _check(model, rollout)
     if not return_logits and abilities(model).projects:
         return _without_logits(model, rollout, temperature, entropy, values, response_only)
-    # Where a model takes positions they come from the mask. Elsewhere rows are moved to the left edge, where counting
+    # Where a model goes by positions they come from the mask. Elsewhere rows are moved to the left edge, where counting
     # from the first column is right whatever the kind of position, and moved back in the end.
-    order = None if accepts(model, "position_ids") else _order(rollout.attention)
+    order = _order(rollout.attention) if counts_columns(model) else None
     tokens = _move(_clean(rollout.tokens, rollout.attention), order)  # [B, T]
     attention = _move(rollout.attention.bool(), order)  # [B, T]
     mask = _move(F.pad(rollout.mask, (0, 1)), order)  # [B, T], column s as in [B, S]
@@ -137,7 +137,7 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
         inputs = {"input_ids": flat[None], "position_ids": positions[None], "use_cache": False}
         running = packed(decoder_config(model), [n for n in lengths[order].tolist() if n > 0])
     else:
-        moved = None if accepts(model, "position_ids") else _order(attention)
+        moved = _order(attention) if counts_columns(model) else None
         width = tokens.shape[1]
         start = torch.arange(len(tokens), device=tokens.device)[:, None] * width
         place = start + (count if moved is not None else torch.arange(width, device=tokens.device))

@@ -16,7 +16,17 @@ def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
     return read, written if is_encoder_decoder(model) or read is None else min(read, written)
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Tokens the model can look at; None where its configuration sets no limit."""
-    limit = getattr(base_language_model(model).config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+def context_length(model: nn.Module, *, encoder: bool = False) -> int | None:
+    """Tokens the model can look at; None where its configuration sets no limit.
+
+    Args:
+        model: a language model under any wrappers.
+        encoder: those of a query, where the model is an encoder-decoder; else those of the decoder.
+    """
+    side = "encoder" if encoder and is_encoder_decoder(model) else "decoder"
+    config = base_language_model(model).config.get_text_config(**{side: True})
+    for name in ("max_position_embeddings", f"max_{side}_position_embeddings"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None

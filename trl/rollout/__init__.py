@@ -2,7 +2,10 @@
 
 from trl.rollout.engine import Sampled, Sampling, obstacle, sample
 from trl.rollout.generate import (
+    check_context,
+    check_sampling,
     generate_responses,
+    new_token_limits,
     own_sampling,
     sample_responses,
     stop_tokens,
@@ -13,7 +16,10 @@ from trl.rollout.generate import (
 __all__ = [
     "Sampled",
     "Sampling",
+    "check_context",
+    "check_sampling",
     "generate_responses",
+    "new_token_limits",
     "obstacle",
     "own_sampling",
     "sample",

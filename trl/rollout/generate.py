@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
 
 from trl.rollout.engine import Sampled, Sampling, sample, start_token
 
@@ -21,7 +29,7 @@ _FREE_MEMORY = 512 * 2**20
 
 # What makes `generate` sample from another distribution than softmax(logits / temperature), and the value that does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_k": (0,),
+    "top_k": (None, 0),
     "top_p": (None, 1.0),
     "min_p": (None, 0.0),
     "top_h": (None,),
@@ -42,8 +50,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1.0),
     "num_beams": (None, 1),
     "logits_processor": (None, []),
+    "prefix_allowed_tokens_fn": (None,),
+    "watermarking_config": (None,),
+    "assistant_ensemble_weight": (None,),
 }
-
 
 # What our own loop knows how to do; anything else that is asked for is left to `generate`.
 _OWN = {
@@ -57,7 +67,6 @@ _ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (None,),
     "remove_invalid_values": (None, False),
     "renormalize_logits": (None, False),
-    "watermarking_config": (None,),
     "prompt_lookup_num_tokens": (None,),
     "cache_implementation": (None,),
     "num_return_sequences": (None, 1),
@@ -66,15 +75,121 @@ _ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "output_logits": (None, False),
     "return_dict_in_generate": (None, False),
 }
+# What `generate` is given of the queries, and nobody else names.
+_MADE = (
+    "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "encoder_outputs", "decoder_input_ids",
+    "decoder_inputs_embeds", "decoder_attention_mask", "past_key_values",
+)  # fmt: skip
+# Arguments under which `generate` would not return one response for each query; the values under which it does, and why.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_return_sequences": ((None, 1), "generate returns one response per query: repeat a query to sample it again"),
+    "return_dict_in_generate": ((None, False), "generate returns tokens alone"),
+    "custom_generate": ((None,), "where its responses end is unknown"),
+    "token_healing": ((None, False), "it would exchange the last tokens of the queries"),
+    **dict.fromkeys(_MADE, ((None,), "generate makes it of the queries")),
+}
 
 
 def _effective(generation_config: Any, kwargs: Mapping[str, Any], name: str) -> Any:
-    value = kwargs[name] if name in kwargs else getattr(generation_config, name, None)
-    return _DEFAULT_TOP_K if name == "top_k" and value is None else value
+    """What `generate` goes by: its arguments, then the `generation_config` among them, then the model's own."""
+    if name in kwargs:
+        return kwargs[name]
+    for config in (kwargs.get("generation_config"), generation_config):
+        if (value := getattr(config, name, None)) is not None:
+            return value
+    return _DEFAULT_TOP_K if name == "top_k" else None
+
+
+def check_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuses arguments that `generate` cannot sample one response per query with.
+
+    Raises:
+        ValueError: naming the argument, its value and what is expected.
+    """
+    for name, (neutral, reason) in _REFUSED.items():
+        value = _effective(generation_config, kwargs, name)
+        if not any(value is one or (isinstance(value, int) and value == one) for one in neutral):
+            shown = f"={value!r}" if isinstance(value, int | str) else ""
+            raise ValueError(f"{name}{shown} cannot be asked for: {reason}")
+    if _effective(generation_config, kwargs, "cache_implementation") == "paged":
+        raise ValueError("cache_implementation='paged' cannot be asked for: its batches are not padded")
+    temperature = _effective(generation_config, kwargs, "temperature")
+    if (
+        temperature is not None
+        and _effective(generation_config, kwargs, "do_sample")
+        and not (math.isfinite(temperature) and temperature > 0)
+    ):
+        raise ValueError(
+            f"temperature={temperature!r} must be a finite number > 0; do_sample=False takes the likeliest token"
+        )
+    longest = _effective(generation_config, kwargs, "max_new_tokens")
+    if longest is not None and (longest < 1 or longest != int(longest)):
+        raise ValueError(f"max_new_tokens={longest!r} must be a whole number of at least 1")
+
+
+def new_token_limits(
+    generation_config: Any,
+    kwargs: Mapping[str, Any],
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    length_sampler: Callable[[], int] | None,
+    is_encoder_decoder: bool,
+) -> list[int] | None:
+    """Most new tokens of each response; None where only `generate`'s default names a number.
+
+    Args:
+        generation_config: of the model.
+        kwargs: of the sampling call.
+        lengths: of the queries.
+        batch_size: queries that share one draw of the `length_sampler`, or a width of `max_length` tokens.
+        length_sampler: draws the number, in place of what `kwargs` say.
+        is_encoder_decoder: then `max_length` counts the decoder's start token, and not the query.
+
+    Raises:
+        ValueError: if the sampler draws less than one token.
+    """
+    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    if length_sampler is not None:
+        drawn = [int(length_sampler()) for _ in batches]
+        if wrong := [number for number in drawn if number < 1]:
+            raise ValueError(f"length_sampler drew {wrong[0]}: a response has at least 1 new token")
+    elif (longest := _effective(generation_config, kwargs, "max_new_tokens")) is not None:
+        drawn = [int(longest)] * len(batches)
+    elif (total := _effective(generation_config, kwargs, "max_length")) is not None:
+        drawn = [int(total) - (1 if is_encoder_decoder else max(batch)) for batch in batches]
+    else:
+        return None
+    return [number for number, batch in zip(drawn, batches, strict=True) for _ in batch]
+
+
+def check_context(
+    lengths: Sequence[int], limits: Sequence[int], context: int | None, *, is_encoder_decoder: bool
+) -> None:
+    """Every response must find room behind what the decoder reads before it, however long it becomes.
+
+    Args:
+        lengths: of the queries.
+        limits: most new tokens of each response.
+        context: tokens that the decoder can look at; None for no limit.
+        is_encoder_decoder: then its decoder reads a start token in place of the query.
+
+    Raises:
+        ValueError: with the numbers of the first that may not fit.
+    """
+    for i, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
+        before, what = (1, "the decoder's start token") if is_encoder_decoder else (length, f"{length} of the query")
+        if context is not None and before + limit > context:
+            raise ValueError(
+                f"query_tensor[{i}]: a response of up to max_new_tokens={limit} tokens after {what} may pass the model's "
+                f"context of {context} tokens: ask for at most {max(0, context - before)} new tokens, or shorten the query"
+            )
 
 
 def stop_tokens(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids at which `generate` ends a response: `eos_token_id` of the call, else of the model; negative ones are off."""
+    """The ids at which `generate` ends a response: `eos_token_id` of the call, else of its `generation_config`, else of the
+    model; negative ones are off.
+    """
     eos = _effective(generation_config, kwargs, "eos_token_id")
     ids = [] if eos is None else torch.as_tensor(eos).reshape(-1).tolist()
     return tuple(int(i) for i in ids if i >= 0)
@@ -104,17 +219,8 @@ def unseen_by_scoring(generation_config: Any, kwargs: Mapping[str, Any], tempera
     return found
 
 
-def _cut(response: Tensor, stops: Iterable[int]) -> Tensor:
-    """Up to and with the first stop token: what `generate` writes behind it is padding."""
-    if stops := tuple(stops):
-        ends = torch.isin(response, torch.tensor(stops, device=response.device)).nonzero()
-        if len(ends):
-            return response[: int(ends[0]) + 1]
-    return response
-
-
-def own_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[Sampling, int] | str:
-    """The distribution and the most new tokens that a sampling call asks for, or why our own loop does not do it."""
+def own_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> Sampling | str:
+    """The distribution that a sampling call asks for, or why our own loop does not do it."""
 
     def value(name: str) -> Any:
         return _effective(generation_config, kwargs, name)
@@ -129,16 +235,15 @@ def own_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[Sam
         return "max_new_tokens is not given"
     if (value("min_length") or 0) > 0 and value("min_new_tokens") is None:
         return f"min_length={value('min_length')} counts the padding of a batch"
-    sampling = Sampling(
+    return Sampling(
         greedy=not value("do_sample"),
         temperature=1.0 if value("temperature") is None else float(value("temperature")),
-        top_k=int(value("top_k")),
+        top_k=int(value("top_k") or 0),
         top_p=1.0 if value("top_p") is None else float(value("top_p")),
         min_p=0.0 if value("min_p") is None else float(value("min_p")),
         stops=stop_tokens(generation_config, kwargs),
         least_tokens=max(0, int(value("min_new_tokens") or 0)),
     )
-    return sampling, int(value("max_new_tokens"))
 
 
 def _rows_at_once(model: Any, batch_size: int, tokens: int) -> int:
@@ -156,9 +261,8 @@ def sample_responses(
     queries: Sequence[Tensor],
     *,
     sampling: Sampling,
-    max_new_tokens: int,
+    limits: Sequence[int],
     batch_size: int,
-    length_sampler: Callable[[], int] | None,
     generator: torch.Generator,
     values: Callable[[], AbstractContextManager[Callable[[], Tensor] | None]] = nullcontext,
 ) -> Sampled:
@@ -168,10 +272,8 @@ def sample_responses(
         model: a language model that `obstacle` finds nothing against, in evaluation mode.
         queries: `N` 1-D token tensors.
         sampling: the distribution.
-        max_new_tokens: most tokens of a response, where there is no `length_sampler`.
-        batch_size: queries that share one length of the `length_sampler`. More than these are sampled together where
-            that costs little memory.
-        length_sampler: draws the most tokens of a response, once for each `batch_size` queries.
+        limits: most tokens of each response, ≥ 1.
+        batch_size: queries that are sampled together; more, where that costs little memory.
         generator: draws one number per token. The same state gives the same responses, whatever `batch_size` is.
         values: a context in which a call gives the values `[b, T]` of the last forward pass.
 
@@ -179,10 +281,6 @@ def sample_responses(
         One entry per query, in their order, on the model's device.
     """
     count = len(queries)
-    limits = [max_new_tokens] * count
-    if length_sampler is not None:
-        drawn = [int(length_sampler()) for _ in range(0, count, batch_size)]
-        limits = [drawn[row // batch_size] for row in range(count)]
     if wrong := [limit for limit in limits if limit < 1]:
         raise ValueError(f"a response of at most {wrong[0]} new tokens is asked for: it must be at least 1")
     # Numbers of a token stand in one row, so that they do not depend on how long the longest response may be.
@@ -227,6 +325,65 @@ def with_prompts(
     return list(responses)
 
 
+class _Ends(StoppingCriteria):
+    """Asks criteria, and remembers how long each row was when one of them ended it: `generate` may go on with it.
+
+    Args:
+        asked: criteria that `generate` asks through this one alone.
+        watched: criteria that it asks itself.
+    """
+
+    def __init__(self, asked: Sequence[Any], watched: Sequence[Any]) -> None:
+        self.asked, self.watched = asked, watched
+        self.lengths: Tensor | None = None  # [rows], prompts included
+        self._running: Tensor | None = None  # [rows]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """`[rows]` whether one of the criteria asked for ends the row here."""
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for criterion in self.asked:
+            done = done | criterion(input_ids, scores, **kwargs)
+        ended = done
+        for criterion in self.watched:
+            ended = ended | criterion(input_ids, scores, **kwargs)
+        if self.lengths is None or self._running is None:
+            self.lengths, self._running = torch.zeros_like(done, dtype=torch.int64), torch.ones_like(done)
+        self.lengths[self._running] = input_ids.shape[1]
+        self._running = self._running & ~ended
+        return done
+
+
+def _criteria(model: Any, kwargs: dict[str, Any], stops: Sequence[int]) -> tuple[StoppingCriteriaList, _Ends]:
+    """The criteria for `generate`, in place of those that `kwargs` held, and the last of them, which sees where rows end."""
+    given = list(kwargs.pop("stopping_criteria", None) or ())
+    # Of its own kinds, `generate` takes these in place of those that it would make.
+    known = [
+        one for one in given if type(one) in (EosTokenCriteria, StopStringCriteria, MaxLengthCriteria, MaxTimeCriteria)
+    ]
+    watched = [one for one in known if type(one) in (EosTokenCriteria, StopStringCriteria)]
+    kinds = {type(one) for one in watched}
+    if stops and EosTokenCriteria not in kinds:
+        watched.append(EosTokenCriteria(eos_token_id=list(stops)))
+    strings = _effective(model.generation_config, kwargs, "stop_strings")
+    if strings and StopStringCriteria not in kinds:
+        watched.append(StopStringCriteria(tokenizer=kwargs["tokenizer"], stop_strings=strings))
+    ends = _Ends([one for one in given if one not in known], watched)
+    return StoppingCriteriaList([*known, ends]), ends
+
+
+def _sizes(model: Any, generated: Any, ends: _Ends, before: int) -> list[int]:
+    """How many tokens of each row of what `generate` returned were chosen, with the `before` that it was given."""
+    sequences = generated.sequences
+    if getattr(generated, "beam_indices", None) is not None:  # the beam that each token came from; -1 behind the end
+        return [before + n for n in (generated.beam_indices >= 0).sum(dim=1).tolist()]
+    if len(sequences) == 1:  # nothing is written behind the end of the only row
+        return [sequences.shape[1]]
+    if ends.lengths is None:
+        name = type(model).__name__
+        raise RuntimeError(f"generate of {name} asks no stopping criteria, so that the ends of responses are unknown")
+    return ends.lengths.clamp(max=sequences.shape[1]).tolist()
+
+
 @torch.no_grad()
 def generate_responses(
     model: Any,
@@ -236,7 +393,8 @@ def generate_responses(
     is_encoder_decoder: bool,
     batch_size: int,
     return_prompt: bool,
-    length_sampler: Callable[[], int] | None,
+    limits: Sequence[int] | None,
+    tokenizer: Any,
     generation_kwargs: Mapping[str, Any],
 ) -> list[Tensor]:
     """Samples one response per query with `generate`.
@@ -248,29 +406,33 @@ def generate_responses(
         is_encoder_decoder: then the response begins with the decoder's start token.
         batch_size: queries per call of `generate`.
         return_prompt: put the query before the response (decoders).
-        length_sampler: draws `max_new_tokens` for each call of `generate`.
+        limits: `max_new_tokens` of each query, the same within a batch; None to leave it to `generation_kwargs`.
+        tokenizer: by which `stop_strings` are found, where `generation_kwargs` name no other.
         generation_kwargs: for `generate`.
 
     Returns:
-        1-D tensors without padding, ending with the stop token where one was sampled.
+        1-D tensors of the tokens that were chosen, without padding: each ends where `generate` ended it, be it by a stop
+        token, which stays, a string, a criterion or a limit.
     """
     device = next(model.parameters()).device
     kwargs = dict(generation_kwargs)
+    if _effective(model.generation_config, kwargs, "stop_strings"):
+        kwargs.setdefault("tokenizer", tokenizer)
     responses: list[Tensor] = []
-    stops = stop_tokens(model.generation_config, kwargs)
     for start in range(0, len(queries), batch_size):
         chunk = list(queries[start : start + batch_size])
-        if length_sampler is not None:
-            kwargs["max_new_tokens"] = length_sampler()
+        if limits is not None:
+            kwargs["max_new_tokens"] = limits[start]
         batch = collate([{"input_ids": query} for query in chunk], "right" if is_encoder_decoder else "left")
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        generated = model.generate(**inputs, **kwargs)
+        given = dict(kwargs)
+        criteria, ends = _criteria(model, given, stop_tokens(model.generation_config, kwargs))
+        given |= {"stopping_criteria": criteria, "return_dict_in_generate": True}
+        generated = model.generate(**inputs, **given)
         width = 1 if is_encoder_decoder else inputs["input_ids"].shape[1]
-        for query, row in zip(chunk, generated, strict=True):
-            response = _cut(row[width:], stops)
-            if is_encoder_decoder:
-                response = torch.cat([row[:1], response])
-            elif return_prompt:
+        for query, row, size in zip(chunk, generated.sequences, _sizes(model, generated, ends, width), strict=True):
+            response = row[int(not is_encoder_decoder) * width : size]
+            if return_prompt and not is_encoder_decoder:
                 response = torch.cat([query.to(device), response])
             responses.append(response)
     return responses

@@ -29,7 +29,10 @@ from trl.protocols import Callback, Tracker
 from trl.rollout import (
     Sampled,
     Sampling,
+    check_context,
+    check_sampling,
     generate_responses,
+    new_token_limits,
     obstacle,
     own_sampling,
     sample_responses,
@@ -225,20 +228,38 @@ class PPOTrainer(PPOMethods):
             encoder-decoder's response begins with the decoder's start token.
 
         Raises:
-            ValueError: if a query is not a 1-D tensor of the model's token ids.
+            ValueError: if a query is not a 1-D tensor of the model's token ids, if query and response may not fit into the
+                model's context, or if the arguments do not ask for one response per query.
         """
         queries = [query_tensor] if isinstance(query_tensor, Tensor) else query_tensor
         check_lists(None, query_tensor=queries)
         check_tokens("query_tensor", queries, vocabulary=vocabulary_sizes(self.model)[0])
-        check_room([len(q) for q in queries], context_length(self.model), "the query")
+        check_room([len(q) for q in queries], context_length(self.model, encoder=True), "the query")
         model = self.accelerator.unwrap_model(self.model)
         kwargs = {"pad_token_id": self.data_collator.pad_token_id} | generation_kwargs
+        check_sampling(model.generation_config, kwargs)
+        limits = new_token_limits(
+            model.generation_config,
+            kwargs,
+            [len(query) for query in queries],
+            batch_size=batch_size,
+            length_sampler=length_sampler,
+            is_encoder_decoder=self.is_encoder_decoder,
+        )
+        if limits is not None:
+            check_context(
+                [len(query) for query in queries],
+                limits,
+                context_length(self.model),
+                is_encoder_decoder=self.is_encoder_decoder,
+            )
         self._warn_of_reshaped_sampling(model.generation_config, kwargs)
         lengths = {} if length_sampler is None else {"max_new_tokens": 1}  # the sampler's own numbers count
         asked = self._own_sampling(model, kwargs | lengths)
         sampled: Sampled | None = None
-        with eval_mode(model), self.compute.fresh_passes(), self._ranks_apart(isinstance(asked, str)):
-            if isinstance(asked, str):
+        by_transformers = isinstance(asked, str) or limits is None
+        with eval_mode(model), self.compute.fresh_passes(), self._ranks_apart(by_transformers):
+            if isinstance(asked, str) or limits is None:
                 responses = generate_responses(
                     model,
                     queries,
@@ -246,19 +267,19 @@ class PPOTrainer(PPOMethods):
                     is_encoder_decoder=self.is_encoder_decoder,
                     batch_size=batch_size,
                     return_prompt=return_prompt,
-                    length_sampler=length_sampler,
+                    limits=None if length_sampler is None else limits,
+                    tokenizer=self.tokenizer,
                     generation_kwargs=kwargs,
                 )
             else:
                 sampled = sample_responses(
                     model.pretrained_model,
                     queries,
-                    sampling=asked[0],
-                    max_new_tokens=asked[1],
+                    sampling=asked,
+                    limits=limits,
                     batch_size=batch_size,
-                    length_sampler=length_sampler,
                     generator=self._sampling_generator(),
-                    values=model.watch_values if self._can_recall(model, asked[0], kwargs) else nullcontext,
+                    values=model.watch_values if self._can_recall(model, asked, kwargs) else nullcontext,
                 )
                 responses = with_prompts(
                     model.pretrained_model, queries, sampled.responses, return_prompt=return_prompt
@@ -275,7 +296,7 @@ class PPOTrainer(PPOMethods):
 
     def _state_of(self, model: PreTrainedModelWrapper) -> State:
         """What log-probabilities and values are a function of, besides their tokens."""
-        return (float(self.config.temperature), *state_of(model))
+        return float(self.config.temperature), state_of(model)
 
     def _recalled(self, batch: Batch) -> Evaluation | None:
         """What was computed about the responses while they were sampled; None if not of all, on every process."""
@@ -575,11 +596,11 @@ class PPOTrainer(PPOMethods):
         """
         check_lists(batch_size, queries=queries, responses=responses, scores=scores)
         reads, writes = vocabulary_sizes(self.model)
-        context = context_length(self.model)
+        context = context_length(self.model)  # of the decoder
         check_tokens("queries", queries, vocabulary=reads)
         check_tokens("responses", responses, vocabulary=writes, least=2 if self.is_encoder_decoder else 1)
         if self.is_encoder_decoder:
-            check_room([len(q) for q in queries], context, "the query")
+            check_room([len(q) for q in queries], context_length(self.model, encoder=True), "the query")
             check_room([len(r) for r in responses], context, "the response")
         else:
             lengths = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]

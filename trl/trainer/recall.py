@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from enum import Enum
 from hashlib import blake2b
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Responses that are remembered; the oldest are forgotten first.
 _MOST = 2**14
 
-State = tuple[float, ...]
+# Of a checksum: numbers of 8 bytes that are looked at together, and an odd factor without a pattern (2 ** 64 over the golden
+# ratio).
+_AT_ONCE = 2**18
+_FACTOR = -7046029254386353131
+
+State = tuple[float | str, ...]
 
 
 class Recall:
@@ -52,22 +60,60 @@ class Recall:
         self._found.clear()
 
 
-def state_of(model: nn.Module) -> State:
-    """Changes when somebody else changes the weights, as far as that can be told without reading all of them.
+def state_of(model: nn.Module) -> str:
+    """A digest of what a forward pass in evaluation mode is a function of, besides its inputs.
 
-    torch counts what is written to a tensor, but neither what fused optimizers write nor what is written through `.data`:
-    hence a number from the middle of each trained weight, too.
+    All of the weights and buffers are read: no count of changes sees what is written through `.data`, by fused optimizers or
+    by other code's kernels. Attributes of modules and of their configurations count where they are numbers, text, tensors or
+    containers of them; other objects, such as hooks, by their identity.
     """
-    parameters = list(model.parameters())
-    numbers = [
-        float(parameter.detach().flatten()[parameter.numel() // 2])
-        for parameter in parameters
-        if parameter.requires_grad
-        and type(parameter) is nn.Parameter
-        and parameter.numel()
-        and parameter.device.type != "meta"
+    sums: list[Tensor] = []
+    seen: set[int] = set()
+
+    def described(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if hasattr(type(value), "__tensor_flatten__"):  # quantised or sharded: of several tensors
+                return [described(getattr(value, name)) for name in value.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
+            if value.device.type != "meta":
+                sums.append(_checksum(value))
+            return str(value.dtype), tuple(value.shape)
+        if value is None or isinstance(
+            value, bool | int | float | complex | str | bytes | Enum | torch.dtype | torch.device
+        ):
+            return repr(value)
+        holds = vars(value) if callable(getattr(value, "to_dict", None)) else value  # a configuration
+        if isinstance(holds, Mapping | list | tuple | set | frozenset):
+            if id(value) in seen:
+                return "again"
+            seen.add(id(value))
+            keys = list(map(repr, holds)) if isinstance(holds, Mapping) else []
+            parts = holds.values() if isinstance(holds, Mapping) else holds
+            return type(value).__name__, keys, [described(part) for part in parts]
+        return type(value).__name__, id(value)
+
+    text = [
+        (name, attribute, described(value))
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute not in ("training", "_modules")
     ]
-    return (*(float(parameter._version) for parameter in parameters), *numbers)
+    return blake2b(repr((text, [int(one) for one in sums])).encode(), digest_size=24).hexdigest()
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """`[]` int64 of a tensor's bits, on its device: changes with any number, and where numbers change places."""
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.data_ptr() % 8:
+        flat = flat.clone()
+    bits = flat.view(torch.uint8)
+    whole = len(bits) - len(bits) % 8
+    factors = torch.arange(1, min(_AT_ONCE, len(bits)) + 1, device=bits.device).mul_(_FACTOR)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part in (*bits[:whole].view(torch.int64).split(_AT_ONCE), bits[whole:].long()):
+        # Products are known modulo 2 ** 64, which would lose the highest bits, two signs for example: they go into low ones first.
+        mixed = (part >> 32).bitwise_xor_(part).mul_(factors[: len(part)])
+        total = total * 31 + mixed.sum()
+    return total
 
 
 def _key(query: Tensor, response: Tensor) -> bytes:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from trl.core import LengthSampler
 from trl.data import Prompt, PromptSampler, column_fingerprints, fingerprint, load_prompts
 from trl.functional import masked_mean
 from trl.models.limits import context_length
@@ -68,7 +69,9 @@ class _Run:
         self.batch_size = int(trainer.config.batch_size) * self.accelerator.num_processes
         self.target = options.target(self.batch_size)
         self.generation = options.generation_for(trainer.config.temperature, trainer._stop_tokens())
-        self.prompts, self.eval_prompts = self._load(options.prompts), self._load(options.eval_prompts)
+        self.prompts = self._load(options.prompts, self._longest_response())
+        self.eval_prompts = self._load(options.eval_prompts, int(self.generation["max_new_tokens"]))
+        self.length_sampler = self._within_context(options.length_sampler)
         self.sampler = PromptSampler(
             len(self.prompts),
             batch_size=self.batch_size,
@@ -98,22 +101,53 @@ class _Run:
             config.max_skipped_updates = self.options.max_skipped_updates
             self.stack.callback(setattr, config, "max_skipped_updates", before)
 
-    def _load(self, source: Any) -> list[Prompt]:
-        """Prompts that leave room for their responses."""
+    def _load(self, source: Any, tokens: int) -> list[Prompt]:
+        """Prompts that leave room for responses of up to `tokens` new tokens."""
         if source is None:
             return []
-        context = context_length(self.trainer.model)
-        room = None
-        if context is not None:
-            tokens = 1 if self.options.length_sampler is not None else int(self.generation["max_new_tokens"])
-            room = context - (0 if self.trainer.is_encoder_decoder else tokens)
-            if room < 1:
-                raise ValueError(
-                    f"max_new_tokens={tokens} leave no room for a prompt: the context holds {context} tokens"
-                )
+        model, separate = self.trainer.model, int(self.trainer.is_encoder_decoder)
+        context = context_length(model)  # of an encoder-decoder's decoder, which begins with its start token
+        if context is not None and context - tokens < 1:
+            what = "its start token" if separate else "a prompt"
+            raise ValueError(f"max_new_tokens={tokens} leave no room for {what}: the context holds {context} tokens")
+        if separate:
+            room = context_length(model, encoder=True)
+        else:
+            room = None if context is None else context - tokens
         return run_together(
             self.accelerator, lambda: load_prompts(source, self.trainer.tokenizer, max_tokens=room), ValueError
         )
+
+    def _longest_response(self) -> int:
+        """Most new tokens of a response, as far as that is known before anything is drawn."""
+        sampler = self.options.length_sampler
+        if isinstance(sampler, LengthSampler):
+            return max(sampler.values)
+        longest = self.generation["max_new_tokens"]
+        # Of another sampler nothing is known, except that its user has prompts in mind that leave room for something.
+        return int(longest if sampler is None else (self.options.generation or {}).get("max_new_tokens", 1))
+
+    def _within_context(self, sampler: Callable[[], int] | None) -> Callable[[], int] | None:
+        """The sampler; one whose range is not known is held to the room that the longest prompt leaves, and says so once."""
+        context = context_length(self.trainer.model)
+        if sampler is None or isinstance(sampler, LengthSampler) or context is None:
+            return sampler
+        before = 1 if self.trainer.is_encoder_decoder else max(len(prompt.tokens) for prompt in self.prompts)
+        room, said = context - before, False
+
+        def bounded() -> int:
+            nonlocal said
+            drawn = int(sampler())
+            if drawn > room and not said:
+                said = True
+                logger.warning(
+                    "length_sampler drew %d new tokens, but %d tokens before them leave room for %d in the model's context of "
+                    "%d: responses end there",
+                    drawn, before, room, context,
+                )  # fmt: skip
+            return min(drawn, room)
+
+        return bounded
 
     # Beginning -------------------------------------------------------------------------------------------------------
 
@@ -246,7 +280,7 @@ class _Run:
             self.trainer,
             [self.prompts[index] for index in self.sampler.next()],
             self.generation,
-            self.options.length_sampler,
+            self.length_sampler,
         )
         clock.lap("sample")
         scored = judge(self.trainer, self.reward, drawn, f"step/{self.step + 1}")
