@@ -119,7 +119,7 @@ def _parquet_rows(path: Path) -> Iterator[Located]:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(
-            f"reading {path} needs pyarrow: pip install pyarrow (it comes with 'trl[datasets]')"
+            f"reading {path} needs pyarrow: pip install pyarrow"
         ) from error
     try:
         batches: Iterable[Any] = pyarrow.parquet.ParquetFile(path).iter_batches()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trl.models import adapters, loading
+from trl.pretrained import hub_arguments
 
 
 def load_trunk(
@@ -27,7 +28,7 @@ def load_trunk(
         ValueError: for weights in a pickle without `allow_pickle`, or an adapter that names no base.
         ImportError: for an adapter without peft.
     """
-    hub = {name: kwargs[name] for name in loading.HUB_ARGUMENTS if kwargs.get(name) is not None}
+    hub = hub_arguments(kwargs)
     config = loading.read_adapter_config(source, hub)
     if config is None:
         return loading.load_language_model(parent, source, *model_args, allow_pickle=allow_pickle, **kwargs), False

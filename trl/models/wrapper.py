@@ -18,6 +18,7 @@ from trl.models.saving import save_value_head_model
 from trl.models.sources import load_trunk
 from trl.models.trunk import base_language_model, has_lm_head, is_encoder_decoder, watch_last_hidden_state
 from trl.models.value_head import ValueHead
+from trl.pretrained import hub_arguments, trusted
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,9 @@ class PreTrainedModelWrapper(nn.Module):
         return logits, loss, values
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the language model."""
+        """`generate` of the language model; `custom_generate` runs code of a repository, with `trust_remote_code=True` only."""
+        if kwargs.get("custom_generate") is not None:
+            kwargs["trust_remote_code"] = trusted(kwargs)
         if args and self.is_peft_model:
             kwargs["inputs"], args = args[0], args[1:]  # peft's takes keywords only
         return self.pretrained_model.generate(*args, **kwargs)
@@ -199,13 +202,14 @@ class PreTrainedModelWrapper(nn.Module):
             kwargs: the value head's arguments (see `ValueHead`); `peft_config` (a fresh adapter), `is_trainable` (go
                 on training a loaded adapter), `reward_adapter` and `reward_adapter_name` (a frozen second adapter
                 that scores), `allow_pickle` (read legacy `.bin` files, with `weights_only=True`); everything else
-                goes to transformers. The default dtype is float32.
+                goes to transformers. The default dtype is float32; `trust_remote_code` is False unless it is given.
 
         Returns:
             A model of this class, its value head loaded if one was saved.
 
         Raises:
-            ValueError: for a model without a language-model head, unusable arguments, or weights in a pickle.
+            ValueError: for a model without a language-model head, unusable arguments, weights in a pickle, or a model
+                that needs code of the checkpoint's own.
             ImportError: for an adapter without peft.
         """
         head_args = {name: kwargs.pop(name) for name in cls.supported_args or () if name in kwargs}
@@ -216,7 +220,7 @@ class PreTrainedModelWrapper(nn.Module):
         allow_pickle = kwargs.pop("allow_pickle", False)
 
         source = loading.as_source(pretrained_model_name_or_path)
-        hub = {name: kwargs[name] for name in loading.HUB_ARGUMENTS if kwargs.get(name) is not None}
+        hub = hub_arguments(kwargs)
         if source is not None:
             if cls.transformers_parent_class is None:
                 raise ValueError(f"{cls.__name__} loads nothing by itself: use one of its subclasses")
