@@ -27,6 +27,7 @@ from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_m
 from trl.models.layers import recompute_activations
 from trl.models.limits import context_length, vocabulary_sizes
 from trl.protocols import Callback, Tracker
+from trl.redaction import remember_secrets
 from trl.rollout import (
     Sampled,
     Sampling,
@@ -43,6 +44,7 @@ from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_methods import Batch, PPOMethods
 from trl.trainer.recall import Recall, State, state_of
+from trl.trainer.tracking import check_trackers, settings_to_track
 from trl.trainer.train import train
 from trl.trainer.train_options import OnDiskError, OnSpike, TrainOptions, TrainResult
 from trl.training.allocator import keep_freed_memory
@@ -115,6 +117,8 @@ class PPOTrainer(PPOMethods):
         if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
             raise ValueError(f"lr_scheduler must be a torch learning-rate scheduler, not {type(lr_scheduler).__name__}")
         config.validate()
+        remember_secrets(vars(config))
+        check_trackers(config)
         set_seed(int(config.seed or 0))
         super().__init__(config)
         self.tokenizer = tokenizer
@@ -129,9 +133,10 @@ class PPOTrainer(PPOMethods):
         if config.keep_memory and self.accelerator.device.type == "cpu":
             keep_freed_memory()
         if config.log_with is not None:
-            settings = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str))}
             self.accelerator.init_trackers(
-                config.tracker_project_name, config=settings, init_kwargs=dict(config.tracker_kwargs)
+                config.tracker_project_name,
+                config=settings_to_track(config),
+                init_kwargs=dict(config.tracker_kwargs),
             )
         reference = self._make_reference(model, ref_model, num_shared_layers)
         self.dataset = dataset
