@@ -80,7 +80,10 @@ def test_values_of_the_environment_wherever_they_occur(monkeypatch: pytest.Monke
         ("sk-proj-abcdefghijklmnop", REDACTED),
         ("github_pat_11ABCDEFG0abcdefghij", REDACTED),
         ("glpat-abcdefghij0123456789 and AKIAABCDEFGHIJKLMNOP", f"{REDACTED} and {REDACTED}"),
-        ("x=eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U", f"x={REDACTED}"),
+        (
+            "x=eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
+            f"x={REDACTED}",
+        ),
         ("the bearer of bad news", "the bearer of bad news"),
         ("Basic understanding; f(token=t, password=p)", "Basic understanding; f(token=t, password=p)"),
     ],
@@ -91,7 +94,12 @@ def test_texts(text: str, expected: str) -> None:
 
 def test_spellings_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_KEY", "begin\n'a/b' é\tend")
-    for text in ("begin\n'a/b' é\tend", str(["begin\n'a/b' é\tend"])[2:-2], r"begin\n'a/b' \u00e9\tend", "begin%0A%27a/b%27%20%C3%A9%09end"):
+    for text in (
+        "begin\n'a/b' é\tend",
+        str(["begin\n'a/b' é\tend"])[2:-2],
+        r"begin\n'a/b' \u00e9\tend",
+        "begin%0A%27a/b%27%20%C3%A9%09end",
+    ):
         assert redact(f"x {text} y") == f"x {REDACTED} y", text
 
 
@@ -108,7 +116,10 @@ def test_remembered_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     text = "first-canary, second-canary, third@canary, fourth-canary, fifth-canary"
     assert redact(text) == ", ".join([REDACTED] * 5)
-    assert redact("me/repository at host, short, path-of-it, 12345678") == "me/repository at host, short, path-of-it, 12345678"
+    assert (
+        redact("me/repository at host, short, path-of-it, 12345678")
+        == "me/repository at host, short, path-of-it, 12345678"
+    )
 
 
 def test_other_things_are_returned_as_they_are() -> None:

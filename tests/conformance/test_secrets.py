@@ -25,7 +25,11 @@ pytestmark = pytest.mark.conformance
 
 # Of no form that a pattern could know: each is a secret by where it is alone.
 HUB, TRACKER, URL, NESTED = "canary-hub-1", "canary:tracker/2", "canary-url-3", "canary-nested-4"
-IN_ENVIRONMENT = {"HF_TOKEN": "canary-env-5", "OPENAI_API_KEY": "canary env\n6 'quoted'", "WANDB_API_KEY": "canary-env-7"}
+IN_ENVIRONMENT = {
+    "HF_TOKEN": "canary-env-5",
+    "OPENAI_API_KEY": "canary env\n6 'quoted'",
+    "WANDB_API_KEY": "canary-env-7",
+}
 SECRETS = (HUB, TRACKER, URL, NESTED, *IN_ENVIRONMENT.values())
 
 
@@ -146,7 +150,9 @@ def test_s9_no_secret_in_a_whole_run(
     received, failing = Received(), Failing()
     run = tmp_path / "run"
     with caplog.at_level(logging.DEBUG, logger="trl"):
-        trainer = make_trainer(batch_size=2, mini_batch_size=2, log_with=["tensorboard", received], **settings(tmp_path))
+        trainer = make_trainer(
+            batch_size=2, mini_batch_size=2, log_with=["tensorboard", received], **settings(tmp_path)
+        )
         prompts: list[Any] = [f"w5 w6 {secret}" for secret in SECRETS]
         prompts += [{"prompt": "w9", "api_key": HUB, "note": f"by https://me:{URL}@host"}]
         trainer.train(

@@ -20,7 +20,13 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("log_with", "package"),
-    [("wandb", "wandb"), ("trackio", "trackio"), ("comet_ml", "comet-ml"), (["dvclive"], "dvclive"), ("all", "tensorboard")],
+    [
+        ("wandb", "wandb"),
+        ("trackio", "trackio"),
+        ("comet_ml", "comet-ml"),
+        (["dvclive"], "dvclive"),
+        ("all", "tensorboard"),
+    ],
 )
 def test_a_tracker_that_is_not_installed_is_named(log_with: Any, package: str, nothing_installed: None) -> None:
     with pytest.raises(ImportError, match=rf"log_with=.*pip install {package}"):
