@@ -6,9 +6,9 @@ import dataclasses
 import logging
 import math
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 import pytest
@@ -96,7 +96,7 @@ class Failing:
 class Hub:
     """`HfApi` that keeps what is uploaded."""
 
-    uploaded: list[bytes] = []
+    uploaded: ClassVar[list[bytes]] = []
 
     def __init__(self, token: str | None = None) -> None:
         assert token == HUB
@@ -123,14 +123,13 @@ def leaks_of_folder(folder: Path) -> dict[str, list[str]]:
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     for name, value in IN_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(Hub, "uploaded", [])
-    yield
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def saved(folder: Path, card: str | None = None) -> Path:
 class Hub:
     """`HfApi` of somebody who is called "me"."""
 
-    calls: list[Any] = []
+    calls: ClassVar[list[Any]] = []
 
     def __init__(self, token: str | None = None) -> None:
         self.token = token

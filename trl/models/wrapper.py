@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from trl.models.sources import load_trunk
 from trl.models.trunk import base_language_model, has_lm_head, is_encoder_decoder, watch_last_hidden_state
 from trl.models.value_head import ValueHead
 from trl.pretrained import hub_arguments, trusted
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +195,7 @@ class PreTrainedModelWrapper(nn.Module):
     # -- loading ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self:
         """Makes a value-head model out of what there is.
 
         Args:

@@ -67,6 +67,7 @@ class _Run:
         self.target = options.target(self.batch_size)
         self.generation = options.generation_for(trainer.config.temperature, trainer._stop_tokens())
         self.prompts, self.eval_prompts = self._load(options.prompts), self._load(options.eval_prompts)
+        self._check_same_prompts()
         self.sampler = PromptSampler(
             len(self.prompts),
             batch_size=self.batch_size,
@@ -112,6 +113,12 @@ class _Run:
         return run_together(
             self.accelerator, lambda: load_prompts(source, self.trainer.tokenizer, max_tokens=room), ValueError
         )
+
+    def _check_same_prompts(self) -> None:
+        """Each process takes its part of every batch, by number: a stream that was split between processes has another there."""
+        digest = fingerprint([*self.prompts, *self.eval_prompts]).encode()
+        if len(set(share_bytes(self.accelerator, digest))) > 1:
+            raise ValueError("the prompts differ between processes: give each of them all prompts, in the same order")
 
     # Beginning -------------------------------------------------------------------------------------------------------
 
