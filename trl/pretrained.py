@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 SAFE_FILE, PICKLE_FILE = "model.safetensors", "pytorch_model.bin"
+ADAPTER_CONFIG, ADAPTER_SAFE_FILE, ADAPTER_PICKLE_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 # Arguments that say where files are, for transformers and peft alike.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 
@@ -29,6 +37,13 @@ def find_file(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
     )
 
 
+def commit_of(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
+    """The commit to which the revision of a hub id was resolved when its file `name` was read; None for a folder."""
+    where = {key: value for key, value in hub.items() if key != "force_download"} | {"local_files_only": True}
+    match = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", find_file(source, name, where) or "")
+    return match[1] if match else None
+
+
 def load_model(parent: Any, source: str, *args: Any, allow_pickle: bool = False, **kwargs: Any) -> Any:
     """`parent.from_pretrained`, from safetensors and without running the checkpoint's own code.
 
@@ -50,6 +65,8 @@ def load_model(parent: Any, source: str, *args: Any, allow_pickle: bool = False,
             raise ValueError("use_safetensors=False reads a pickle: pass allow_pickle=True as well")
         kwargs["use_safetensors"] = True
     kwargs["trust_remote_code"] = trusted(kwargs)
+    if find_file(source, ADAPTER_CONFIG, hub_arguments(kwargs)) is not None:  # transformers loads it, from either file
+        check_adapter_format(source, hub_arguments(kwargs), allow_pickle=allow_pickle)
     try:
         return parent.from_pretrained(source, *args, **kwargs)
     except OSError as error:
@@ -57,6 +74,25 @@ def load_model(parent: Any, source: str, *args: Any, allow_pickle: bool = False,
             if not allow_pickle and _exists(source, name, hub_arguments(kwargs)):
                 raise ValueError(pickle_refused(source, name, SAFE_FILE)) from error
         raise
+
+
+def check_adapter_format(source: str, hub: Mapping[str, Any], *, allow_pickle: bool) -> None:
+    """Refuses a PEFT adapter that only a pickle holds, unless the caller allows it, and one that names a module to import.
+
+    Raises:
+        ValueError: if it does either, or has no weights.
+    """
+    config = find_file(source, ADAPTER_CONFIG, hub)
+    if config is not None and json.loads(Path(config).read_text(encoding="utf-8")).get("megatron_config"):
+        raise ValueError(
+            f"the PEFT adapter {source!r} has a megatron_config, with which peft imports a module that it names"
+        )
+    if find_file(source, ADAPTER_SAFE_FILE, hub) is not None:
+        return
+    if find_file(source, ADAPTER_PICKLE_FILE, hub) is None:
+        raise ValueError(f"the PEFT adapter {source!r} holds no {ADAPTER_SAFE_FILE}")
+    if not allow_pickle:
+        raise ValueError(pickle_refused(source, ADAPTER_PICKLE_FILE, ADAPTER_SAFE_FILE))
 
 
 def load_tokenizer(source: str, **kwargs: Any) -> Any:

@@ -7,15 +7,21 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
 
 from tests.conformance.setting import make_trainer
 from tests.helpers import VOCABULARY, assert_close, tiny_gpt2, tiny_t5, tiny_tokenizer
@@ -31,8 +37,6 @@ HEAD = {"v_head.summary.weight": torch.zeros(1, 16), "v_head.summary.bias": torc
 
 
 def tiny_classifier() -> Any:
-    from transformers import BertConfig, BertForSequenceClassification
-
     torch.manual_seed(0)
     settings = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
@@ -53,6 +57,18 @@ def write_adapter(folder: Path, base: Path) -> None:
     model = Causal.from_pretrained(base, peft_config=lora_config())
     stir(model)
     model.save_pretrained(folder)
+
+
+def write_adapted_classifier(folder: Path) -> None:
+    import peft
+
+    write_classifier(folder.parent / "base")
+    base = BertForSequenceClassification.from_pretrained(folder.parent / "base")
+    settings = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
+    with warnings.catch_warnings():  # peft asks transformers under an older name
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        peft.get_peft_model(base, peft.LoraConfig(**settings)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
 
 
 # -- S1: pickles ---------------------------------------------------------------------------------------------------
@@ -116,12 +132,22 @@ LOADERS: dict[str, Callable[[Path], None]] = {
     "reward adapter": load_as_reward_adapter,
     "classifier": load_classifier,
     "classifier's tokenizer": load_classifier_by_its_model,
+    "adapter of a classifier": load_classifier,
+    "base with an adapter inside": load_policy,
 }
 
 
 def write_folder(kind: str, folder: Path) -> None:
-    if "classifier" in kind:
+    if kind == "adapter of a classifier":
+        write_adapted_classifier(folder)
+    elif "classifier" in kind:
         write_classifier(folder)
+    elif kind == "base with an adapter inside":  # of the adapter in the folder, of which the other files are the base's
+        write_policy(folder.parent / "other")
+        write_policy(folder)
+        write_adapter(folder.parent / "inner", folder.parent / "other")
+        for file in (folder.parent / "inner").glob("adapter_*"):
+            shutil.copy(file, folder)
     elif "adapter" in kind:
         write_policy(folder.parent / "base")
         write_adapter(folder, folder.parent / "base")
@@ -192,6 +218,36 @@ def test_s1_a_classifier_in_a_pickle_needs_the_flag(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights_only=False"):
         ClassifierReward.from_pretrained(str(tmp_path), allow_pickle=True, weights_only=False)
     assert_close(ClassifierReward.from_pretrained(str(tmp_path), allow_pickle=True)(["w5 "], ["w6"]), safe)
+
+
+@pytest.mark.parametrize(
+    "kind", ["adapter", "reward adapter", "adapter of a classifier", "base with an adapter inside"]
+)
+def test_s1_an_adapter_in_a_pickle_needs_the_flag(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_folder(kind, folder)
+    if kind != "reward adapter":  # this one has no score head
+        LOADERS[kind](folder)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"adapter_model\.bin, a pickle.*allow_pickle=True"):
+        LOADERS[kind](folder)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "reward adapter", "adapter of a classifier"])
+def test_s2_an_adapter_names_no_module_to_import(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "canary_core.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    write_folder(kind, tmp_path / "model")
+    file = tmp_path / "model" / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"megatron_config": {"a": 1}, "megatron_core": "canary_core"}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="megatron_config"):
+        LOADERS[kind](tmp_path / "model")
+    assert not (tmp_path / "ran").exists()
 
 
 # -- S2: a checkpoint's own code -----------------------------------------------------------------------------------
@@ -330,6 +386,35 @@ def test_s2_generation_code_is_refused_without_asking(yes_on_stdin: None, tmp_pa
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         model.generate(torch.tensor([[5, 6]]), custom_generate=str(tmp_path / "recipe"))
     assert not ran.exists()
+
+
+def put_into_cache(cache: Path, repo: str, write: Callable[[Path], None], revisions: dict[str, str]) -> None:
+    """A repository as the hub's client lays it out; there is no network in tests."""
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    for name, commit in revisions.items():
+        (folder / "refs" / name).write_text(commit)
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        write(folder / "snapshots" / commit)
+
+
+def test_s2_revisions_can_be_pinned_and_are_recorded(tmp_path: Path) -> None:
+    first, second, third = "a" * 40, "b" * 40, "c" * 40
+    cache = tmp_path / "cache"
+    put_into_cache(cache, "me/base", write_policy, {"main": first, "v1": second})
+    adapter = Causal.from_pretrained("me/base", cache_dir=cache, peft_config=lora_config())
+    save = partial(adapter.save_pretrained, save_embedding_layers=False)
+    put_into_cache(cache, "me/adapter", save, {"main": third})
+    assert Causal.from_pretrained("me/base", cache_dir=cache).commits == {"me/base": first}
+    assert Causal.from_pretrained("me/adapter", cache_dir=cache).commits == {"me/adapter": third, "me/base": first}
+    pinned = Causal.from_pretrained("me/base", cache_dir=cache, revision="v1")
+    trainer = make_trainer(model=pinned, batch_size=2, mini_batch_size=2)
+    trainer.train(
+        ["w5", "w6"], reward=lambda prompts, completions, **columns: [1.0] * len(prompts), steps=1,
+        run_dir=tmp_path / "run", generation={"max_new_tokens": 3}, progress=False,
+    )  # fmt: skip
+    settings = yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text())
+    assert settings["model"] == {"commits": {"me/base": second}}
 
 
 @pytest.mark.slow

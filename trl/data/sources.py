@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trl.data.loader import is_hub_dataset, is_hub_stream
+from trl.data.loader import is_hub_dataset
 
 Located = tuple[str, Any]  # "prompts.jsonl:3 (row 2)", the row
 
@@ -34,12 +34,6 @@ def read_rows(source: Any, *, max_streamed: int) -> Iterator[Located]:
         return _file_rows(Path(source))
     if is_hub_dataset(source):
         return _numbered(source.with_format(None))  # Python values, whatever format was set
-    if is_hub_stream(source):
-        plain = source.with_format(None)
-        position = getattr(source, "_starting_state_dict", None)  # of load_state_dict, which with_format loses
-        if position is not None:
-            plain.load_state_dict(position)
-        return _limited(plain, max_streamed)
     if isinstance(source, Mapping):
         names = ", ".join(map(str, list(source)[:8]))
         raise ValueError(

@@ -11,17 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl.pretrained import PICKLE_FILE, SAFE_FILE, find_file, load_model, pickle_refused
+from trl.pretrained import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLE_FILE,
+    ADAPTER_SAFE_FILE,
+    PICKLE_FILE,
+    SAFE_FILE,
+    check_adapter_format,
+    find_file,
+    load_model,
+)
 
 logger = logging.getLogger(__name__)
 
 VALUE_HEAD_FILE = "v_head.safetensors"
 VALUE_HEAD_PREFIX = "v_head."
-ADAPTER_CONFIG, ADAPTER_SAFE_FILE, ADAPTER_PICKLE_FILE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
 
 
 def read_safetensors(path: str, prefix: str = "") -> dict[str, Tensor]:
@@ -108,16 +112,6 @@ def read_adapter_weights(source: str, hub: Mapping[str, Any], *, allow_pickle: b
     path = find_file(source, ADAPTER_PICKLE_FILE, hub)
     assert path is not None  # checked above
     return read_pickle(path)
-
-
-def check_adapter_format(source: str, hub: Mapping[str, Any], *, allow_pickle: bool) -> None:
-    """Refuses an adapter that only a pickle holds, unless the caller allows it."""
-    if find_file(source, ADAPTER_SAFE_FILE, hub) is not None:
-        return
-    if find_file(source, ADAPTER_PICKLE_FILE, hub) is None:
-        raise ValueError(f"the PEFT adapter {source!r} holds no {ADAPTER_SAFE_FILE}")
-    if not allow_pickle:
-        raise ValueError(pickle_refused(source, ADAPTER_PICKLE_FILE, ADAPTER_SAFE_FILE))
 
 
 def load_language_model(parent: Any, source: str, *model_args: Any, allow_pickle: bool, **kwargs: Any) -> Any:

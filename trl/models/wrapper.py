@@ -78,6 +78,8 @@ class PreTrainedModelWrapper(nn.Module):
         self.is_sequential_parallel = False
         self.pretrained_model = pretrained_model
         self.v_head = ValueHead(self.config, **kwargs)
+        self.commits: dict[str, str | None] = {}
+        """What `from_pretrained` read: folders and hub ids, the latter with the commit that their revision was."""
         # Reward adapter: a frozen second adapter and its score head, outside of the state dict.
         self.reward_score: nn.Linear | None = None
         self.reward_adapter_name: str | None = None
@@ -227,7 +229,7 @@ class PreTrainedModelWrapper(nn.Module):
         if source is not None:
             if cls.transformers_parent_class is None:
                 raise ValueError(f"{cls.__name__} loads nothing by itself: use one of its subclasses")
-            model, has_adapter = load_trunk(
+            model, has_adapter, commits = load_trunk(
                 cls.transformers_parent_class,
                 source,
                 *model_args,
@@ -237,6 +239,7 @@ class PreTrainedModelWrapper(nn.Module):
             )
         else:
             model, has_adapter = pretrained_model_name_or_path, adapters.is_peft_model(pretrained_model_name_or_path)
+            commits = {}
             if kwargs or model_args:
                 raise ValueError(f"arguments {sorted(kwargs) or model_args} have no use beside a model object")
         if peft_config is not None:
@@ -247,6 +250,7 @@ class PreTrainedModelWrapper(nn.Module):
             model = adapters.attach_adapter(model, peft_config)
 
         wrapper = cls(model, **head_args)
+        wrapper.commits = commits
         head: dict[str, Tensor] = {}
         if source is not None:
             head = loading.read_value_head(source, hub, allow_pickle=allow_pickle)

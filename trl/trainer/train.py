@@ -130,7 +130,8 @@ class _Run:
             found = load_training(self.trainer, self.keeper.checkpoints)
         if found is not None:
             self._take_up(found)
-        config = {"ppo": self.trainer.config, "train": self._described()}
+        policy = self.accelerator.unwrap_model(self.trainer.model)
+        config = {"ppo": self.trainer.config, "train": self._described(), "model": {"commits": policy.commits}}
         self.keeper.begin(self.step, found.path if found else None, config)
         self.keeper.event(f"from step {self.step} to {self.target}" + (f", from {found.path.name}" if found else ""))
         self._watch_updates()
