@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     queries = queries_of(tokenizer, args.reviews, args.query, args.cycles * args.batch)
     minibatches = args.batch // args.mini
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def main() -> None:
             disable_tqdm=True,
         )  # fmt: skip
         trainer = TimedTrainer(
-            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False),
             reward_funcs=variety,
             args=settings,
             train_dataset=Dataset.from_dict({"prompt": [tokenizer.decode(query) for query in queries]}),

@@ -79,7 +79,7 @@ def model_of(args: argparse.Namespace, tokenizer: Any) -> Any:
     from trl import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 
     options: dict[str, Any] = {}
-    both = args.t5 or AutoConfig.from_pretrained(args.model).is_encoder_decoder
+    both = args.t5 or AutoConfig.from_pretrained(args.model, trust_remote_code=False).is_encoder_decoder
     if args.lora:
         from peft import LoraConfig
 
@@ -105,7 +105,7 @@ def main() -> None:
 
     args = parse()
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     tokenizer.padding_side = "left"
     model = model_of(args, tokenizer)
     settings = dict(batch_size=args.batch, mini_batch_size=args.mini, ppo_epochs=args.epochs, learning_rate=1e-5)

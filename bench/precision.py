@@ -55,7 +55,7 @@ Passes = Callable[[], AbstractContextManager[Any]]
 def sampled(folder: str, args: argparse.Namespace) -> tuple[Any, Experience, PPOConfig]:
     """The float64 model at its start, and what a step learns from: responses to the demo's prompts, scored by its classifier."""
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(folder).double()
     config = PPOConfig(
         seed=args.seed, batch_size=args.batch, mini_batch_size=args.mini, ppo_epochs=1, learning_rate=0.0, dtype="float32"
@@ -258,7 +258,7 @@ def lost(weights: list[Tensor], size: float) -> float:
 
 def measure_lost(args: argparse.Namespace) -> tuple[str, Row, str]:
     model = AutoModelForCausalLM.from_pretrained(
-        args.model or trl.assets.path("tiny-gpt2-reviews"), dtype=torch.float32
+        args.model or trl.assets.path("tiny-gpt2-reviews"), dtype=torch.float32, trust_remote_code=False
     )
     weights = [p.detach() for p in model.parameters() if p.dim() > 1]
     shares = {size: lost(weights, size) for size in args.sizes}

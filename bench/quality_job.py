@@ -56,8 +56,8 @@ class Judge:
     """P(POSITIVE) of texts, by plain transformers."""
 
     def __init__(self, folder: str) -> None:
-        self.model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.label = {name: int(index) for index, name in self.model.config.id2label.items()}["POSITIVE"]
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ def log_odds(probability: float) -> float:
 def main() -> None:
     args = parse()
     torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.policy)
+    tokenizer = AutoTokenizer.from_pretrained(args.policy, trust_remote_code=False)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     model = AutoModelForCausalLMWithValueHead.from_pretrained(args.policy)
     judge = Judge(args.classifier)

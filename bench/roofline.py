@@ -243,10 +243,10 @@ def config_of(model: Path, t5: bool) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     if not t5:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     from job import t5_config
 
-    return t5_config(AutoTokenizer.from_pretrained(model))
+    return t5_config(AutoTokenizer.from_pretrained(model, trust_remote_code=False))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -46,7 +46,9 @@ def ours(args: argparse.Namespace, tokenizer: Any) -> Engine:
 def generate(args: argparse.Namespace, tokenizer: Any) -> Engine:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.weights)).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.weights), trust_remote_code=False
+    ).eval()
 
     def sample(queries: list[torch.Tensor]) -> int:
         tokens = torch.stack(queries)  # all of one length
@@ -96,7 +98,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     queries = queries_of(tokenizer, args.reviews, args.query, args.cycles * args.batch)
     engine = ENGINES[args.engine](args, tokenizer)
     for cycle in range(args.cycles):

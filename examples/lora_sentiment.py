@@ -1,6 +1,6 @@
 """Positive film reviews with LoRA: only an adapter and the value head learn, and the base model is its own reference.
 
-    pip install 'trl[peft]'
+    pip install peft
     python examples/lora_sentiment.py
 
 Policy and classifier are the two tiny models that come with the package; `--model` and `--classifier` take other
@@ -58,15 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     try:
         from peft import LoraConfig
     except ImportError:
-        raise SystemExit("LoRA needs peft: pip install 'trl[peft]'") from None
+        raise SystemExit("LoRA needs peft: pip install peft") from None
 
     set_seed(args.seed)  # adapter and value head start at random
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
     adapter = LoraConfig(
         r=args.rank,
         lora_alpha=2 * args.rank,
         target_modules="all-linear",
-        fan_in_fan_out=AutoConfig.from_pretrained(args.model).model_type == "gpt2",  # its matrices stand transposed
+        fan_in_fan_out=config.model_type == "gpt2",  # its matrices stand transposed
         task_type="CAUSAL_LM",
     )
     model = AutoModelForCausalLMWithValueHead.from_pretrained(args.model, peft_config=adapter)

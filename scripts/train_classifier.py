@@ -326,9 +326,10 @@ def main() -> None:
 
     torch.manual_seed(settings.seed)
     start = args.start or args.root / "minilm-l6"
-    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer = AutoTokenizer.from_pretrained(start, trust_remote_code=False)
     model = AutoModelForSequenceClassification.from_pretrained(
         start,
+        trust_remote_code=False,
         dtype=torch.float32,
         num_labels=2,
         id2label=LABELS,

@@ -283,7 +283,7 @@ def train_lm(args: argparse.Namespace) -> None:
     if args.resume:
         saved = torch.load(state_file, weights_only=True)
         rows, first = saved["rows"], saved["step"]
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if first:
             model.load_state_dict(saved["model"])
             adam.load_state_dict(saved["adam"])
@@ -706,9 +706,10 @@ def finish(args: argparse.Namespace) -> None:
     """Calibrate the classifier on the language model's samples, measure both, and write the cards."""
     torch.manual_seed(args.seed)
     lm_folder, classifier_folder = args.output / LM_NAME, args.output / CLASSIFIER_NAME
-    lm, lm_tokenizer = AutoModelForCausalLM.from_pretrained(lm_folder), AutoTokenizer.from_pretrained(lm_folder)
-    judge = AutoModelForSequenceClassification.from_pretrained(classifier_folder)
-    judge_tokenizer = AutoTokenizer.from_pretrained(classifier_folder)
+    lm = AutoModelForCausalLM.from_pretrained(lm_folder, trust_remote_code=False)
+    lm_tokenizer = AutoTokenizer.from_pretrained(lm_folder, trust_remote_code=False)
+    judge = AutoModelForSequenceClassification.from_pretrained(classifier_folder, trust_remote_code=False)
+    judge_tokenizer = AutoTokenizer.from_pretrained(classifier_folder, trust_remote_code=False)
     lm.eval()
     save_small(lm, lm_tokenizer, lm_folder)
     prompts = json.loads((args.output / "prompts.json").read_text())
@@ -722,7 +723,7 @@ def finish(args: argparse.Namespace) -> None:
     with torch.no_grad():
         judge.classifier.bias += torch.tensor([-low / 2, low / 2])
     save_small(judge, judge_tokenizer, classifier_folder)
-    judge = AutoModelForSequenceClassification.from_pretrained(classifier_folder)
+    judge = AutoModelForSequenceClassification.from_pretrained(classifier_folder, trust_remote_code=False)
     after = margins(judge, judge_tokenizer, texts)
 
     held_out = read_reviews(args.root / "reviews" / "test.jsonl")
@@ -758,8 +759,8 @@ def finish(args: argparse.Namespace) -> None:
 
     judged = "not measured"
     if args.judge is not None:
-        big = AutoModelForSequenceClassification.from_pretrained(args.judge)
-        big_margins = margins(big, AutoTokenizer.from_pretrained(args.judge), texts)
+        big = AutoModelForSequenceClassification.from_pretrained(args.judge, trust_remote_code=False)
+        big_margins = margins(big, AutoTokenizer.from_pretrained(args.judge, trust_remote_code=False), texts)
         judged = f"{big_margins.sigmoid().mean().item():.3f}"
     metrics = json.loads((lm_folder / "metrics.json").read_text())
     metrics["perplexity"] = perplexity(lm, lm_tokenizer, kept)

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "trl"
 
 # Ground first. A room imports from the floors below it; rooms of one floor are strangers to each other.
 FLOORS = (
-    {"types", "files", "redaction", "import_utils", "assets"},
+    {"types", "files", "redaction", "import_utils", "assets", "pretrained"},
     {"protocols", "functional"},
     {"models", "rollout", "rewards", "data", "trackers"},
     {"training"},

@@ -33,6 +33,14 @@ def test_tests_that_are_named_exist(page: Path):
             assert f"def {name}(" in file.read_text(encoding="utf-8"), f"{page.name} names {path}::{name}"
 
 
+def test_hints_name_the_package_that_is_missing():
+    """Where this library was installed from a clone, `pip install 'trl[peft]'` may fetch another project of its name."""
+    sources = [path for folder in ("trl", "examples", "scripts", "bench") for path in (ROOT / folder).rglob("*.py")]
+    hints = re.compile(r"""pip install(?: -\S+)* ['"]?trl\b""")
+    found = [path.name for path in [*PAGES, *sources] if hints.search(path.read_text(encoding="utf-8"))]
+    assert found == []
+
+
 def test_every_departure_names_a_test():
     rows = [
         line

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trl.redaction import REDACTED, is_secret_name, redact
+from trl.redaction import REDACTED, is_secret_name, redact, remember_secrets
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,8 @@ from trl.redaction import REDACTED, is_secret_name, redact
     [
         "HF_TOKEN", "hf_token", "token", "hub-token", "OPENAI_API_KEY", "apiKey", "x-api-key", "accessToken",
         "CLIENT_SECRET", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "password", "PASSWORD_2", "Authorization", "private_key",
+        "openaiapikey", "API_KEYS", "auth", "session_cookie", "GITHUB_PAT", "SMTP_PASS", "DB_PWD", "SSH_KEY", "signing-key",
+        "SLACK_WEBHOOK_URL", "tracker_kwargs/wandb/api_key", "AZURE_STORAGE_CONNECTION_STRING",
     ],
 )  # fmt: skip
 def test_secret_names(name: str) -> None:
@@ -25,6 +27,7 @@ def test_secret_names(name: str) -> None:
     [
         "pad_token", "eos_token", "tokens", "max_new_tokens", "stop_token_ids", "kl_per_token", "tokenizer", "key", "seed",
         "TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "monkey", "tokens/responses_len_mean",
+        "PWD", "OLDPWD", "author", "path", "compass", "time/forward_pass", "keep_memory", "monkey_key",
     ],
 )  # fmt: skip
 def test_other_names(name: str) -> None:
@@ -75,12 +78,48 @@ def test_values_of_the_environment_wherever_they_occur(monkeypatch: pytest.Monke
         ("curl -H 'Bearer abcdefghij0123456789'", f"curl -H 'Bearer {REDACTED}'"),
         ("hf_abcdefghijklmnopqrst", REDACTED),
         ("sk-proj-abcdefghijklmnop", REDACTED),
+        ("github_pat_11ABCDEFG0abcdefghij", REDACTED),
+        ("glpat-abcdefghij0123456789 and AKIAABCDEFGHIJKLMNOP", f"{REDACTED} and {REDACTED}"),
+        (
+            "x=eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
+            f"x={REDACTED}",
+        ),
         ("the bearer of bad news", "the bearer of bad news"),
         ("Basic understanding; f(token=t, password=p)", "Basic understanding; f(token=t, password=p)"),
     ],
 )
 def test_texts(text: str, expected: str) -> None:
     assert redact(text) == expected
+
+
+def test_spellings_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSH_KEY", "begin\n'a/b' é\tend")
+    for text in (
+        "begin\n'a/b' é\tend",
+        str(["begin\n'a/b' é\tend"])[2:-2],
+        r"begin\n'a/b' \u00e9\tend",
+        "begin%0A%27a/b%27%20%C3%A9%09end",
+    ):
+        assert redact(f"x {text} y") == f"x {REDACTED} y", text
+
+
+def test_remembered_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl.redaction._remembered", set())
+    remember_secrets(
+        {
+            "hub": [{"token": "first-canary", "repo_id": "me/repository"}],
+            "credentials": {"user": {"id": "second-canary"}},
+            "url": "https://me:third@canary@host/path-of-it and https://fourth-canary@host",
+            "auth": ("fifth-canary", 12345678, None),
+            "password": "short",
+        }
+    )
+    text = "first-canary, second-canary, third@canary, fourth-canary, fifth-canary"
+    assert redact(text) == ", ".join([REDACTED] * 5)
+    assert (
+        redact("me/repository at host, short, path-of-it, 12345678")
+        == "me/repository at host, short, path-of-it, 12345678"
+    )
 
 
 def test_other_things_are_returned_as_they_are() -> None:

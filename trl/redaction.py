@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
@@ -12,7 +13,10 @@ from urllib.parse import quote
 REDACTED = "[redacted]"
 
 _SECRET_NAME = re.compile(
-    r"(?:^|_)(?:TOKEN|API_?KEY)$|SECRET|PASSWORD|PASSWD|PASSPHRASE|ACCESS_KEY|PRIVATE_KEY|CREDENTIAL|AUTHORIZATION"
+    r"(?:^|_)(?:TOKEN|AUTH|PAT|JWT|BEARER|COOKIES?)$|_PWD$|API_?KEYS?$|WEBHOOK|CONNECTION_STRING"
+    r"|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|AUTHORIZATION"
+    r"|(?:ACCESS|ACCOUNT|AUTH|CLIENT|DEPLOY|ENCRYPTION|LICENSE|MASTER|PRIVATE|SERVICE|SESSION|SIGNING|SSH|SUBSCRIPTION)_?KEY"
+    r"|(?:DB|HTTP|MAIL|PROXY|SMTP|USER)_?PASS$"
 )
 # Of a tokenizer, and of statistics per token: `_TOKEN` at the end, and no secret.
 _TEXT_TOKEN = re.compile(
@@ -28,17 +32,26 @@ _SECRET_TEXT = (
     (re.compile(r"(?i)(\bauthorization[\"']?\s{0,4}[:=]\s{0,4}[\"']?)[^\r\n\"']+"), rf"\1{REDACTED}"),
     (re.compile(r"(?i)(\bbearer\s{1,4})[\w.~+/=-]{20,}"), rf"\1{REDACTED}"),
     # The forms in which well-known services hand out keys.
-    (re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{16,})"), REDACTED),
+    (
+        re.compile(
+            r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
+            r"|AKIA[A-Z0-9]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{16,}|eyJ[\w-]{16,}\.eyJ[\w-]{16,}\.[\w-]{16,})"
+        ),
+        REDACTED,
+    ),
 )
 # Values of switches, which would be taken out of every text.
 _NO_SECRET = {"true", "false", "none", "null"}
+_URL_PASSWORD = re.compile(r"://(?:[^/\s?#\"'<>:@]*:)?([^/\s?#\"'<>]+)@")
+# Secrets of settings, which belong to the process as those of its environment do.
+_remembered: set[str] = set()
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a setting or environment variable of this name holds a secret, in any case and spelling.
 
-    True for `HF_TOKEN`, `*_TOKEN`, `token`, `*_API_KEY`, `apiKey`, `*_SECRET`, `*PASSWORD*`, `AWS_SECRET_ACCESS_KEY` and
-    the like; False for `pad_token`, `max_new_tokens`, `kl_per_token`.
+    True for `HF_TOKEN`, `*_TOKEN`, `token`, `*_API_KEY`, `apiKey`, `*_SECRET`, `*PASSWORD*`, `AWS_SECRET_ACCESS_KEY`,
+    `Authorization`, `cookie` and the like; False for `pad_token`, `max_new_tokens`, `kl_per_token`.
     """
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name).upper()
     return bool(_SECRET_NAME.search(words)) and not _TEXT_TOKEN.search(words)
@@ -49,7 +62,8 @@ def redact(value: Any) -> Any:
 
     A secret is: what stands under a secret name (see `is_secret_name`) in a mapping; the value of an environment variable
     of such a name, wherever it occurs in a text (as a whole word if it has 4 to 7 characters; shorter ones are not looked
-    for); user and password of a URL, and keys in its query; what follows `Bearer`; what looks like a service's key.
+    for), and what `remember_secrets` was told, likewise; user and password of a URL, and keys in its query; what follows
+    `Bearer`; what looks like a service's key.
 
     Args:
         value: text, bytes, paths, and mappings, lists, tuples and sets of them at any depth. Anything else is returned
@@ -59,6 +73,27 @@ def redact(value: Any) -> Any:
         A copy in which mappings are dicts; `value` is not changed.
     """
     return _redact(value, _text_redactor())
+
+
+def remember_secrets(settings: Any) -> None:
+    """Has `redact` take the secrets of `settings` out of every text from now on, such as an error that quotes one.
+
+    Args:
+        settings: mappings, lists, tuples and sets at any depth. Secrets are the texts of at least 8 characters under a
+            secret name, and the passwords of URLs.
+    """
+    _remembered.update(secret for secret in _secrets_of(settings) if len(secret) >= 8)
+
+
+def _secrets_of(value: Any, secret: bool = False) -> Iterator[str]:
+    if isinstance(value, str):
+        yield from (value.strip(),) if secret else _URL_PASSWORD.findall(value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _secrets_of(item, secret or _names_secret(key))
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from _secrets_of(item, secret)
 
 
 def _redact(value: Any, clean: Callable[[str], str]) -> Any:
@@ -89,12 +124,17 @@ def _hide(value: Any, name: str) -> Any:
     return value if value is None or isinstance(value, bool | float) or is_count else REDACTED
 
 
+def _spellings(secret: str) -> tuple[str, ...]:
+    """A secret as it is, in a URL, in a repr and in JSON."""
+    return secret, quote(secret, safe=""), quote(secret), repr(secret)[1:-1], json.dumps(secret)[1:-1]
+
+
 def _text_redactor() -> Callable[[str], str]:
     """Redacts one text, knowing the environment as it is now."""
     values = {value.strip() for name, value in os.environ.items() if is_secret_name(name)}
-    values = {value for value in values if len(value) >= 4 and value.lower() not in _NO_SECRET}
+    values = {value for value in values | _remembered if len(value) >= 4 and value.lower() not in _NO_SECRET}
     # A longer secret first: a shorter one may be its beginning.
-    forms = sorted({form for value in values for form in (value, quote(value, safe=""))}, key=len, reverse=True)
+    forms = sorted({form for value in values for form in _spellings(value)}, key=len, reverse=True)
     patterns = [re.escape(form) if len(form) >= 8 else rf"(?<!\w){re.escape(form)}(?!\w)" for form in forms]
     known = re.compile("|".join(patterns)) if patterns else None
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import datetime
+import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -40,6 +42,47 @@ def test_texts() -> None:
     assert (first.id, first.text, first.columns) == ("0", "w5 w6", {})
     assert first.tokens.tolist() == [5, 6] and first.tokens.dtype == torch.int64
     assert (second.id, second.tokens.tolist()) == ("1", [7])
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Of torch: no length, no order but its own."""
+
+    def __iter__(self) -> Any:
+        return iter(["w5 w6", {"prompt": "w7", "answer": 3}])
+
+
+def rows() -> Any:
+    yield "w5 w6"
+    yield {"prompt": "w7", "answer": 3}
+
+
+@pytest.mark.parametrize("source", [rows, Stream, lambda: iter(list(rows())), lambda: dict(enumerate(rows())).values()])
+def test_streams_are_read_to_their_end(source: Any) -> None:
+    assert fingerprint(load(source())) == fingerprint(load(["w5 w6", "w7"]))
+    assert [prompt.columns for prompt in load(source())] == [{"answer": None}, {"answer": 3}]
+
+
+def test_an_iterable_dataset_of_the_hub() -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"prompt": ["w5 w6", "w7", "w8"], "n": [1, 2, 3]})
+    stream = table.to_iterable_dataset()
+    assert fingerprint(load(stream)) == fingerprint(load(table))
+    assert [prompt.columns for prompt in load(stream)] == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert [prompt.tokens.tolist() for prompt in load(stream.take(2))] == [[5, 6], [7]]
+    # A stream that has a position of its own is read from there.
+    iterator = iter(stream)
+    next(iterator)
+    later = table.to_iterable_dataset()
+    later.load_state_dict(stream.state_dict())
+    assert [prompt.text for prompt in load(later)] == ["w7", "w8"]
+
+
+def test_an_endless_stream_is_refused() -> None:
+    reason = r"a stream \(repeat\) of more than 1000 rows, which may have no end.*itertools\.islice"
+    with pytest.raises(ValueError, match=reason):
+        load(itertools.repeat("w5"), max_streamed=1000)
+    assert len(load(itertools.repeat("w5", 1000), max_streamed=1000)) == 1000
+    assert len(load(["w5"] * 20, max_streamed=10)) == 20  # a list has an end
 
 
 @pytest.mark.parametrize("tokens", [[5, 6], torch.tensor([5, 6]), np.array([5, 6], dtype=np.int32), (5, 6)])
@@ -159,7 +202,10 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, reason: str) -> No
         ("p\0.jsonl", "NUL"),
         (None, "of type NoneType"),
         ({"w5"}, "of type set"),
-        ((text for text in ["w5"]), "of type generator"),
+        (b"w5", "of type bytes"),
+        (5, "of type int"),
+        (io.StringIO("w5\nw6\n"), "of type StringIO"),
+        (iter([]), "an iterator gives its rows once"),
         ({"prompt": ["w5"]}, "a dict of prompt, not a list of rows"),
         (["w5", ""], r"prompts\[1\] is an empty text"),
         ([[]], r"prompts\[0\] is empty"),

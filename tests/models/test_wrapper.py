@@ -120,12 +120,12 @@ def test_bitsandbytes_flags_become_the_configuration_transformers_5_wants(
 ) -> None:
     from trl.models import loading
 
-    passed = loading.transformers_arguments({flag: True}, allow_pickle=False)
+    passed = loading.transformers_arguments({flag: True})
     assert getattr(passed["quantization_config"], field)
     assert list(passed["device_map"]) == [""]
     assert "dtype" not in passed
     with pytest.raises(ValueError, match="not both"):
-        loading.transformers_arguments({flag: True, "quantization_config": object()}, allow_pickle=False)
+        loading.transformers_arguments({flag: True, "quantization_config": object()})
 
 
 def test_remote_code_is_never_trusted_unless_asked(gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +416,7 @@ def test_an_adapter_without_peft_says_how_to_install_it(
 ) -> None:
     (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{gpt2_folder}"}}')
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"pip install 'trl\[peft\]'"):
+    with pytest.raises(ImportError, match="pip install peft"):
         Causal.from_pretrained(tmp_path)
-    with pytest.raises(ImportError, match=r"pip install 'trl\[peft\]'"):
+    with pytest.raises(ImportError, match="pip install peft"):
         Causal.from_pretrained(gpt2_folder, peft_config=object())

@@ -89,5 +89,5 @@ def test_mathematics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_mathematics_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'trl\[math\]'"):
+    with pytest.raises(RuntimeError, match=r"pip install math-verify"):
         as_reward(math_reward).score([sample("a", answer="4")])

@@ -470,29 +470,6 @@ def test_what_is_logged_of_rewards_that_step_has_not_seen_is_of_one_process(
     assert_close(logged[1]["env/reward_mean"], logged[0]["env/reward_mean"] + 1)
 
 
-def test_push_to_hub_uploads_a_loadable_folder(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    calls: list[Any] = []
-
-    class Api:
-        def __init__(self, token: str | None = None) -> None:
-            calls.append(("token", token))
-
-        def create_repo(self, repo_id: str, **kwargs: Any) -> None:
-            calls.append(("create", repo_id))
-
-        def upload_folder(self, repo_id: str, folder_path: str, **kwargs: Any) -> str:
-            calls.append(("upload", repo_id, sorted(p.name for p in Path(folder_path).iterdir()), kwargs))
-            return "done"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert make_trainer().push_to_hub("me/model", token="t", commit_message="hello") == "done"
-    assert calls[0] == ("token", "t") and calls[1] == ("create", "me/model")
-    assert {"README.md", "config.json", "model.safetensors", "v_head.safetensors"} <= set(calls[2][2])
-    assert calls[2][3] == {"commit_message": "hello"}
-
-
 def test_shared_layers_stay_frozen(make_trainer: Any, make_batch: Any) -> None:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     with pytest.warns(UserWarning, match="no dataset"):

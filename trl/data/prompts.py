@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,9 @@ class _Draft:
     columns: dict[str, Any]
 
 
-def load_prompts(source: Any, tokenizer: Any, *, max_tokens: int | None = None) -> list[Prompt]:
+def load_prompts(
+    source: Any, tokenizer: Any, *, max_tokens: int | None = None, max_streamed: int = 1_000_000
+) -> list[Prompt]:
     """Reads, renders and tokenises prompts. Nothing is cut: a prompt that does not fit is refused.
 
     A row is a text; token ids (a list, an array or a tensor, 1-D); a chat, as a list of messages with `role` and `content`,
@@ -51,21 +53,26 @@ def load_prompts(source: Any, tokenizer: Any, *, max_tokens: int | None = None) 
     is missing from some rows is None there.
 
     Args:
-        source: a list of rows, a `datasets.Dataset`, or a path to JSONL, CSV or Parquet.
+        source: a list of rows, a `datasets.Dataset`, or a path to JSONL, CSV or Parquet; or a stream of rows with an end (a
+            `datasets.IterableDataset`, a generator, any iterable), which is read to its end.
         tokenizer: of the model, from transformers. It adds its special tokens to texts, not to rendered chats, whose
             template has them.
         max_tokens: longest prompt that is taken, in tokens.
+        max_streamed: most rows that a stream may have; one with more is refused, since it may have no end.
 
     Raises:
         ValueError: naming the row (and the line of the file) of what is no prompt, empty, longer than `max_tokens`, or
-            has an id that another row has; or if there are no rows.
+            has an id that another row has; if there are no rows, or more than `max_streamed` in a stream.
         ImportError: if a Parquet file is to be read and pyarrow is missing.
     """
     if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1):
         raise ValueError(f"max_tokens={max_tokens!r} must be a whole number of at least 1, or None")
-    drafts = [_draft(where, index, row, tokenizer) for index, (where, row) in enumerate(read_rows(source))]
+    rows = read_rows(source, max_streamed=max_streamed)
+    drafts = [_draft(where, index, row, tokenizer) for index, (where, row) in enumerate(rows)]
     if not drafts:
-        raise ValueError(f"there are no prompts in {source!r}" if isinstance(source, str) else "there are no prompts")
+        once = "; an iterator gives its rows once, and this one may have been read before"
+        place = f" in {source!r}" if isinstance(source, str) else once if isinstance(source, Iterator) else ""
+        raise ValueError(f"there are no prompts{place}")
     _check_ids(drafts)
     _tokenise(drafts, tokenizer)
     _check_lengths(drafts, max_tokens)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from io import IOBase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +17,53 @@ Located = tuple[str, Any]  # "prompts.jsonl:3 (row 2)", the row
 _SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
 
 
-def read_rows(source: Any) -> Iterator[Located]:
+def read_rows(source: Any, *, max_streamed: int) -> Iterator[Located]:
     """The rows of a source, in order, each with its place: file and line, and the row's number from 0.
 
     Args:
-        source: a path to JSONL, CSV (with a header) or Parquet; a `datasets.Dataset`; a sequence of rows.
+        source: a path to JSONL, CSV (with a header) or Parquet; a `datasets.Dataset`; a sequence of rows; or a stream of
+            them: an iterable dataset, a generator, any other iterable.
+        max_streamed: most rows that a stream may have.
 
     Raises:
-        ValueError: if `source` is something else, or a file does not hold what its name says; the place is named.
+        ValueError: if `source` is something else, a file does not hold what its name says (the place is named), or a stream
+            has more rows.
         ImportError: if a Parquet file is to be read and pyarrow is missing.
     """
     if isinstance(source, str | Path):
         return _file_rows(Path(source))
     if is_hub_dataset(source):
-        plain = source.with_format(None)  # Python values, whatever format was set
-        return ((f"prompts[{index}]", row) for index, row in enumerate(plain))
+        return _numbered(source.with_format(None))  # Python values, whatever format was set
     if isinstance(source, Mapping):
         names = ", ".join(map(str, list(source)[:8]))
         raise ValueError(
             f"prompts is a {type(source).__name__} of {names}, not a list of rows: give one of its splits, or a list with "
             "one mapping per prompt"
         )
-    unordered = isinstance(source, set | frozenset | bytes)
-    if unordered or not isinstance(source, Sized) or not hasattr(source, "__getitem__"):
+    if isinstance(source, Sized) and hasattr(source, "__getitem__") and not isinstance(source, bytes):
+        return _numbered(source[index] for index in range(len(source)))
+    # Neither has an order of rows that another process or a later run would see again; a file gives lines with their ends.
+    if isinstance(source, set | frozenset | bytes | IOBase) or not isinstance(source, Iterable):
         raise ValueError(
-            f"prompts is of type {type(source).__name__}: expected a list, a datasets.Dataset or a path to one of "
-            f"{', '.join(_SUFFIXES)}; make a list of what has no order or no length"
+            f"prompts is of type {type(source).__name__}: expected a list, a datasets.Dataset, an iterable of rows in a fixed "
+            f"order, or a path to one of {', '.join(_SUFFIXES)}"
         )
-    return ((f"prompts[{index}]", source[index]) for index in range(len(source)))
+    return _limited(source, max_streamed)
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[Located]:
+    return ((f"prompts[{index}]", row) for index, row in enumerate(rows))
+
+
+def _limited(stream: Iterable[Any], most: int) -> Iterator[Located]:
+    rows = iter(stream)
+    yield from _numbered(islice(rows, most))
+    if next(rows, rows) is not rows:
+        raise ValueError(
+            f"prompts is a stream ({type(stream).__name__}) of more than {most} rows, which may have no end: all prompts of a run "
+            "are held in memory. Take as many as the run needs, with dataset.take(n) or itertools.islice, or raise max_streamed "
+            "of load_prompts"
+        )
 
 
 def _file_rows(path: Path) -> Iterator[Located]:
@@ -119,7 +140,7 @@ def _parquet_rows(path: Path) -> Iterator[Located]:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(
-            f"reading {path} needs pyarrow: pip install pyarrow (it comes with 'trl[datasets]')"
+            f"reading {path} needs pyarrow: pip install pyarrow"
         ) from error
     try:
         batches: Iterable[Any] = pyarrow.parquet.ParquetFile(path).iter_batches()

@@ -65,7 +65,7 @@ class Demo:
         set_seed(settings.seed)  # the value head starts at random
         training, self.held_out = split_prompts()
         folder = trl.assets.path("tiny-gpt2-reviews")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
         config = PPOConfig(
             seed=settings.seed,

@@ -29,7 +29,7 @@ def require_peft(what: str) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError(f"{what} needs the peft library: pip install 'trl[peft]'") from error
+        raise ImportError(f"{what} needs the peft library: pip install peft") from error
     return peft
 
 

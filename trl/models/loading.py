@@ -11,32 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl.pretrained import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLE_FILE,
+    ADAPTER_SAFE_FILE,
+    PICKLE_FILE,
+    SAFE_FILE,
+    check_adapter_format,
+    find_file,
+    load_model,
+)
+
 logger = logging.getLogger(__name__)
 
 VALUE_HEAD_FILE = "v_head.safetensors"
 VALUE_HEAD_PREFIX = "v_head."
-SAFE_FILE, PICKLE_FILE = "model.safetensors", "pytorch_model.bin"
-ADAPTER_CONFIG, ADAPTER_SAFE_FILE, ADAPTER_PICKLE_FILE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
-# Arguments that say where files are, for transformers and peft alike.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
-
-
-def find_file(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
-    """Local path of the file `name` of a folder or hub id (downloaded if need be); None if it holds none."""
-    from transformers.utils.hub import cached_file
-
-    return cached_file(
-        source,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub,
-    )
 
 
 def read_safetensors(path: str, prefix: str = "") -> dict[str, Tensor]:
@@ -125,16 +114,6 @@ def read_adapter_weights(source: str, hub: Mapping[str, Any], *, allow_pickle: b
     return read_pickle(path)
 
 
-def check_adapter_format(source: str, hub: Mapping[str, Any], *, allow_pickle: bool) -> None:
-    """Refuses an adapter that only a pickle holds, unless the caller allows it."""
-    if find_file(source, ADAPTER_SAFE_FILE, hub) is not None:
-        return
-    if find_file(source, ADAPTER_PICKLE_FILE, hub) is None:
-        raise ValueError(f"the PEFT adapter {source!r} holds no {ADAPTER_SAFE_FILE}")
-    if not allow_pickle:
-        raise ValueError(_pickle_refused(source, ADAPTER_PICKLE_FILE, ADAPTER_SAFE_FILE))
-
-
 def load_language_model(parent: Any, source: str, *model_args: Any, allow_pickle: bool, **kwargs: Any) -> Any:
     """`parent.from_pretrained` with float32 and safetensors as the defaults.
 
@@ -144,37 +123,16 @@ def load_language_model(parent: Any, source: str, *model_args: Any, allow_pickle
         *model_args: transformers' own.
         allow_pickle: read a legacy `.bin` where there are no safetensors.
         **kwargs: transformers' own; `torch_dtype` is `dtype`, and `load_in_8bit` / `load_in_4bit` make a
-            `quantization_config`, which transformers 5 wants.
+            `quantization_config`, which transformers 5 wants. `trust_remote_code` is False unless it is given.
 
     Raises:
-        ValueError: if the weights are a pickle and `allow_pickle` is False.
+        ValueError: if the weights are a pickle and `allow_pickle` is False, or the model needs code of the checkpoint's
+            own and `trust_remote_code` is not True.
     """
-    kwargs = transformers_arguments(kwargs, allow_pickle=allow_pickle)
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-    try:
-        return parent.from_pretrained(source, *model_args, **kwargs)
-    except OSError as error:
-        for name in (PICKLE_FILE, f"{PICKLE_FILE}.index.json"):
-            if not allow_pickle and _exists(source, name, hub):
-                raise ValueError(_pickle_refused(source, name, SAFE_FILE)) from error
-        raise
+    return load_model(parent, source, *model_args, allow_pickle=allow_pickle, **transformers_arguments(kwargs))
 
 
-def _exists(source: str, name: str, hub: Mapping[str, Any]) -> bool:
-    try:
-        return find_file(source, name, hub) is not None
-    except OSError:
-        return False
-
-
-def _pickle_refused(source: str, name: str, safe_name: str) -> str:
-    return (
-        f"{source!r} holds {name}, a pickle, and no {safe_name}: pass allow_pickle=True to read it "
-        "(with weights_only=True), or convert it to safetensors"
-    )
-
-
-def transformers_arguments(kwargs: Mapping[str, Any], *, allow_pickle: bool) -> dict[str, Any]:
+def transformers_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments as transformers 5 spells them, with this library's defaults."""
     kwargs = dict(kwargs)
     torch_dtype = kwargs.pop("torch_dtype", None)
@@ -196,12 +154,6 @@ def transformers_arguments(kwargs: Mapping[str, Any], *, allow_pickle: bool) -> 
 
         # Whoever asks first decides for the trainer, too, whether processes on CPUs are joined.
         kwargs["device_map"] = {"": PartialState(cpu=not torch.accelerator.is_available()).device}
-    if kwargs.pop("weights_only", True) is not True:
-        raise ValueError("weights_only=False would run code out of a pickle; only weights_only=True is supported")
-    if not allow_pickle:
-        if kwargs.get("use_safetensors", True) is False:
-            raise ValueError("use_safetensors=False reads a pickle: pass allow_pickle=True as well")
-        kwargs["use_safetensors"] = True
     return kwargs
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from trl.models.adapters import is_peft_model
 from trl.models.trunk import base_language_model, unwrap
+
+M = TypeVar("M", bound=nn.Module)
 
 # Where known architectures keep the layers of their decoder.
 LAYER_PATTERNS = (
@@ -27,7 +29,7 @@ LAYER_PATTERNS = (
 _EMBEDDING_NAMES = ("emb", "wte", "wpe", "shared", "project_in")
 
 
-def create_reference_model(model: Any, num_shared_layers: int | None = None, pattern: str | None = None) -> Any:
+def create_reference_model(model: M, num_shared_layers: int | None = None, pattern: str | None = None) -> M:
     """A frozen copy of `model` in evaluation mode.
 
     With `num_shared_layers` the first layers of the decoder, and everything before them (embeddings, an
@@ -60,7 +62,7 @@ def create_reference_model(model: Any, num_shared_layers: int | None = None, pat
         parameter.requires_grad_(False)
         parameter.grad = None
     # What stands in deepcopy's memo counts as copied already, so the copy holds the same parameters.
-    reference = copy.deepcopy(inner, {id(parameter): parameter for parameter in shared})
+    reference: Any = copy.deepcopy(inner, {id(parameter): parameter for parameter in shared})
     return reference.requires_grad_(False).eval()
 
 

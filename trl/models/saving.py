@@ -44,13 +44,20 @@ def save_value_head_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     save_file(head, os.path.join(folder, VALUE_HEAD_FILE), metadata={"format": "pt"})
     if not push:
         return None
-    return upload_folder(folder, **({"repo_id": os.path.basename(os.path.normpath(folder))} | upload))
+    repo_id = upload.pop("repo_id", os.path.basename(os.path.normpath(folder)))
+    repo_id = make_repository(repo_id, private=upload.pop("private", None), token=upload.get("token"))
+    return upload_folder(folder, repo_id=repo_id, **upload)
 
 
-def upload_folder(folder: Any, *, repo_id: str, private: bool | None = None, token: Any = None, **kwargs: Any) -> Any:
-    """Puts a folder's files into a hub repository, made if it does not exist."""
+def make_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """The full id, `namespace/name`, of a hub repository, made if it does not exist; a bare name is the token's user's."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(folder_path=os.fspath(folder), repo_id=repo_id, **kwargs)
+    return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
+
+
+def upload_folder(folder: Any, *, repo_id: str, token: str | None = None, **kwargs: Any) -> Any:
+    """Puts a folder's files into a hub repository that is there."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token).upload_folder(folder_path=os.fspath(folder), repo_id=repo_id, **kwargs)

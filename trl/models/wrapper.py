@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from trl.models.saving import save_value_head_model
 from trl.models.sources import load_trunk
 from trl.models.trunk import base_language_model, has_lm_head, is_encoder_decoder, watch_last_hidden_state
 from trl.models.value_head import ValueHead
+from trl.pretrained import hub_arguments, trusted
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +78,8 @@ class PreTrainedModelWrapper(nn.Module):
         self.is_sequential_parallel = False
         self.pretrained_model = pretrained_model
         self.v_head = ValueHead(self.config, **kwargs)
+        self.commits: dict[str, str | None] = {}
+        """What `from_pretrained` read: folders and hub ids, the latter with the commit that their revision was."""
         # Reward adapter: a frozen second adapter and its score head, outside of the state dict.
         self.reward_score: nn.Linear | None = None
         self.reward_adapter_name: str | None = None
@@ -128,7 +134,9 @@ class PreTrainedModelWrapper(nn.Module):
         return logits, loss, values
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the language model."""
+        """`generate` of the language model; `custom_generate` runs code of a repository, with `trust_remote_code=True` only."""
+        if kwargs.get("custom_generate") is not None:
+            kwargs["trust_remote_code"] = trusted(kwargs)
         if args and self.is_peft_model:
             kwargs["inputs"], args = args[0], args[1:]  # peft's takes keywords only
         return self.pretrained_model.generate(*args, **kwargs)
@@ -189,7 +197,7 @@ class PreTrainedModelWrapper(nn.Module):
     # -- loading ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self:
         """Makes a value-head model out of what there is.
 
         Args:
@@ -199,13 +207,14 @@ class PreTrainedModelWrapper(nn.Module):
             kwargs: the value head's arguments (see `ValueHead`); `peft_config` (a fresh adapter), `is_trainable` (go
                 on training a loaded adapter), `reward_adapter` and `reward_adapter_name` (a frozen second adapter
                 that scores), `allow_pickle` (read legacy `.bin` files, with `weights_only=True`); everything else
-                goes to transformers. The default dtype is float32.
+                goes to transformers. The default dtype is float32; `trust_remote_code` is False unless it is given.
 
         Returns:
             A model of this class, its value head loaded if one was saved.
 
         Raises:
-            ValueError: for a model without a language-model head, unusable arguments, or weights in a pickle.
+            ValueError: for a model without a language-model head, unusable arguments, weights in a pickle, or a model
+                that needs code of the checkpoint's own.
             ImportError: for an adapter without peft.
         """
         head_args = {name: kwargs.pop(name) for name in cls.supported_args or () if name in kwargs}
@@ -216,11 +225,11 @@ class PreTrainedModelWrapper(nn.Module):
         allow_pickle = kwargs.pop("allow_pickle", False)
 
         source = loading.as_source(pretrained_model_name_or_path)
-        hub = {name: kwargs[name] for name in loading.HUB_ARGUMENTS if kwargs.get(name) is not None}
+        hub = hub_arguments(kwargs)
         if source is not None:
             if cls.transformers_parent_class is None:
                 raise ValueError(f"{cls.__name__} loads nothing by itself: use one of its subclasses")
-            model, has_adapter = load_trunk(
+            model, has_adapter, commits = load_trunk(
                 cls.transformers_parent_class,
                 source,
                 *model_args,
@@ -230,6 +239,7 @@ class PreTrainedModelWrapper(nn.Module):
             )
         else:
             model, has_adapter = pretrained_model_name_or_path, adapters.is_peft_model(pretrained_model_name_or_path)
+            commits = {}
             if kwargs or model_args:
                 raise ValueError(f"arguments {sorted(kwargs) or model_args} have no use beside a model object")
         if peft_config is not None:
@@ -240,6 +250,7 @@ class PreTrainedModelWrapper(nn.Module):
             model = adapters.attach_adapter(model, peft_config)
 
         wrapper = cls(model, **head_args)
+        wrapper.commits = commits
         head: dict[str, Tensor] = {}
         if source is not None:
             head = loading.read_value_head(source, hub, allow_pickle=allow_pickle)

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
+
+from trl.pretrained import hub_arguments, load_model, load_tokenizer
 
 # Tokenizers without a limit of their own report a number about as large as this.
 _NO_LIMIT = 1_000_000
@@ -71,6 +73,7 @@ class ClassifierReward:
         batch_size: int = 64,
         max_length: int | None = None,
         device: str | torch.device | None = None,
+        allow_pickle: bool = False,
         **model_options: Any,
     ) -> ClassifierReward:
         """Loads a classifier and its tokenizer.
@@ -82,15 +85,23 @@ class ClassifierReward:
             batch_size: see the class.
             max_length: see the class.
             device: where the classifier runs; None leaves it where it is loaded.
+            allow_pickle: read a legacy `pytorch_model.bin` where there are no safetensors, with `weights_only=True`.
             model_options: passed to `AutoModelForSequenceClassification.from_pretrained`, which rejects what it does
-                not know; `dtype`, `revision`, `device_map` ...
+                not know; `dtype`, `revision`, `device_map` ... `trust_remote_code` is False unless it is given, of the
+                tokenizer as well.
 
         Returns:
             The reward.
+
+        Raises:
+            ValueError: if the weights are a pickle and `allow_pickle` is False, or the model or its tokenizer needs code
+                of the checkpoint's own and `trust_remote_code` is not True.
         """
-        model = AutoModelForSequenceClassification.from_pretrained(name_or_folder, **model_options)
-        chosen = {key: model_options[key] for key in ("revision", "token", "cache_dir") if key in model_options}
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **chosen)
+        model = load_model(
+            AutoModelForSequenceClassification, name_or_folder, allow_pickle=allow_pickle, **model_options
+        )
+        chosen = {key: model_options[key] for key in ("trust_remote_code", "code_revision") if key in model_options}
+        tokenizer = load_tokenizer(name_or_folder, **hub_arguments(model_options), **chosen)
         if device is not None:
             model = model.to(device)
         return cls(model, tokenizer, label=label, output=output, batch_size=batch_size, max_length=max_length)
@@ -162,7 +173,10 @@ def _own_tokenizer(model: Any) -> Any:
     source = getattr(model.config, "_name_or_path", "")
     if not source:
         raise ValueError("the model was not loaded from anywhere that could have a tokenizer: pass tokenizer=")
-    return AutoTokenizer.from_pretrained(source)
+    try:
+        return load_tokenizer(source)
+    except ValueError as error:
+        raise ValueError(f"the tokenizer of {source!r} could not be loaded; pass tokenizer=: {error}") from error
 
 
 def _check_vocabulary(model: Any, tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether a mathematical answer is right, by the package math-verify: `pip install 'trl[math]'`."""
+"""Whether a mathematical answer is right, by the package math-verify: `pip install math-verify`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def math_reward(prompts: Sequence[str], completions: Sequence[str], answer: Sequ
     try:
         import math_verify
     except ImportError as error:
-        raise ImportError("math_reward needs math-verify: pip install 'trl[math]'") from error
+        raise ImportError("math_reward needs math-verify: pip install math-verify") from error
     return [_score(math_verify, text, right) for text, right in zip(completions, answer, strict=True)]
 
 

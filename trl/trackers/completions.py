@@ -6,11 +6,13 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from trl.redaction import redact
+
 
 def completions_table(
     tracker: str | None, columns: Sequence[str], rows: Sequence[Sequence[str | float]]
 ) -> dict[str, Any]:
-    """`{"game_log": table}` for trackers that show tables or text, else `{}`.
+    """`{"game_log": table}`, without secrets, for trackers that show tables or text, else `{}`.
 
     Args:
         tracker: "wandb" gets its own table, "tensorboard" Markdown in which the texts are escaped.
@@ -20,6 +22,7 @@ def completions_table(
     Raises:
         ImportError: if the tracker is not installed.
     """
+    rows = redact(list(rows))
     if tracker == "wandb":
         try:
             import wandb

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -125,4 +126,5 @@ class SafeTracker:
         except (Exception, SystemExit):  # whatever a tracker's client raises, the run goes on
             self.failures += 1
             if self.failures == 1:
-                logger.warning("tracker %s failed (%s); it is counted from now on", self.name, what, exc_info=True)
+                trace = redact(traceback.format_exc().rstrip())  # a client's error may quote its key
+                logger.warning("tracker %s failed (%s); it is counted from now on\n%s", self.name, what, trace)

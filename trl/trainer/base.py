@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
-_CARD = """---
-library_name: trl
-tags:
-- trl
-- ppo
-- reinforcement-learning
----
+from trl.models.saving import make_repository, upload_folder
+from trl.pretrained import find_file
+from trl.trainer.card import HUB_ID, base_model_of, model_card
 
-# {model_name}
-
-A language model with a value head, fine-tuned with reinforcement learning by [trl](https://pypi.org/project/trl)
-{version}.
-
-## Use
-
-As a language model, the critic left aside:
-
-```python
-from transformers import AutoTokenizer, {plain_class}
-
-tokenizer = AutoTokenizer.from_pretrained("{model_id}")
-model = {plain_class}.from_pretrained("{model_id}")
-```
-
-With the value head, to train on:
-
-```python
-from trl import {wrapper_class}
-
-model = {wrapper_class}.from_pretrained("{model_id}")
-```
-"""
+logger = logging.getLogger(__name__)
 
 
 class BaseTrainer:
@@ -47,6 +21,7 @@ class BaseTrainer:
     model: Any
     tokenizer: Any
     accelerator: Any
+    _steps_done = 0
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -81,19 +56,21 @@ class BaseTrainer:
     def create_model_card(self, path: str, model_name: str | None = "TRL Model") -> None:
         """Writes `README.md` into the folder `path`.
 
+        The card says what was trained from what, with which settings, and how to load it. Nothing is looked up online.
+
         Args:
             path: an existing folder.
-            model_name: the card's title.
+            model_name: the card's title. Where it is a hub id, `user/name`, that is what the card's code loads, else the
+                folder.
         """
-        from trl import __version__
-
-        wrapper = self.accelerator.unwrap_model(self.model)
-        card = _CARD.format(
-            model_name=model_name,
-            version=__version__,
-            plain_class=wrapper.transformers_parent_class.__name__,
-            wrapper_class=type(wrapper).__name__,
-            model_id=Path(path).name,
+        is_id = model_name is not None and "/" in model_name and HUB_ID.fullmatch(model_name)
+        card = model_card(
+            self.accelerator.unwrap_model(self.model),
+            self.config,
+            title=model_name,
+            repo_id=model_name if is_id else None,
+            steps=self._steps_done,
+            samples=int(self.config.batch_size) * self.accelerator.num_processes,
         )
         (Path(path) / "README.md").write_text(card, encoding="utf-8")
 
@@ -101,7 +78,7 @@ class BaseTrainer:
         """Saves to a temporary folder and uploads that to the Hugging Face hub.
 
         Args:
-            repo_id: `user/name`; made if missing.
+            repo_id: `user/name`, or `name` in the namespace of the token's user; made if missing.
             private: whether a new repository is private.
             token: the hub's token; that of the machine's login if None.
             **kwargs: for `huggingface_hub.HfApi.upload_folder`, such as `commit_message`.
@@ -111,11 +88,18 @@ class BaseTrainer:
         """
         if not self.accelerator.is_main_process:
             return None
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = make_repository(repo_id, private=private, token=token)
+        self._fetch_card_of_base(token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             self.create_model_card(folder, model_name=repo_id)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+            return upload_folder(folder, repo_id=repo_id, token=token, **kwargs)
+
+    def _fetch_card_of_base(self, token: str | None) -> None:
+        """Puts the base model's card, which names its licence, into the download cache, if it can be had."""
+        source = base_model_of(self.accelerator.unwrap_model(self.model))
+        if HUB_ID.fullmatch(source):
+            try:
+                find_file(source, "README.md", {} if token is None else {"token": token})
+            except (OSError, ValueError) as error:
+                logger.info("the card of %s could not be read, the new one names no licence: %s", source, error)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from trl.trackers.plain import plain
+
 KL_PENALTIES = ("kl", "abs", "mse", "k3", "full")
 LOSS_DENOMINATORS = ("minibatch", "batch")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -128,6 +130,11 @@ class PPOConfig:
     """Run the layers of both models through torch.compile in scoring and in the update, not in sampling. Tried once when
     the trainer is made, which takes up to minutes; where it fails or gives other numbers the log says why, and layers run as
     they are."""
+
+    def __repr__(self) -> str:
+        """Without secrets: settings are printed, and stand in tracebacks."""
+        settings = plain({f.name: getattr(self, f.name) for f in fields(self)})
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
     def __post_init__(self) -> None:
         if self.forward_batch_size is not None:

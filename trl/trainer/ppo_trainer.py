@@ -26,6 +26,7 @@ from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_m
 from trl.models.layers import recompute_activations
 from trl.models.limits import context_length, vocabulary_sizes
 from trl.protocols import Callback, Tracker
+from trl.redaction import remember_secrets
 from trl.rollout import (
     Sampled,
     Sampling,
@@ -46,6 +47,7 @@ from trl.trainer.live_settings import LiveSettings
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_methods import Batch, PPOMethods
 from trl.trainer.recall import Recall, State, state_of
+from trl.trainer.tracking import check_trackers, settings_to_track
 from trl.trainer.train import train
 from trl.trainer.train_options import OnDiskError, OnSpike, TrainOptions, TrainResult
 from trl.training.allocator import keep_freed_memory
@@ -125,6 +127,8 @@ class PPOTrainer(PPOMethods):
         if lr_scheduler is not None:
             check_scheduler(lr_scheduler, optimizer)
         config.validate()
+        remember_secrets(vars(config))
+        check_trackers(config)
         set_seed(int(config.seed or 0))
         super().__init__(config)
         self.tokenizer = tokenizer
@@ -139,9 +143,10 @@ class PPOTrainer(PPOMethods):
         if config.keep_memory and self.accelerator.device.type == "cpu":
             keep_freed_memory()
         if config.log_with is not None:
-            settings = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str))}
             self.accelerator.init_trackers(
-                config.tracker_project_name, config=settings, init_kwargs=dict(config.tracker_kwargs)
+                config.tracker_project_name,
+                config=settings_to_track(config),
+                init_kwargs=dict(config.tracker_kwargs),
             )
         reference = self._make_reference(model, ref_model, num_shared_layers)
         self.dataset = dataset

@@ -71,6 +71,7 @@ class _Run:
         self.generation = options.generation_for(trainer.config.temperature, trainer._stop_tokens())
         self.prompts = self._load(options.prompts, self._longest_response())
         self.eval_prompts = self._load(options.eval_prompts, int(self.generation["max_new_tokens"]))
+        self._check_same_prompts()
         self.length_sampler = self._within_context(options.length_sampler)
         self.sampler = PromptSampler(
             len(self.prompts),
@@ -149,6 +150,12 @@ class _Run:
 
         return bounded
 
+    def _check_same_prompts(self) -> None:
+        """Each process takes its part of every batch, by number: a stream that was split between processes has another there."""
+        digest = fingerprint([*self.prompts, *self.eval_prompts]).encode()
+        if len(set(share_bytes(self.accelerator, digest))) > 1:
+            raise ValueError("the prompts differ between processes: give each of them all prompts, in the same order")
+
     # Beginning -------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -158,7 +165,8 @@ class _Run:
         if self.keeper.checkpoints is not None and self.options.resume is not False:
             found = load_training(self.trainer, self.keeper.checkpoints, self._differences)
         remarks = [] if found is None else self._take_up(found)
-        config = {"ppo": self.trainer.config, "train": self._described()}
+        policy = self.accelerator.unwrap_model(self.trainer.model)
+        config = {"ppo": self.trainer.config, "train": self._described(), "model": {"commits": policy.commits}}
         self.keeper.begin(self.step, found.path if found else None, config)
         self.keeper.event(f"from step {self.step} to {self.target}" + (f", from {found.path.name}" if found else ""))
         for remark in remarks:

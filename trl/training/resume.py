@@ -41,8 +41,8 @@ POLICY, OPTIMIZER = "policy", "optimizer"
 _HEAD = "v_head."
 # A run with another one of these is another run.
 _FIXED_SETTINGS = ("batch_size",)
-# May hold credentials and paths, and change no number that is not seen elsewhere.
-_UNSAVED_SETTINGS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs")
+# May hold credentials, paths and objects of trackers, and change no number that is not seen elsewhere.
+_UNSAVED_SETTINGS = ("log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs")
 
 
 # To and from a folder ------------------------------------------------------------------------------------------------

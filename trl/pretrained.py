@@ -1,0 +1,124 @@
+"""Loading through transformers' auto classes with safe defaults: no pickle, no code of a checkpoint's own."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SAFE_FILE, PICKLE_FILE = "model.safetensors", "pytorch_model.bin"
+ADAPTER_CONFIG, ADAPTER_SAFE_FILE, ADAPTER_PICKLE_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+# Arguments that say where files are, for transformers and peft alike.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `kwargs` that say where files are."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+
+
+def find_file(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
+    """Local path of the file `name` of a folder or hub id (downloaded if need be); None if it holds none."""
+    from transformers.utils.hub import cached_file
+
+    return cached_file(
+        source,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+
+
+def commit_of(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
+    """The commit to which the revision of a hub id was resolved when its file `name` was read; None for a folder."""
+    where = {key: value for key, value in hub.items() if key != "force_download"} | {"local_files_only": True}
+    match = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", find_file(source, name, where) or "")
+    return match[1] if match else None
+
+
+def load_model(parent: Any, source: str, *args: Any, allow_pickle: bool = False, **kwargs: Any) -> Any:
+    """`parent.from_pretrained`, from safetensors and without running the checkpoint's own code.
+
+    Args:
+        parent: a transformers auto class of models.
+        source: folder or hub id.
+        *args: transformers' own.
+        allow_pickle: read a legacy `.bin` where there are no safetensors, with `weights_only=True`.
+        **kwargs: transformers' own; `trust_remote_code` is False unless it is given.
+
+    Raises:
+        ValueError: if the weights are a pickle and `allow_pickle` is False, or the model needs code of the checkpoint's
+            own and `trust_remote_code` is not True.
+    """
+    if kwargs.pop("weights_only", True) is not True:
+        raise ValueError("weights_only=False would run code out of a pickle; only weights_only=True is supported")
+    if not allow_pickle:
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False reads a pickle: pass allow_pickle=True as well")
+        kwargs["use_safetensors"] = True
+    kwargs["trust_remote_code"] = trusted(kwargs)
+    if find_file(source, ADAPTER_CONFIG, hub_arguments(kwargs)) is not None:  # transformers loads it, from either file
+        check_adapter_format(source, hub_arguments(kwargs), allow_pickle=allow_pickle)
+    try:
+        return parent.from_pretrained(source, *args, **kwargs)
+    except OSError as error:
+        for name in (PICKLE_FILE, f"{PICKLE_FILE}.index.json"):
+            if not allow_pickle and _exists(source, name, hub_arguments(kwargs)):
+                raise ValueError(pickle_refused(source, name, SAFE_FILE)) from error
+        raise
+
+
+def check_adapter_format(source: str, hub: Mapping[str, Any], *, allow_pickle: bool) -> None:
+    """Refuses a PEFT adapter that only a pickle holds, unless the caller allows it, and one that names a module to import.
+
+    Raises:
+        ValueError: if it does either, or has no weights.
+    """
+    config = find_file(source, ADAPTER_CONFIG, hub)
+    if config is not None and json.loads(Path(config).read_text(encoding="utf-8")).get("megatron_config"):
+        raise ValueError(
+            f"the PEFT adapter {source!r} has a megatron_config, with which peft imports a module that it names"
+        )
+    if find_file(source, ADAPTER_SAFE_FILE, hub) is not None:
+        return
+    if find_file(source, ADAPTER_PICKLE_FILE, hub) is None:
+        raise ValueError(f"the PEFT adapter {source!r} holds no {ADAPTER_SAFE_FILE}")
+    if not allow_pickle:
+        raise ValueError(pickle_refused(source, ADAPTER_PICKLE_FILE, ADAPTER_SAFE_FILE))
+
+
+def load_tokenizer(source: str, **kwargs: Any) -> Any:
+    """The tokenizer of a folder or hub id, without running the checkpoint's own code unless `trust_remote_code=True`."""
+    from transformers import AutoTokenizer
+
+    trust = trusted(kwargs)
+    kwargs.pop("trust_remote_code", None)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **kwargs)
+
+
+def trusted(kwargs: Mapping[str, Any]) -> bool:
+    """`trust_remote_code` as the caller gave it; None, on which transformers asks whoever is at stdin, is False."""
+    return bool(kwargs.get("trust_remote_code"))
+
+
+def pickle_refused(source: str, name: str, safe_name: str) -> str:
+    """What to say about the file `name` of `source`, for want of `safe_name`."""
+    return (
+        f"{source!r} holds {name}, a pickle, and no {safe_name}: pass allow_pickle=True to read it "
+        "(with weights_only=True), or convert it to safetensors"
+    )
+
+
+def _exists(source: str, name: str, hub: Mapping[str, Any]) -> bool:
+    try:
+        return find_file(source, name, hub) is not None
+    except OSError:
+        return False

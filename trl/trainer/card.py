@@ -1,0 +1,152 @@
+"""The model card: what was trained from what, how, and the code that loads it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from trl.models import PreTrainedModelWrapper
+from trl.pretrained import find_file
+from trl.redaction import redact
+from trl.trackers.plain import plain
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
+# Of the run, not of the algorithm; and what may hold paths.
+_NOT_SHOWN = (
+    "task_name", "model_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "tracker_project_name",
+    "push_to_hub_if_best_kwargs", "compare_steps",
+)  # fmt: skip
+_INHERITED = ("license", "license_name", "license_link")
+_CARD = """---
+{metadata}---
+
+# {title}
+
+{what}, fine-tuned with reinforcement learning{base}.
+
+## Use
+
+As a language model, the critic left aside{needs}:
+
+```python
+from transformers import AutoTokenizer, {plain_class}
+
+source = {source}
+tokenizer = AutoTokenizer.from_pretrained(source)
+model = {plain_class}.from_pretrained(source)
+```
+
+With the value head, to train on:
+
+```python
+from trl import {wrapper_class}
+
+model = {wrapper_class}.from_pretrained(source)
+```
+
+## Training
+
+PPO ([arXiv:1707.06347](https://arxiv.org/abs/1707.06347)) on scores of whole responses, with a penalty on the KL divergence from
+the model at the start ([arXiv:1909.08593](https://arxiv.org/abs/1909.08593)): {steps} steps of {samples} samples.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+All other settings are the defaults. Versions: {versions}.
+"""
+
+
+def model_card(
+    model: PreTrainedModelWrapper, config: Any, *, title: str | None, repo_id: str | None, steps: int, samples: int
+) -> str:
+    """A card in Markdown, with the hub's metadata at its head, without secrets.
+
+    Args:
+        model: what is saved, unwrapped.
+        config: the trainer's settings, a dataclass.
+        title: of the card.
+        repo_id: the hub id that the card's code loads; None for a folder.
+        steps: calls of `step` so far.
+        samples: of one step, over all processes.
+    """
+    import yaml
+
+    from trl import __version__
+
+    metadata = _metadata(model)
+    base = metadata.get("base_model")
+    linked = ", ".join(
+        f"[{name}](https://huggingface.co/{name})" for name in ([base] if isinstance(base, str) else base or [])
+    )
+    others = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch")]
+    text = _CARD.format(
+        metadata=yaml.safe_dump(redact(metadata), sort_keys=False),
+        title=title,
+        what="A LoRA or other PEFT adapter of a language model, with a value head"
+        if model.is_peft_model
+        else "A language model with a value head",
+        base=f" from {linked}" if linked else "",
+        needs=" (an adapter needs `pip install peft`)" if model.is_peft_model else "",
+        plain_class=model.transformers_parent_class.__name__,
+        wrapper_class=type(model).__name__,
+        source=f'"{repo_id}"' if repo_id else '"."  # the folder of this file',
+        steps=steps,
+        samples=samples,
+        settings="\n".join(f"| `{name}` | `{value}` |" for name, value in _settings(config).items()),
+        versions=", ".join([f"trl {__version__}", *others]),
+    )
+    return str(redact(text))
+
+
+def base_model_of(model: PreTrainedModelWrapper) -> str:
+    """The folder or hub id that the language model under every wrapper was loaded from; "" if none."""
+    return str(getattr(model.config, "_name_or_path", "") or "")
+
+
+def _metadata(model: PreTrainedModelWrapper) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"library_name": "peft" if model.is_peft_model else "transformers"}
+    source = base_model_of(model)
+    inherited = _front_matter(source)
+    # A folder's path means nothing to others: what it was made from itself is the base.
+    base = source if HUB_ID.fullmatch(source) and not Path(source).exists() else inherited.get("base_model")
+    names = [base] if isinstance(base, str) else base if isinstance(base, list) else []
+    if names and all(isinstance(name, str) and HUB_ID.fullmatch(name) for name in names):
+        metadata["base_model"] = base
+        metadata["base_model_relation"] = "adapter" if model.is_peft_model else "finetune"
+    metadata |= {name: inherited[name] for name in _INHERITED if isinstance(inherited.get(name), str)}
+    if not model.is_encoder_decoder:
+        metadata["pipeline_tag"] = "text-generation"
+    return metadata | {"tags": ["ppo", "reinforcement-learning"]}
+
+
+def _front_matter(source: str) -> dict[str, Any]:
+    """The metadata of the card in a folder, or of a hub id's in the download cache; {} if there are none."""
+    import yaml
+
+    try:
+        path = find_file(source, "README.md", {"local_files_only": True}) if source else None
+    except (OSError, ValueError):  # a folder that is gone, a name that is none
+        path = None
+    if path is None:
+        return {}
+    match = re.match(r"---\r?\n(.*?)\r?\n---\s", Path(path).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        found = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The learning rate, and the settings that are not the defaults."""
+    found = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_SHOWN}
+    defaults = {f.name: _default(f) for f in fields(config)}
+    return plain({name: value for name, value in found.items() if name == "learning_rate" or value != defaults[name]})
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
