@@ -428,10 +428,13 @@ def _check_room(model: nn.Module, queries: Tensor, txt_len: int) -> None:
 def _empty_cache(model: nn.Module, keyword: str) -> Any:
     """An empty key-value cache for a model that takes one as `keyword`, else None."""
     from transformers import DynamicCache
+    from transformers.cache_utils import CacheLayerMixin
 
     from trl.models.trunk import accepts, base_language_model
 
     adapter = getattr(getattr(model, "pretrained_model", model), "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False) or not accepts(model, keyword):
         return None  # a learned prefix takes the cache's place
-    return DynamicCache(config=base_language_model(model).config)
+    cache = DynamicCache(config=base_language_model(model).config)
+    # Of recurrent states alone it could not say how many tokens it holds.
+    return cache if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) else None
