@@ -66,7 +66,7 @@ def ranges(project: dict[str, Any]) -> dict[str, str]:
     """The ranges of what the library and its tests need, by distribution."""
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(line for extra in EXTRAS_RUN for line in extras[extra])]
-    return {name: rest for name, rest in (re.fullmatch(r"([\w-]+)(.*)", line).groups() for line in wanted)}
+    return dict(re.fullmatch(r"([\w-]+)(.*)", line).groups() for line in wanted)
 
 
 def pins(end: str) -> dict[str, str]:
