@@ -16,7 +16,10 @@ READY := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check lint format types slow faults real bench coverage docs-table dist clean
+# What test-oldest and test-newest run on: both ends of the ranges in pyproject.toml.
+ENDS := oldest newest
+
+.PHONY: help venv demo test $(ENDS:%=test-%) check lint format types slow faults real bench coverage docs-table dist clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +37,18 @@ demo: $(READY)  ## PPO for positive movie reviews, on the models that ship with 
 
 test: $(READY)  ## the suite
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -q $(ARGS)
+
+$(ENDS:%=$(VENV)-%/.installed): $(VENV)-%/.installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt torch
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[test]'
+	@touch $@
+
+$(ENDS:%=test-%): test-%: $(VENV)-%/.installed
+	$(VENV)-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile -q $(ARGS)
+
+test-oldest:  ## the suite on the oldest releases that pyproject.toml allows
+test-newest:  ## the suite on the newest
 
 check: lint types $(READY)  ## lint, format, types and the floors between the packages
 	$(PY) -m pytest -q -p no:cacheprovider tests/test_architecture.py
@@ -74,4 +89,4 @@ dist: $(READY)  ## sdist and wheel in dist/
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)*' -prune -exec rm -rf {} +

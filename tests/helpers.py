@@ -81,3 +81,24 @@ def tiny_t5(seed: int = 0, **overrides: Any) -> Any:
     settings |= {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
     torch.manual_seed(seed)
     return T5ForConditionalGeneration(T5Config(**(settings | overrides))).eval()
+
+
+def with_cache_called(keyword: str, model: Any) -> tuple[Any, list[Any]]:
+    """A GPT-2 whose forward knows its key-value cache by this name alone, and the caches that it is given."""
+    kind, seen = type(model), []
+
+    def run(model: Any, tokens: Tensor, cache: Any, positions: Any, kwargs: dict[str, Any]) -> Any:
+        assert not {"cache", "past_key_values"} & set(kwargs), f"a forward that takes {keyword} was given {set(kwargs)}"
+        seen.append(cache)
+        return kind.forward(model, tokens, cache, position_ids=positions, **kwargs)
+
+    class Older(kind):
+        def forward(self, input_ids: Any, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+            return run(self, input_ids, past_key_values, position_ids, kwargs)
+
+    class Newer(kind):
+        def forward(self, input_ids: Any, cache: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+            return run(self, input_ids, cache, position_ids, kwargs)
+
+    model.__class__ = {"past_key_values": Older, "cache": Newer}[keyword]
+    return model, seen

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import trl
+from tests.test_architecture import MODULES, imports
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trl"
 MEBIBYTE = 1 << 20
+EXTRAS_RUN = ("peft", "datasets", "runs", "tensorboard")  # those that the suite installs
+PYTHONS_RUN = ("3.11",)
 
 
 def shipped_files() -> set[str]:
     """Every file of the package on disk, as a path under the repository's root."""
     files = (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {path.relative_to(ROOT).as_posix() for path in files}
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    """The table `project` of pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
@@ -47,6 +60,81 @@ def test_the_version_stands_once():
         "CHANGELOG.md": f"## [{trl.__version__}]",
     }.items():
         assert line in (ROOT / name).read_text(encoding="utf-8"), f"{name} does not say {line!r}"
+
+
+def ranges(project: dict[str, Any]) -> dict[str, str]:
+    """The ranges of what the library and its tests need, by distribution."""
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(line for extra in EXTRAS_RUN for line in extras[extra])]
+    return dict(re.fullmatch(r"([\w-]+)(.*)", line).groups() for line in wanted)
+
+
+def pins(end: str) -> dict[str, str]:
+    """Versions in constraints-oldest.txt or constraints-newest.txt, by distribution."""
+    lines = (ROOT / f"constraints-{end}.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split(";")[0].strip().split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_every_import_is_declared(project: dict[str, Any]):
+    extras = {extra for extra in project["optional-dependencies"] if extra not in ("test", "dev")}
+    lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
+    for module in MODULES:
+        parts = module.removesuffix(".py").split("/")
+        tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
+        for line, name in imports(tree, ".".join(["trl", *parts[:-1]])):
+            root = name.split(".")[0]
+            known = root == "trl" or root in sys.stdlib_module_names or {"yaml": "pyyaml"}.get(root, root) in declared
+            assert known, f"trl/{module}:{line} imports {name}, which pyproject.toml does not declare"
+
+
+def test_ranges_are_what_is_run(project: dict[str, Any]):
+    """`make test-oldest` runs every lower bound, and `make test-newest` ends where the ranges do."""
+    oldest, newest = pins("oldest"), pins("newest")
+    wanted = ranges(project)
+    assert set(oldest) == set(newest) == set(wanted)
+    for name, bounds in wanted.items():
+        least, _, cap = bounds.removeprefix(">=").partition(",<")
+        assert re.fullmatch(rf"{re.escape(least)}(\.0)*", oldest[name]), f"{name}{bounds}, but {oldest[name]} is run"
+        if cap:
+            major, minor = (int(part) for part in cap.split("."))
+            assert newest[name].startswith(f"{major}.{minor - 1}."), f"{name}{bounds}, but {newest[name]} is run"
+
+
+def test_trackers_are_extras(project: dict[str, Any]):
+    extras = project["optional-dependencies"]
+    for name in ("tensorboard", "wandb", "trackio"):
+        (line,) = extras[name]
+        assert line.startswith(f"{name}>=")
+
+
+def test_tensorboard_brings_no_nightly_tensorflow(project: dict[str, Any]):
+    """2.16.0 required tf-keras-nightly, and 2.16.1 tf-keras."""
+    (line,) = project["optional-dependencies"]["tensorboard"]
+    assert tuple(int(part) for part in line.partition(">=")[2].split(".")) > (2, 16, 1)
+    assert "trl[datasets,peft,runs,tensorboard]" in project["optional-dependencies"]["test"]
+
+
+def test_the_licence_is_also_that_of_the_models(project: dict[str, Any]):
+    licences = {
+        line.removeprefix("license:").strip().lower()
+        for card in (PACKAGE / "assets").glob("*/README.md")
+        for line in card.read_text(encoding="utf-8").splitlines()
+        if line.startswith("license:")
+    }
+    assert licences == {"mit"}
+    assert project["license"] == "Apache-2.0 AND MIT"
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in project["license-files"]]
+    assert len(texts) == 2 and "Apache License" in texts[0] and "MIT License" in texts[1]
+
+
+def test_systems_and_pythons_are_those_that_were_run(project: dict[str, Any]):
+    named = [line for line in project["classifiers"] if line.startswith(("Operating System", "Programming Language"))]
+    assert named == [
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: {version}" for version in PYTHONS_RUN),
+    ]
 
 
 def test_package_holds_sources_the_type_marker_and_assets_only():
@@ -115,7 +203,8 @@ def test_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]):
     _, wheel = built
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == shipped_files()
-    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    for licence in ("LICENSE", "trl/assets/LICENSE"):
+        assert any(name.endswith(f".dist-info/licenses/{licence}") for name in names)
     assert wheel.stat().st_size < 9 * MEBIBYTE
 
 
@@ -125,7 +214,8 @@ def test_sdist_holds_what_tests_and_builds_need(built: tuple[Path, Path]):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert shipped_files() <= names
-    assert {"pyproject.toml", "LICENSE", "README.md", "Makefile", "constraints.txt", "tests/conftest.py"} <= names
+    assert {"constraints.txt", "constraints-oldest.txt", "constraints-newest.txt"} <= names
+    assert {"pyproject.toml", "LICENSE", "README.md", "Makefile", "tests/conftest.py"} <= names
     assert not {name for name in names if name.startswith(("data/", "runs/", ".venv"))}
 
 

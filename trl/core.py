@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trl.functional import masked
 from trl.functional.logprobs import entropy, token_logprobs
+from trl.import_utils import cache_keyword
 
 WANDB_PADDING = -1
 
@@ -381,17 +382,20 @@ def respond_to_batch(
         ValueError: if `queries` is not `[B, Q]` with Q ≥ 1, `txt_len` is negative, the model is an encoder-decoder, or
             the tokens do not fit into its context.
     """
-    from trl.training.modes import eval_mode  # brings transformers, which the rest of this module does without
+    # These bring transformers, which the rest of this module does without.
+    from trl.models.trunk import forward_parameters
+    from trl.training.modes import eval_mode
 
     _check_room(model, queries, txt_len)
     tokens = queries.to(next(model.parameters()).device)
-    cache = _empty_cache(model)
+    keyword = cache_keyword(forward_parameters(model))
+    cache = _empty_cache(model, keyword)
     seen = 0  # tokens that the cache holds
     with eval_mode(model), torch.no_grad():
         for _ in range(txt_len):
             inputs: dict[str, Any] = {"attention_mask": torch.ones_like(tokens)}
             if cache is not None:
-                inputs |= {"past_key_values": cache, "use_cache": True}
+                inputs |= {keyword: cache, "use_cache": True}
             output = model(input_ids=tokens[:, seen:], **inputs)
             logits = output[0] if isinstance(output, tuple) else output.logits
             probs = torch.softmax(top_k_top_p_filtering(logits[:, -1].float(), top_k, top_p), dim=-1)
@@ -421,13 +425,16 @@ def _check_room(model: nn.Module, queries: Tensor, txt_len: int) -> None:
         )
 
 
-def _empty_cache(model: nn.Module) -> Any:
-    """An empty key-value cache for a model that takes one, else None."""
+def _empty_cache(model: nn.Module, keyword: str) -> Any:
+    """An empty key-value cache for a model that takes one as `keyword`, else None."""
     from transformers import DynamicCache
+    from transformers.cache_utils import CacheLayerMixin
 
     from trl.models.trunk import accepts, base_language_model
 
     adapter = getattr(getattr(model, "pretrained_model", model), "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False) or not accepts(model, "past_key_values"):
+    if getattr(adapter, "is_prompt_learning", False) or not accepts(model, keyword):
         return None  # a learned prefix takes the cache's place
-    return DynamicCache(config=base_language_model(model).config)
+    cache = DynamicCache(config=base_language_model(model).config)
+    # Of recurrent states alone it could not say how many tokens it holds.
+    return cache if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) else None

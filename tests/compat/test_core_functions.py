@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import assert_close, poison, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
+from tests.helpers import assert_close, poison, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer, with_cache_called
 from trl import core
 
 X = torch.arange(12.0).reshape(3, 4)
@@ -371,11 +371,25 @@ class TestRespondToBatch:
         core.respond_to_batch(model, self.QUERIES, txt_len=4)
         assert widths == [3, 1, 1, 1]
 
-    def test_model_without_a_cache(self) -> None:
+    @pytest.mark.parametrize("wrapped", [False, True])
+    @pytest.mark.parametrize("keyword", ["cache", "past_key_values"])
+    def test_the_cache_goes_by_the_name_that_the_forward_has_for_it(self, keyword: str, wrapped: bool) -> None:
+        from trl.models import AutoModelForCausalLMWithValueHead
+
+        plain = tiny_gpt2(initializer_range=0.5)
+        expected = greedy(plain, self.QUERIES, 4)
+        plain, seen = with_cache_called(keyword, plain)
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(plain) if wrapped else plain
+        assert core.respond_to_batch(model, self.QUERIES, txt_len=4, top_k=1).tolist() == expected.tolist()
+        assert len(seen) == 4 and None not in seen
+
+    @pytest.mark.parametrize("keyword", ["cache", "past_key_values"])
+    def test_model_without_a_cache(self, keyword: str) -> None:
         plain = tiny_gpt2(initializer_range=0.5)
         expected = greedy(plain, self.QUERIES, 6)
+        plain, _ = with_cache_called(keyword, plain)
         forward = plain.forward
-        plain.forward = lambda past_key_values=None, **kwargs: forward(**kwargs)
+        plain.forward = lambda **kwargs: forward(**{k: v for k, v in kwargs.items() if k != keyword})
         assert core.respond_to_batch(plain, self.QUERIES, txt_len=6, top_k=1).tolist() == expected.tolist()
 
     def test_state_space_model(self) -> None:
@@ -385,6 +399,19 @@ class TestRespondToBatch:
         model = MambaForCausalLM(config).eval()
         expected = greedy(model, self.QUERIES, 6)
         assert core.respond_to_batch(model, self.QUERIES, txt_len=6, top_k=1).tolist() == expected.tolist()
+
+    def test_a_cache_that_cannot_say_how_long_it_is(self) -> None:
+        """From transformers 5.24 on a Mamba's recurrent states go by the name of a key-value cache."""
+        from transformers import MambaConfig, MambaForCausalLM
+
+        class Renamed(MambaForCausalLM):
+            def forward(self, input_ids: Any, cache: Any = None, **kwargs: Any) -> Any:
+                return super().forward(input_ids, **kwargs)
+
+        config = MambaConfig(vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=2, initializer_range=0.5)
+        model = Renamed(config).eval()
+        expected = greedy(model, self.QUERIES, 3)
+        assert core.respond_to_batch(model, self.QUERIES, txt_len=3, top_k=1).tolist() == expected.tolist()
 
     def test_tokens_come_at_temperature_one(self) -> None:
         model = tiny_gpt2(initializer_range=0.5)
@@ -443,6 +470,7 @@ class TestRespondToBatch:
             core.respond_to_batch(tiny_t5(), self.QUERIES)
 
     @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks
+    @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # peft passes its prefix so
     @pytest.mark.parametrize("kind", ["lora", "prefix"])
     def test_adapters(self, kind: str) -> None:
         peft = pytest.importorskip("peft")

@@ -276,7 +276,7 @@ def test_caches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     trunk.config.use_cache = True
     predictions.abilities(trunk)
     seen: list[Any] = []
-    trunk.transformer.register_forward_hook(lambda m, a, out: seen.append(out.past_key_values))
+    trunk.transformer.register_forward_hook(lambda m, a, out: seen.append(out.get("cache", out.get("past_key_values"))))
     evaluate(wrap(trunk), make_rollout("left"))
     assert seen == [None]
 

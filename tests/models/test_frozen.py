@@ -146,6 +146,7 @@ def test_each_depth_is_tried_and_whatever_a_layer_raises() -> None:
     assert frozen_depth(model) == 0  # the third layer wants something of the second
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # peft passes its prefix so
 def test_a_prefix_that_is_trained_comes_before_all_layers() -> None:
     peft = pytest.importorskip("peft")
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)

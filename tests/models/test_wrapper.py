@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5
+from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5, with_cache_called
 from trl.models import AutoModelForCausalLMWithValueHead as Causal
 from trl.models import AutoModelForSeq2SeqLMWithValueHead as Seq2Seq
 from trl.models import PreTrainedModelWrapper
@@ -241,9 +241,33 @@ def test_forward_is_logits_loss_and_values(cls: Any, make: Any) -> None:
 def test_forward_takes_positional_tokens_masks_and_caches() -> None:
     model = Causal.from_pretrained(tiny_gpt2()).eval()
     whole = model(TOKENS, return_dict=True)[0]
-    cache = model.pretrained_model(TOKENS[:, :3], use_cache=True).past_key_values
-    rest = model(TOKENS[:, 3:], cache, torch.ones_like(TOKENS))[0]
+    rest = model(TOKENS[:, 3:], first_three(model), torch.ones_like(TOKENS))[0]
     assert_close(rest[:, 0], whole[:, 3])
+
+
+def first_three(model: Any) -> Any:
+    """A cache that holds the first three of TOKENS."""
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model.pretrained_model(TOKENS[:, :3], cache, use_cache=True)
+    return cache
+
+
+@pytest.mark.parametrize("given", ["cache", "past_key_values"])
+@pytest.mark.parametrize("taken", ["cache", "past_key_values"])
+def test_forward_takes_a_cache_by_either_name(given: str, taken: str) -> None:
+    plain, seen = with_cache_called(taken, tiny_gpt2())
+    model = Causal.from_pretrained(plain).eval()
+    cache = first_three(model)
+    rest = model(TOKENS[:, 3:], **{given: cache})[0]
+    assert seen[-1] is cache
+    assert_close(rest[:, 0], model(TOKENS)[0][:, 3])
+
+
+def test_forward_takes_one_cache() -> None:
+    model = Causal.from_pretrained(tiny_gpt2()).eval()
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(TOKENS, cache=first_three(model), past_key_values=first_three(model))
 
 
 def test_gradients_reach_the_trunk_through_the_values() -> None:
@@ -273,6 +297,9 @@ def test_gradient_checkpointing_changes_memory_not_gradients() -> None:
     model = Causal.from_pretrained(tiny_gpt2()).train()
     model.v_head.dropout.p = 0.0
 
+    def is_on() -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
     def gradient() -> torch.Tensor:
         model.zero_grad()
         logits, _, values = model(TOKENS, use_cache=False)
@@ -281,10 +308,10 @@ def test_gradient_checkpointing_changes_memory_not_gradients() -> None:
 
     plain = gradient()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert model.pretrained_model.is_activation_checkpointing
+    assert is_on()
     assert_close(gradient(), plain)
     model.gradient_checkpointing_disable()
-    assert not model.pretrained_model.is_activation_checkpointing
+    assert not is_on()
 
 
 def test_vocabulary_grows() -> None:

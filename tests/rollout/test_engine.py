@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5
+from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5, with_cache_called
 from tests.models.zoo import ZOO, Architecture
 from tests.trainer.conftest import make_trainer  # noqa: F401  (fixture)
 from trl.functional.products import shared_size
@@ -88,6 +88,13 @@ def test_a_loop_that_is_wrong_is_found_out(build: Any, broken: str, monkeypatch:
 
     monkeypatch.setattr(model, "forward", wrong)
     assert "off its own forward pass" in (obstacle(model) or "")
+
+
+@pytest.mark.parametrize("keyword", ["cache", "past_key_values"])
+def test_the_cache_goes_by_the_name_that_the_forward_has_for_it(keyword: str) -> None:
+    model, seen = with_cache_called(keyword, tiny_gpt2())
+    assert obstacle(model) is None
+    assert sum(cache is not None for cache in seen) == 4  # queries and three tokens; the plain passes have none
 
 
 def test_a_model_that_cannot_be_decoded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

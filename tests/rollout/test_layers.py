@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -184,6 +185,32 @@ def test_under_adapters_on_norms_and_on_bare_parameters() -> None:
                 parameter.normal_()
     assert engine.obstacle(norms) is None
     assert engine._gap(bare) < 1e-5
+
+
+def as_before_5_1(self: object, hidden: object, past_key_values=None, cache_position=None, attention_mask=None) -> None:
+    """The signature of GPT-2's block in transformers 5.0."""
+
+
+def as_in_5_24(self: object, hidden: object, cache=None, attention_mask=None) -> None:
+    """And in 5.24."""
+
+
+@pytest.mark.parametrize(("signature", "between"), [(as_before_5_1, [None]), (as_in_5_24, [])], ids=["5.0", "5.24"])
+def test_arguments_are_known_by_the_names_that_the_layer_has_for_them(
+    signature: Callable[..., None], between: list[None], passes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, hidden = made(gpt2), torch.randn(2, 1, 64)
+    (layer, _), first = model.transformer.h, torch.randn(2, 3, 64)
+    mask = torch.tensor([[True, True, True, True], [False, True, True, True]])[:, None, None]
+    with torch.no_grad(), decoding(model):
+        both = torch.cat([first, hidden], dim=1)
+        seen = mask & torch.ones(4, 4, dtype=torch.bool).tril()
+        want = layer(both, None, attention_mask=seen)[:, -1:]  # every release takes the cache first
+        monkeypatch.setattr(type(layer), "forward", signature)
+        quick, cache = _GPT2(layer, rows=2), DynamicCache(config=model.config)
+        quick(first, cache, *between, seen[:, :, :3, :3])
+        torch.testing.assert_close(quick(hidden, cache, *between, mask), want, rtol=1e-4, atol=1e-5)
+    assert passes == [True, True]
 
 
 def test_passes_that_they_are_not_for_are_the_models_own(passes: list[bool]) -> None:

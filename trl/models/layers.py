@@ -27,7 +27,7 @@ from trl.models.trunk import base_language_model
 
 logger = logging.getLogger(__name__)
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
 # Policy and reference, with and without gradients, first and later layers: each needs code of its own.
 _VARIANTS = 64
 

@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trl.import_utils import cache_keyword
 from trl.models import adapters, loading
 from trl.models.predictions import Wanted, predict
 from trl.models.saving import save_value_head_model
 from trl.models.sources import load_trunk
-from trl.models.trunk import base_language_model, has_lm_head, is_encoder_decoder, watch_last_hidden_state
+from trl.models.trunk import (
+    base_language_model,
+    forward_parameters,
+    has_lm_head,
+    is_encoder_decoder,
+    watch_last_hidden_state,
+)
 from trl.models.value_head import ValueHead
 from trl.pretrained import hub_arguments, trusted
 
@@ -92,6 +99,7 @@ class PreTrainedModelWrapper(nn.Module):
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         *,
+        cache: Any = None,
         float32_logits: bool = True,
         wanted: Wanted | None = None,
         **kwargs: Any,
@@ -102,6 +110,7 @@ class PreTrainedModelWrapper(nn.Module):
             input_ids: [B, T] tokens; an encoder-decoder's queries.
             past_key_values: a cache, for models that take one.
             attention_mask: [B, T] True or 1 on tokens.
+            cache: `past_key_values` by the name that it has in transformers from 5.24 on; either will do.
             float32_logits: False keeps the model's own dtype, which for half precision halves the memory.
             wanted: `N` tokens; for models of which `trl.models.predictions.abilities` says that they project.
             kwargs: the model's own, such as `position_ids`, `labels`, `decoder_input_ids`, `logits_to_keep`.
@@ -109,10 +118,15 @@ class PreTrainedModelWrapper(nn.Module):
         Returns:
             logits [B, T, V], the loss (None without labels), float32 values [B, T]. For an encoder-decoder `T` is
             the decoder's. `logits_to_keep` narrows the logits, never the values. With `wanted`, `[N]` float32 each.
+
+        Raises:
+            ValueError: if `past_key_values` and `cache` are both given.
         """
         kwargs.pop("return_dict", None)
-        if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
+        if cache is not None and past_key_values is not None:
+            raise ValueError("past_key_values and cache are two names of one argument: pass one of them")
+        if (cache := past_key_values if cache is None else cache) is not None:
+            kwargs[cache_keyword(forward_parameters(self))] = cache
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
         kwargs["input_ids"] = input_ids

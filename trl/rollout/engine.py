@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, EncoderDecoderCa
 
 from trl.functional.products import shared_size
 from trl.functional.sampling import cut_logits, draw
+from trl.import_utils import cache_keyword
 from trl.rollout.attention import decoding
 from trl.rollout.cache import GrowingLayer, growing_cache
 from trl.rollout.packing import LEAST_TOKENS, packed_weights
@@ -72,6 +73,8 @@ class _Decoder:
         self.device = next(model.parameters()).device
         self.cache: Any = None
         self.room = room
+        self.parameters = _parameters(model)
+        self.cache_keyword = cache_keyword(self.parameters)
         self.copies: Tensor | None = None  # which row of the last forward pass each row of the batch is, if not its own
 
     def begin(self) -> Tensor:
@@ -123,13 +126,12 @@ class _CausalDecoder(_Decoder):
         self.tokens, self.attention = self.tokens.to(self.device), self.attention.to(self.device)
         self.width = width
         self.ragged = any(len(query) != width for query in queries)
-        self.parameters = _parameters(model)
         self.positions = "position_ids" in self.parameters
         self.cache = growing_cache(model.config)
 
     def _forward(self, tokens: Tensor) -> Tensor:
         attention = self.attention[:, : self.width]
-        inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
+        inputs: dict[str, Any] = {"input_ids": tokens, self.cache_keyword: self.cache, "use_cache": True}
         if self.ragged or not self.positions:
             inputs["attention_mask"] = attention
         if self.positions:
@@ -178,8 +180,8 @@ class _Seq2SeqDecoder(_Decoder):
             encoder_outputs=self.encoded,
             attention_mask=self.attention,
             decoder_input_ids=tokens,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_keyword: self.cache},
         ).logits[:, -1]
 
     def begin(self) -> Tensor:

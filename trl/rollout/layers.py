@@ -7,12 +7,14 @@ trial of decoding (`trl.rollout.engine.obstacle`) runs through these layers too.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
 
+from trl.import_utils import cache_keyword
 from trl.rollout.attention import NAME, decoding_attention
 from trl.rollout.joined import Joined, Part, can_be_joined, is_free, part_of
 
@@ -33,6 +35,8 @@ class QuickLayer:
     def __init__(self, layer: Any, rows: int) -> None:
         self.layer = layer
         self.plain: Callable[..., Tensor] = layer.forward
+        self.names = tuple(inspect.signature(layer.forward).parameters)[1:]  # of what follows the hidden states
+        self.cache_keyword = cache_keyword(self.names)
         self.products = [Joined(parts, rows) for parts in self.parts(layer) or ()]
         self.attention = layer.get_submodule(next(iter(self.beside)))
 
@@ -67,10 +71,13 @@ class QuickLayer:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         known = hidden_states.dtype == self.products[0].dtype and not self.layer.training
-        found = self.pass_through(hidden_states, *args, **kwargs) if known else None
+        found = None
+        if known:  # by name: releases of transformers differ in what they pass by place, and in which
+            given = dict(zip(self.names, args, strict=False)) | kwargs
+            found = self.pass_through(hidden_states, given.pop(self.cache_keyword, None), **given)
         return self.plain(hidden_states, *args, **kwargs) if found is None else found
 
-    def pass_through(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    def pass_through(self, hidden: Tensor, cache: Any, **kwargs: Any) -> Tensor | None:
         """`[B, n, H]` to the same; None if these arguments are for the plain layer."""
         raise NotImplementedError
 
@@ -99,15 +106,13 @@ class _Gated(QuickLayer):
     def pass_through(
         self,
         hidden: Tensor,
+        cache: Any,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor | None:
         size = self.attention.head_dim
-        if past_key_values is None or position_embeddings is None or position_embeddings[0].shape[-1] != size:
+        if cache is None or position_embeddings is None or position_embeddings[0].shape[-1] != size:
             return None
         read, write, gate, up, down = self.products
         heads, shared = (width // size for width in read.sizes[:2])
@@ -115,7 +120,7 @@ class _Gated(QuickLayer):
         turned = _rotated(by_head[:, :, : heads + shared], *position_embeddings)
         query, key = turned.transpose(1, 2).split((heads, shared), dim=1)
         value = by_head[:, :, heads + shared :].transpose(1, 2)
-        hidden = write(_attended(self.attention, query, key, value, attention_mask, past_key_values), added=hidden)
+        hidden = write(_attended(self.attention, query, key, value, attention_mask, cache), added=hidden)
         normed = _normed(hidden, self.layer.post_attention_layernorm)
         return down(up(normed, times=gate(normed, activation="silu")), added=hidden)
 
@@ -134,17 +139,17 @@ class _GPT2(QuickLayer):
     def pass_through(
         self,
         hidden: Tensor,
-        past_key_values: Any = None,
+        cache: Any,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | None:
-        if past_key_values is None or encoder_hidden_states is not None:
+        if cache is None or encoder_hidden_states is not None:
             return None
         read, write, up, down = self.products
         by_head = read(self.layer.ln_1(hidden)).unflatten(-1, (3, self.attention.num_heads, self.attention.head_dim))
         query, key, value = by_head.permute(2, 0, 3, 1, 4)
-        hidden = write(_attended(self.attention, query, key, value, attention_mask, past_key_values), added=hidden)
+        hidden = write(_attended(self.attention, query, key, value, attention_mask, cache), added=hidden)
         return down(up(self.layer.ln_2(hidden), activation="gelu_tanh"), added=hidden)
 
 
@@ -162,11 +167,9 @@ def quick_make(layer: Any) -> type[QuickLayer] | None:
     return make if make is not None and make.knows(layer) else None
 
 
-def _attended(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, past_key_values: Any
-) -> Tensor:
+def _attended(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
     """`[B, heads, n, D]` queries, keys and values of new tokens to `[B, n, heads * D]`."""
-    key, value = past_key_values.update(key, value, attention.layer_idx)
+    key, value = cache.update(key, value, attention.layer_idx)
     return decoding_attention(attention, query, key, value, mask, scaling=attention.scaling)[0].flatten(2)
 
 
