@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,21 @@ T = TypeVar("T")
 def sum_over_processes(accelerator: Any, tensor: Tensor) -> Tensor:
     """The sum of `tensor`, of one shape everywhere, over all processes. Every process must call this."""
     return accelerator.reduce(tensor, reduction="sum") if accelerator.num_processes > 1 else tensor
+
+
+@contextmanager
+def whole_gradients(accelerator: Any) -> Iterator[None]:
+    """Within, accelerate neither divides losses nor drops optimizer and scheduler steps.
+
+    How many passes it accumulates over, and whether a step is due, is one state of the whole process: a launcher's
+    `--gradient_accumulation_steps` sets it, and so does any other `Accelerator`, such as that of a reward model's training.
+    """
+    due, passes = accelerator.sync_gradients, accelerator.gradient_accumulation_steps
+    accelerator.sync_gradients, accelerator.gradient_accumulation_steps = True, 1
+    try:
+        yield
+    finally:
+        accelerator.sync_gradients, accelerator.gradient_accumulation_steps = due, passes
 
 
 def share_bytes(accelerator: Any, data: bytes) -> list[bytes]:
