@@ -25,7 +25,7 @@ from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
 from trl.training.loop import Updater
 from trl.training.ppo import PPOSettings, experience_statistics, ppo_terms
-from trl.training.processes import sum_over_processes
+from trl.training.processes import sum_over_processes, whole_gradients
 from trl.training.scoring import score
 from trl.training.statistics import step_statistics
 from trl.types import Experience, Rollout, take
@@ -127,6 +127,15 @@ class PPOMethods(BaseTrainer):
     def _rollout(self, batch: Batch) -> Rollout:
         """The batch as the functions of this library know it; its mask follows from lengths."""
         attention = self._attention(batch).bool()
+        lengths = [len(r) for r in batch.responses]
+        if not self.is_encoder_decoder:
+            lengths = [len(q) + n for q, n in zip(batch.queries, lengths, strict=True)]
+        for i, (held, length) in enumerate(zip(attention.sum(dim=1).tolist(), lengths, strict=True)):
+            if held != length:
+                raise ValueError(
+                    f"row {i} of the model inputs holds {held} tokens, where queries and responses say {length}: "
+                    "prepare_model_inputs may pad, not add or cut"
+                )
         mask = self._placed([torch.ones(len(r)) for r in batch.responses], batch).bool()
         if not self.is_encoder_decoder:
             return Rollout(tokens=batch.inputs["input_ids"], attention=attention, mask=mask)
@@ -307,9 +316,10 @@ class PPOMethods(BaseTrainer):
         """
         policy_loss, value_loss, stats = self.loss(old_logprobs, values, rewards, logits, vpreds, logprobs, mask)
         updater = self._updater()
-        updater.clear()
-        updater.accumulate(policy_loss + value_loss, last=True)
-        norm, stepped, seconds = updater.step()
+        with whole_gradients(self.accelerator):
+            updater.clear()
+            updater.accumulate(policy_loss + value_loss, last=True)
+            norm, stepped, seconds = updater.step()
         return stats | {
             "grad_norm": torch.tensor(norm),
             "skipped_updates": torch.tensor(float(not stepped)),
