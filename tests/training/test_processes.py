@@ -9,13 +9,11 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import GradientAccumulationPlugin
 
 from trl.models.loading import transformers_arguments
 from trl.training import processes
-from trl.training.processes import check_not_accumulating, make_accelerator
+from trl.training.processes import make_accelerator
 
 LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
@@ -78,7 +76,7 @@ def test_loading_a_quantised_model_does_not_keep_processes_apart(gpu: bool, monk
         return SimpleNamespace(device="here")
 
     monkeypatch.setattr(accelerate, "PartialState", state)
-    arguments = transformers_arguments({"quantization_config": object()}, allow_pickle=False)
+    arguments = transformers_arguments({"quantization_config": object()})
     assert arguments["device_map"] == {"": "here"}
     assert seen == [not gpu]
 
@@ -114,21 +112,3 @@ def test_47_accelerate_does_not_multiply_the_steps_of_a_schedule(monkeypatch: py
     scheduler.step()
     assert scheduler.scheduler.last_epoch == 1
     assert optimizer.param_groups[0]["lr"] == 0.5
-
-
-def test_accumulation_by_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would divide every loss by its steps."""
-    with pytest.raises(ValueError, match="over 4 steps"):
-        make_accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=4))
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
-    with pytest.raises(ValueError, match=r"over 3 steps .*set PPOConfig.gradient_accumulation_steps"):
-        make_accelerator()
-
-
-def test_accumulation_by_an_accelerator_made_later_is_refused() -> None:
-    """accelerate keeps it in a state that all accelerators of a process share."""
-    accelerator = make_accelerator()
-    check_not_accumulating(accelerator)
-    Accelerator(gradient_accumulation_steps=2)
-    with pytest.raises(ValueError, match="over 2 steps"):
-        check_not_accumulating(accelerator)

@@ -109,6 +109,25 @@ def adapter_starts_at_zero(model: nn.Module) -> bool:
     return bool(products) and all(any(not bool(factor.any()) for factor in pair) for pair in products)
 
 
+def check_adapters_on(model: nn.Module) -> None:
+    """Refuses a model whose adapters take no part in its passes, so that no gradient would reach them.
+
+    Raises:
+        ValueError: if they are switched off or merged into the base, or the model carries none.
+    """
+    for name, module in peft_part(model).named_modules():
+        for state in ("disable_adapters", "merged"):
+            if isinstance(getattr(module, "active_adapters", None), list) and getattr(module, state, False) is True:
+                what, way = (
+                    ("off", "enable_adapter_layers()")
+                    if state == "disable_adapters"
+                    else ("merged", "unmerge_adapter()")
+                )
+                raise ValueError(
+                    f"the adapter of {name} is {what}: nothing would reach it; call {way} of the PEFT model first"
+                )
+
+
 def _factors(module: nn.Module, adapter: str) -> tuple[Any, Any] | None:
     """The two matrices whose product a LoRA layer adds (embeddings start with A = 0, others with B = 0)."""
     for names in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):

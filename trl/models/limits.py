@@ -16,6 +16,16 @@ def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
     return read, written if is_encoder_decoder(model) or read is None else min(read, written)
 
 
+def decoder_start(model: nn.Module) -> int | None:
+    """The token that an encoder-decoder's responses begin with; None where it does not say."""
+    trunk = base_language_model(model)
+    for config in (trunk.generation_config, trunk.config):
+        token = getattr(config, "decoder_start_token_id", None)
+        if isinstance(token, int):
+            return token
+    return None
+
+
 def context_length(model: nn.Module, *, encoder: bool = False) -> int | None:
     """Tokens the model can look at; None where its configuration sets no limit.
 

@@ -44,6 +44,14 @@ class NarrowCopies:
         self._in_place: set[int] = set()  # places whose gradient of this pass goes where their copy is
         self._held: set[int] = set()  # places where a gradient is, or a part of one, and no copy
         self._active = False
+        self._watch()
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Copies and pickles of parameters come without their hooks."""
+        vars(self).update(state)
+        self._watch()
+
+    def _watch(self) -> None:
         for place, parameter in enumerate(self._parameters):
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._taking(place))

@@ -42,7 +42,7 @@ class Abilities:
     packs: bool  # sequences may stand in one row
 
 
-_FOUND: WeakKeyDictionary[nn.Module, Abilities] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[nn.Module, tuple[Any, Abilities]] = WeakKeyDictionary()  # beside the head that was tried
 
 
 def predict(pretrained: nn.Module, inputs: dict[str, Any], wanted: Wanted) -> tuple[Tensor, Tensor]:
@@ -62,9 +62,10 @@ def predict(pretrained: nn.Module, inputs: dict[str, Any], wanted: Wanted) -> tu
 
 
 def abilities(model: nn.Module) -> Abilities:
-    """What a model can do: tried once, on a few words."""
+    """What a model can do: tried on a few words, once for each output embedding that it has."""
     base = base_language_model(model)
-    if base not in _FOUND:
+    tried = _marks(base.get_output_embeddings())
+    if base not in _FOUND or _FOUND[base][0] != tried:
         pretrained = getattr(unwrap(model), "pretrained_model", unwrap(model))
         modes = {module: module.training for module in pretrained.modules()}
         pretrained.eval()
@@ -75,13 +76,18 @@ def abilities(model: nn.Module) -> Abilities:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        _FOUND[base] = Abilities(projects=reason is None, packs=packs is None)
+        _FOUND[base] = tried, Abilities(projects=reason is None, packs=packs is None)
         name = type(base).__name__
         if reason is not None:
             logger.info("%s: logits of all words are made at once: %s", name, reason)
         elif packs is not None:
             logger.info("%s: sequences are padded to one length, not packed: %s", name, packs)
-    return _FOUND[base]
+    return _FOUND[base][1]
+
+
+def _marks(head: Any) -> tuple[Any, ...]:
+    """What tells an output embedding from one with an adapter put into it, or hooks put on it, later."""
+    return (type(head), id(head), *getattr(head, "_forward_hooks", ()), *getattr(head, "_forward_pre_hooks", ()))
 
 
 def may_pack(model: nn.Module) -> bool:
@@ -111,6 +117,8 @@ def _keeps_logits(model: Any) -> str | None:
         return "its weights are spread over processes"
     if hasattr(head, "_hf_hook") or not isinstance(vars(head).get("forward"), LinearForward | None):
         return "its output embedding is moved between devices"
+    if head._forward_hooks:
+        return "its output embedding has hooks, which may change what it returns"
     given: list[Tensor] = []
     words = trial_words(model)[0]
     handle = head.register_forward_pre_hook(lambda module, args: given.append(args[0]))

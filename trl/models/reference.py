@@ -66,6 +66,21 @@ def create_reference_model(model: M, num_shared_layers: int | None = None, patte
     return reference.requires_grad_(False).eval()
 
 
+def check_reference(reference: nn.Module, model: nn.Module) -> None:
+    """Refuses a reference that would learn with the model, whose KL to it is 0 then. Its unused value head may be shared.
+
+    Raises:
+        ValueError: if it shares trained parameters with the model.
+    """
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    shared = [name for name, p in reference.named_parameters() if id(p) in trained and "v_head." not in name]
+    if shared:
+        raise ValueError(
+            f"ref_model shares {len(shared)} trained parameters with the model, such as {shared[0]}, and would change with it: "
+            "leave ref_model out, or make it with create_reference_model(model)"
+        )
+
+
 def _shared_parameters(base: nn.Module, num_shared_layers: int, pattern: str | None) -> Iterator[nn.Parameter]:
     """Parameters of the first layers and of what runs before them."""
     if isinstance(num_shared_layers, bool) or not isinstance(num_shared_layers, int) or num_shared_layers < 0:

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,9 @@ from trl.models.trunk import (
 from trl.models.value_head import ValueHead
 from trl.pretrained import hub_arguments, trusted
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 logger = logging.getLogger(__name__)
+
+W = TypeVar("W", bound="PreTrainedModelWrapper")
 
 
 class _Architectures:
@@ -211,7 +210,7 @@ class PreTrainedModelWrapper(nn.Module):
     # -- loading ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(cls: type[W], pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> W:
         """Makes a value-head model out of what there is.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,8 @@ def check_scores(scores: Sequence[Tensor]) -> list[Tensor]:
     for i, score in enumerate(scores):
         if score.dim() > 1 or score.numel() != 1:
             raise ValueError(f"scores[{i}] must be one number (0-D or 1-D), not of shape {tuple(score.shape)}")
+        if score.is_complex():
+            raise ValueError(f"scores[{i}] is {score.item()}: scores must be real numbers")
         number = score.reshape(()).float()
         if not torch.isfinite(number):
             raise ValueError(f"scores[{i}] is {score.item()}: scores must be numbers that are finite in float32")
@@ -83,7 +86,7 @@ def check_scores(scores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_per_token(name: str, values: Sequence[Tensor], responses: Sequence[Tensor]) -> None:
-    """One finite number per response token.
+    """One real number per response token, finite as the float32 that it becomes.
 
     Raises:
         ValueError: naming the element and both lengths.
@@ -91,5 +94,32 @@ def check_per_token(name: str, values: Sequence[Tensor], responses: Sequence[Ten
     for i, (value, response) in enumerate(zip(values, responses, strict=True)):
         if value.shape != response.shape:
             raise ValueError(f"{name}[{i}] has shape {tuple(value.shape)}; its response has {tuple(response.shape)}")
+        if value.is_complex():
+            raise ValueError(f"{name}[{i}] is of {value.dtype}: real numbers are expected")
         if not torch.isfinite(value.float()).all():
             raise ValueError(f"{name}[{i}] holds a number that is not finite in float32")
+
+
+def check_logprobs(sampler_logprobs: Sequence[Tensor]) -> None:
+    """No probability is above 1.
+
+    Raises:
+        ValueError: naming the element and the number.
+    """
+    for i, logprobs in enumerate(sampler_logprobs):
+        if float(logprobs.max()) > 1e-3:  # rounding may leave a little
+            raise ValueError(
+                f"sampler_logprobs[{i}] holds {float(logprobs.max()):.3g}: the logarithm of a probability is at most 0"
+            )
+
+
+def check_start(responses: Sequence[Tensor], start: int | None) -> None:
+    """Warns of an encoder-decoder's responses that do not begin with the decoder's start token, which is not trained on."""
+    others = [int(r[0]) for r in responses if start is not None and int(r[0]) != start]
+    if others:
+        warnings.warn(
+            f"{len(others)} of {len(responses)} responses begin with another token than the decoder's start token {start}, such "
+            f"as {others[0]}. The first token of an encoder-decoder's response is given to the decoder, not trained on: was the "
+            "start token cut off?",
+            stacklevel=4,
+        )

@@ -69,6 +69,6 @@ def _kl(trainer: Any, drawn: Drawn) -> list[float]:
     queries, responses = ([t.to(device) for t in tokens] for tokens in (drawn.queries, drawn.responses))
     batch = Batch(queries, responses, trainer.prepare_model_inputs(queries, responses))
     rollout = trainer._rollout(batch)
-    _, old, ref_logprobs, _ = trainer._evaluate(rollout, batch)
+    rollout, old, ref_logprobs, _ = trainer._evaluate(rollout, batch)
     kl: list[float] = masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1).tolist()
     return kl

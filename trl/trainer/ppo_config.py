@@ -213,8 +213,9 @@ class PPOConfig:
             )
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ValueError("push_to_hub_if_best_kwargs needs a repo_id to push to")
-        if "gradient_accumulation_steps" in self.accelerator_kwargs:
-            raise ValueError("set gradient_accumulation_steps on PPOConfig, not in accelerator_kwargs")
+        for name in ("gradient_accumulation_steps", "gradient_accumulation_plugin"):
+            if name in self.accelerator_kwargs:
+                raise ValueError(f"set gradient_accumulation_steps on PPOConfig, not {name} in accelerator_kwargs")
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by name, with `total_ppo_epochs`; nested dictionaries are flattened with "/"."""

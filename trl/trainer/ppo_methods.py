@@ -37,7 +37,7 @@ from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
 from trl.training.loop import Updater, means_of
 from trl.training.ppo import PPOSettings, experience_statistics, ppo_terms
-from trl.training.processes import check_not_accumulating, sum_over_processes
+from trl.training.processes import sum_over_processes, whole_gradients
 from trl.training.scoring import score
 from trl.training.statistics import step_statistics
 from trl.types import Experience, Rollout, take
@@ -150,6 +150,15 @@ class PPOMethods(BaseTrainer):
     def _rollout(self, batch: Batch) -> Rollout:
         """The batch as the functions of this library know it; its mask follows from lengths."""
         attention = self._attention(batch).bool()
+        lengths = [len(r) for r in batch.responses]
+        if not self.is_encoder_decoder:
+            lengths = [len(q) + n for q, n in zip(batch.queries, lengths, strict=True)]
+        for i, (held, length) in enumerate(zip(attention.sum(dim=1).tolist(), lengths, strict=True)):
+            if held != length:
+                raise ValueError(
+                    f"row {i} of the model inputs holds {held} tokens, where queries and responses say {length}: "
+                    "prepare_model_inputs may pad, not add or cut"
+                )
         mask = self._placed([torch.ones(len(r)) for r in batch.responses], batch).bool()
         if not self.is_encoder_decoder:
             return Rollout(tokens=batch.inputs["input_ids"], attention=attention, mask=mask)
@@ -248,7 +257,6 @@ class PPOMethods(BaseTrainer):
         if self._steps_done < self.config.value_warmup_steps:
             frozen = [p for name, p in self.model.named_parameters() if "v_head." not in name]
         self.guards.max_skipped = self.config.max_skipped_updates
-        check_not_accumulating(self.accelerator)
         return Updater(
             model=self.model,
             optimizer=self.optimizer,
@@ -342,9 +350,10 @@ class PPOMethods(BaseTrainer):
         self._check_weighted()
         objective = self._summed(policy_loss + value_loss, logprobs, vpreds, mask.bool())
         updater = self._updater()
-        updater.clear()
-        updater.accumulate(objective, last=True)
-        norm, stepped, seconds = updater.step()
+        with whole_gradients(self.accelerator):
+            updater.clear()
+            updater.accumulate(objective, last=True)
+            norm, stepped, seconds = updater.step()
         return stats | {
             "grad_norm": torch.tensor(norm),
             "skipped_updates": torch.tensor(float(not stepped)),

@@ -22,9 +22,10 @@ from trl.core import PPODecorators, convert_to_scalar, set_seed, stats_to_np
 from trl.data import PadCollator
 from trl.functional import Moments, gae, masked_sum, masked_whiten
 from trl.models import PreTrainedModelWrapper, create_reference_model, shares_frozen
-from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
+from trl.models.adapters import adapter_starts_at_zero, check_adapters_on, frozen_copy, reference_mode
 from trl.models.layers import recompute_activations
-from trl.models.limits import context_length, vocabulary_sizes
+from trl.models.limits import context_length, decoder_start, vocabulary_sizes
+from trl.models.reference import check_reference
 from trl.protocols import Callback, Tracker
 from trl.redaction import remember_secrets
 from trl.rollout import (
@@ -41,7 +42,15 @@ from trl.rollout import (
     unseen_by_scoring,
     with_prompts,
 )
-from trl.trainer.checks import check_lists, check_per_token, check_room, check_scores, check_tokens
+from trl.trainer.checks import (
+    check_lists,
+    check_logprobs,
+    check_per_token,
+    check_room,
+    check_scores,
+    check_start,
+    check_tokens,
+)
 from trl.trainer.kl_controllers import controller_for
 from trl.trainer.live_settings import LiveSettings
 from trl.trainer.ppo_config import PPOConfig
@@ -58,10 +67,10 @@ from trl.training.fingerprints import Fingerprints
 from trl.training.guards import UpdateGuards
 from trl.training.loop import optimize
 from trl.training.modes import eval_mode
-from trl.training.optimizers import check_optimizer, check_scheduler, group_settings, inner, make_adam
+from trl.training.optimizers import check_optimizer, check_scheduler, group_settings, inner, make_adam, unheld
 from trl.training.peak import memory_statistics
 from trl.training.ppo import ppo_loss, ppo_minibatches
-from trl.training.processes import gather_over_processes, make_accelerator
+from trl.training.processes import gather_over_processes, make_accelerator, whole_gradients
 from trl.training.resume import load_training, save_training
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
 from trl.training.scoring import exact_kl_of, score, with_frozen_states
@@ -71,6 +80,8 @@ from trl.types import Evaluation, Experience, Rollout, Tally
 
 logger = logging.getLogger(__name__)
 _UNKNOWN = object()
+# Of `prepare_model_inputs`: what passes read, and what collators for language models add.
+_INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"}
 
 
 class PPOTrainer(PPOMethods):
@@ -178,6 +189,7 @@ class PPOTrainer(PPOMethods):
             model, optimizer, loader, lr_scheduler
         )
         self._optimizer_made_with = group_settings(inner(self.optimizer))
+        self._left_out = dict(unheld(self.optimizer, self.model))  # their owner knows of them
         self.compute = Compute(self.model, config.dtype, self.accelerator)
         if reference is not None:
             self.compute.adopt_reference(reference, model)
@@ -387,9 +399,12 @@ class PPOTrainer(PPOMethods):
             ValueError: naming what is wrong with an argument; nothing has been changed then.
             NonFiniteError: after `config.max_skipped_updates` optimizer steps in a row that were not finite.
         """
-        with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache):
+        with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache), whole_gradients(self.accelerator):
             self.config.validate()
             self.kl_ctl = self._live_settings.follow(self.config, self.optimizer, self.kl_ctl)
+            self._warn_of_unheld()
+            if self.is_peft_model:
+                check_adapters_on(self.model)
             started = time.perf_counter()
             timing: dict[str, float] = {}
             queries, responses, scores = self._step_safety_checker(
@@ -403,6 +418,8 @@ class PPOTrainer(PPOMethods):
                 batch = Batch(queries, responses, self.prepare_model_inputs(queries, responses))
                 rollout = self._with_extras(self._rollout(batch), batch, response_masks, sampler_logprobs)
                 rollout, old, ref_logprobs, exact_kl = self._evaluate(rollout, batch)
+            if self._is_overridden("batched_forward_pass"):
+                kept = self._kept_rows(rollout.mask.any(dim=1).tolist(), anything_masked=True)
             if self.guards.before_update is not None:
                 kl = masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1)
                 self.guards.before_update(kl, rollout.mask.any(dim=1))
@@ -449,10 +466,19 @@ class PPOTrainer(PPOMethods):
         """
         size, temperature = int(self.config.mini_batch_size or 1), self.config.temperature
         overridden = self._is_overridden("batched_forward_pass")
+        theirs: list[Tensor] = []  # masks of a subclass's own forward passes, the policy's first
+        if not overridden and (unread := sorted(set(batch.inputs) - _INPUTS)):
+            raise ValueError(
+                f"prepare_model_inputs returned {', '.join(unread)}, which passes do not read: override batched_forward_pass as "
+                "well, or leave it out"
+            )
 
         def evaluated(model: nn.Module, rollout: Rollout, policy: bool) -> Evaluation:
             if overridden:
-                logprobs, _, values, _ = self.batched_forward_pass(model, batch.queries, batch.responses, batch.inputs)
+                logprobs, _, values, masks = self.batched_forward_pass(
+                    model, batch.queries, batch.responses, batch.inputs
+                )
+                theirs.append(masks.bool())
                 return Evaluation(logprobs=logprobs, values=values, entropy=None)
             return score(model, rollout, batch_size=size, temperature=temperature, entropy=policy, values=policy)
 
@@ -473,6 +499,9 @@ class PPOTrainer(PPOMethods):
             if self.config.kl_penalty == "full":
                 with self.accelerator.autocast():
                     exact = exact_kl_of(self.model, self._reference, common, batch_size=size, temperature=temperature)
+        if theirs:
+            foreign = self._rollout(batch).mask & ~rollout.mask  # by response_masks
+            rollout = replace(rollout, mask=theirs[0] & ~foreign)
         return rollout, old, ref_logprobs, exact
 
     def _experience(
@@ -527,6 +556,13 @@ class PPOTrainer(PPOMethods):
     ) -> dict[str, Tensor]:
         """Updates the policy; returns its statistics, a row per optimizer step."""
         config = self.config
+        alone = config.samples_per_update == 1 < len(experience) and not self.is_distributed
+        if alone and int(experience.rollout.mask.sum(dim=1).max()) == 1:
+            warnings.warn(
+                "every optimizer step sees a single token: whitened, its advantage is 0, and the policy learns nothing. Set "
+                "mini_batch_size * gradient_accumulation_steps above 1",
+                stacklevel=3,
+            )
         if self._is_overridden("loss", "train_minibatch", "batched_forward_pass"):
             return self._optimize_by_methods(experience, batch)
         history = optimize(
@@ -549,7 +585,8 @@ class PPOTrainer(PPOMethods):
     # What a step needs to know ---------------------------------------------------------------------------------------
 
     def _is_overridden(self, *names: str) -> bool:
-        return any(getattr(type(self), name) is not getattr(PPOMethods, name) for name in names)
+        """Whether a subclass, or this very object, has its own."""
+        return any(name in vars(self) or getattr(type(self), name) is not getattr(PPOMethods, name) for name in names)
 
     def _make_reference(
         self, model: PreTrainedModelWrapper, ref_model: Any, num_shared_layers: int | None
@@ -561,6 +598,7 @@ class PPOTrainer(PPOMethods):
                     f"ref_model must have a value head, not be a {type(ref_model).__name__}: make it with "
                     "create_reference_model(model)"
                 )
+            check_reference(ref_model, model)
             if num_shared_layers is not None:
                 warnings.warn(
                     f"num_shared_layers={num_shared_layers} is ignored, since a ref_model is given", stacklevel=3
@@ -568,6 +606,11 @@ class PPOTrainer(PPOMethods):
             return ref_model
         if not self.is_peft_model:
             return create_reference_model(model, num_shared_layers=num_shared_layers)
+        if num_shared_layers is not None:
+            warnings.warn(
+                f"num_shared_layers={num_shared_layers} is ignored: with an adapter, the reference is the model without it",
+                stacklevel=3,
+            )
         if adapter_starts_at_zero(model):
             return None
         logger.warning(
@@ -605,6 +648,7 @@ class PPOTrainer(PPOMethods):
         check_tokens("queries", queries, vocabulary=reads)
         check_tokens("responses", responses, vocabulary=writes, least=2 if self.is_encoder_decoder else 1)
         if self.is_encoder_decoder:
+            check_start(responses, decoder_start(self.model))
             check_room([len(q) for q in queries], context_length(self.model, encoder=True), "the query")
             check_room([len(r) for r in responses], context, "the response")
         else:
@@ -629,6 +673,7 @@ class PPOTrainer(PPOMethods):
             if values is not None:
                 check_lists(len(responses), **{name: values})
                 check_per_token(name, values, responses)
+        check_logprobs(sampler_logprobs or [])
         for i, mask in enumerate(response_masks or []):
             # A mask of zeros leaves the sample out; a token that is not predicted is none to train on.
             if mask.any() and not mask[int(self.is_encoder_decoder) :].any():
@@ -642,7 +687,7 @@ class PPOTrainer(PPOMethods):
         """
         if not anything_masked:
             return len(counted) * self.accelerator.num_processes
-        kept = int(self._reduce(torch.tensor(float(sum(counted)), device=self.current_device)))
+        kept = int(self._reduce(torch.tensor(sum(counted), dtype=torch.float32, device=self.current_device)))
         if kept == 0:
             raise ValueError("response_masks leave every sample out, on every process: there is nothing to learn from")
         return kept
@@ -685,6 +730,17 @@ class PPOTrainer(PPOMethods):
                 f"PPOConfig.temperature={self.config.temperature}) do not know of: expect a biased ratio and a negative KL",
                 stacklevel=3,
             )
+
+    def _warn_of_unheld(self) -> None:
+        """Says which parameters came to be trained after the optimizer was made."""
+        now = unheld(self.optimizer, self.model)
+        if new := [name for name, p in now.items() if self._left_out.get(name) is not p]:
+            warnings.warn(
+                f"{len(new)} parameters, such as {new[0]}, are to be trained since the trainer was made, but its optimizer does "
+                "not hold them: they stay as they are. Make a new trainer, or trainer.optimizer.add_param_group",
+                stacklevel=3,
+            )
+        self._left_out = now
 
     def _push_if_best(self, scores: list[Tensor]) -> None:
         kwargs = self.config.push_to_hub_if_best_kwargs

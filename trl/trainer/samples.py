@@ -98,7 +98,9 @@ def arguments_of_step(
     found: dict[str, Any] = {
         "queries": drawn.queries,
         "responses": drawn.responses,
-        "scores": [torch.tensor(0.0 if score is None else float(score)) for score in scored.scores],
+        "scores": [
+            torch.tensor(0.0 if score is None else float(score), dtype=torch.float32) for score in scored.scores
+        ],
     }
     if leaves_out:
         found["response_masks"] = [

@@ -22,6 +22,7 @@ from trl.protocols import Reward
 from trl.redaction import redact
 from trl.rewards import as_reward
 from trl.rewards.compose import budgets_of
+from trl.rollout import stop_tokens
 from trl.trackers import SafeTracker
 from trl.trainer.evaluation import evaluate_prompts
 from trl.trainer.keeper import Keeper
@@ -69,6 +70,7 @@ class _Run:
         self.batch_size = int(trainer.config.batch_size) * self.accelerator.num_processes
         self.target = options.target(self.batch_size)
         self.generation = options.generation_for(trainer.config.temperature, trainer._stop_tokens())
+        self._follow_stops()
         self.prompts = self._load(options.prompts, self._longest_response())
         self.eval_prompts = self._load(options.eval_prompts, int(self.generation["max_new_tokens"]))
         self._check_same_prompts()
@@ -101,6 +103,14 @@ class _Run:
         if before is None:
             config.max_skipped_updates = self.options.max_skipped_updates
             self.stack.callback(setattr, config, "max_skipped_updates", before)
+
+    def _follow_stops(self) -> None:
+        """What ends a response in this run is no missing end, unless the configuration says what does."""
+        config, model = self.trainer.config, self.accelerator.unwrap_model(self.trainer.model)
+        stops = stop_tokens(model.generation_config, self.generation)
+        if config.stop_token_ids is None and set(stops) != set(self.trainer._stop_tokens()):
+            config.stop_token_ids = sorted(stops)
+            self.stack.callback(setattr, config, "stop_token_ids", None)
 
     def _load(self, source: Any, tokens: int) -> list[Prompt]:
         """Prompts that leave room for responses of up to `tokens` new tokens."""

@@ -35,17 +35,28 @@ def make_adam(parameters: Sequence[nn.Parameter], learning_rate: float, *, narro
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuses an optimizer that would change nothing.
+    """Refuses an optimizer that would change nothing, or wants to compute gradients itself.
 
     Raises:
-        ValueError: if it holds none of the model's trained parameters.
+        ValueError: if it holds none of the model's trained parameters, or its `step` needs a closure, as LBFGS's does.
     """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__}.step needs a closure; the trainer makes each gradient once: use Adam or SGD"
+        )
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
             f"the {type(optimizer).__name__} that is given holds none of the model's {len(trained)} trained parameters: make "
             "it of [p for p in model.parameters() if p.requires_grad], with the model that the trainer is given"
         )
+
+
+def unheld(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters of a model that an optimizer does not hold, by name."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
 
 
 def check_scheduler(scheduler: LRScheduler, optimizer: torch.optim.Optimizer | None) -> None:

@@ -149,7 +149,7 @@ def ppo_minibatches(
             part = replace(part, advantages=white)
             yield Minibatch(
                 experience=part,
-                denominator=tokens.clamp(min=1),
+                denominator=tokens,
                 means=experience_statistics(
                     advantages=white, returns=part.returns, values=part.old_values, mask=mask, reduce=reduce
                 ),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,8 +24,7 @@ def make_accelerator(**settings: Any) -> Accelerator:
         **settings: for `accelerate.Accelerator`.
 
     Raises:
-        ValueError: if several processes were started, or asked for, and accelerate sees one, or if accelerate accumulates
-            gradients.
+        ValueError: if several processes were started, or asked for, and accelerate sees one.
     """
     on_cpu = not torch.accelerator.is_available()
     sizes = ("WORLD_SIZE", *_MPI_SIZES) if on_cpu else ("WORLD_SIZE",)
@@ -34,7 +34,6 @@ def make_accelerator(**settings: Any) -> Accelerator:
     accelerator = Accelerator(**settings)
     # Every schedule is per call of `step`; accelerate's default is one per process and optimizer step.
     accelerator.step_scheduler_with_optimizer = False
-    check_not_accumulating(accelerator)
     if accelerator.num_processes > 1:
         return accelerator
     if started > 1:
@@ -52,20 +51,6 @@ def make_accelerator(**settings: Any) -> Accelerator:
     return accelerator
 
 
-def check_not_accumulating(accelerator: Any) -> None:
-    """accelerate divides every loss by its own accumulation steps, and leaves out optimizer steps between them.
-
-    Raises:
-        ValueError: if it would.
-    """
-    if accelerator.gradient_accumulation_steps != 1 or not accelerator.sync_gradients:
-        raise ValueError(
-            f"accelerate accumulates gradients over {accelerator.gradient_accumulation_steps} steps "
-            f"(sync_gradients={accelerator.sync_gradients}), by ACCELERATE_GRADIENT_ACCUMULATION_STEPS, a "
-            "GradientAccumulationPlugin or another Accelerator of this process: set PPOConfig.gradient_accumulation_steps"
-        )
-
-
 def sum_over_processes(accelerator: Any, tensor: Tensor) -> Tensor:
     """The sum of `tensor`, of one shape everywhere, over all processes. Every process must call this."""
     return accelerator.reduce(tensor, reduction="sum") if accelerator.num_processes > 1 else tensor
@@ -74,6 +59,21 @@ def sum_over_processes(accelerator: Any, tensor: Tensor) -> Tensor:
 def gather_over_processes(accelerator: Any, tensor: Tensor) -> Tensor:
     """`[n · B, ...]`: `tensor` [B, ...], of one shape everywhere, of all processes. Every process must call this."""
     return accelerator.gather(tensor) if accelerator.num_processes > 1 else tensor
+
+
+@contextmanager
+def whole_gradients(accelerator: Any) -> Iterator[None]:
+    """Within, accelerate neither divides losses nor drops optimizer and scheduler steps.
+
+    How many passes it accumulates over, and whether a step is due, is one state of the whole process: a launcher's
+    `--gradient_accumulation_steps` sets it, and so does any other `Accelerator`, such as that of a reward model's training.
+    """
+    due, passes = accelerator.sync_gradients, accelerator.gradient_accumulation_steps
+    accelerator.sync_gradients, accelerator.gradient_accumulation_steps = True, 1
+    try:
+        yield
+    finally:
+        accelerator.sync_gradients, accelerator.gradient_accumulation_steps = due, passes
 
 
 def share_bytes(accelerator: Any, data: bytes) -> list[bytes]:

@@ -17,10 +17,13 @@ from trl.types import Tally, identity
 
 def stack_updates(history: Sequence[UpdateMetrics]) -> dict[str, Tensor]:
     """Every number of every optimizer step: `[n]` per mean, `[1, n · b · S]` per array."""
-    stacked = {name: torch.tensor([metrics.means[name] for metrics in history]) for name in history[0].means}
+    stacked = {
+        name: torch.tensor([metrics.means[name] for metrics in history], dtype=torch.float32)
+        for name in history[0].means
+    }
     for name in history[0].arrays:
         stacked[name] = torch.cat([metrics.arrays[name].flatten() for metrics in history]).unsqueeze(0)
-    stacked["grad_norm"] = torch.tensor([metrics.grad_norm for metrics in history])
+    stacked["grad_norm"] = torch.tensor([metrics.grad_norm for metrics in history], dtype=torch.float32)
     stacked["skipped_updates"] = torch.tensor([float(not metrics.stepped) for metrics in history])
     stacked["time/ppo/optimizer_step"] = torch.tensor([metrics.seconds for metrics in history])
     return stacked
