@@ -19,14 +19,18 @@ LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "
 
 
 @pytest.fixture(autouse=True)
-def _one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An environment that no launcher has touched, and an accelerate that has seen nothing yet."""
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    _forget()
-    yield
-    _forget()
+def _one_process() -> Iterator[None]:
+    """An environment that no launcher has touched, and an accelerate that has seen nothing yet.
+
+    Its patches are its own: what a test has patched is undone before accelerate's states are emptied.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LAUNCHERS:
+            patch.delenv(name, raising=False)
+        patch.setattr(torch.accelerator, "is_available", lambda: False)
+        _forget()
+        yield
+        _forget()
 
 
 def _forget() -> None:
