@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import nn
 
 from trl.models.trunk import base_language_model, is_encoder_decoder
@@ -17,6 +20,18 @@ def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Tokens the model can look at; None where its configuration sets no limit."""
-    limit = getattr(base_language_model(model).config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    """Tokens the model can look at; None where its configuration sets no limit.
+
+    Under LongRoPE it is the length up to which short frequencies are used: beyond it every sequence of a batch would get the
+    long ones, and a response those after it was sampled that it was not sampled with.
+    """
+    config = base_language_model(model).config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None), *_short_lengths(config)]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _short_lengths(config: Any) -> Iterator[Any]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # of all layers, or of each kind
+        if kind.get("rope_type") == "longrope":
+            yield kind.get("original_max_position_embeddings")

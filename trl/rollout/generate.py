@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trl.rollout.engine import Sampled, Sampling, sample, start_token
+from trl.rollout.engine import CHECK_TOLERANCE, Sampled, Sampling, sample, start_token
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_processor": (None, []),
 }
 
+_PADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 # What our own loop knows how to do; anything else that is asked for is left to `generate`.
 _OWN = {
@@ -228,6 +230,35 @@ def with_prompts(
 
 
 @torch.no_grad()
+def _pads(model: Any, collate: Callable[[list[dict[str, Tensor]], str], Mapping[str, Tensor]], side: str) -> bool:
+    """Whether `generate` gives a model of a padded query the logits that it gives of the query alone: tried once."""
+    plain = getattr(model, "pretrained_model", model)
+    if plain in _PADS:
+        return _PADS[plain]
+    words = model.get_input_embeddings().weight
+    word = [len(words) // 2 + i % max(1, len(words) // 4) for i in range(8)]
+    queries = [{"input_ids": torch.tensor(some)} for some in (word[:5], word[5:])]
+    asked = {"do_sample": False, "num_beams": 1, "max_new_tokens": 3, "min_new_tokens": 3, "max_length": None}
+    asked |= {"output_logits": True, "return_dict_in_generate": True}
+
+    def logits(some: list[dict[str, Tensor]]) -> Tensor:
+        inputs = {name: tensor.to(words.device) for name, tensor in collate(some, side).items()}
+        return torch.stack(model.generate(**inputs, **asked).logits, dim=1).float()
+
+    try:
+        together, alone = logits(queries)[1], logits(queries[1:])[0]
+        gap = ((together - alone).square().mean(dim=-1).sqrt() / alone.std(dim=-1))[0].item()
+        reason = f"with padding, logits are off by {gap:.1e} standard deviations"
+        found = gap <= CHECK_TOLERANCE.get(words.element_size(), 0.5)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        found, reason = False, f"{type(error).__name__}: {error}"
+    if not found:
+        logger.info("%s: generate is given queries of one length at a time: %s", type(plain).__name__, reason)
+    _PADS[plain] = found
+    return found
+
+
+@torch.no_grad()
 def generate_responses(
     model: Any,
     queries: Sequence[Tensor],
@@ -257,20 +288,27 @@ def generate_responses(
     device = next(model.parameters()).device
     kwargs = dict(generation_kwargs)
     responses: list[Tensor] = []
+    side = "right" if is_encoder_decoder else "left"
     stops = stop_tokens(model.generation_config, kwargs)
     for start in range(0, len(queries), batch_size):
         chunk = list(queries[start : start + batch_size])
         if length_sampler is not None:
             kwargs["max_new_tokens"] = length_sampler()
-        batch = collate([{"input_ids": query} for query in chunk], "right" if is_encoder_decoder else "left")
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        generated = model.generate(**inputs, **kwargs)
-        width = 1 if is_encoder_decoder else inputs["input_ids"].shape[1]
-        for query, row in zip(chunk, generated, strict=True):
-            response = _cut(row[width:], stops)
-            if is_encoder_decoder:
-                response = torch.cat([row[:1], response])
-            elif return_prompt:
-                response = torch.cat([query.to(device), response])
-            responses.append(response)
+        sizes = sorted({len(query) for query in chunk})
+        together = len(sizes) == 1 or _pads(model, collate, side)
+        found: dict[int, Tensor] = {}
+        for size in [None] if together else sizes:
+            rows = [row for row, query in enumerate(chunk) if size is None or len(query) == size]
+            batch = collate([{"input_ids": chunk[row]} for row in rows], side)
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            generated = model.generate(**inputs, **kwargs)
+            width = 1 if is_encoder_decoder else inputs["input_ids"].shape[1]
+            for row, words in zip(rows, generated, strict=True):
+                response = _cut(words[width:], stops)
+                if is_encoder_decoder:
+                    response = torch.cat([words[:1], response])
+                elif return_prompt:
+                    response = torch.cat([chunk[row].to(device), response])
+                found[row] = response
+        responses += [found[row] for row in range(len(chunk))]
     return responses
