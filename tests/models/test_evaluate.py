@@ -19,6 +19,7 @@ from tests.models.rollouts import make_rollout
 from trl.models import AutoModelForCausalLMWithValueHead as Causal
 from trl.models import AutoModelForSeq2SeqLMWithValueHead as Seq2Seq
 from trl.models import evaluate, predictions, reference_mode
+from trl.models.padding import ignores_padding
 from trl.types import Rollout
 
 

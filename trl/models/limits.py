@@ -32,6 +32,9 @@ def context_length(model: nn.Module) -> int | None:
 
 def _short_lengths(config: Any) -> Iterator[Any]:
     rope = getattr(config, "rope_parameters", None) or {}
-    for kind in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # of all layers, or of each kind
+    for kind in [
+        rope,
+        *(value for value in rope.values() if isinstance(value, dict)),
+    ]:  # of all layers, or of each kind
         if kind.get("rope_type") == "longrope":
             yield kind.get("original_max_position_embeddings")

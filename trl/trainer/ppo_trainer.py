@@ -248,6 +248,7 @@ class PPOTrainer(PPOMethods):
                     return_prompt=return_prompt,
                     length_sampler=length_sampler,
                     generation_kwargs=kwargs,
+                    pads=self._obstacle is None,
                 )
             else:
                 sampled = sample_responses(
