@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.helpers import BOS, EOS, PAD, VOCABULARY, assert_close, tiny_gpt2, tiny_llama
+from tests.helpers import BOS, EOS, PAD, VOCABULARY, assert_close, tiny_gpt2, tiny_llama, tiny_t5
 from tests.models.rollouts import make_rollout
 from tests.models.zoo import ZOO
 from trl.models import AutoModelForCausalLMWithValueHead as Causal
@@ -158,6 +158,8 @@ def test_a_decoder_that_looks_ahead_is_refused() -> None:
 
 
 def test_an_encoder_decoder_that_looks_ahead_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert ignores_padding(_stirred(tiny_t5()))
+    assert not caplog.text
     (prophetnet,) = (architecture for architecture in ZOO if architecture.name == "ProphetNet")
     ignores_padding(_stirred(prophetnet.build()))
     assert "ProphetNetForConditionalGeneration: logits depend on the tokens after theirs" in caplog.text

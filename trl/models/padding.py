@@ -70,29 +70,35 @@ def _tried(model: Any) -> _Trial:
 
 def _looks_ahead(model: Any, words: Tensor) -> str | None:
     half = len(words) // 2
-    other = torch.cat([words[:half], words[half:].flip(0)])
-    seen = [_logits(model, some[None], torch.ones_like(some[None]).bool())[0, :half] for some in (words, other)]
-    return _gap(model, seen[1], seen[0], "off")
+    others = [torch.cat([words[:half], words[half:].flip(0)])]
+    if is_encoder_decoder(model):  # ProphetNet's depend on how many there are
+        others.append(words[:half])
+    plain = _logits(model, words[None], words[None])[0, :half]
+    for other in others:
+        if reason := _gap(model, _logits(model, other[None], words[None])[0, :half], plain, "off"):
+            return reason
+    return None
 
 
 def _sees_padding(model: Any, words: list[Tensor]) -> str | None:
     tokens = nn.utils.rnn.pad_sequence(words, batch_first=True)
     attention = nn.utils.rnn.pad_sequence([torch.ones_like(some).bool() for some in words], batch_first=True)
+    encoder = (tokens, attention) if is_encoder_decoder(model) else (None, None)
     try:
-        together = _logits(model, tokens, attention)
+        together = model(**forward_inputs(model, tokens, attention, *encoder)).logits
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
         return f"with padding, {type(error).__name__}: {error}"
     for row, some in enumerate(words):
-        alone = _logits(model, some[None], torch.ones_like(some[None]).bool())[0]
+        alone = _logits(model, some[None], some[None])[0]
         if reason := _gap(model, together[row, : len(some)], alone, "with padding, logits are off"):
             return reason
     return None
 
 
-def _logits(model: Any, tokens: Tensor, attention: Tensor) -> Tensor:
-    """`[b, t, V]` of a model that reads the same words, and so padded, with its encoder and its decoder."""
-    encoder = (tokens, attention) if is_encoder_decoder(model) else (None, None)
-    return model(**forward_inputs(model, tokens, attention, *encoder)).logits
+def _logits(model: Any, tokens: Tensor, query: Tensor) -> Tensor:
+    """`[b, t, V]` for tokens without padding, of which a model's encoder, if it has one, reads those of `query`."""
+    encoder = (query, torch.ones_like(query).bool()) if is_encoder_decoder(model) else (None, None)
+    return model(**forward_inputs(model, tokens, torch.ones_like(tokens).bool(), *encoder)).logits
 
 
 def _gap(model: Any, seen: Tensor, expected: Tensor, what: str) -> str | None:
