@@ -72,7 +72,8 @@ def evaluate(
             )
             for part in _without_padding(rollout)
         ]
-        return Evaluation(**{name: _joined(rollout, [getattr(part, name) for part in found]) for name in _NAMES})
+        joined = {name: _joined(rollout, [getattr(part, name) for part in found]) for name in _NAMES}
+        return Evaluation(**joined)  # type: ignore[arg-type]
     if not return_logits and abilities(model).projects:
         return _without_logits(model, rollout, temperature, entropy, values, response_only)
     # Rows are moved to the left edge, where counting from the first column is right whatever the kind of position, and
