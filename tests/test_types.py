@@ -42,7 +42,8 @@ CAUSAL = "trl.models.autos.AutoModelForCausalLMWithValueHead"
 def test_loading_and_copying_are_annotated() -> None:
     from trl import PreTrainedModelWrapper, create_reference_model
 
-    assert inspect.signature(PreTrainedModelWrapper.from_pretrained).return_annotation == "Self"
+    loaded = inspect.signature(PreTrainedModelWrapper.from_pretrained.__func__)
+    assert f"type[{loaded.return_annotation}]" == loaded.parameters["cls"].annotation
     copied = inspect.signature(create_reference_model)
     assert copied.return_annotation == copied.parameters["model"].annotation != "Any"
 

@@ -112,6 +112,27 @@ ZOO = (
         "Qwen3Moe",
         _LLAMA_8 | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     ),
+    _decoder("Cohere", "Cohere", _LLAMA),
+    _decoder("Granite", "Granite", _LLAMA | {"logits_scaling": 8.0}),
+    _decoder("MPT", "Mpt", {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64}),
+    _decoder(
+        "Llama 4 (text)",
+        "Llama4Text",
+        _LLAMA_8 | {"intermediate_size_mlp": 24, "num_local_experts": 2, "attention_chunk_size": 6},
+        "Llama4ForCausalLM",
+    ),
+    _decoder(
+        "ModernBERT decoder",
+        "ModernBertDecoder",
+        {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"} | {"local_attention": 8},
+    ),
+    _decoder(
+        "DeepSeek-V2",
+        "DeepseekV2",
+        _LLAMA
+        | {"num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+        | {"v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_group": 1},
+    ),
     _decoder("Mamba", "Mamba", {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4}),
     _decoder(
         "Falcon-Mamba",

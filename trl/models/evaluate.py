@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from trl.functional.logprobs import token_logprobs_and_entropy
 from trl.functional.products import shared_size
 from trl.models.attention import packed
 from trl.models.frozen import beginning_above, draws_below, only_first_layers
-from trl.models.predictions import Wanted, abilities, counts_columns, decoder_config, may_pack, predict
-from trl.models.trunk import accepts, base_language_model, forward_parameters, is_encoder_decoder, unwrap, without_head
+from trl.models.padding import clean, forward_inputs, ignores_padding, left_edge, move
+from trl.models.predictions import Wanted, abilities, decoder_config, may_pack, predict
+from trl.models.trunk import base_language_model, forward_parameters, is_encoder_decoder, unwrap, without_head
 from trl.models.wrapper import PreTrainedModelWrapper
-from trl.types import Evaluation, Rollout
+from trl.types import Evaluation, Rollout, occupied, take
 
+_NAMES = tuple(field.name for field in fields(Evaluation))
 # Numbers of logits that two models are compared by at a time.
 _LOGITS_AT_ONCE = {"cpu": 2**22, "other": 2**26}
 
@@ -57,17 +59,32 @@ def evaluate(
         ValueError: if an encoder-decoder gets no `encoder_tokens`, or a decoder gets some.
     """
     _check(model, rollout)
+    if not ignores_padding(model) and bool(_padding(rollout).any()):
+        found = [
+            evaluate(
+                model,
+                part,
+                temperature=temperature,
+                entropy=entropy,
+                values=values,
+                response_only=response_only,
+                return_logits=return_logits,
+            )
+            for part in _without_padding(rollout)
+        ]
+        joined = {name: _joined(rollout, [getattr(part, name) for part in found]) for name in _NAMES}
+        return Evaluation(**joined)  # type: ignore[arg-type]
     if not return_logits and abilities(model).projects:
         return _without_logits(model, rollout, temperature, entropy, values, response_only)
-    # Where a model goes by positions they come from the mask. Elsewhere rows are moved to the left edge, where counting
-    # from the first column is right whatever the kind of position, and moved back in the end.
-    order = _order(rollout.attention) if counts_columns(model) else None
-    tokens = _move(_clean(rollout.tokens, rollout.attention), order)  # [B, T]
-    attention = _move(rollout.attention.bool(), order)  # [B, T]
-    mask = _move(F.pad(rollout.mask, (0, 1)), order)  # [B, T], column s as in [B, S]
+    # Rows are moved to the left edge, where counting from the first column is right whatever the kind of position, and
+    # recurrent states begin with the first token; and moved back in the end.
+    order = left_edge(rollout.attention)
+    tokens = move(clean(rollout.tokens, rollout.attention), order)  # [B, T]
+    attention = move(rollout.attention.bool(), order)  # [B, T]
+    mask = move(F.pad(rollout.mask, (0, 1)), order)  # [B, T], column s as in [B, S]
     wanted = _span(mask) if response_only else slice(0, tokens.shape[1] - 1)
 
-    inputs = _inputs(model, rollout, tokens, attention)
+    inputs = forward_inputs(model, tokens, attention, rollout.encoder_tokens, rollout.encoder_attention)
     computed, keep = _keep(model, wanted, tokens)
     output = model(**inputs, **keep, **({"float32_logits": False} if _has_values(model) else {}))
     logits, critic = (output[0], output[2]) if _has_values(model) else (output.logits, None)  # [B, c, V], [B, T]
@@ -82,7 +99,7 @@ def evaluate(
         """[B, c, ...] of the computed columns to [B, S, ...] in the rollout's own columns."""
         edges = (computed.start, tokens.shape[1] - computed.stop)
         x = F.pad(x, (*(0, 0) * (x.dim() - 2), *edges))
-        return _move(x, None if order is None else order.argsort(dim=1))[:, :-1]
+        return move(x, order.argsort(dim=1))[:, :-1]
 
     return Evaluation(
         logprobs=place(logprobs),
@@ -120,7 +137,7 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
     attention = rollout.attention.bool()
     asked = rollout.mask & attention[:, 1:] if response_only else attention[:, :-1] & attention[:, 1:]
     row, column = asked.nonzero(as_tuple=True)
-    tokens = _clean(rollout.tokens, attention)
+    tokens = clean(rollout.tokens, attention)
     count = attention.long().cumsum(dim=1) - 1  # [B, T] place of a token in its sequence
     running: AbstractContextManager[None] = nullcontext()
     if may_pack(model):
@@ -137,11 +154,12 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
         inputs = {"input_ids": flat[None], "position_ids": positions[None], "use_cache": False}
         running = packed(decoder_config(model), [n for n in lengths[order].tolist() if n > 0])
     else:
-        moved = _order(attention) if counts_columns(model) else None
-        width = tokens.shape[1]
-        start = torch.arange(len(tokens), device=tokens.device)[:, None] * width
-        place = start + (count if moved is not None else torch.arange(width, device=tokens.device))
-        inputs = _inputs(model, rollout, _move(tokens, moved), _move(attention, moved))
+        order = left_edge(attention)
+        start = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
+        place = start + count.clamp(min=0)
+        inputs = forward_inputs(
+            model, move(tokens, order), move(attention, order), rollout.encoder_tokens, rollout.encoder_attention
+        )
     filling = (0, shared_size(len(row)) - len(row) if row.device.type == "cpu" else 0)
     rows, following = F.pad(place[row, column], filling), F.pad(tokens[row, column + 1], filling)
     layout = _Layout(inputs=inputs, running=running, place=place, asked=asked, rows=rows, tokens=following)
@@ -194,6 +212,11 @@ def evaluate_exact_kl(
         rollout: `B` sequences of `T` tokens.
         temperature: what sampling divided the logits by; > 0.
     """
+    if not ignores_padding(policy) and bool(_padding(rollout).any()):
+        parts = _without_padding(rollout)
+        kl = _joined(rollout, [evaluate_exact_kl(policy, reference, p, temperature=temperature) for p in parts])
+        assert kl is not None
+        return kl
     with reference() as model:
         projects = abilities(policy).projects and abilities(model).projects
     if not projects:
@@ -260,48 +283,43 @@ def _check(model: nn.Module, rollout: Rollout) -> None:
         raise ValueError(f"{name} {problem} the rollout's encoder_tokens: {rollout.encoder_tokens is not None=}")
 
 
+def _padding(rollout: Rollout) -> Tensor:
+    """`[B, T]` or, for an encoder-decoder, `[B, T + encoder's]`: where there is no token."""
+    both = [rollout.attention] if rollout.encoder_attention is None else [rollout.attention, rollout.encoder_attention]
+    return ~torch.cat(both, dim=1).bool()
+
+
+def _alike(rollout: Rollout) -> list[Tensor]:
+    """Indices `[b]` of the sequences that have their padding in the same columns, for each kind."""
+    _, kinds = _padding(rollout).unique(dim=0, return_inverse=True)
+    return [(kinds == kind).nonzero().squeeze(1) for kind in range(int(kinds.max()) + 1)]
+
+
+def _without_padding(rollout: Rollout) -> list[Rollout]:
+    return [take(rollout, rows, occupied(rollout.attention[rows])) for rows in _alike(rollout)]
+
+
+def _joined(rollout: Rollout, parts: list[Tensor | None]) -> Tensor | None:
+    """`[B, S, ...]` of the whole of which `parts` are of `_without_padding`, 0 elsewhere."""
+    whole: Tensor | None = None
+    for rows, part in zip(_alike(rollout), parts, strict=True):
+        if part is None:
+            return None
+        columns = occupied(rollout.attention[rows])
+        wide = F.pad(part, (*(0, 0) * (part.dim() - 2), columns.start, rollout.tokens.shape[1] - columns.stop))
+        whole = wide.new_zeros(len(rollout), *wide.shape[1:]) if whole is None else whole
+        whole = whole.index_copy(0, rows, wide)
+    return whole
+
+
 def _has_values(model: nn.Module) -> bool:
     return isinstance(unwrap(model), PreTrainedModelWrapper)
-
-
-def _clean(tokens: Tensor, attention: Tensor) -> Tensor:
-    """Padding may hold anything, even words outside of the vocabulary: word 0 stands there instead."""
-    return tokens.masked_fill(~attention.bool(), 0)
-
-
-def _order(attention: Tensor) -> Tensor:
-    """[B, T] columns of `attention` [B, T], a row's tokens first and its padding after them."""
-    return torch.argsort(~attention.bool(), dim=1, stable=True)
-
-
-def _move(x: Tensor, order: Tensor | None) -> Tensor:
-    """`x` [B, T, ...] with its columns in `order` [B, T]."""
-    if order is None:
-        return x
-    return x.gather(1, order.reshape(order.shape + (1,) * (x.dim() - 2)).expand_as(x))
 
 
 def _span(mask: Tensor) -> slice:
     """The smallest slice of columns, at least one wide, that holds every True of `mask` [B, T]."""
     columns = mask.any(dim=0).nonzero()
     return slice(int(columns[0]), int(columns[-1]) + 1) if columns.numel() else slice(0, 1)
-
-
-def _inputs(model: nn.Module, rollout: Rollout, tokens: Tensor, attention: Tensor) -> dict[str, Any]:
-    """Keyword arguments of the model's forward."""
-    inputs: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
-    if rollout.encoder_tokens is None or rollout.encoder_attention is None:
-        inputs |= {"input_ids": tokens, "attention_mask": attention.long()}
-        if accepts(model, "position_ids"):
-            inputs["position_ids"] = (attention.long().cumsum(dim=1) - 1).clamp(min=0)
-        return inputs
-    order = _order(rollout.encoder_attention)
-    return inputs | {
-        "input_ids": _move(_clean(rollout.encoder_tokens, rollout.encoder_attention), order),
-        "attention_mask": _move(rollout.encoder_attention.long(), order),
-        "decoder_input_ids": tokens,
-        "decoder_attention_mask": attention.long(),
-    }
 
 
 def _keep(model: nn.Module, wanted: slice, tokens: Tensor) -> tuple[slice, dict[str, Any]]:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trl.models.padding import ignores_padding
 from trl.models.trunk import (
     accepts,
     base_language_model,
+    decoder_of,
     is_encoder_decoder,
     replaced_forward,
     trial_words,
@@ -38,7 +40,7 @@ def frozen_depth(model: nn.Module) -> int:
     frozen; of a model in evaluation mode.
     """
     whole = getattr(unwrap(model), "pretrained_model", unwrap(model))  # adapters may put something before the layers
-    if is_encoder_decoder(model):
+    if is_encoder_decoder(model) or not ignores_padding(model):
         return 0
     layers = _layers(base_language_model(model))
     if not layers or any(p.requires_grad for p in layers[0].parameters()):
@@ -58,15 +60,11 @@ def shares_frozen(policy: nn.Module, reference: nn.Module, depth: int) -> bool:
     if mine is theirs:  # with its adapters off: none may be in what is shared
         upper = {module for layer in _layers(mine)[depth:] for module in layer.modules()}
         return not any(
-            type(module).__module__.startswith("peft.")
-            for module in mine.get_decoder().modules()
-            if module not in upper
+            type(module).__module__.startswith("peft.") for module in decoder_of(mine).modules() if module not in upper
         )
     above = {id(p) for layer in _layers(mine)[depth:] for p in layer.parameters()}
-    other = dict(theirs.get_decoder().named_parameters())
-    below = [
-        (name, p) for name, p in mine.get_decoder().named_parameters() if id(p) not in above and not p.requires_grad
-    ]
+    other = dict(decoder_of(theirs).named_parameters())
+    below = [(name, p) for name, p in decoder_of(mine).named_parameters() if id(p) not in above and not p.requires_grad]
     same = type(mine) is type(theirs) and all(other.get(name) is p for name, p in below)
     return same and mine.get_input_embeddings().weight is theirs.get_input_embeddings().weight
 
@@ -93,11 +91,11 @@ def beginning_above(model: nn.Module, states: Tensor, depth: int) -> Iterator[No
 def draws_below(model: nn.Module, depth: int) -> bool:
     """Whether the first `depth` layers, or what runs before them, are in training mode, where they may drop numbers at random."""
     base = base_language_model(model)
-    return base.get_decoder().training or any(layer.training for layer in _layers(base)[:depth])
+    return decoder_of(base).training or any(layer.training for layer in _layers(base)[:depth])
 
 
 def _layers(base: Any) -> list[Any]:
-    return [module for module in base.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in decoder_of(base).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _words(model: Any) -> dict[str, Any]:

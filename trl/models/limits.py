@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import nn
 
 from trl.models.trunk import base_language_model, is_encoder_decoder
@@ -29,14 +32,25 @@ def decoder_start(model: nn.Module) -> int | None:
 def context_length(model: nn.Module, *, encoder: bool = False) -> int | None:
     """Tokens the model can look at; None where its configuration sets no limit.
 
+    Under LongRoPE it is the length up to which short frequencies are used: beyond it every sequence of a batch would get the
+    long ones, and a response those after it was sampled that it was not sampled with.
+
     Args:
         model: a language model under any wrappers.
         encoder: those of a query, where the model is an encoder-decoder; else those of the decoder.
     """
     side = "encoder" if encoder and is_encoder_decoder(model) else "decoder"
     config = base_language_model(model).config.get_text_config(**{side: True})
-    for name in ("max_position_embeddings", f"max_{side}_position_embeddings"):
-        limit = getattr(config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", f"max_{side}_position_embeddings")]
+    limits += _short_lengths(config)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _short_lengths(config: Any) -> Iterator[Any]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (
+        rope,
+        *(value for value in rope.values() if isinstance(value, dict)),
+    ):  # of all layers, or of each kind
+        if kind.get("rope_type") == "longrope":
+            yield kind.get("original_max_position_embeddings")

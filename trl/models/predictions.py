@@ -147,7 +147,7 @@ def _cannot_pack(model: Any) -> str | None:
         return "packed attention is written for CPUs"
     if not accepts(model, "position_ids"):
         return "it takes no position_ids"
-    if strange := _strange_layers(model):
+    if strange := set(getattr(decoder_config(model), "layer_types", None) or ()) - _KNOWN_LAYERS:
         return f"it has layers of {', '.join(sorted(strange))}"
     words = trial_words(model)
     try:
@@ -162,18 +162,6 @@ def _cannot_pack(model: Any) -> str | None:
         if not gap <= _TOLERANCE.get(base.get_input_embeddings().weight.element_size(), 0.5):
             return f"a packed sequence is off by {gap:.1e} standard deviations of its logits"
     return None
-
-
-def _strange_layers(model: nn.Module) -> set[str]:
-    return set(getattr(decoder_config(model), "layer_types", None) or ()) - _KNOWN_LAYERS
-
-
-def counts_columns(model: nn.Module) -> bool:
-    """Whether the numbers of a token may depend on its column: sequences must begin in the first one then.
-
-    A model that takes no positions counts columns, and so may layers that divide them into chunks.
-    """
-    return not accepts(model, "position_ids") or bool(_strange_layers(model))
 
 
 def decoder_config(model: nn.Module) -> Any:

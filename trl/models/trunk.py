@@ -36,6 +36,21 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(base_language_model(model).config, "is_encoder_decoder", False))
 
 
+def decoder_of(model: nn.Module) -> Any:
+    """The module that returns the last hidden states [B, T, H] which the language-model head reads.
+
+    Raises:
+        ValueError: if there is none beside the head.
+    """
+    base = base_language_model(model)
+    # `get_decoder` answers with the head where that is called `decoder` (ModernBERT), and with the whole model where the
+    # name of its trunk is not the one that its class gives (Llama 4).
+    for found in (base.get_decoder(), getattr(base, "base_model", None), getattr(base, "model", None)):
+        if isinstance(found, nn.Module) and found is not base and found is not base.get_output_embeddings():
+            return found
+    raise ValueError(f"{type(base).__name__} has no decoder beside its language-model head")
+
+
 def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
     """The parameters of the forward of the plain transformers model under `model`."""
     forward = type(base_language_model(model)).forward
@@ -84,7 +99,7 @@ def watch_last_hidden_state(model: nn.Module) -> Iterator[LastHiddenState]:
     def from_input(module: nn.Module, args: Any) -> None:
         seen.value = args[0]
 
-    decoder = base_language_model(model).get_decoder()
+    decoder = decoder_of(model)
     head = getattr(decoder, "output_projection", None)
     if head is not None:  # FSMT's decoder ends in the language-model head and returns logits
         handle = head.register_forward_pre_hook(from_input)

@@ -31,7 +31,7 @@ _COMPACT_SHARE = 0.25
 _NUMBERS_AT_ONCE = 2**19
 # Of the check in `obstacle`, root mean square in standard deviations of the logits; by the bytes of a number of the model's
 # weights: bfloat16 alone moves the logits by a quarter, against float32 ones.
-_CHECK_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}
+CHECK_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,14 +323,14 @@ def obstacle(model: Any) -> str | None:
         gap = _gap(model)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         return f"{name} could not be decoded step by step: {type(error).__name__}: {error}"
-    if not gap <= _CHECK_TOLERANCE.get(model.get_input_embeddings().weight.element_size(), 0.5):
+    if not gap <= CHECK_TOLERANCE.get(model.get_input_embeddings().weight.element_size(), 0.5):
         return f"{name} decoded step by step is off its own forward pass by {gap:.1e} standard deviations of its logits"
     return None
 
 
 @torch.no_grad()
 def _gap(model: Any) -> float:
-    """Largest difference of a row of logits between decoding and plain forward passes, as in `_CHECK_TOLERANCE`."""
+    """Largest difference of a row of logits between decoding and plain forward passes, as in `CHECK_TOLERANCE`."""
     words = model.get_input_embeddings().weight.shape[0]
     device = next(model.parameters()).device
     # Words from the middle of the vocabulary: special tokens stand at its ends.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
@@ -18,7 +19,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from trl.rollout.engine import Sampled, Sampling, sample, start_token
+from trl.rollout.engine import CHECK_TOLERANCE, Sampled, Sampling, sample, start_token
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (None,),
     "assistant_ensemble_weight": (None,),
 }
+
+_CACHES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 # What our own loop knows how to do; anything else that is asked for is left to `generate`.
 _OWN = {
@@ -385,6 +388,44 @@ def _sizes(model: Any, generated: Any, ends: _Ends, before: int) -> list[int]:
 
 
 @torch.no_grad()
+def _caches(model: Any) -> bool:
+    """Whether `generate` with a cache draws from the logits of plain passes over what it has written: tried once.
+
+    Two rows of three tokens, then of one: a state that is left over from the first call would be gone on with.
+    """
+    plain = getattr(model, "pretrained_model", model)
+    if plain not in _CACHES:
+        words = plain.get_input_embeddings().weight
+        word = [len(words) // 2 + i % max(1, len(words) // 4) for i in range(6)]
+        asked: dict[str, Any] = {"do_sample": False, "num_beams": 1, "min_new_tokens": 4, "max_new_tokens": 4}
+        asked |= {"output_logits": True, "return_dict_in_generate": True, "max_length": None, "num_return_sequences": 1}
+        made = []
+        for width in (3, 1):
+            tokens = torch.tensor([word[:width], word[3 : 3 + width]], device=words.device)
+            inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            made.append((inputs, width, plain.generate(**inputs, **asked)))
+        largest = 0.0
+        for inputs, width, found in made:
+            if plain.config.is_encoder_decoder:
+                again, start = plain(**inputs, decoder_input_ids=found.sequences, use_cache=False).logits, 0
+            else:
+                again, start = plain(input_ids=found.sequences, use_cache=False).logits, width - 1
+            expected = again[:, start : start + len(found.logits)].float()
+            seen = torch.stack(found.logits, dim=1).float()
+            gap = (seen - expected).square().mean(dim=-1).sqrt() / expected.std(dim=-1)
+            largest = max(largest, gap.max().item())
+        _CACHES[plain] = largest <= CHECK_TOLERANCE.get(words.element_size(), 0.5)
+        if not _CACHES[plain]:
+            logger.warning(
+                "%s: generate reads the whole sequence again for each token: with its cache, logits are off by %.1e standard "
+                "deviations",
+                type(plain).__name__,
+                largest,
+            )
+    return _CACHES[plain]
+
+
+@torch.no_grad()
 def generate_responses(
     model: Any,
     queries: Sequence[Tensor],
@@ -396,6 +437,7 @@ def generate_responses(
     limits: Sequence[int] | None,
     tokenizer: Any,
     generation_kwargs: Mapping[str, Any],
+    pads: bool = True,
 ) -> list[Tensor]:
     """Samples one response per query with `generate`.
 
@@ -409,6 +451,8 @@ def generate_responses(
         limits: `max_new_tokens` of each query, the same within a batch; None to leave it to `generation_kwargs`.
         tokenizer: by which `stop_strings` are found, where `generation_kwargs` name no other.
         generation_kwargs: for `generate`.
+        pads: whether the model can be given queries of several lengths at once: that it ignores padding is known of those
+            that our own loop drives. Others may take padding into a recurrent state, or count positions from the first column.
 
     Returns:
         1-D tensors of the tokens that were chosen, without padding: each ends where `generate` ended it, be it by a stop
@@ -416,23 +460,33 @@ def generate_responses(
     """
     device = next(model.parameters()).device
     kwargs = dict(generation_kwargs)
+    if not pads and kwargs.get("use_cache") is None and not _caches(model):
+        kwargs["use_cache"] = False
     if _effective(model.generation_config, kwargs, "stop_strings"):
         kwargs.setdefault("tokenizer", tokenizer)
-    responses: list[Tensor] = []
-    for start in range(0, len(queries), batch_size):
-        chunk = list(queries[start : start + batch_size])
+    responses: dict[int, Tensor] = {}
+    for rows in _batches(queries, limits or [None] * len(queries), batch_size, pads):
         if limits is not None:
-            kwargs["max_new_tokens"] = limits[start]
-        batch = collate([{"input_ids": query} for query in chunk], "right" if is_encoder_decoder else "left")
+            kwargs["max_new_tokens"] = limits[rows[0]]
+        batch = collate([{"input_ids": queries[row]} for row in rows], "right" if is_encoder_decoder else "left")
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         given = dict(kwargs)
         criteria, ends = _criteria(model, given, stop_tokens(model.generation_config, kwargs))
         given |= {"stopping_criteria": criteria, "return_dict_in_generate": True}
         generated = model.generate(**inputs, **given)
         width = 1 if is_encoder_decoder else inputs["input_ids"].shape[1]
-        for query, row, size in zip(chunk, generated.sequences, _sizes(model, generated, ends, width), strict=True):
-            response = row[int(not is_encoder_decoder) * width : size]
+        for row, tokens, size in zip(rows, generated.sequences, _sizes(model, generated, ends, width), strict=True):
+            response = tokens[int(not is_encoder_decoder) * width : size]
             if return_prompt and not is_encoder_decoder:
-                response = torch.cat([query.to(device), response])
-            responses.append(response)
-    return responses
+                response = torch.cat([queries[row].to(device), response])
+            responses[row] = response
+    return [responses[row] for row in range(len(queries))]
+
+
+def _batches(queries: Sequence[Tensor], limits: Sequence[Any], batch_size: int, pads: bool) -> Iterator[list[int]]:
+    """Rows of at most `batch_size` queries: in their order, or where `pads` is false, of one length and one limit."""
+    groups: dict[Any, list[int]] = {}
+    for row, query in enumerate(queries):
+        groups.setdefault(row // batch_size if pads else (len(query), limits[row]), []).append(row)
+    for rows in groups.values():
+        yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))

@@ -287,6 +287,7 @@ class PPOTrainer(PPOMethods):
                     limits=None if length_sampler is None else limits,
                     tokenizer=self.tokenizer,
                     generation_kwargs=kwargs,
+                    pads=self._obstacle is None,
                 )
             else:
                 sampled = sample_responses(

@@ -1,0 +1,146 @@
+"""What a model's forward is given, and what is told to stand beside a token: padding, and the tokens after it.
+
+Whether its numbers are free of both is found out, not listed: a model is tried once, on a few words.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, trial_words, unwrap
+
+logger = logging.getLogger(__name__)
+
+# Root mean square in standard deviations of the logits, by the bytes of a number of the weights.
+_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}  # bfloat16 alone moves the logits by a quarter, against float32 ones
+_FOUND: WeakKeyDictionary[nn.Module, _Trial] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    ahead: str | None  # how the numbers of a token depend on those after it; None if they do not
+    padded: str | None  # how they depend on padding; None if they do not
+
+
+def ignores_padding(model: nn.Module) -> bool:
+    """Whether sequences of several lengths may stand in one pass, padded on the right; where not, a pass takes one length.
+
+    Raises:
+        ValueError: for a decoder whose logits depend on later tokens: what it says of a finished response is not what the
+            response was sampled from.
+    """
+    base = base_language_model(model)
+    if base not in _FOUND:
+        name = type(base).__name__
+        found = _tried(getattr(unwrap(model), "pretrained_model", unwrap(model)))
+        if found.ahead is not None:
+            problem = (
+                f"{name}: logits depend on the tokens after theirs ({found.ahead}), so that log-probabilities of a finished "
+                "response are not those that it is sampled from"
+            )
+            if not is_encoder_decoder(model):
+                hint = ": load it with is_decoder=True" if getattr(base.config, "is_decoder", None) is False else ""
+                raise ValueError(problem + hint)
+            logger.warning("%s", problem)
+        if found.padded is not None:
+            logger.info("%s: sequences of one length are read at a time: %s", name, found.padded)
+        _FOUND[base] = found
+    return _FOUND[base].padded is None
+
+
+@torch.no_grad()
+def _tried(model: Any) -> _Trial:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    try:
+        with torch.autocast(device.type, enabled=False):
+            words = trial_words(model)
+            return _Trial(ahead=_looks_ahead(model, torch.cat(words)), padded=_sees_padding(model, words))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _looks_ahead(model: Any, words: Tensor) -> str | None:
+    half = len(words) // 2
+    others = [torch.cat([words[:half], words[half:].flip(0)])]
+    if is_encoder_decoder(model):  # ProphetNet's depend on how many there are
+        others.append(words[:half])
+    plain = _logits(model, words[None], words[None])[0, :half]
+    for other in others:
+        if reason := _gap(model, _logits(model, other[None], words[None])[0, :half], plain, "off"):
+            return reason
+    return None
+
+
+def _sees_padding(model: Any, words: list[Tensor]) -> str | None:
+    tokens = nn.utils.rnn.pad_sequence(words, batch_first=True)
+    attention = nn.utils.rnn.pad_sequence([torch.ones_like(some).bool() for some in words], batch_first=True)
+    encoder = (tokens, attention) if is_encoder_decoder(model) else (None, None)
+    try:
+        together = model(**forward_inputs(model, tokens, attention, *encoder)).logits
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        return f"with padding, {type(error).__name__}: {error}"
+    for row, some in enumerate(words):
+        alone = _logits(model, some[None], some[None])[0]
+        if reason := _gap(model, together[row, : len(some)], alone, "with padding, logits are off"):
+            return reason
+    return None
+
+
+def _logits(model: Any, tokens: Tensor, query: Tensor) -> Tensor:
+    """`[b, t, V]` for tokens without padding, of which a model's encoder, if it has one, reads those of `query`."""
+    encoder = (query, torch.ones_like(query).bool()) if is_encoder_decoder(model) else (None, None)
+    return model(**forward_inputs(model, tokens, torch.ones_like(tokens).bool(), *encoder)).logits
+
+
+def _gap(model: Any, seen: Tensor, expected: Tensor, what: str) -> str | None:
+    gap = ((seen.float() - expected.float()).square().mean(dim=-1).sqrt() / expected.float().std(dim=-1)).max().item()
+    if gap <= _TOLERANCE.get(model.get_input_embeddings().weight.element_size(), 0.5):
+        return None
+    return f"{what} by {gap:.1e} standard deviations"
+
+
+def forward_inputs(
+    model: nn.Module,
+    tokens: Tensor,
+    attention: Tensor,
+    encoder_tokens: Tensor | None = None,
+    encoder_attention: Tensor | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of a model's forward without a cache, for tokens `[B, T]`, an encoder-decoder's own among them."""
+    inputs: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+    if encoder_tokens is None or encoder_attention is None:
+        inputs |= {"input_ids": tokens, "attention_mask": attention.long()}
+        if accepts(model, "position_ids"):
+            inputs["position_ids"] = (attention.long().cumsum(dim=1) - 1).clamp(min=0)
+        return inputs
+    order = left_edge(encoder_attention)
+    return inputs | {
+        "input_ids": move(clean(encoder_tokens, encoder_attention), order),
+        "attention_mask": move(encoder_attention.long(), order),
+        "decoder_input_ids": tokens,
+        "decoder_attention_mask": attention.long(),
+    }
+
+
+def clean(tokens: Tensor, attention: Tensor) -> Tensor:
+    """Padding may hold anything, even words outside of the vocabulary: word 0 stands there instead."""
+    return tokens.masked_fill(~attention.bool(), 0)
+
+
+def left_edge(attention: Tensor) -> Tensor:
+    """[B, T] columns of `attention` [B, T], a row's tokens first and its padding after them."""
+    return torch.argsort(~attention.bool(), dim=1, stable=True)
+
+
+def move(x: Tensor, order: Tensor) -> Tensor:
+    """`x` [B, T, ...] with its columns in `order` [B, T]."""
+    return x.gather(1, order.reshape(order.shape + (1,) * (x.dim() - 2)).expand_as(x))
