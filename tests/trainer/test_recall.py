@@ -168,7 +168,6 @@ CHANGES: dict[str, Any] = {
     "two rows": lambda t: edit(attention(t).c_proj.weight, lambda w: w[:2].copy_(w[:2].flip(0))),
     "the adapter": lambda t: edit(attention(t).c_attn.lora_A["default"].weight, lambda w: w[0].add_(1)),
     "the adapter's scale": lambda t: attention(t).c_attn.scaling.update(default=7.0),
-    "the adapter off": lambda t: t.model.pretrained_model.base_model.disable_adapter_layers(),
     "a number of a module": lambda t: setattr(attention(t), "scaling", 0.1),
     "a number of the configuration": lambda t: setattr(t.model.config, "scale_attn_weights", False),
     "an activation": lambda t: setattr(

@@ -118,11 +118,8 @@ def check_adapters_on(model: nn.Module) -> None:
     for name, module in peft_part(model).named_modules():
         for state in ("disable_adapters", "merged"):
             if isinstance(getattr(module, "active_adapters", None), list) and getattr(module, state, False) is True:
-                what, way = (
-                    ("off", "enable_adapter_layers()")
-                    if state == "disable_adapters"
-                    else ("merged", "unmerge_adapter()")
-                )
+                off = state == "disable_adapters"
+                what, way = ("off", "enable_adapter_layers()") if off else ("merged", "unmerge_adapter()")
                 raise ValueError(
                     f"the adapter of {name} is {what}: nothing would reach it; call {way} of the PEFT model first"
                 )
