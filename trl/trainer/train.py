@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from trl.core import LengthSampler
 from trl.data import Prompt, PromptSampler, column_fingerprints, fingerprint, load_prompts
 from trl.functional import masked_mean
 from trl.models.limits import context_length
@@ -57,6 +56,12 @@ def train(trainer: Any, options: TrainOptions) -> TrainResult:
         while not run.stops():
             run.take_step()
         return run.end()
+
+
+def _values_of(sampler: Callable[[], int] | None) -> list[int]:
+    """Every length that a sampler may draw, where it lists them as `LengthSampler.values` does; else nothing."""
+    values = getattr(sampler, "values", None)
+    return values if isinstance(values, list) else []
 
 
 class _Run:
@@ -132,8 +137,8 @@ class _Run:
     def _longest_response(self) -> int:
         """Most new tokens of a response, as far as that is known before anything is drawn."""
         sampler = self.options.length_sampler
-        if isinstance(sampler, LengthSampler):
-            return max(sampler.values)
+        if values := _values_of(sampler):
+            return max(values)
         longest = self.generation["max_new_tokens"]
         # Of another sampler nothing is known, except that its user has prompts in mind that leave room for something.
         return int(longest if sampler is None else (self.options.generation or {}).get("max_new_tokens", 1))
@@ -141,7 +146,7 @@ class _Run:
     def _within_context(self, sampler: Callable[[], int] | None) -> Callable[[], int] | None:
         """The sampler; one whose range is not known is held to the room that the longest prompt leaves, and says so once."""
         context = context_length(self.trainer.model)
-        if sampler is None or isinstance(sampler, LengthSampler) or context is None:
+        if sampler is None or _values_of(sampler) or context is None:
             return sampler
         before = 1 if self.trainer.is_encoder_decoder else max(len(prompt.tokens) for prompt in self.prompts)
         room, said = context - before, False
