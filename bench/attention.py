@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trl.models.attention import packed, packed_attention
-from trl.rollout.attention import decoding_attention
-from trl.training.allocator import keep_freed_memory
+from trl.kernels.allocator import keep_freed_memory
+from trl.kernels.decode_attention import decoding_attention
+from trl.kernels.packed_attention import packed, packed_attention
 
 HEADS, SHARED, SIZE = 9, 3, 64
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl.functional import products
-from trl.functional.products import can_be_packed, packed, packed_linear
-from trl.training.allocator import keep_freed_memory
+from trl.kernels import products
+from trl.kernels.allocator import keep_freed_memory
+from trl.kernels.products import can_be_packed, packed, packed_linear
 
 # Rows, columns that are read, columns that are made.
 SHAPES = [(16, 576, 1536), (64, 576, 1536), (224, 576, 1536), (16, 160, 640), (64, 160, 640), (768, 160, 640)]

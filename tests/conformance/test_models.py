@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.helpers import PAD, assert_close, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 from tests.models.lora import lora, lora_config, stir
 from tests.models.rollouts import make_rollout, pad
+from trl.kernels.packed_attention import packed_mask
 from trl.models import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
@@ -23,7 +24,6 @@ from trl.models import (
     frozen_copy,
     reference_mode,
 )
-from trl.models.attention import packed_mask
 from trl.models.predictions import may_pack
 from trl.rollout import Sampling, obstacle, sample
 from trl.types import Rollout

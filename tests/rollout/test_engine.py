@@ -12,10 +12,10 @@ from torch import Tensor
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5, with_cache_called
 from tests.models.zoo import ZOO, Architecture
 from tests.trainer.conftest import make_trainer  # noqa: F401  (fixture)
-from trl.functional.products import shared_size
+from trl.kernels.kv_cache import GrowingLayer, growing_cache
+from trl.kernels.products import shared_size
 from trl.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, evaluate
 from trl.rollout import Sampling, engine, obstacle, own_sampling, sample, sample_responses
-from trl.rollout.cache import GrowingLayer, growing_cache
 from trl.types import Rollout
 
 DRIVEN = [a for a in ZOO if "Mamba" not in a.name and a.name != "ProphetNet"]

@@ -15,8 +15,8 @@ from torch.optim import SGD, Adam
 from tests.helpers import tiny_gpt2
 from tests.trainer.conftest import make_batch, make_trainer  # noqa: F401  (fixtures)
 from trl import AutoModelForCausalLMWithValueHead
+from trl.kernels.streaming_adam import NarrowAdam, _rounded_at_random
 from trl.training.optimizers import make_adam
-from trl.training.streaming import NarrowAdam, _rounded_at_random
 
 
 def test_rounding_is_right_on_average_and_goes_to_neighbours_alone() -> None:

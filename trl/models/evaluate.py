@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from trl.functional.kl import exact_kl
 from trl.functional.logprobs import token_logprobs_and_entropy
-from trl.functional.products import shared_size
-from trl.models.attention import packed
+from trl.kernels.packed_attention import packed
+from trl.kernels.products import shared_size
 from trl.models.frozen import beginning_above, draws_below, only_first_layers
 from trl.models.padding import clean, forward_inputs, ignores_padding, left_edge, move
 from trl.models.predictions import Wanted, abilities, decoder_config, may_pack, predict

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trl.models.attention import NAME, packed_attention
+from trl.kernels.packed_attention import NAME, packed_attention
 from trl.models.predictions import decoder_config
 from trl.models.trunk import base_language_model
 

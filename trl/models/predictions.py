@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from trl.functional.products import LinearForward
-from trl.functional.projection import projected_logprobs_and_entropy
-from trl.models.attention import packed
+from trl.kernels.packed_attention import packed
+from trl.kernels.products import LinearForward
+from trl.kernels.projection import projected_logprobs_and_entropy
 from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, trial_words, unwrap, without_head
 
 logger = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from trl.functional.products import shared_size
 from trl.functional.sampling import cut_logits, draw
 from trl.import_utils import cache_keyword
-from trl.rollout.attention import decoding
-from trl.rollout.cache import GrowingLayer, growing_cache
-from trl.rollout.packing import LEAST_TOKENS, packed_weights
+from trl.kernels.decode_attention import decoding
+from trl.kernels.kv_cache import GrowingLayer, growing_cache
+from trl.kernels.packed_weights import LEAST_TOKENS, packed_weights
+from trl.kernels.products import shared_size
 
 logger = logging.getLogger(__name__)
 

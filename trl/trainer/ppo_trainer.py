@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.core import PPODecorators, convert_to_scalar, set_seed, stats_to_np
 from trl.data import PadCollator
 from trl.functional import Moments, gae, masked_sum, masked_whiten
+from trl.kernels.allocator import keep_freed_memory
 from trl.models import PreTrainedModelWrapper, create_reference_model, shares_frozen
 from trl.models.adapters import adapter_starts_at_zero, check_adapters_on, frozen_copy, reference_mode
 from trl.models.layers import recompute_activations
@@ -59,7 +60,6 @@ from trl.trainer.recall import Recall, State, state_of
 from trl.trainer.tracking import check_trackers, settings_to_track
 from trl.trainer.train import train
 from trl.trainer.train_options import OnDiskError, OnSpike, TrainOptions, TrainResult
-from trl.training.allocator import keep_freed_memory
 from trl.training.checkpoints import Checkpoint
 from trl.training.compiling import compile_passes
 from trl.training.compute import Compute

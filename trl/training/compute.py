@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl.kernels.linear import quick_products
 from trl.models.precision import ComputeDtype, NarrowCopies, choose_dtype, narrow_base, narrow_for_good
-from trl.models.products import quick_products
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Compute(Passes):
         self._copies: NarrowCopies | None = None
         self._base: list[nn.Parameter] = []  # held in bfloat16 for good
         self._models = [model]
-        self.quick_products = accelerator.device.type == "cpu"  # see trl.models.products; not with compiled layers
+        self.quick_products = accelerator.device.type == "cpu"  # see trl.kernels.linear; not with compiled layers
         self._device_type = accelerator.device.type
         if accelerator.mixed_precision != "no":
             if wanted == "bfloat16":

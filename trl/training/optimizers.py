@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LRScheduler
 
+from trl.kernels.streaming_adam import NarrowAdam
 from trl.training.encoding import decode, encode
-from trl.training.streaming import NarrowAdam
 
 
 def make_adam(parameters: Sequence[nn.Parameter], learning_rate: float, *, narrow: bool) -> Adam:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama
-from trl.rollout.attention import decoding, decoding_attention
-from trl.rollout.cache import GrowingLayer, whole_room
+from trl.kernels.decode_attention import decoding, decoding_attention
+from trl.kernels.kv_cache import GrowingLayer, whole_room
 
 
 class Module:

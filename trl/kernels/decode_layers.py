@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
 
 from trl.import_utils import cache_keyword
-from trl.rollout.attention import NAME, decoding_attention
-from trl.rollout.joined import Joined, Part, can_be_joined, is_free, part_of
+from trl.kernels.decode_attention import NAME, decoding_attention
+from trl.kernels.joined_products import Joined, Part, can_be_joined, is_free, part_of
 
 
 class QuickLayer:

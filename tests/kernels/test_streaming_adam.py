@@ -15,9 +15,9 @@ from torch.optim import SGD, Adam, AdamW
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama
 from tests.trainer.conftest import make_batch, make_trainer, weights_of  # noqa: F401  (fixtures)
 from trl import AutoModelForCausalLMWithValueHead
+from trl.kernels import streaming_adam as streaming
+from trl.kernels.streaming_adam import adam_step, can_stream, total_norm
 from trl.models.precision import NarrowCopies
-from trl.training import streaming
-from trl.training.streaming import adam_step, can_stream, total_norm
 
 SHAPES = [(), (1,), (7,), (33, 31), (5, 3, 2), (0,), (64, 40)]
 

@@ -20,12 +20,12 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from tests.rollout.test_packing import old_name, replaced
-from trl.functional import products
+from tests.kernels.test_packed_weights import old_name, replaced
+from trl.kernels import products
+from trl.kernels.decode_attention import decoding
+from trl.kernels.decode_layers import _GPT2, QuickLayer, _Gated, quick_make
+from trl.kernels.packed_weights import LEAST_TOKENS, packed_weights
 from trl.rollout import engine
-from trl.rollout.attention import decoding
-from trl.rollout.layers import _GPT2, QuickLayer, _Gated, quick_make
-from trl.rollout.packing import LEAST_TOKENS, packed_weights
 
 pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import linear as torch_linear
 
-from trl.functional import products
-from trl.functional.products import can_be_packed, linear, packed, packed_linear, shared_size, summed_outer
+from trl.kernels import products
+from trl.kernels.products import can_be_packed, linear, packed, packed_linear, shared_size, summed_outer
 
 needs_onednn = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")
 

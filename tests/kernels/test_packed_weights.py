@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from trl.functional import products
-from trl.functional.products import LinearForward
-from trl.rollout import packing
+from trl.kernels import packed_weights as packing
+from trl.kernels import products
+from trl.kernels.packed_weights import LEAST_TOKENS, packed_weights
+from trl.kernels.products import LinearForward
 from trl.rollout.engine import Sampling, obstacle, sample
-from trl.rollout.packing import LEAST_TOKENS, packed_weights
 
 pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")
 
@@ -100,7 +100,7 @@ def test_sampling_and_its_trial_use_them(dtype: torch.dtype, monkeypatch: pytest
         made.append(rows)
         return products.packed(weight, rows)
 
-    monkeypatch.setattr("trl.rollout.joined.packed", counted)
+    monkeypatch.setattr("trl.kernels.joined_products.packed", counted)
     model = llama(dtype)
     if not products.can_be_packed(model.lm_head.weight):
         pytest.skip("this processor has no bfloat16 instructions")

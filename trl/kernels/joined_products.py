@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trl.functional.products import LinearForward, can_be_packed, packed, packed_linear
+from trl.kernels.products import LinearForward, can_be_packed, packed, packed_linear
 
 LowRank = tuple[Tensor, Tensor]  # what a LoRA layer multiplies by: `[r, in]`, then `[out, r]` with its scale
 Part = tuple[Any, LowRank | None]  # a plain linear layer, and the adapter on it

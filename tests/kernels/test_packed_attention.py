@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers import assert_close, tiny_llama
-from trl.models import attention
-from trl.models.attention import Run, packed, packed_attention, packed_mask, runs_of
+from trl.kernels import packed_attention as attention
+from trl.kernels.packed_attention import Run, packed, packed_attention, packed_mask, runs_of
 
 LENGTHS = [[3, 3, 5, 7], [1, 1, 2], [9], [12, 12, 4]]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from trl.functional import products
-from trl.functional.products import LinearForward
+from trl.kernels import products
+from trl.kernels.linear import quick_products
+from trl.kernels.products import LinearForward
 from trl.models.predictions import abilities
-from trl.models.products import quick_products
 from trl.models.trunk import without_head
 
 pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl.rollout.cache import whole_room
+from trl.kernels.kv_cache import whole_room
 
 NAME = "trl_decoding"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trl.functional.logprobs import BITS, FLOOR, wide_dtype
-from trl.functional.products import linear, summed_outer
+from trl.kernels.products import linear, summed_outer
 
 # Rows that are multiplied at a time, and the size of their block of logits in float32: on a CPU it stays in the cache.
 _ROWS = {"cpu": 512, "other": 8192}

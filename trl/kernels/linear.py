@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from trl.functional.products import LinearForward, quicker_products
+from trl.kernels.products import LinearForward, quicker_products
 
 
 @contextmanager
 def quick_products(*models: nn.Module) -> Iterator[None]:
-    """Within, the linear layers of `models` multiply as `trl.functional.products.linear` does.
+    """Within, the linear layers of `models` multiply as `trl.kernels.products.linear` does.
 
     Where that has no other way than torch's, nothing is done; layers whose `forward` somebody replaced stay as they are.
     """

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.helpers import assert_close
-from trl.functional import projection
-from trl.functional.projection import projected_logprobs_and_entropy as projected
+from trl.kernels import projection
+from trl.kernels.projection import projected_logprobs_and_entropy as projected
 
 BLOCKS = [None, (3, 7), (13, 50), (1, 1), (5, 64)]
 

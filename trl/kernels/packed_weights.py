@@ -2,7 +2,7 @@
 
 A product of few rows takes as long as it takes to read the weights, and torch's own order is read more slowly
 (bench/products.py). What a LoRA adapter reads first is packed with the weight that it stands on, and decoder layers of
-well-known makes are packed as a whole (`trl.rollout.layers`).
+well-known makes are packed as a whole (`trl.kernels.decode_layers`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trl.rollout.joined import Joined, Part, can_be_joined, part_of
-from trl.rollout.layers import quick_make
+from trl.kernels.decode_layers import quick_make
+from trl.kernels.joined_products import Joined, Part, can_be_joined, part_of
 
 logger = logging.getLogger(__name__)
 
