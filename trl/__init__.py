@@ -29,7 +29,7 @@ _HOMES = {
         "TrainCallback",
         "TrainResult",
     ),
-    "trl.training.checkpoints": ("CheckpointError",),
+    "trl.state.checkpoints": ("CheckpointError",),
     "trl.training.guards": ("NonFiniteError",),
     "trl.training.spikes": ("SpikeError", "SpikeSettings"),
 }
@@ -77,6 +77,7 @@ if TYPE_CHECKING:
         PreTrainedModelWrapper,
         create_reference_model,
     )
+    from trl.state.checkpoints import CheckpointError
     from trl.trainer import (
         AdaptiveKLController,
         BaseTrainer,
@@ -86,7 +87,6 @@ if TYPE_CHECKING:
         TrainCallback,
         TrainResult,
     )
-    from trl.training.checkpoints import CheckpointError
     from trl.training.guards import NonFiniteError
     from trl.training.spikes import SpikeError, SpikeSettings
 

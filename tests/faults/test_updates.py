@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.faults.harness import KILLED, Server, differences
 from tests.faults.orders import FULL, Undisturbed, at, checkpoints, losses
 from tests.helpers import assert_close
-from trl.training.checkpoints import load_checkpoint
+from trl.state.checkpoints import load_checkpoint
 
 # Four losses in each step: the ninth is the first of step 3.
 STEP_3, STEP_4 = 9, 13

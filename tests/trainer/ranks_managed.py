@@ -14,7 +14,7 @@ import torch
 
 from tests.trainer.managed import HELD_OUT, PROMPTS, fresh, recorded, run, words
 from trl import TrainCallback
-from trl.training.tensorfile import tensor_bytes
+from trl.state.tensorfile import tensor_bytes
 
 
 class StopFromRank1(TrainCallback):

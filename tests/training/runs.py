@@ -19,8 +19,8 @@ import torch
 from tests.helpers import tiny_gpt2, tiny_t5, tiny_tokenizer
 from tests.models.lora import lora
 from trl import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
+from trl.state.tensorfile import tensor_bytes
 from trl.training.resume import capture
-from trl.training.tensorfile import tensor_bytes
 
 CASES = ("full", "full bfloat16", "lora", "lora bfloat16", "seq2seq", "plain sgd", "narrow moments")
 ADAPTIVE = {

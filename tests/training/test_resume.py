@@ -19,9 +19,9 @@ from tests.conformance.setting import language_model, make_batch, make_trainer, 
 from tests.helpers import assert_close, tiny_gpt2, tiny_tokenizer
 from tests.training.runs import CASES, advance, begin, build, fingerprint
 from trl import AutoModelForCausalLMWithValueHead, PPOTrainer
-from trl.training.checkpoints import load_checkpoint
-from trl.training.encoding import decode, encode, no_tensors
-from trl.training.fingerprints import Fingerprints
+from trl.state.checkpoints import load_checkpoint
+from trl.state.encoding import decode, encode, no_tensors
+from trl.state.fingerprints import Fingerprints
 
 ROOT = Path(__file__).parents[2]
 
@@ -269,7 +269,7 @@ def test_r7_a_fixed_coefficient_is_a_setting(tmp_path: Path) -> None:
 
 
 def test_r7_other_versions_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    monkeypatch.setattr("trl.training.checkpoints.versions", lambda: {"torch": "1.0"})
+    monkeypatch.setattr("trl.state.checkpoints.versions", lambda: {"torch": "1.0"})
     folder = saved(tmp_path, "lora")
     build("lora").load_checkpoint(folder)
     assert (
@@ -319,7 +319,7 @@ def test_state_survives_json_exactly() -> None:
 
 def test_fingerprints_see_every_change_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    from trl.training import fingerprints
+    from trl.state import fingerprints
 
     real = fingerprints.tensor_bytes
     monkeypatch.setattr(fingerprints, "tensor_bytes", lambda tensor: seen.append(1) or real(tensor))

@@ -10,10 +10,10 @@ from typing import Any
 from trl.data import Prompt
 from trl.functional import masked_sum
 from trl.protocols import Reward
+from trl.state.rng import own_numbers
 from trl.trainer.ppo_methods import Batch
 from trl.trainer.samples import Drawn, draw, judge, totals
 from trl.training.processes import share_bytes
-from trl.training.rng import own_numbers
 
 
 def evaluate_prompts(

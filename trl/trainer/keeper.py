@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from trl import files
+from trl.state.checkpoints import CheckpointError, best_name, sweep
+from trl.state.tensorfile import safetensors_pieces
 from trl.trackers import CompletionRecord, NullRunDirectory, RunDirectory, read_metrics, run_folder, without_times
 from trl.trackers.environment import differences
 from trl.trackers.plain import plain
 from trl.trainer.train_options import OnDiskError, TrainOptions
-from trl.training.checkpoints import CheckpointError, best_name, sweep
 from trl.training.guards import SkippedUpdate
 from trl.training.processes import run_together, share_bytes
 from trl.training.resume import save_training
-from trl.training.tensorfile import safetensors_pieces
 from trl.types import Experience
 
 logger = logging.getLogger(__name__)

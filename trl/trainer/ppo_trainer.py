@@ -43,6 +43,8 @@ from trl.rollout import (
     unseen_by_scoring,
     with_prompts,
 )
+from trl.state.checkpoints import Checkpoint
+from trl.state.fingerprints import Fingerprints
 from trl.trainer.checks import (
     check_lists,
     check_logprobs,
@@ -60,10 +62,8 @@ from trl.trainer.recall import Recall, State, state_of
 from trl.trainer.tracking import check_trackers, settings_to_track
 from trl.trainer.train import train
 from trl.trainer.train_options import OnDiskError, OnSpike, TrainOptions, TrainResult
-from trl.training.checkpoints import Checkpoint
 from trl.training.compiling import compile_passes
 from trl.training.compute import Compute
-from trl.training.fingerprints import Fingerprints
 from trl.training.guards import UpdateGuards
 from trl.training.loop import optimize
 from trl.training.modes import eval_mode

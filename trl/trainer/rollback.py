@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl.state.rng import kept_generators
 from trl.trainer.keeper import Keeper
 from trl.trainer.train_options import TrainOptions
 from trl.training.memory import MemoryCheckpoint
 from trl.training.processes import sum_over_processes
 from trl.training.resume import load_step, restore
-from trl.training.rng import kept_generators
 from trl.training.spikes import SpikeSettings, SpikeWatch, UpdateDeclined
 
 logger = logging.getLogger(__name__)

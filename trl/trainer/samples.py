@@ -17,9 +17,9 @@ from trl.protocols import Reward
 from trl.rewards.compose import score_apart
 from trl.rewards.isolation import drawing_from
 from trl.rollout import stop_tokens
+from trl.state.rng import own_numbers
 from trl.trackers import CompletionRecord
 from trl.training.processes import run_together, share_bytes
-from trl.training.rng import own_numbers
 from trl.types import Sample, Scored
 
 

@@ -22,6 +22,8 @@ from trl.redaction import redact
 from trl.rewards import as_reward
 from trl.rewards.compose import budgets_of
 from trl.rollout import stop_tokens
+from trl.state.checkpoints import Checkpoint
+from trl.state.rng import kept_generators
 from trl.trackers import SafeTracker
 from trl.trainer.evaluation import evaluate_prompts
 from trl.trainer.keeper import Keeper
@@ -30,10 +32,8 @@ from trl.trainer.rollback import SpikePolicy
 from trl.trainer.rows import Clock, Logged, numbers_of
 from trl.trainer.samples import Drawn, arguments_of_step, draw, judge, records, told_to_all
 from trl.trainer.train_options import TrainOptions, TrainResult
-from trl.training.checkpoints import Checkpoint
 from trl.training.processes import run_together, share_bytes, sum_over_processes
 from trl.training.resume import load_training
-from trl.training.rng import kept_generators
 from trl.training.signals import SignalWatch, raise_for
 from trl.training.spikes import UpdateDeclined
 from trl.types import Scored

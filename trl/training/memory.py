@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trl.training.checkpoints import versions
+from trl.state.checkpoints import versions
+from trl.state.tensorfile import kind_of
 from trl.training.resume import capture
-from trl.training.tensorfile import kind_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import LRScheduler
 
 from trl.kernels.streaming_adam import NarrowAdam
-from trl.training.encoding import decode, encode
+from trl.state.encoding import decode, encode
 
 
 def make_adam(parameters: Sequence[nn.Parameter], learning_rate: float, *, narrow: bool) -> Adam:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trl.redaction import redact
-from trl.training.checkpoints import (
+from trl.state.checkpoints import (
     Checkpoint,
     CheckpointError,
     checkpoint_of,
@@ -28,12 +28,12 @@ from trl.training.checkpoints import (
     save_checkpoint,
     versions,
 )
-from trl.training.encoding import decode, encode, no_tensors
-from trl.training.fingerprints import weights
+from trl.state.encoding import decode, encode, no_tensors
+from trl.state.fingerprints import weights
+from trl.state.rng import generators_state, set_generators
+from trl.state.tensorfile import kind_of
 from trl.training.optimizers import inner, kind, load_optimizer, optimizer_differences, optimizer_state
 from trl.training.processes import run_together, share_bytes
-from trl.training.rng import generators_state, set_generators
-from trl.training.tensorfile import kind_of
 
 logger = logging.getLogger(__name__)
 

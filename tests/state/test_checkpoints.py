@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.training.disks import Disk, Stopped, use
 from trl import files
-from trl.training.checkpoints import (
+from trl.state.checkpoints import (
     MANIFEST,
     POINTER,
     CheckpointError,
@@ -30,7 +30,7 @@ from trl.training.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from trl.training.tensorfile import safetensors_pieces, safetensors_size
+from trl.state.tensorfile import safetensors_pieces, safetensors_size
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,7 +143,7 @@ def test_a_run_that_was_taken_back_and_stopped_before_the_old_saves_were_removed
     for step in (10, 20):
         save(tmp_path, step)
     with monkeypatch.context() as patch:
-        patch.setattr("trl.training.checkpoints._retire", stop)
+        patch.setattr("trl.state.checkpoints._retire", stop)
         with pytest.raises(Stopped):
             save(tmp_path, 15)
     assert {"step-00000015", "step-00000020"} < set(names(tmp_path))
@@ -228,7 +228,7 @@ def test_a_process_that_ends_inside_a_save(tmp_path: Path) -> None:
         "import os, transformers, trl.files\n"
         "from pathlib import Path\n"
         "from tests.training.disks import Disk\n"
-        "from tests.training.test_checkpoints import save\n"
+        "from tests.state.test_checkpoints import save\n"
         f"for stop in {list(stops)}:\n"
         "    if os.fork() == 0:\n"
         "        trl.files.os = Disk(stop_after=stop, exits=True)\n"
@@ -319,7 +319,7 @@ def test_the_pointer_is_no_single_point_of_failure(tmp_path: Path, caplog: pytes
 def test_a_later_format_is_refused_and_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr("trl.training.checkpoints.FORMAT", 2)
+        patch.setattr("trl.state.checkpoints.FORMAT", 2)
         save(tmp_path, 2)
     with pytest.raises(CheckpointError, match=r"step-00000002 has format 2, .* reads formats up to 1"):
         load_checkpoint(tmp_path)
@@ -408,7 +408,7 @@ def test_no_file_of_a_checkpoint_is_unpickled(tmp_path: Path, name: str, signed:
     (folder / name if name == POINTER else path / name).write_bytes(harm)
     (path / "pytorch_model.bin").write_bytes(harm)
     if signed and name not in (POINTER, MANIFEST):
-        from trl.training.checkpoints import _digest
+        from trl.state.checkpoints import _digest
 
         manifest = json.loads((path / MANIFEST).read_text())
         manifest["files"][name] = {"bytes": len(harm), "sha256": files.sha256_of(path / name)}
@@ -425,7 +425,7 @@ def test_no_file_of_a_checkpoint_is_unpickled(tmp_path: Path, name: str, signed:
 
 @pytest.mark.parametrize("name", ["../../outside.json", "{absolute}"])
 def test_a_manifest_names_files_beside_it_only(tmp_path: Path, name: str) -> None:
-    from trl.training.checkpoints import _digest
+    from trl.state.checkpoints import _digest
 
     path = save(tmp_path / "c", 1)
     (tmp_path / "outside.json").write_text("{}")

@@ -32,7 +32,7 @@ from typing import Any
 from torch import Tensor
 
 from trl import files
-from trl.training.tensorfile import safetensors_pieces, safetensors_size
+from trl.state.tensorfile import safetensors_pieces, safetensors_size
 
 logger = logging.getLogger(__name__)
 

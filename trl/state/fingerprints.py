@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from trl.training.tensorfile import tensor_bytes
+from trl.state.tensorfile import tensor_bytes
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
