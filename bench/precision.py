@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl.assets
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from trl.algorithms.ppo import PPOSettings, ppo_loss, ppo_minibatches
 from trl.core import set_seed
 from trl.demo.records import DemoSettings
 from trl.demo.run import Demo, log_odds, split_prompts
@@ -41,7 +42,6 @@ from trl.models.precision import NarrowCopies
 from trl.rewards import ClassifierReward
 from trl.training.loop import microbatches
 from trl.training.modes import eval_mode
-from trl.training.ppo import PPOSettings, ppo_loss, ppo_minibatches
 from trl.training.scoring import score
 from trl.types import Experience, occupied, take
 

@@ -34,9 +34,9 @@ from tests.conformance.setting import (
 from tests.functional import oracles
 from tests.functional.oracles import Ranks, f64
 from tests.helpers import assert_close, poison, tiny_tokenizer
+from trl.algorithms.ppo import PPOSettings, ppo_loss, ppo_minibatches
 from trl.models import create_reference_model, evaluate
 from trl.training.loop import UpdateMetrics, Updater, optimize
-from trl.training.ppo import PPOSettings, ppo_loss, ppo_minibatches
 from trl.types import Evaluation, Experience, Rollout, Tally, identity, take
 
 pytestmark = pytest.mark.conformance
@@ -171,7 +171,7 @@ def test_21_what_models_say_about_padding_never_matters(
     outcomes = []
     for dirty in (False, True):
         if dirty:
-            for place in ("trl.training.ppo.evaluate", "trl.training.scoring.evaluate"):
+            for place in ("trl.algorithms.ppo.evaluate", "trl.training.scoring.evaluate"):
                 monkeypatch.setattr(place, poisoned)
         trainer = make_trainer(
             reference=with_value_head(language_model(seed=1)),

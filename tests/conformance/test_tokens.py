@@ -323,7 +323,7 @@ def test_09_every_sample_is_seen_once_an_epoch(cut: tuple[int, int], monkeypatch
         seen.append([tuple(row[kept].tolist()) for row, kept in zip(rollout.tokens, rollout.attention)])
         return evaluate(model, rollout, **settings)
 
-    monkeypatch.setattr("trl.training.ppo.evaluate", watched)
+    monkeypatch.setattr("trl.algorithms.ppo.evaluate", watched)
     queries, responses, scores = make_batch()
     trainer.step(queries, responses, scores)
     whole = sorted(tuple(torch.cat([q, r]).tolist()) for q, r in zip(queries, responses))

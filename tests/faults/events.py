@@ -177,7 +177,7 @@ def _count_model(events: Events) -> None:
 
 
 def _spoil_losses(events: Events) -> None:
-    from trl.training import ppo
+    from trl.algorithms import ppo
     from trl.types import Loss
 
     def spoilt(policy: Any, settings: Any) -> Any:

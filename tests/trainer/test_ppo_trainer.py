@@ -166,7 +166,7 @@ def test_a_token_weighs_the_same_in_every_minibatch_of_a_batch(make_trainer: Any
             batch_size=2, mini_batch_size=1, ppo_epochs=1, loss_denominator=denominator, vf_coef=1.0, init_kl_coef=0.0
         )
         seen: list[tuple[int, float]] = []
-        from trl.training import ppo
+        from trl.algorithms import ppo
 
         experience_of: list[Any] = []
         original = ppo.take

@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from tests.trainer.managed import HELD_OUT, PROMPTS, bits, events, fresh, recorded, run, words
 from tests.training.disks import Disk
 from trl import CheckpointError, NonFiniteError, SpikeError, SpikeSettings, TrainCallback
+from trl.algorithms import ppo
 from trl.rewards import as_reward
 from trl.state.checkpoints import load_checkpoint
 from trl.trackers import read_completions, read_metrics
 from trl.trainer import keeper as keeper_module
 from trl.trainer.keeper import Keeper
 from trl.trainer.train_options import TrainOptions
-from trl.training import ppo
 from trl.types import Loss
 
 

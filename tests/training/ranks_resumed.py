@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from tests.training.runs import advance, begin, build, fingerprint
+from trl.algorithms import ppo
 from trl.state.checkpoints import CheckpointError
-from trl.training import ppo
 from trl.types import Experience, Loss
 
 # PPO on two ranks, each with its own queries, dropout and noise in the scores.

@@ -346,7 +346,7 @@ def test_r15_ranks_agree_on_the_microbatch() -> None:
 def test_r15_through_the_trainer_and_its_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: Any
 ) -> None:
-    from trl.training import ppo
+    from trl.algorithms import ppo
 
     def with_little_room(policy: nn.Module, settings: Any) -> Any:
         loss = ppo.ppo_loss(policy, settings)

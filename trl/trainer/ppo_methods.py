@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
+from trl.algorithms.ppo import PPOSettings, experience_statistics, ppo_terms
 from trl.data import PadCollator, pad, place_on_columns, prompt_loader, response_columns
 from trl.functional import (
     entropy,
@@ -36,7 +37,6 @@ from trl.trainer.ppo_config import PPOConfig
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
 from trl.training.loop import Updater, means_of
-from trl.training.ppo import PPOSettings, experience_statistics, ppo_terms
 from trl.training.processes import sum_over_processes, whole_gradients
 from trl.training.scoring import score
 from trl.training.statistics import step_statistics

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
+from trl.algorithms.ppo import ppo_loss, ppo_minibatches
 from trl.core import PPODecorators, convert_to_scalar, set_seed, stats_to_np
 from trl.data import PadCollator
 from trl.functional import Moments, gae, masked_sum, masked_whiten
@@ -69,7 +70,6 @@ from trl.training.loop import optimize
 from trl.training.modes import eval_mode
 from trl.training.optimizers import check_optimizer, check_scheduler, group_settings, inner, make_adam, unheld
 from trl.training.peak import memory_statistics
-from trl.training.ppo import ppo_loss, ppo_minibatches
 from trl.training.processes import gather_over_processes, make_accelerator, whole_gradients
 from trl.training.resume import load_training, save_training
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
