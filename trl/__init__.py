@@ -31,7 +31,7 @@ _HOMES = {
     ),
     "trl.state.checkpoints": ("CheckpointError",),
     "trl.training.guards": ("NonFiniteError",),
-    "trl.training.spikes": ("SpikeError", "SpikeSettings"),
+    "trl.runs.spikes": ("SpikeError", "SpikeSettings"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = ("core", "functional", "import_utils", "models", "protocols", "trainer", "types")
@@ -77,6 +77,7 @@ if TYPE_CHECKING:
         PreTrainedModelWrapper,
         create_reference_model,
     )
+    from trl.runs.spikes import SpikeError, SpikeSettings
     from trl.state.checkpoints import CheckpointError
     from trl.trainer import (
         AdaptiveKLController,
@@ -88,7 +89,6 @@ if TYPE_CHECKING:
         TrainResult,
     )
     from trl.training.guards import NonFiniteError
-    from trl.training.spikes import SpikeError, SpikeSettings
 
 
 def __getattr__(name: str) -> Any:

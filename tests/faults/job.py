@@ -25,9 +25,9 @@ from tests.faults.events import EVALUATION, Events, install
 from tests.training.runs import build, fingerprint
 from trl.files import sha256_of
 from trl.rewards import ErrorBudget, FunctionReward, Guard, as_reward
+from trl.runs.spikes import SpikeSettings
 from trl.trackers import read_completions, read_metrics, without_times
 from trl.training.processes import share_bytes
-from trl.training.spikes import SpikeSettings
 
 PROMPTS = [f"w{20 + i} " + " ".join(f"w{30 + (3 * i + j) % 25}" for j in range(1 + i % 3)) for i in range(10)]
 HELD_OUT = [f"w{EVALUATION} w{5 + i}" for i in range(3)]

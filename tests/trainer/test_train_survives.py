@@ -25,11 +25,11 @@ from tests.training.disks import Disk
 from trl import CheckpointError, NonFiniteError, SpikeError, SpikeSettings, TrainCallback
 from trl.algorithms import ppo
 from trl.rewards import as_reward
+from trl.runs import keeper as keeper_module
+from trl.runs.keeper import Keeper
+from trl.runs.options import TrainOptions
 from trl.state.checkpoints import load_checkpoint
 from trl.trackers import read_completions, read_metrics
-from trl.trainer import keeper as keeper_module
-from trl.trainer.keeper import Keeper
-from trl.trainer.train_options import TrainOptions
 from trl.types import Loss
 
 

@@ -1,11 +1,11 @@
 """The public face: configurations and trainers."""
 
+from trl.runs.callbacks import TrainCallback
+from trl.runs.options import TrainResult
 from trl.trainer.base import BaseTrainer
-from trl.trainer.callbacks import TrainCallback
 from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_trainer import PPOTrainer
-from trl.trainer.train_options import TrainResult
 
 __all__ = [
     "AdaptiveKLController",

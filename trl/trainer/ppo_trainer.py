@@ -44,6 +44,9 @@ from trl.rollout import (
     unseen_by_scoring,
     with_prompts,
 )
+from trl.runs.options import OnDiskError, OnSpike, TrainOptions, TrainResult
+from trl.runs.run import train
+from trl.runs.spikes import SpikeSettings
 from trl.state.checkpoints import Checkpoint
 from trl.state.fingerprints import Fingerprints
 from trl.trainer.checks import (
@@ -61,8 +64,6 @@ from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_methods import Batch, PPOMethods
 from trl.trainer.recall import Recall, State, state_of
 from trl.trainer.tracking import check_trackers, settings_to_track
-from trl.trainer.train import train
-from trl.trainer.train_options import OnDiskError, OnSpike, TrainOptions, TrainResult
 from trl.training.compiling import compile_passes
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
@@ -74,7 +75,6 @@ from trl.training.processes import gather_over_processes, make_accelerator, whol
 from trl.training.resume import load_training, save_training
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
 from trl.training.scoring import exact_kl_of, score, with_frozen_states
-from trl.training.spikes import SpikeSettings
 from trl.training.statistics import pooled_mean, stack_updates
 from trl.types import Evaluation, Experience, Rollout, Tally
 

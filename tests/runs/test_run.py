@@ -20,7 +20,7 @@ from trl.core import LengthSampler
 from trl.data import PromptSampler, load_prompts
 from trl.rewards import ErrorBudget, RewardErrors, RewardFailed, as_reward
 from trl.trackers import read_completions, read_metrics
-from trl.trainer.train import NothingScored
+from trl.runs.run import NothingScored
 
 # The loop ------------------------------------------------------------------------------------------------------------
 
@@ -267,7 +267,7 @@ def test_an_evaluation_of_the_same_weights_is_the_same(tmp_path: Path) -> None:
 
 def test_an_evaluation_counts_every_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven prompts in batches of four; and on three processes, of which the last two have to make prompts up."""
-    from trl.trainer import evaluation
+    from trl.runs import evaluation
 
     prompts = [f"w{40 + i}" for i in range(7)]
     seen: list[str] = []

@@ -25,17 +25,17 @@ from trl.rollout import stop_tokens
 from trl.state.checkpoints import Checkpoint
 from trl.state.rng import kept_generators
 from trl.trackers import SafeTracker
-from trl.trainer.evaluation import evaluate_prompts
-from trl.trainer.keeper import Keeper
-from trl.trainer.progress import NoProgress, Progress, progress_for
-from trl.trainer.rollback import SpikePolicy
-from trl.trainer.rows import Clock, Logged, numbers_of
-from trl.trainer.samples import Drawn, arguments_of_step, draw, judge, records, told_to_all
-from trl.trainer.train_options import TrainOptions, TrainResult
+from trl.runs.evaluation import evaluate_prompts
+from trl.runs.keeper import Keeper
+from trl.runs.progress import NoProgress, Progress, progress_for
+from trl.runs.rollback import SpikePolicy
+from trl.runs.rows import Clock, Logged, numbers_of
+from trl.runs.samples import Drawn, arguments_of_step, draw, judge, records, told_to_all
+from trl.runs.options import TrainOptions, TrainResult
 from trl.training.processes import run_together, share_bytes, sum_over_processes
 from trl.training.resume import load_training
-from trl.training.signals import SignalWatch, raise_for
-from trl.training.spikes import UpdateDeclined
+from trl.runs.signals import SignalWatch, raise_for
+from trl.runs.spikes import UpdateDeclined
 from trl.types import Scored
 
 logger = logging.getLogger(__name__)

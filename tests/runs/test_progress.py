@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from trl.trainer import progress
-from trl.trainer.progress import NoProgress, PlainProgress, RichProgress, clock, progress_for
+from trl.runs import progress
+from trl.runs.progress import NoProgress, PlainProgress, RichProgress, clock, progress_for
 
 ROW = {"score/mean": 0.5, "objective/kl": float("nan"), "time/tokens_per_second": 1234.4}
 

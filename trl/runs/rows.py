@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trl.trackers.plain import as_number
-from trl.trainer.samples import totals
+from trl.runs.samples import totals
 from trl.types import Scored
 
 

@@ -12,7 +12,7 @@ from trl.functional import masked_sum
 from trl.protocols import Reward
 from trl.state.rng import own_numbers
 from trl.trainer.ppo_methods import Batch
-from trl.trainer.samples import Drawn, draw, judge, totals
+from trl.runs.samples import Drawn, draw, judge, totals
 from trl.training.processes import share_bytes
 
 

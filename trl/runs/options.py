@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trl.protocols import Callback, Tracker
-from trl.training.spikes import SpikeSettings
+from trl.runs.spikes import SpikeSettings
 
 OnSpike = Literal["warn", "skip", "rollback"]
 OnDiskError = Literal["stop", "go_on"]

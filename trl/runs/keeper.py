@@ -16,7 +16,7 @@ from trl.state.tensorfile import safetensors_pieces
 from trl.trackers import CompletionRecord, NullRunDirectory, RunDirectory, read_metrics, run_folder, without_times
 from trl.trackers.environment import differences
 from trl.trackers.plain import plain
-from trl.trainer.train_options import OnDiskError, TrainOptions
+from trl.runs.options import OnDiskError, TrainOptions
 from trl.training.guards import SkippedUpdate
 from trl.training.processes import run_together, share_bytes
 from trl.training.resume import save_training

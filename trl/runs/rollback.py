@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from trl.state.rng import kept_generators
-from trl.trainer.keeper import Keeper
-from trl.trainer.train_options import TrainOptions
-from trl.training.memory import MemoryCheckpoint
+from trl.runs.keeper import Keeper
+from trl.runs.options import TrainOptions
+from trl.runs.memory import MemoryCheckpoint
 from trl.training.processes import sum_over_processes
 from trl.training.resume import load_step, restore
-from trl.training.spikes import SpikeSettings, SpikeWatch, UpdateDeclined
+from trl.runs.spikes import SpikeSettings, SpikeWatch, UpdateDeclined
 
 logger = logging.getLogger(__name__)
 
