@@ -11,7 +11,7 @@ from trl.data import Prompt
 from trl.functional import masked_sum
 from trl.protocols import Reward
 from trl.state.rng import own_numbers
-from trl.trainer.ppo_methods import Batch
+from trl.training.batch import Batch
 from trl.runs.samples import Drawn, draw, judge, totals
 from trl.training.processes import share_bytes
 

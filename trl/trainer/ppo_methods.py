@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from trl.functional import (
 from trl.trackers import completions_table
 from trl.trainer.base import BaseTrainer
 from trl.trainer.ppo_config import PPOConfig
+from trl.training.batch import Batch
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
 from trl.training.loop import Updater, means_of
@@ -44,23 +45,6 @@ from trl.types import Experience, Rollout, take
 
 _KL_OF_TOKEN = {"kl": k1, "abs": k1_abs, "mse": k2, "k3": k3}
 _TRAINER_COLUMNS = ("label", "query", "response")
-
-
-class Batch(NamedTuple):
-    """Queries and responses as they came, and padded as the model takes them."""
-
-    queries: list[Tensor]
-    responses: list[Tensor]
-    inputs: Mapping[str, Tensor]
-
-    def rows(self, rows: Tensor) -> Batch:
-        """The samples with the indices `rows` [b], padded as they are."""
-        some = rows.tolist()
-        return Batch(
-            [self.queries[i] for i in some],
-            [self.responses[i] for i in some],
-            {name: tensor[rows.to(tensor.device)] for name, tensor in self.inputs.items()},
-        )
 
 
 @dataclass(kw_only=True)

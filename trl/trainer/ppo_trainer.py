@@ -61,9 +61,10 @@ from trl.trainer.checks import (
 from trl.trainer.kl_controllers import controller_for
 from trl.trainer.live_settings import LiveSettings
 from trl.trainer.ppo_config import PPOConfig
-from trl.trainer.ppo_methods import Batch, PPOMethods
+from trl.trainer.ppo_methods import PPOMethods
 from trl.trainer.recall import Recall, State, state_of
 from trl.trainer.tracking import check_trackers, settings_to_track
+from trl.training.batch import Batch
 from trl.training.compiling import compile_passes
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
