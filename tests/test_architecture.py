@@ -18,8 +18,11 @@ PACKAGE = Path(__file__).parent.parent / "trl"
 FLOORS = (
     {"types", "files", "redaction", "import_utils", "assets", "pretrained"},
     {"protocols", "functional"},
-    {"models", "rollout", "rewards", "data", "trackers"},
+    {"kernels"},
+    {"models", "rollout", "rewards", "data", "trackers", "state"},
     {"training"},
+    {"algorithms"},
+    {"runs"},
     {"core"},
     {"trainer", "extras"},
     {"cli", "report", "feedback", "demo", "__main__"},
