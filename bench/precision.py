@@ -36,13 +36,13 @@ import trl.assets
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.algorithms.ppo import PPOSettings, ppo_loss, ppo_minibatches
 from trl.core import set_seed
-from trl.demo.records import DemoSettings
+from trl.demo.outcome import DemoSettings
 from trl.demo.run import Demo, log_odds, split_prompts
 from trl.models.precision import NarrowCopies
 from trl.rewards import ClassifierReward
+from trl.training.batched import score
 from trl.training.loop import microbatches
 from trl.training.modes import eval_mode
-from trl.training.scoring import score
 from trl.types import Experience, occupied, take
 
 Row = dict[str, Any]

@@ -29,7 +29,7 @@ from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, create
 
 HELD_OUT = 64  # prompts that the demo never trains on
 NEW_TOKENS, SCORE_CLIP, SHARED_LAYERS = 48, 3.5, 2
-# As in trl/demo/records.py; a test holds the two together.
+# As in trl/demo/outcome.py; a test holds the two together.
 SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-4, "batch_size": 64, "mini_batch_size": 16, "ppo_epochs": 2, "init_kl_coef": 0.05, "target": 13.0,
     "horizon": 400.0, "vf_coef": 0.2, "cliprange_value": 2.0, "lam": 0.95, "max_grad_norm": 1.0, "temperature": 0.9,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.helpers import assert_close
-from trl.demo.records import DemoSettings
+from trl.demo.outcome import DemoSettings
 
 BENCH = Path(__file__).parents[2] / "bench"
 

@@ -171,7 +171,7 @@ def test_21_what_models_say_about_padding_never_matters(
     outcomes = []
     for dirty in (False, True):
         if dirty:
-            for place in ("trl.algorithms.ppo.evaluate", "trl.training.scoring.evaluate"):
+            for place in ("trl.algorithms.ppo.evaluate", "trl.training.batched.evaluate"):
                 monkeypatch.setattr(place, poisoned)
         trainer = make_trainer(
             reference=with_value_head(language_model(seed=1)),

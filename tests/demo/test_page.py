@@ -13,8 +13,8 @@ from html.parser import HTMLParser
 import pytest
 
 from trl.demo.figure import DARK, LIGHT, Curves, nice_ticks, standalone
+from trl.demo.outcome import DemoResult, DemoSettings, HeldOut, Review, StepRow
 from trl.demo.page import page
-from trl.demo.records import DemoResult, DemoSettings, HeldOut, Review, StepRow
 from trl.demo.terminal import Progress, clock, comparison, plain, verdict
 
 HOSTILE = [

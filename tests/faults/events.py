@@ -101,7 +101,7 @@ def install(events: Events, run_dir: Path) -> None:
 
 
 def _count_decoding(events: Events) -> None:
-    from trl.rewards import process
+    from trl.rewards import isolated as process
     from trl.rollout import engine, generate
 
     where = ["check"]  # the engine tries itself out once, before anything is sampled

@@ -45,6 +45,6 @@ def test_another_stream_is_refused_when_a_run_is_resumed(make_trainer: Any, tmp_
 
 def test_processes_with_different_prompts_are_refused(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after `split_dataset_by_node`: this process has one part, the other another one."""
-    monkeypatch.setattr("trl.runs.run.share_bytes", lambda accelerator, data: [data, b"another digest"])
+    monkeypatch.setattr("trl.runs.managed.share_bytes", lambda accelerator, data: [data, b"another digest"])
     with pytest.raises(ValueError, match="the prompts differ between processes"):
         train(make_trainer, stream(), 1)

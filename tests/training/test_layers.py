@@ -18,7 +18,7 @@ from tests.models.lora import lora
 from tests.trainer.conftest import make_batch, make_trainer  # noqa: F401  (fixtures)
 from trl import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.models import evaluate
-from trl.models.layers import CompiledCode, LayerForward, compiled_layers, recompute_activations
+from trl.models.recompute import CompiledCode, LayerForward, compiled_layers, recompute_activations
 from trl.types import Rollout
 
 BUILDERS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5, "lora": lambda **more: lora(tiny_gpt2(**more))}
@@ -162,10 +162,10 @@ def test_where_compiling_fails_layers_run_as_they_are_and_the_log_says_why(
     plain = make_trainer()
     plain.step(*make_batch())
     monkeypatch.setattr("torch.compile", refuse(InternalTorchDynamoError))
-    with caplog.at_level(logging.WARNING, logger="trl.models.layers"):
+    with caplog.at_level(logging.WARNING, logger="trl.models.recompute"):
         trainer = make_trainer(compile=True)
         trainer.step(*make_batch())
-    reasons = [r.getMessage() for r in caplog.records if r.name == "trl.models.layers"]
+    reasons = [r.getMessage() for r in caplog.records if r.name == "trl.models.recompute"]
     assert reasons == ["compile=True has no effect: InternalTorchDynamoError: no code today"]
     assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), trainer.model.parameters(), strict=True))
 
@@ -187,14 +187,14 @@ def test_wrong_numbers_are_not_relied_on(
     monkeypatch.setattr(
         "torch.compile", lambda forward, **_: lambda layer, x, *a, **k: forward(layer, 1.01 * x, *a, **k)
     )
-    with caplog.at_level(logging.WARNING, logger="trl.models.layers"):
+    with caplog.at_level(logging.WARNING, logger="trl.models.recompute"):
         trainer = make_trainer(compile=True)
     assert "gradients differ by" in caplog.text and "is allowed" in caplog.text
     assert trainer.model.pretrained_model.transformer.h[0].forward.code.off
 
 
 def test_transformers_own_checkpointing_is_not_compiled_away() -> None:
-    from trl.models.layers import CompileError
+    from trl.models.recompute import CompileError
 
     model = policy("gpt2")
     model.pretrained_model.transformer.h[0].gradient_checkpointing = True
@@ -254,5 +254,5 @@ def test_without_a_compiler_layers_run_as_they_are(tmp_path: Path) -> None:
         [sys.executable, "-c", WITHOUT_A_COMPILER], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.endswith("learnt\n"), done.stderr
-    reasons = [line for line in done.stderr.splitlines() if line.startswith("trl.models.layers:")]
+    reasons = [line for line in done.stderr.splitlines() if line.startswith("trl.models.recompute:")]
     assert len(reasons) == 1 and "compile=True has no effect" in reasons[0] and "/nowhere/g++" in reasons[0]

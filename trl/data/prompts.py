@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trl.data.sources import read_rows
+from trl.data.readers import read_rows
 
 _PROMPT_COLUMNS = ("prompt", "query", "messages")
 _ID_COLUMNS = ("prompt_id", "id")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from trl.demo.records import DemoSettings
+from trl.demo.outcome import DemoSettings
 
 INTERRUPTED = 130  # as a shell reports a command that Ctrl-C ended
 FILES = ("report.html", "curves-light.svg", "curves-dark.svg", "metrics.jsonl", "summary.json", "reviews.json")

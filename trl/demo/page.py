@@ -8,7 +8,7 @@ from dataclasses import asdict
 from html import escape
 
 from trl.demo.figure import DARK, LIGHT, Curves, drawing, style
-from trl.demo.records import DemoResult, HeldOut, Review
+from trl.demo.outcome import DemoResult, HeldOut, Review
 from trl.demo.terminal import clock, plain
 
 SHOWN = 8  # prompts of the table that are open at once

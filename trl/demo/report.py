@@ -13,8 +13,8 @@ from typing import Any, TextIO
 from transformers.utils import logging as transformers_logging
 
 from trl.demo.figure import DARK, LIGHT, standalone
+from trl.demo.outcome import DemoResult, DemoSettings
 from trl.demo.page import curves_of, page
-from trl.demo.records import DemoResult, DemoSettings
 from trl.demo.run import Demo
 from trl.demo.terminal import Progress, comparison, verdict
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import trl.assets
 from trl.core import set_seed
-from trl.demo.records import DemoSettings, HeldOut, Review, StepRow
+from trl.demo.outcome import DemoSettings, HeldOut, Review, StepRow
 from trl.models import AutoModelForCausalLMWithValueHead, create_reference_model
 from trl.rewards import ClassifierReward
 from trl.trainer import PPOConfig, PPOTrainer

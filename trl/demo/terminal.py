@@ -9,7 +9,7 @@ import time
 import unicodedata
 from typing import TextIO
 
-from trl.demo.records import DemoResult, HeldOut, StepRow
+from trl.demo.outcome import DemoResult, HeldOut, StepRow
 
 SHOWN = 6  # prompts in the table on the terminal
 _LONGEST = 2000  # characters of one text that are worth showing

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from trl.import_utils import cache_keyword
 from trl.models import adapters, loading
+from trl.models.load_trunk import load_trunk
 from trl.models.predictions import Wanted, predict
 from trl.models.saving import save_value_head_model
-from trl.models.sources import load_trunk
 from trl.models.trunk import (
     base_language_model,
     forward_parameters,

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from trl.redaction import redact
 from trl.rewards.failures import ColumnError, Failure, RewardFailed
+from trl.rewards.isolated import Process
 from trl.rewards.isolation import Inline, Runner, Threaded, in_threads
-from trl.rewards.process import Process
 from trl.rewards.signature import resolve
 from trl.rewards.values import Row, fits
 from trl.types import Sample, Scored

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from trl.protocols import Sandbox
 from trl.rewards.failures import ColumnError
 from trl.rewards.isolation import in_threads
-from trl.rewards.processes import Killable
+from trl.rewards.killable import Killable
 
 if TYPE_CHECKING:
     from trl.types import Sample

@@ -1,6 +1,6 @@
 """The other end of a process-isolated reward: reads samples as JSON lines, writes rows as JSON lines.
 
-Started by `trl.rewards.process`. Imports the standard library alone, and what the reward itself imports.
+Started by `trl.rewards.isolated`. Imports the standard library alone, and what the reward itself imports.
 """
 
 from __future__ import annotations

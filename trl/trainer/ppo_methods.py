@@ -35,11 +35,11 @@ from trl.trackers import completions_table
 from trl.trainer.base import BaseTrainer
 from trl.trainer.ppo_config import PPOConfig
 from trl.training.batch import Batch
+from trl.training.batched import score
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
 from trl.training.loop import Updater, means_of
 from trl.training.processes import sum_over_processes, whole_gradients
-from trl.training.scoring import score
 from trl.training.statistics import step_statistics
 from trl.types import Experience, Rollout, take
 

@@ -25,8 +25,8 @@ from trl.functional import Moments, gae, masked_sum, masked_whiten
 from trl.kernels.allocator import keep_freed_memory
 from trl.models import PreTrainedModelWrapper, create_reference_model, shares_frozen
 from trl.models.adapters import adapter_starts_at_zero, check_adapters_on, frozen_copy, reference_mode
-from trl.models.layers import recompute_activations
 from trl.models.limits import context_length, decoder_start, vocabulary_sizes
+from trl.models.recompute import recompute_activations
 from trl.models.reference import check_reference
 from trl.protocols import Callback, Tracker
 from trl.redaction import remember_secrets
@@ -44,8 +44,8 @@ from trl.rollout import (
     unseen_by_scoring,
     with_prompts,
 )
+from trl.runs.managed import train
 from trl.runs.options import OnDiskError, OnSpike, TrainOptions, TrainResult
-from trl.runs.run import train
 from trl.runs.spikes import SpikeSettings
 from trl.state.checkpoints import Checkpoint
 from trl.state.fingerprints import Fingerprints
@@ -65,6 +65,7 @@ from trl.trainer.ppo_methods import PPOMethods
 from trl.trainer.recall import Recall, State, state_of
 from trl.trainer.tracking import check_trackers, settings_to_track
 from trl.training.batch import Batch
+from trl.training.batched import exact_kl_of, score, with_frozen_states
 from trl.training.compiling import compile_passes
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
@@ -75,7 +76,6 @@ from trl.training.peak import memory_statistics
 from trl.training.processes import gather_over_processes, make_accelerator, whole_gradients
 from trl.training.resume import load_training, save_training
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
-from trl.training.scoring import exact_kl_of, score, with_frozen_states
 from trl.training.statistics import pooled_mean, stack_updates
 from trl.types import Evaluation, Experience, Rollout, Tally
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trl.models import evaluate
-from trl.models.layers import CompiledCode, CompileError, compile_errors, compiled_layers
 from trl.models.limits import vocabulary_sizes
+from trl.models.recompute import CompiledCode, CompileError, compile_errors, compiled_layers
 from trl.models.trunk import is_encoder_decoder
 from trl.training.modes import eval_mode
 from trl.types import Rollout

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl.rewards.failures import ColumnError, Failure, RewardFailed, RowFailed
 from trl.rewards.isolation import random_stream
-from trl.rewards.processes import Killable
+from trl.rewards.killable import Killable
 from trl.rewards.signature import Binding, path_of
 from trl.rewards.values import Row, decode, decode_failure
 

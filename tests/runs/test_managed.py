@@ -20,7 +20,7 @@ from trl.core import LengthSampler
 from trl.data import PromptSampler, load_prompts
 from trl.rewards import ErrorBudget, RewardErrors, RewardFailed, as_reward
 from trl.trackers import read_completions, read_metrics
-from trl.runs.run import NothingScored
+from trl.runs.managed import NothingScored
 
 # The loop ------------------------------------------------------------------------------------------------------------
 
