@@ -109,6 +109,12 @@ def test_module_keeps_to_its_floor(path: str) -> None:
     assert violations(path, (PACKAGE / path).read_text(encoding="utf-8")) == []
 
 
+def test_a_file_name_stands_once() -> None:
+    """An editor's "open file" and a traceback's last line then say which module is meant."""
+    names = [name for name in (path.split("/")[-1] for path in MODULES) if name not in ("__init__.py", "__main__.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 @pytest.mark.parametrize(
     ("path", "source", "reason"),
     [

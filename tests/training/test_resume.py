@@ -194,6 +194,16 @@ def test_a_checkpoint_of_an_older_version_goes_on(tmp_path: Path) -> None:
             assert_close(row[name], value)
 
 
+def test_a_class_that_has_moved_since_is_known_by_its_old_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path, "narrow moments")
+    found = load_checkpoint(folder)
+    assert found is not None
+    optimizer = found.state["optimizer"] | {"class": "trl.training.streaming.NarrowAdam"}
+    older = replace(found, state=dict(found.state) | {"optimizer": optimizer})
+    monkeypatch.setattr("trl.training.resume.load_checkpoint", lambda folder: older)
+    assert build("narrow moments").load_checkpoint(folder) is not None
+
+
 def test_r7_settings_are_the_users_and_their_changes_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

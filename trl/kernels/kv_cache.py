@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -82,9 +81,3 @@ def growing_cache(config: Any) -> DynamicCache:
     if not cache.layers:
         cache.layer_class_to_replicate = GrowingLayer
     return cache
-
-
-def select_rows(cache: Any, indices: Tensor) -> None:
-    """Keeps the rows `indices` [b] of every layer of a cache."""
-    with torch.no_grad():
-        cache.batch_select_indices(indices)

@@ -35,7 +35,7 @@ from trl.trackers import completions_table
 from trl.trainer.base import BaseTrainer
 from trl.trainer.ppo_config import PPOConfig
 from trl.training.batch import Batch
-from trl.training.batched import score
+from trl.training.batched import evaluate_in_batches
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
 from trl.training.loop import Updater, means_of
@@ -178,7 +178,7 @@ class PPOMethods(BaseTrainer):
             1 where a response token is predicted.
         """
         rollout = self._rollout(Batch(queries, responses, model_inputs))
-        result = score(
+        result = evaluate_in_batches(
             model,
             rollout,
             batch_size=int(self.config.mini_batch_size or 1),

@@ -65,7 +65,7 @@ from trl.trainer.ppo_methods import PPOMethods
 from trl.trainer.recall import Recall, State, state_of
 from trl.trainer.tracking import check_trackers, settings_to_track
 from trl.training.batch import Batch
-from trl.training.batched import exact_kl_of, score, with_frozen_states
+from trl.training.batched import evaluate_in_batches, exact_kl_of, with_frozen_states
 from trl.training.compiling import compile_passes
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
@@ -482,7 +482,9 @@ class PPOTrainer(PPOMethods):
                 )
                 theirs.append(masks.bool())
                 return Evaluation(logprobs=logprobs, values=values, entropy=None)
-            return score(model, rollout, batch_size=size, temperature=temperature, entropy=policy, values=policy)
+            return evaluate_in_batches(
+                model, rollout, batch_size=size, temperature=temperature, entropy=policy, values=policy
+            )
 
         exact = None
         # Where a subclass has the update go through its own methods, passes use the weights as they are held, here and there.

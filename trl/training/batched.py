@@ -65,7 +65,7 @@ def with_frozen_states(
         )
 
 
-def score(
+def evaluate_in_batches(
     model: nn.Module,
     rollout: Rollout,
     *,

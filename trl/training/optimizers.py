@@ -87,8 +87,12 @@ def inner(wrapped: Any) -> Any:
     return wrapped.scheduler if isinstance(wrapped, AcceleratedScheduler) else wrapped
 
 
+# What older checkpoints call classes of this library that have moved since.
+_MOVED = {"trl.training.streaming.NarrowAdam": f"{NarrowAdam.__module__}.{NarrowAdam.__qualname__}"}
+
+
 def kind(value: Any) -> str | None:
-    """The full name of a class of which `value` is an instance; None for None."""
+    """The full name of the class of `value`; None for None."""
     return None if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
@@ -149,17 +153,18 @@ def optimizer_differences(
     saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> list[str]:
     """Why a saved state is not this optimizer's."""
-    if saved["class"] != kind(optimizer):
-        narrow = f"{NarrowAdam.__module__}.{NarrowAdam.__qualname__}" in (saved["class"], kind(optimizer))
+    before, now = _MOVED.get(saved["class"], saved["class"]), kind(optimizer)
+    if before != now:
+        narrow = _MOVED["trl.training.streaming.NarrowAdam"] in (before, now)
         hint = " (PPOConfig.optimizer_state_dtype makes it)" if narrow else ""
-        return [f"the optimizer was a {saved['class']}, is a {kind(optimizer)}{hint}"]
+        return [f"the optimizer was a {before}, is a {now}{hint}"]
     names = {id(parameter): name for name, parameter in named.items()}
-    now = [_names(group, i, names) for i, group in enumerate(optimizer.param_groups)]
-    before = [group["parameters"] for group in saved["groups"]]
-    if len(now) != len(before):
-        return [f"the optimizer had {len(before)} groups of parameters, has {len(now)}"]
+    groups = [_names(group, i, names) for i, group in enumerate(optimizer.param_groups)]
+    saved_groups = [group["parameters"] for group in saved["groups"]]
+    if len(groups) != len(saved_groups):
+        return [f"the optimizer had {len(saved_groups)} groups of parameters, has {len(groups)}"]
     found = []
-    for i, (old, new) in enumerate(zip(before, now, strict=True)):
+    for i, (old, new) in enumerate(zip(saved_groups, groups, strict=True)):
         gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
         if gone or come:
             found.append(
