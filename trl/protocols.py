@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from trl.types import Experience, Loss, Sample, Scored
+
+C = TypeVar("C", bound=Experience, contravariant=True)
 
 
 class RewardFn(Protocol):
@@ -41,10 +43,10 @@ class Sandbox(Protocol):
         ...
 
 
-class LossFn(Protocol):
+class LossFn(Protocol[C]):
     """The loss of one microbatch, as sums over its counted tokens."""
 
-    def __call__(self, experience: Experience) -> Loss: ...
+    def __call__(self, experience: C) -> Loss: ...
 
 
 class Reduce(Protocol):

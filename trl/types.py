@@ -11,26 +11,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
-Batch = TypeVar("Batch", "Rollout", "Experience")
+Batch = TypeVar("Batch", bound="Rollout | Experience")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """Queries with their sampled responses, padded on either side."""
+    """Queries with their sampled responses, padded on either side: what an engine returns."""
 
     tokens: Tensor  # [B, T] int64
     attention: Tensor  # [B, T] bool, False on padding
     mask: Tensor  # [B, S] bool, True where a response token is predicted and counts
+    group: Tensor = None  # type: ignore[assignment]  # [B] int64: rows of one number answer the same prompt; each its own if not given
     encoder_tokens: Tensor | None = None  # [B, Q] int64, the queries of an encoder-decoder
     encoder_attention: Tensor | None = None  # [B, Q] bool
     sampler_logprobs: Tensor | None = None  # [B, S] as the engine that sampled saw them
+    values: Tensor | None = None  # [B, S] where the engine saw the critic's
     policy_version: int = 0  # which weights sampled it
-    states: Tensor | None = None  # [B, T, H] what the policy's first `depth` layers, which are frozen, return
-    depth: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group is None:
+            object.__setattr__(self, "group", torch.arange(len(self.tokens), device=self.tokens.device))
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -48,19 +53,37 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """A rollout with everything an update needs."""
+    """A rollout with everything that any algorithm's update needs."""
 
     rollout: Rollout
     scores: Tensor  # [B] one number per sequence, from the reward source
     old_logprobs: Tensor  # [B, S] anchor of the ratio
-    ref_logprobs: Tensor  # [B, S]
-    old_values: Tensor  # [B, S]
-    rewards: Tensor  # [B, S] score on the last response token, minus kl_coef * kl
+    ref_logprobs: Tensor | None  # [B, S]; None where no reference was asked
     advantages: Tensor  # [B, S] raw; whitening belongs to the update
-    returns: Tensor  # [B, S]
 
     def __len__(self) -> int:
         return len(self.rollout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorCritic(Experience):
+    """The experience of an algorithm with a critic."""
+
+    old_values: Tensor  # [B, S] before the update
+    rewards: Tensor  # [B, S] score on the last response token, minus kl_coef * kl
+    returns: Tensor  # [B, S] what the critic is to predict
+
+
+E = TypeVar("E", bound=Experience)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minibatch(Generic[E]):
+    """What one optimizer step sees."""
+
+    experience: E  # advantages as the loss is to use them
+    denominator: Tensor  # scalar: what the summed loss is divided by, the same on every process
+    means: Mapping[str, Tensor] = field(default_factory=dict)  # scalars known before the update, for its metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,28 +176,22 @@ def take(batch: Batch, rows: Tensor | slice, columns: slice | None = None) -> Ba
     Returns:
         The same type with `b` sequences.
     """
-    changes: dict[str, object] = {}
+    width = (batch if isinstance(batch, Rollout) else batch.rollout).tokens.shape[1]
+    changes: dict[str, Any] = {}
     for name in (f.name for f in fields(batch)):
         value = getattr(batch, name)
         if isinstance(value, Rollout):
             changes[name] = take(value, rows, columns)
         elif isinstance(value, Tensor):
             value = value[rows]
-            if columns is not None and name in ("tokens", "attention", "states"):
-                value = value[:, columns]
-            elif columns is not None and value.dim() == 2 and not name.startswith("encoder_"):
-                value = value[:, columns.start : columns.stop - 1]
+            if columns is not None and value.dim() > 1 and not name.startswith("encoder_"):
+                end = columns.stop if value.shape[1] == width else columns.stop - 1
+                value = value[:, columns.start : end]
             changes[name] = value
-    taken = replace(batch, **changes)  # type: ignore[arg-type]
-    if columns is not None and isinstance(taken, Rollout) and taken.encoder_attention is not None:
-        assert taken.encoder_tokens is not None
-        kept = occupied(taken.encoder_attention)
-        taken = replace(
-            taken,
-            encoder_tokens=taken.encoder_tokens[:, kept],
-            encoder_attention=taken.encoder_attention[:, kept],
-        )
-    return taken
+    if columns is not None and changes.get("encoder_attention") is not None:
+        used = occupied(changes["encoder_attention"])
+        changes |= {name: changes[name][:, used] for name in ("encoder_tokens", "encoder_attention")}
+    return replace(batch, **changes)
 
 
 def occupied(attention: Tensor) -> slice:

@@ -37,7 +37,7 @@ from tests.helpers import assert_close, poison, tiny_tokenizer
 from trl.algorithms.ppo import PPOSettings, ppo_loss, ppo_minibatches
 from trl.models import create_reference_model, evaluate
 from trl.training.loop import UpdateMetrics, Updater, optimize
-from trl.types import Evaluation, Experience, Rollout, Tally, identity, take
+from trl.types import ActorCritic, Evaluation, Rollout, Tally, identity, take
 
 pytestmark = pytest.mark.conformance
 
@@ -576,7 +576,7 @@ class _OneOfTwo:
         pass
 
 
-def _experience(rows: slice = slice(None), shift: float = 0.0) -> Experience:
+def _experience(rows: slice = slice(None), shift: float = 0.0) -> ActorCritic:
     """Rows of a batch of eight ragged sequences; `shift` moves the old logprobs away from the policy's."""
     width, generator = 5, torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 60, (8, width + 1), generator=generator)
@@ -585,7 +585,7 @@ def _experience(rows: slice = slice(None), shift: float = 0.0) -> Experience:
     with torch.no_grad():
         old = evaluate(with_value_head(language_model()), rollout)
     assert old.values is not None
-    whole = Experience(
+    whole = ActorCritic(
         rollout=rollout,
         scores=torch.zeros(8),
         old_logprobs=old.logprobs + shift,
@@ -599,7 +599,7 @@ def _experience(rows: slice = slice(None), shift: float = 0.0) -> Experience:
 
 
 def _optimised(
-    model: nn.Module, experience: Experience, size: int, reduce: Any = identity, epochs: int = 1, **settings: Any
+    model: nn.Module, experience: ActorCritic, size: int, reduce: Any = identity, epochs: int = 1, **settings: Any
 ) -> tuple[dict[str, Tensor], list[UpdateMetrics]]:
     """The last gradient and the history of passes over an experience at a learning rate of 0."""
     updater = Updater(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), accelerator=_OneOfTwo())

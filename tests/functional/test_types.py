@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import assert_close
-from trl.types import Experience, Loss, Rollout, Tally, identity, occupied, take
+from trl.types import ActorCritic, Loss, Rollout, Tally, identity, occupied, take
 
 
 def rollout(**changes: torch.Tensor | None) -> Rollout:
@@ -16,11 +16,11 @@ def rollout(**changes: torch.Tensor | None) -> Rollout:
     return Rollout(**(fields | changes))  # type: ignore[arg-type]
 
 
-def experience() -> Experience:
+def experience() -> ActorCritic:
     arrays = {name: torch.arange(15.0).view(3, 5) + 100 * i for i, name in enumerate(
         ("old_logprobs", "ref_logprobs", "old_values", "rewards", "advantages", "returns"), start=1
     )}  # fmt: skip
-    return Experience(rollout=rollout(), scores=torch.tensor([1.0, 2.0, 3.0]), **arrays)
+    return ActorCritic(rollout=rollout(), scores=torch.tensor([1.0, 2.0, 3.0]), **arrays)
 
 
 # --- tallies ------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def test_nothing_can_be_changed_in_place_or_forgotten() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         rollout().tokens = torch.zeros(1)  # type: ignore[misc]
     with pytest.raises(TypeError, match="returns"):
-        Experience(rollout=rollout(), scores=torch.zeros(3))  # type: ignore[call-arg]
+        ActorCritic(rollout=rollout(), scores=torch.zeros(3))  # type: ignore[call-arg]
 
 
 def test_lengths() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
-from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +16,7 @@ from tests.models.lora import lora, stir
 from tests.models.rollouts import make_rollout
 from trl.models import AutoModelForCausalLMWithValueHead as Causal
 from trl.models import (
+    RolloutAboveFrozen,
     create_reference_model,
     evaluate,
     evaluate_exact_kl,
@@ -53,7 +53,7 @@ def test_same_numbers_and_gradients(make: Any, side: str, packs: bool, monkeypat
     states = frozen_states(model, rollout, 1)
     assert states.shape == (*rollout.tokens.shape, 16) and not states[~rollout.attention].any()
     passes = counted(model)
-    short = replace(rollout, states=states, depth=1)
+    short = RolloutAboveFrozen.of(rollout, states, 1)
     found = []
     for some in (rollout, short):
         model.zero_grad()
@@ -80,8 +80,8 @@ def test_wrong_states_are_seen() -> None:
     rollout = make_rollout("right")
     states = frozen_states(model, rollout, 1)
     with torch.no_grad():
-        right = evaluate(model, replace(rollout, states=states, depth=1)).logprobs
-        wrong = evaluate(model, replace(rollout, states=states * 1.1, depth=1)).logprobs
+        right = evaluate(model, RolloutAboveFrozen.of(rollout, states, 1)).logprobs
+        wrong = evaluate(model, RolloutAboveFrozen.of(rollout, states * 1.1, 1)).logprobs
     assert (right - wrong).abs().max() > 1e-4
 
 
@@ -113,7 +113,7 @@ def test_under_an_adapter_on_upper_layers() -> None:
     stir(model)
     assert frozen_depth(model) == 2
     rollout = make_rollout("left")
-    short = replace(rollout, states=frozen_states(model, rollout, 2), depth=2)
+    short = RolloutAboveFrozen.of(rollout, frozen_states(model, rollout, 2), 2)
     with torch.no_grad():
         assert_close(evaluate(model, short).logprobs, evaluate(model, rollout).logprobs, tol=1e-5)
         with reference_mode(model):
@@ -173,7 +173,7 @@ def test_layers_that_drop_at_random_are_run() -> None:
     model = Causal.from_pretrained(tiny_gpt2(resid_pdrop=0.5)).eval()
     create_reference_model(model, num_shared_layers=1)
     rollout = make_rollout("right")
-    short = replace(rollout, states=frozen_states(model, rollout, 1) + torch.nan, depth=1)
+    short = RolloutAboveFrozen.of(rollout, frozen_states(model, rollout, 1) + torch.nan, 1)
     model.train()
     assert evaluate(model, short).logprobs[rollout.mask].isfinite().all()
     model.eval()

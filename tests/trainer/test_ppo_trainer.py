@@ -14,6 +14,7 @@ from tests.helpers import assert_close, tiny_gpt2, tiny_tokenizer
 from tests.trainer.conftest import weights_of
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
 from trl.trainer import ppo_trainer
+from trl.types import Rollout
 
 
 def moved(before: dict[str, torch.Tensor], trainer: PPOTrainer) -> set[str]:
@@ -539,7 +540,7 @@ def test_frozen_layers_are_run_once_for_a_batch(
         handle.remove()
         tokens = sum(len(pair[0]) + len(pair[1]) for pair in zip(queries, responses, strict=True))
         whole = [n for n in seen if n != 5]  # without the trial's words
-        assert trainer.last_experience is not None and trainer.last_experience.rollout.states is None
+        assert trainer.last_experience is not None and type(trainer.last_experience.rollout) is Rollout
         assert (tokens <= sum(whole) < 1.2 * tokens) if once else sum(whole) >= 4 * tokens
         found.append((stats, weights_of(trainer)))
     (ours, weights), (plain, others) = found

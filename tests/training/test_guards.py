@@ -21,7 +21,7 @@ from tests.helpers import assert_close, tiny_gpt2, tiny_tokenizer
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.training.guards import NonFiniteError, SkippedUpdate, UpdateGuards, is_out_of_memory
 from trl.training.loop import Minibatch, Updater, optimize
-from trl.types import Experience, Loss, Rollout, Tally, identity
+from trl.types import ActorCritic, Loss, Rollout, Tally, identity
 
 
 class Processes:
@@ -44,7 +44,7 @@ def minibatch(rows: int = 8) -> Minibatch:
     """Scores 1, 2, 3 ... to fit, one response token each."""
     tokens = torch.full((rows, 2), 5)
     ones = torch.ones(rows, 1)
-    experience = Experience(
+    experience = ActorCritic(
         rollout=Rollout(tokens=tokens, attention=torch.ones(rows, 2).bool(), mask=ones.bool()),
         scores=torch.arange(1.0, rows + 1),
         old_logprobs=ones, ref_logprobs=ones, old_values=ones, rewards=ones, advantages=ones, returns=ones,
@@ -59,7 +59,7 @@ class Weight(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.zeros(()))
 
-    def loss(self, experience: Experience) -> Loss:
+    def loss(self, experience: ActorCritic) -> Loss:
         errors = (self.w - experience.scores[:, None]) ** 2
         mask = experience.rollout.mask
         return Loss(
@@ -68,7 +68,7 @@ class Weight(nn.Module):
 
 
 def run(
-    loss_of: Callable[[Weight], Callable[[Experience], Loss]],
+    loss_of: Callable[[Weight], Callable[[ActorCritic], Loss]],
     minibatches: int = 1,
     size: int = 8,
     processes: int = 1,
@@ -95,7 +95,7 @@ def spoiled(when: Callable[[int], bool], by: Callable[[Tensor], Tensor]) -> Any:
     calls = iter(range(1000))
 
     def of(model: Weight) -> Any:
-        def loss(experience: Experience) -> Loss:
+        def loss(experience: ActorCritic) -> Loss:
             plain = model.loss(experience)
             if not when(next(calls)):
                 return plain
@@ -219,7 +219,7 @@ def scaled(
         model=model, optimizer=accelerator.optimizer, accelerator=accelerator, guards=guards, reduce=reduce
     )
 
-    def loss(experience: Experience) -> Loss:
+    def loss(experience: ActorCritic) -> Loss:
         plain = model.loss(experience)
         return Loss(objective=plain.objective + spoil, metrics=plain.metrics, arrays=plain.arrays)
 
@@ -266,7 +266,7 @@ def fits(rows: int, kind: type[RuntimeError] = RuntimeError, message: str = "CUD
     """The loss on a machine with room for so many rows."""
 
     def of(model: Weight) -> Any:
-        def loss(experience: Experience) -> Loss:
+        def loss(experience: ActorCritic) -> Loss:
             if len(experience) > rows:
                 raise kind(message)
             return model.loss(experience)
@@ -293,7 +293,7 @@ def fits_backward(rows: int) -> Any:
     """The same, but the room is missing in the backward pass."""
 
     def of(model: Weight) -> Any:
-        def loss(experience: Experience) -> Loss:
+        def loss(experience: ActorCritic) -> Loss:
             plain = model.loss(experience)
             objective = _Fails.apply(plain.objective, len(experience), rows)
             return Loss(objective=objective, metrics=plain.metrics, arrays=plain.arrays)
@@ -351,7 +351,7 @@ def test_r15_through_the_trainer_and_its_checkpoint(
     def with_little_room(policy: nn.Module, settings: Any) -> Any:
         loss = ppo.ppo_loss(policy, settings)
 
-        def limited(experience: Experience) -> Loss:
+        def limited(experience: ActorCritic) -> Loss:
             if len(experience) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
             return loss(experience)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from trl.functional import importance_weights, masked_moments, masked_whiten, policy_loss, value_loss
 from trl.models import evaluate
 from trl.protocols import LossFn, Reduce
-from trl.training.loop import Minibatch
-from trl.types import Experience, Loss, Tally, identity, take
+from trl.types import ActorCritic, Loss, Minibatch, Tally, identity, take
 
 Denominator = Literal["minibatch", "batch"]
 
@@ -77,10 +76,10 @@ def ppo_terms(
     )
 
 
-def ppo_loss(policy: nn.Module, settings: PPOSettings) -> LossFn:
+def ppo_loss(policy: nn.Module, settings: PPOSettings) -> LossFn[ActorCritic]:
     """The loss of `policy` on an experience: one forward pass, then `ppo_terms`."""
 
-    def loss(experience: Experience) -> Loss:
+    def loss(experience: ActorCritic) -> Loss:
         rollout = experience.rollout
         now = evaluate(policy, rollout, temperature=settings.temperature, entropy=True, response_only=True)
         assert now.values is not None and now.entropy is not None
@@ -106,14 +105,14 @@ def ppo_loss(policy: nn.Module, settings: PPOSettings) -> LossFn:
 
 
 def ppo_minibatches(
-    experience: Experience,
+    experience: ActorCritic,
     *,
     size: int,
     epochs: int,
     generator: torch.Generator,
     denominator: Denominator = "minibatch",
     reduce: Reduce = identity,
-) -> Iterator[Minibatch]:
+) -> Iterator[Minibatch[ActorCritic]]:
     """`epochs` passes over an experience in a new order each, `size` sequences at a time, advantages whitened.
 
     Whitening spans the whole minibatch, over all processes. A minibatch without a counted token on any process is passed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
 from trl.models.autos import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.models.evaluate import evaluate, evaluate_exact_kl, frozen_states
-from trl.models.frozen import frozen_depth, shares_frozen
+from trl.models.frozen import RolloutAboveFrozen, frozen_depth, shares_frozen
 from trl.models.predictions import abilities
 from trl.models.reference import create_reference_model
 from trl.models.value_head import ValueHead
@@ -18,6 +18,7 @@ __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "PreTrainedModelWrapper",
+    "RolloutAboveFrozen",
     "ValueHead",
     "abilities",
     "adapter_starts_at_zero",

@@ -15,7 +15,7 @@ from trl.functional.kl import exact_kl
 from trl.functional.logprobs import token_logprobs_and_entropy
 from trl.kernels.packed_attention import packed
 from trl.kernels.products import shared_size
-from trl.models.frozen import beginning_above, draws_below, only_first_layers
+from trl.models.frozen import RolloutAboveFrozen, beginning_above, draws_below, only_first_layers
 from trl.models.padding import clean, forward_inputs, ignores_padding, left_edge, move
 from trl.models.predictions import Wanted, abilities, decoder_config, may_pack, predict
 from trl.models.trunk import base_language_model, forward_parameters, is_encoder_decoder, unwrap, without_head
@@ -163,7 +163,7 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
     filling = (0, shared_size(len(row)) - len(row) if row.device.type == "cpu" else 0)
     rows, following = F.pad(place[row, column], filling), F.pad(tokens[row, column + 1], filling)
     layout = _Layout(inputs=inputs, running=running, place=place, asked=asked, rows=rows, tokens=following)
-    if rollout.states is None or draws_below(model, rollout.depth):
+    if not isinstance(rollout, RolloutAboveFrozen) or draws_below(model, rollout.depth):
         return layout
     states = layout.spread(rollout.states, attention)
     return replace(layout, running=_both(running, beginning_above(model, states, rollout.depth)))
@@ -253,7 +253,7 @@ def _last_states(model: nn.Module, layout: _Layout) -> Tensor:
 
 @torch.no_grad()
 def frozen_states(model: nn.Module, rollout: Rollout, depth: int) -> Tensor:
-    """`[B, T, H]` what the first `depth` layers return for a rollout's tokens, 0 on padding; for `Rollout.states`.
+    """`[B, T, H]` what the first `depth` layers return for a rollout's tokens, 0 on padding.
 
     Args:
         model: one that projects (`abilities`).

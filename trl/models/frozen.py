@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,8 +28,27 @@ from trl.models.trunk import (
     unwrap,
     without_head,
 )
+from trl.types import Rollout
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutAboveFrozen(Rollout):
+    """A rollout that passes can read from above the policy's frozen first layers."""
+
+    states: Tensor  # [B, T, H] what the first `depth` layers return
+    depth: int
+
+    @classmethod
+    def of(cls, rollout: Rollout, states: Tensor, depth: int) -> RolloutAboveFrozen:
+        """`rollout` with the states of its tokens."""
+        return cls(**{f.name: getattr(rollout, f.name) for f in fields(Rollout)}, states=states, depth=depth)
+
+    def without_states(self) -> Rollout:
+        """The rollout as the engine returned it."""
+        return Rollout(**{f.name: getattr(self, f.name) for f in fields(Rollout)})
+
 
 _CAN_BEGIN_ABOVE: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
 

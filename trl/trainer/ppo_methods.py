@@ -41,7 +41,7 @@ from trl.training.guards import UpdateGuards
 from trl.training.loop import Updater, means_of
 from trl.training.processes import sum_over_processes, whole_gradients
 from trl.training.statistics import step_statistics
-from trl.types import Experience, Rollout, take
+from trl.types import ActorCritic, Rollout, take
 
 _KL_OF_TOKEN = {"kl": k1, "abs": k1_abs, "mse": k2, "k3": k3}
 _TRAINER_COLUMNS = ("label", "query", "response")
@@ -380,14 +380,14 @@ class PPOMethods(BaseTrainer):
                 "super().loss, which weights the policy loss by them, or give none"
             )
 
-    def _optimize_by_methods(self, experience: Experience, batch: Batch) -> dict[str, Tensor]:
+    def _optimize_by_methods(self, experience: ActorCritic, batch: Batch) -> dict[str, Tensor]:
         """The update through this object's public methods, for a subclass that overrides them: more memory, no trimming."""
         try:
             return _stacked(self._history_by_methods(experience, batch))
         finally:
             self._minibatch = None
 
-    def _history_by_methods(self, experience: Experience, batch: Batch) -> list[dict[str, Tensor]]:
+    def _history_by_methods(self, experience: ActorCritic, batch: Batch) -> list[dict[str, Tensor]]:
         config = self.config
         history: list[dict[str, Tensor]] = []
         batch_tokens = None

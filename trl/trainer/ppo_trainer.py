@@ -23,7 +23,7 @@ from trl.core import PPODecorators, convert_to_scalar, set_seed, stats_to_np
 from trl.data import PadCollator
 from trl.functional import Moments, gae, masked_sum, masked_whiten
 from trl.kernels.allocator import keep_freed_memory
-from trl.models import PreTrainedModelWrapper, create_reference_model, shares_frozen
+from trl.models import PreTrainedModelWrapper, RolloutAboveFrozen, create_reference_model, shares_frozen
 from trl.models.adapters import adapter_starts_at_zero, check_adapters_on, frozen_copy, reference_mode
 from trl.models.limits import context_length, decoder_start, vocabulary_sizes
 from trl.models.recompute import recompute_activations
@@ -77,7 +77,7 @@ from trl.training.processes import gather_over_processes, make_accelerator, whol
 from trl.training.resume import load_training, save_training
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
 from trl.training.statistics import pooled_mean, stack_updates
-from trl.types import Evaluation, Experience, Rollout, Tally
+from trl.types import ActorCritic, Evaluation, Rollout, Tally
 
 logger = logging.getLogger(__name__)
 _UNKNOWN = object()
@@ -211,7 +211,7 @@ class PPOTrainer(PPOMethods):
         self._compared = 0
         self._steps_done = 0
         self.guards = UpdateGuards()
-        self.last_experience: Experience | None = None
+        self.last_experience: ActorCritic | None = None
         """What the last call of `step` learnt from: rewards, values and advantages per token, as they were before it."""
         self.fingerprints = Fingerprints()
         self._warned_sampling: set[tuple[str, ...]] = set()
@@ -435,7 +435,9 @@ class PPOTrainer(PPOMethods):
             with _timed(timing, "time/ppo/optimize_step"):
                 self._recall.forget()
                 train_stats = self._optimize(experience, batch)
-                self.last_experience = replace(experience, rollout=replace(rollout, states=None, depth=0))
+                if isinstance(rollout, RolloutAboveFrozen):
+                    rollout = rollout.without_states()
+                self.last_experience = replace(experience, rollout=rollout)
             with _timed(timing, "time/ppo/calc_stats"):
                 stats = self.record_step_stats(
                     kl_coef=self.kl_ctl.value,
@@ -497,8 +499,9 @@ class PPOTrainer(PPOMethods):
                 rollout = with_frozen_states(self.model, rollout, batch_size=size, autocast=self.accelerator.autocast)
             old = recalled or evaluated(self.model, rollout, policy=True)
             with self._reference() as reference:
-                shared = rollout.depth > 0 and shares_frozen(self.model, reference, rollout.depth)
-                common = rollout if shared else replace(rollout, states=None, depth=0)
+                common = rollout
+                if isinstance(rollout, RolloutAboveFrozen) and not shares_frozen(self.model, reference, rollout.depth):
+                    common = rollout.without_states()
                 ref_logprobs = evaluated(reference, common, policy=False).logprobs
             if self.config.kl_penalty == "full":
                 with self.accelerator.autocast():
@@ -516,7 +519,7 @@ class PPOTrainer(PPOMethods):
         scores: list[Tensor],
         responses: list[Tensor],
         per_token: Mapping[str, Tensor],
-    ) -> tuple[Experience, Tensor]:
+    ) -> tuple[ActorCritic, Tensor]:
         """Scores become rewards, rewards advantages. Also returns the part of the rewards [B, S] that is not score."""
         assert old.values is not None
         config = self.config
@@ -541,7 +544,7 @@ class PPOTrainer(PPOMethods):
         advantages, returns = gae(
             rewards, old.values, rollout.mask, gamma=float(config.gamma or 0), lam=float(config.lam or 0)
         )
-        experience = Experience(
+        experience = ActorCritic(
             rollout=rollout,
             scores=shaped,
             old_logprobs=old.logprobs,
@@ -555,7 +558,7 @@ class PPOTrainer(PPOMethods):
 
     def _optimize(
         self,
-        experience: Experience,
+        experience: ActorCritic,
         batch: Batch,
     ) -> dict[str, Tensor]:
         """Updates the policy; returns its statistics, a row per optimizer step."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trl.models import abilities, evaluate, evaluate_exact_kl, frozen_depth, frozen_states
+from trl.models import RolloutAboveFrozen, abilities, evaluate, evaluate_exact_kl, frozen_depth, frozen_states
 from trl.types import Evaluation, Rollout, occupied, take
 
 # Tokens of a pass that keeps nothing for a backward pass, where a model makes no logits either.
@@ -60,9 +59,7 @@ def with_frozen_states(
             return rollout
         size = _at_once(policy, rollout, batch_size)
         pieces = [take(rollout, slice(start, start + size)) for start in range(0, len(rollout), size)]
-        return replace(
-            rollout, states=torch.cat([frozen_states(policy, piece, depth) for piece in pieces]), depth=depth
-        )
+        return RolloutAboveFrozen.of(rollout, torch.cat([frozen_states(policy, p, depth) for p in pieces]), depth)
 
 
 def evaluate_in_batches(

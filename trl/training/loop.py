@@ -19,16 +19,7 @@ from trl.protocols import LossFn, Reduce
 from trl.training.compute import Passes
 from trl.training.guards import UpdateGuards, is_out_of_memory
 from trl.training.optimizers import inner
-from trl.types import Experience, Tally, identity, occupied, take
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Minibatch:
-    """What one optimizer step sees."""
-
-    experience: Experience  # advantages as the loss is to use them
-    denominator: Tensor  # scalar: what the summed loss is divided by, the same on every process
-    means: Mapping[str, Tensor] = field(default_factory=dict)  # scalars known before the update, for its metrics
+from trl.types import E, Experience, Minibatch, Tally, identity, occupied, take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,14 +166,14 @@ def means_of(tallies: Sequence[Mapping[str, Tally]], reduce: Reduce) -> dict[str
     return dict(zip(names, (sums / counts.clamp(min=1)).tolist(), strict=True))
 
 
-def microbatches(experience: Experience, size: int) -> list[Experience]:
+def microbatches(experience: E, size: int) -> list[E]:
     """Cuts an experience into pieces of at most `size` sequences, in order."""
     return [take(experience, slice(start, start + size)) for start in range(0, len(experience), size)]
 
 
 def optimize(
-    minibatches: Iterable[Minibatch],
-    loss_fn: LossFn,
+    minibatches: Iterable[Minibatch[E]],
+    loss_fn: LossFn[E],
     updater: Updater,
     *,
     microbatch_size: int,
@@ -224,7 +215,7 @@ Measured = tuple[list[dict[str, Tally]], list[dict[str, Tensor]]]  # tallies and
 
 
 def _gradient(
-    minibatch: Minibatch, loss_fn: LossFn, updater: Updater, microbatch_size: int, reduce: Reduce
+    minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater, microbatch_size: int, reduce: Reduce
 ) -> Measured:
     """The gradient of a minibatch, in microbatches that fit into the memory of every process."""
     alone = updater.accelerator.num_processes == 1
@@ -246,7 +237,7 @@ def _gradient(
         updater.guards.halve_microbatch(size)
 
 
-def _gradient_in_pieces(minibatch: Minibatch, loss_fn: LossFn, updater: Updater, size: int) -> Measured | None:
+def _gradient_in_pieces(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater, size: int) -> Measured | None:
     """One attempt; None if this process ran out of memory, unless it cannot do with less: then the error is the caller's."""
     alone = updater.accelerator.num_processes == 1
     pieces = microbatches(minibatch.experience, size)
@@ -270,7 +261,7 @@ def _gradient_in_pieces(minibatch: Minibatch, loss_fn: LossFn, updater: Updater,
     return tallies, arrays
 
 
-def _stand_in(minibatch: Minibatch, loss_fn: LossFn, updater: Updater) -> None:
+def _stand_in(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater) -> None:
     """Takes part in the exchange of gradients that the other processes are in or come to, with as little as there is.
 
     What is exchanged is thrown away: all processes begin the minibatch anew.
