@@ -147,6 +147,29 @@ def test_whitened_rewards_have_unit_variance_and_the_mean_they_had(make_trainer:
     assert abs(plain.std(ddof=1) - 1) > 0.1
 
 
+def test_a_batch_that_is_prepared_and_not_learnt_from_changes_nothing(make_trainer: Any, make_batch: Any) -> None:
+    """`step` is `learn(prepare(...))`: a batch that is dropped between the two leaves no trace in those after it."""
+    results = []
+    for drops in (False, True):
+        trainer = make_trainer(use_score_scaling=True, use_score_norm=True, horizon=20)
+        if drops:
+            trainer.prepare(*make_batch(seed=7))
+        stats = [trainer.step(*make_batch(seed=seed)) for seed in (1, 2)]
+        assert trainer.last_experience.rollout.policy_version == 1  # of the weights after one step
+        results.append(([s["ppo/loss/total"] for s in stats], trainer.kl_ctl.value, weights_of(trainer)))
+    assert results[0][:2] == results[1][:2]
+    assert all(torch.equal(weight, results[1][2][name]) for name, weight in results[0][2].items())
+
+
+def test_train_refuses_a_step_that_it_would_not_call(make_trainer: Any) -> None:
+    class Own(PPOTrainer):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="Own has a step of its own, which train does not call"):
+        make_trainer(trainer_class=Own).train(["a"], reward=lambda prompts, completions: [1.0], steps=1)
+
+
 def test_only_the_value_head_learns_during_warm_up(make_trainer: Any, make_batch: Any) -> None:
     trainer = make_trainer(value_warmup_steps=1, max_grad_norm=1.0)
     before = weights_of(trainer)

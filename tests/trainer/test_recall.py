@@ -21,13 +21,13 @@ SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6}
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of every scoring pass, whether it is one of the policy."""
     made: list[bool] = []
-    plain = ppo_trainer.score
+    plain = ppo_trainer.evaluate_in_batches
 
     def score(*args: Any, **kwargs: Any) -> Any:
         made.append(kwargs["values"])
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(ppo_trainer, "score", score)
+    monkeypatch.setattr(ppo_trainer, "evaluate_in_batches", score)
     return made
 
 

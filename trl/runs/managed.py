@@ -35,7 +35,6 @@ from trl.runs.options import TrainOptions, TrainResult
 from trl.training.processes import run_together, share_bytes, sum_over_processes
 from trl.training.resume import load_training
 from trl.runs.signals import SignalWatch, raise_for
-from trl.runs.spikes import UpdateDeclined
 from trl.types import Scored
 
 logger = logging.getLogger(__name__)
@@ -279,20 +278,17 @@ class _Run:
         return [*self.options.trackers, *logged]
 
     def _watch_updates(self) -> None:
-        """Has skipped optimizer steps kept, and spikes seen, for as long as this run lasts."""
+        """Has skipped optimizer steps kept for as long as this run lasts."""
         guards = self.trainer.guards
-        before = guards.on_skip, guards.before_update
+        before = guards.on_skip
 
         def skipped(update: Any) -> None:
             self.keeper.dump(self.step + 1, update)
-            if before[0] is not None:
-                before[0](update)
+            if before is not None:
+                before(update)
 
-        def restore() -> None:
-            guards.on_skip, guards.before_update = before
-
-        guards.on_skip, guards.before_update = skipped, self.spikes.before_update
-        self.stack.callback(restore)
+        guards.on_skip = skipped
+        self.stack.callback(setattr, guards, "on_skip", before)
 
     # A step ----------------------------------------------------------------------------------------------------------
 
@@ -309,10 +305,10 @@ class _Run:
         scored = judge(self.trainer, self.reward, drawn, f"step/{self.step + 1}")
         everyone = told_to_all(self.trainer, scored)
         clock.lap("score")
-        stats = self._learn(drawn, scored, everyone)
+        stats, prepared = self._learn(drawn, scored, everyone)
         clock.lap("learn")
         self.step += 1
-        samples = self._records(drawn, scored, stats)
+        samples = self._records(drawn, scored, prepared, learnt="objective/kl_dist" in stats)
         evaluation = self._evaluate()
         clock.lap("eval")
         speed = {
@@ -327,11 +323,11 @@ class _Run:
         self._tell_of_step()
         self._save_if_due()
 
-    def _learn(self, drawn: Drawn, scored: Scored, everyone: Scored) -> dict[str, Any]:
-        """The step, unless there is nothing to learn from; its statistics."""
+    def _learn(self, drawn: Drawn, scored: Scored, everyone: Scored) -> tuple[dict[str, Any], Any]:
+        """The step, unless there is nothing to learn from: its statistics, and the batch as `PPOTrainer.prepare` made it."""
         left_out = everyone.scores.count(None)
         if left_out == len(everyone):
-            return self._nothing_scored(everyone)
+            return self._nothing_scored(everyone), None
         self.counts["empty_in_a_row"] = 0
         arguments = arguments_of_step(
             drawn,
@@ -340,13 +336,14 @@ class _Run:
             token_rewards=any(tokens is not None for tokens in everyone.token_rewards),
             offset=int(self.trainer.is_encoder_decoder),
         )
-        try:
-            stats: dict[str, Any] = self.trainer.step(**arguments)
-        except UpdateDeclined as declined:
+        prepared = self.trainer.prepare(**arguments)
+        why = self.spikes.refuse(prepared.kl, prepared.experience.rollout.mask.any(dim=1))
+        if why is not None:
             self.counts["skipped_batches"] += 1
-            return self.spikes.declined(self.step + 1, str(declined))
+            return self.spikes.declined(self.step + 1, why), prepared
+        stats: dict[str, Any] = self.trainer.learn(prepared)
         self.spikes.after_update(self.step + 1, stats)
-        return stats
+        return stats, prepared
 
     def _nothing_scored(self, everyone: Scored) -> dict[str, Any]:
         self.counts["empty_in_a_row"] += 1
@@ -361,13 +358,12 @@ class _Run:
             )
         return {}
 
-    def _records(self, drawn: Drawn, scored: Scored, stats: Mapping[str, Any]) -> list[Any]:
-        kl, advantages = self.spikes.kl, None
-        experience = self.trainer.last_experience
-        if "objective/kl_dist" in stats and experience is not None:
-            advantages = masked_mean(experience.advantages, experience.rollout.mask, dim=1).tolist()
-        known = kl if stats else None
-        return records(self.trainer, drawn, scored, kl=known, advantages=advantages)
+    def _records(self, drawn: Drawn, scored: Scored, prepared: Any, *, learnt: bool) -> list[Any]:
+        if prepared is None:
+            return records(self.trainer, drawn, scored)
+        experience = prepared.experience
+        advantages = masked_mean(experience.advantages, experience.rollout.mask, dim=1).tolist() if learnt else None
+        return records(self.trainer, drawn, scored, kl=prepared.kl.tolist(), advantages=advantages)
 
     def _row(self, stats: Mapping[str, Any], everyone: Scored) -> dict[str, Any]:
         """Every number of the step under its name."""

@@ -15,7 +15,7 @@ from trl.runs.options import TrainOptions
 from trl.runs.memory import MemoryCheckpoint
 from trl.training.processes import sum_over_processes
 from trl.training.resume import load_step, restore
-from trl.runs.spikes import SpikeSettings, SpikeWatch, UpdateDeclined
+from trl.runs.spikes import SpikeSettings, SpikeWatch
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,6 @@ class SpikePolicy:
         self._why: str | None = None  # the last batch's KL is a spike
         self._mean_kl = 0.0
         self.rollbacks = 0
-        self.kl: list[float] | None = None
-        """KL of each sample of this process's last batch, before its update."""
 
     def begin(self, step: int, extra: Callable[[], Mapping[str, Any]]) -> None:
         """Makes the first anchor, where the run begins."""
@@ -56,21 +54,20 @@ class SpikePolicy:
         elif self._keeper.last_step is None:
             self._keeper.save(0, extra(), None)
 
-    def before_update(self, kl: Tensor, counted: Tensor) -> None:
-        """Takes part in `PPOTrainer.step`.
+    def refuse(self, kl: Tensor, counted: Tensor) -> str | None:
+        """Why a batch is not to be learnt from, before anything was changed; None if it is.
 
-        Raises:
-            UpdateDeclined: if the batch is not to be learnt from.
+        Args:
+            kl: `[B]` of each sequence to the reference.
+            counted: `[B]` bool: which of them count.
         """
-        self.kl = kl.tolist()
         sums = torch.stack([kl[counted].sum(), counted.sum().to(kl)])
         total, count = sum_over_processes(self._trainer.accelerator, sums).tolist()
         self._mean_kl = mean = total / max(count, 1)
         self._why = why = None if self._policy is None else self._watch.look("kl", mean)
         if why is None or self._policy == "warn":
             self._watch.remember("kl", mean)
-        if why is not None and self._policy != "warn":
-            raise UpdateDeclined(why)
+        return None if self._policy == "warn" else why
 
     def declined(self, step: int, why: str) -> dict[str, float]:
         """The batch was left alone; returns what is known of it.

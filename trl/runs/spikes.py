@@ -14,10 +14,6 @@ class SpikeError(RuntimeError):
     """Spikes came one after the other, whatever was done about them."""
 
 
-class UpdateDeclined(Exception):
-    """A batch is not to be learnt from; nothing was changed."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpikeSettings:
     """What counts as a spike. A number is one if it is not finite, above an absolute bound, or above a multiple of its

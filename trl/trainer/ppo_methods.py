@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,15 +144,12 @@ class PPOMethods(BaseTrainer):
                     "prepare_model_inputs may pad, not add or cut"
                 )
         mask = self._placed([torch.ones(len(r)) for r in batch.responses], batch).bool()
+        read = batch.inputs["decoder_input_ids" if self.is_encoder_decoder else "input_ids"]
+        rollout = Rollout(tokens=read, attention=attention, mask=mask, policy_version=self._steps_done)
         if not self.is_encoder_decoder:
-            return Rollout(tokens=batch.inputs["input_ids"], attention=attention, mask=mask)
-        return Rollout(
-            tokens=batch.inputs["decoder_input_ids"],
-            attention=attention,
-            mask=mask,
-            encoder_tokens=batch.inputs["input_ids"],
-            encoder_attention=batch.inputs["attention_mask"].bool(),
-        )
+            return rollout
+        seen = batch.inputs["attention_mask"].bool()
+        return replace(rollout, encoder_tokens=batch.inputs["input_ids"], encoder_attention=seen)
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,23 @@ logger = logging.getLogger(__name__)
 _UNKNOWN = object()
 # Of `prepare_model_inputs`: what passes read, and what collators for language models add.
 _INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A batch between the two halves of `step`: evaluated, and not yet learnt from."""
+
+    batch: Batch
+    scores: list[Tensor]  # B, as they came
+    experience: ActorCritic
+    entropy: Tensor | None  # [B, S] of the policy before the update
+    non_score_reward: Tensor  # [B, S]
+    score_moments: Moments  # this batch's scores included
+    counted: list[bool]  # B: which samples have not been left out
+    rows: int  # samples that count, over all processes
+    kl: Tensor  # [B] to the reference, before the update
+    timing: dict[str, float]  # seconds by statistics key
+    seconds: float  # in all
 
 
 class PPOTrainer(PPOMethods):
@@ -401,7 +418,22 @@ class PPOTrainer(PPOMethods):
             ValueError: naming what is wrong with an argument; nothing has been changed then.
             NonFiniteError: after `config.max_skipped_updates` optimizer steps in a row that were not finite.
         """
-        with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache), whole_gradients(self.accelerator):
+        return self.learn(self.prepare(queries, responses, scores, response_masks, token_rewards, sampler_logprobs))
+
+    def prepare(
+        self,
+        queries: list[Tensor],
+        responses: list[Tensor],
+        scores: list[Tensor],
+        response_masks: list[Tensor] | None = None,
+        token_rewards: list[Tensor] | None = None,
+        sampler_logprobs: list[Tensor] | None = None,
+    ) -> Prepared:
+        """The first half of `step`: evaluates policy and reference and makes advantages, and changes nothing.
+
+        Arguments and errors are those of `step`. What `learn` is not given is a batch that was not learnt from.
+        """
+        with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache):
             self.config.validate()
             self.kl_ctl = self._live_settings.follow(self.config, self.optimizer, self.kl_ctl)
             self._warn_of_unheld()
@@ -414,53 +446,71 @@ class PPOTrainer(PPOMethods):
             )
             self._check_extras(responses, response_masks, token_rewards, sampler_logprobs)
             counted = [response_masks is None or bool(m.any()) for m in response_masks or responses]
-            kept = self._kept_rows(counted, anything_masked=response_masks is not None)
-            self._push_if_best([score for score, keep in zip(scores, counted, strict=True) if keep])
+            rows = self._rows_that_count(counted, anything_masked=response_masks is not None)
             with _timed(timing, "time/ppo/forward_pass"):
                 batch = Batch(queries, responses, self.prepare_model_inputs(queries, responses))
                 rollout = self._with_extras(self._rollout(batch), batch, response_masks, sampler_logprobs)
                 rollout, old, ref_logprobs, exact_kl = self._evaluate(rollout, batch)
             if self._is_overridden("batched_forward_pass"):
-                kept = self._kept_rows(rollout.mask.any(dim=1).tolist(), anything_masked=True)
-            if self.guards.before_update is not None:
-                kl = masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1)
-                self.guards.before_update(kl, rollout.mask.any(dim=1))
+                rows = self._rows_that_count(rollout.mask.any(dim=1).tolist(), anything_masked=True)
             with _timed(timing, "time/ppo/compute_rewards"):
                 per_token = {} if exact_kl is None else {"kl": exact_kl}
                 if token_rewards is not None:
                     per_token["token_rewards"] = self._placed(token_rewards, batch)
-                experience, non_score_reward = self._experience(
+                experience, non_score_reward, moments = self._experience(
                     rollout, old, ref_logprobs, scores, responses, per_token
                 )
+            return Prepared(
+                batch=batch,
+                scores=scores,
+                experience=experience,
+                entropy=old.entropy,
+                non_score_reward=non_score_reward,
+                score_moments=moments,
+                counted=counted,
+                rows=rows,
+                kl=masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1),
+                timing=timing,
+                seconds=time.perf_counter() - started,
+            )
+
+    def learn(self, prepared: Prepared) -> dict[str, Any]:
+        """The second half of `step`: optimises on a batch that `prepare` made, and returns the statistics of the step."""
+        with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache), whole_gradients(self.accelerator):
+            started = time.perf_counter()
+            batch, experience, timing = prepared.batch, prepared.experience, dict(prepared.timing)
+            self._push_if_best([score for score, keep in zip(prepared.scores, prepared.counted, strict=True) if keep])
+            self.score_moments = prepared.score_moments
             with _timed(timing, "time/ppo/optimize_step"):
                 self._recall.forget()
                 train_stats = self._optimize(experience, batch)
-                if isinstance(rollout, RolloutAboveFrozen):
-                    rollout = rollout.without_states()
-                self.last_experience = replace(experience, rollout=rollout)
+            rollout = experience.rollout
+            if isinstance(rollout, RolloutAboveFrozen):
+                rollout = rollout.without_states()
+            self.last_experience = replace(experience, rollout=rollout)
             with _timed(timing, "time/ppo/calc_stats"):
                 stats = self.record_step_stats(
                     kl_coef=self.kl_ctl.value,
-                    scores=scores,
-                    logprobs=old.logprobs,
-                    ref_logprobs=ref_logprobs,
-                    non_score_reward=non_score_reward,
+                    scores=prepared.scores,
+                    logprobs=experience.old_logprobs,
+                    ref_logprobs=experience.ref_logprobs,
+                    non_score_reward=prepared.non_score_reward,
                     train_stats=train_stats,
                     masks=rollout.mask,
-                    queries=queries,
-                    responses=responses,
+                    queries=batch.queries,
+                    responses=batch.responses,
                 )
-                stats |= self._extra_stats(rollout, old)
-                local_scores = torch.stack(scores)
+                stats |= self._extra_stats(experience, prepared.entropy)
+                local_scores = torch.stack(prepared.scores)
                 all_scores = gather_over_processes(self.accelerator, local_scores)
                 self._scores_of_step = (local_scores.cpu(), all_scores.cpu())
                 stats = stats_to_np(convert_to_scalar(self.gather_stats(stats)))
             stats["ppo/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-            self.kl_ctl.update(stats["objective/kl"], kept)
+            self.kl_ctl.update(stats["objective/kl"], prepared.rows)
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
             self._steps_done += 1
-            timing["time/ppo/total"] = time.perf_counter() - started
+            timing["time/ppo/total"] = prepared.seconds + time.perf_counter() - started
             return stats | timing | memory_statistics(self.current_device)
 
     def _evaluate(self, rollout: Rollout, batch: Batch) -> tuple[Rollout, Evaluation, Tensor, Tensor | None]:
@@ -519,11 +569,14 @@ class PPOTrainer(PPOMethods):
         scores: list[Tensor],
         responses: list[Tensor],
         per_token: Mapping[str, Tensor],
-    ) -> tuple[ActorCritic, Tensor]:
-        """Scores become rewards, rewards advantages. Also returns the part of the rewards [B, S] that is not score."""
+    ) -> tuple[ActorCritic, Tensor, Moments]:
+        """Scores become rewards, rewards advantages.
+
+        Also returns the part of the rewards [B, S] that is not score, and the scores' running moments with this batch.
+        """
         assert old.values is not None
         config = self.config
-        shaped, self.score_moments = shape_scores(
+        shaped, moments = shape_scores(
             torch.stack(scores).to(old.logprobs),
             ends_with(responses, self._stop_tokens()).to(old.logprobs.device),
             self.score_moments,
@@ -554,7 +607,7 @@ class PPOTrainer(PPOMethods):
             advantages=advantages,
             returns=returns,
         )
-        return experience, non_score_reward
+        return experience, non_score_reward, moments
 
     def _optimize(
         self,
@@ -686,7 +739,7 @@ class PPOTrainer(PPOMethods):
             if mask.any() and not mask[int(self.is_encoder_decoder) :].any():
                 raise ValueError(f"response_masks[{i}] leaves the decoder's start token alone, which is not trained on")
 
-    def _kept_rows(self, counted: Sequence[bool], anything_masked: bool) -> int:
+    def _rows_that_count(self, counted: Sequence[bool], anything_masked: bool) -> int:
         """How many samples count, over all processes.
 
         Raises:
@@ -715,14 +768,14 @@ class PPOTrainer(PPOMethods):
             rollout = replace(rollout, sampler_logprobs=seen)
         return rollout
 
-    def _extra_stats(self, rollout: Rollout, old: Evaluation) -> dict[str, Tensor]:
-        """Statistics that TRL 0.4.6 did not have, of all processes together."""
-        stats, mask = {}, rollout.mask
-        if old.entropy is not None:
-            entropy = Tally(masked_sum(old.entropy, mask), mask.any(dim=1).sum())
-            stats["objective/full_entropy"] = pooled_mean(entropy, self._reduce)
-        if rollout.sampler_logprobs is not None:
-            gap = (old.logprobs - rollout.sampler_logprobs).abs()
+    def _extra_stats(self, experience: ActorCritic, entropy: Tensor | None) -> dict[str, Tensor]:
+        """Statistics that TRL 0.4.6 did not have, of all processes together; `entropy` [B, S] before the update."""
+        stats, mask, seen = {}, experience.rollout.mask, experience.rollout.sampler_logprobs
+        if entropy is not None:
+            total = Tally(masked_sum(entropy, mask), mask.any(dim=1).sum())
+            stats["objective/full_entropy"] = pooled_mean(total, self._reduce)
+        if seen is not None:
+            gap = (experience.old_logprobs - seen).abs()
             stats["objective/sampler_gap"] = pooled_mean(Tally.of(gap, mask), self._reduce)
         return stats
 
@@ -828,6 +881,11 @@ class PPOTrainer(PPOMethods):
             SystemExit: on SIGTERM, likewise, with status 143.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
+        if type(self).step is not PPOTrainer.step:
+            raise ValueError(
+                f"{type(self).__name__} has a step of its own, which train does not call: it calls the two halves of step, "
+                "prepare and learn. Override these, or write the loop around generate and step"
+            )
         return train(self, TrainOptions(**arguments))
 
     # State -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from trl.types import Experience
 
@@ -34,9 +33,6 @@ class UpdateGuards:
 
     max_skipped: int | None = None  # skipped steps in a row at which the run ends; None: never
     on_skip: Callable[[SkippedUpdate], None] | None = None  # told of every skipped step, on every process
-    # Given the KL [B] of each sequence to the reference, and which of them count [B] bool, before a batch changes anything;
-    # what it raises comes out of `PPOTrainer.step`.
-    before_update: Callable[[Tensor, Tensor], None] | None = None
     consecutive_skips: int = 0
     largest_microbatch: int | None = None  # None until memory ran out
 
