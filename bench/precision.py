@@ -40,10 +40,10 @@ from trl.demo.outcome import DemoSettings
 from trl.demo.run import Demo, log_odds, split_prompts
 from trl.models.precision import NarrowCopies
 from trl.rewards import ClassifierReward
-from trl.training.batched import score
+from trl.training.batched import evaluate_in_batches
 from trl.training.loop import microbatches
 from trl.training.modes import eval_mode
-from trl.types import Experience, occupied, take
+from trl.types import ActorCritic, occupied, take
 
 Row = dict[str, Any]
 Passes = Callable[[], AbstractContextManager[Any]]
@@ -52,7 +52,7 @@ Passes = Callable[[], AbstractContextManager[Any]]
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
-def sampled(folder: str, args: argparse.Namespace) -> tuple[Any, Experience, PPOConfig]:
+def sampled(folder: str, args: argparse.Namespace) -> tuple[Any, ActorCritic, PPOConfig]:
     """The float64 model at its start, and what a step learns from: responses to the demo's prompts, scored by its classifier."""
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -75,12 +75,12 @@ def sampled(folder: str, args: argparse.Namespace) -> tuple[Any, Experience, PPO
     return model, trainer.last_experience, config
 
 
-def gradient(model: Any, experience: Experience, config: PPOConfig, passes: Passes) -> dict[str, Tensor]:
+def gradient(model: Any, experience: ActorCritic, config: PPOConfig, passes: Passes) -> dict[str, Tensor]:
     """Of the loss of the first minibatch, by parameter, float64."""
     size = int(config.mini_batch_size or 1)
     with eval_mode(model):
         with torch.no_grad(), passes():
-            old = score(model, experience.rollout, batch_size=size, temperature=config.temperature)
+            old = evaluate_in_batches(model, experience.rollout, batch_size=size, temperature=config.temperature)
         assert old.values is not None
         own = replace(experience, old_logprobs=old.logprobs, old_values=old.values)
         generator = torch.Generator().manual_seed(int(config.seed or 0))
@@ -164,7 +164,7 @@ def measure_gradients(args: argparse.Namespace) -> tuple[str, Row, str]:
     return gradients_markdown(rows, what), report, f"gradients-{name}"
 
 
-def as_float32(experience: Experience) -> Experience:
+def as_float32(experience: ActorCritic) -> ActorCritic:
     """What is known before the update, as a float32 step would have it."""
     names = ("scores", "old_logprobs", "ref_logprobs", "old_values", "rewards", "advantages", "returns")
     return replace(experience, **{name: getattr(experience, name).float() for name in names})

@@ -433,46 +433,45 @@ class PPOTrainer(PPOMethods):
 
         Arguments and errors are those of `step`. What `learn` is not given is a batch that was not learnt from.
         """
-        with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache):
-            self.config.validate()
-            self.kl_ctl = self._live_settings.follow(self.config, self.optimizer, self.kl_ctl)
-            self._warn_of_unheld()
-            if self.is_peft_model:
-                check_adapters_on(self.model)
-            started = time.perf_counter()
-            timing: dict[str, float] = {}
-            queries, responses, scores = self._step_safety_checker(
-                int(self.config.batch_size or 1), queries, responses, scores
+        self.config.validate()
+        self.kl_ctl = self._live_settings.follow(self.config, self.optimizer, self.kl_ctl)
+        self._warn_of_unheld()
+        if self.is_peft_model:
+            check_adapters_on(self.model)
+        started = time.perf_counter()
+        timing: dict[str, float] = {}
+        queries, responses, scores = self._step_safety_checker(
+            int(self.config.batch_size or 1), queries, responses, scores
+        )
+        self._check_extras(responses, response_masks, token_rewards, sampler_logprobs)
+        counted = [response_masks is None or bool(m.any()) for m in response_masks or responses]
+        rows = self._rows_that_count(counted, anything_masked=response_masks is not None)
+        with _timed(timing, "time/ppo/forward_pass"):
+            batch = Batch(queries, responses, self.prepare_model_inputs(queries, responses))
+            rollout = self._with_extras(self._rollout(batch), batch, response_masks, sampler_logprobs)
+            rollout, old, ref_logprobs, exact_kl = self._evaluate(rollout, batch)
+        if self._is_overridden("batched_forward_pass"):
+            rows = self._rows_that_count(rollout.mask.any(dim=1).tolist(), anything_masked=True)
+        with _timed(timing, "time/ppo/compute_rewards"):
+            per_token = {} if exact_kl is None else {"kl": exact_kl}
+            if token_rewards is not None:
+                per_token["token_rewards"] = self._placed(token_rewards, batch)
+            experience, non_score_reward, moments = self._experience(
+                rollout, old, ref_logprobs, scores, responses, per_token
             )
-            self._check_extras(responses, response_masks, token_rewards, sampler_logprobs)
-            counted = [response_masks is None or bool(m.any()) for m in response_masks or responses]
-            rows = self._rows_that_count(counted, anything_masked=response_masks is not None)
-            with _timed(timing, "time/ppo/forward_pass"):
-                batch = Batch(queries, responses, self.prepare_model_inputs(queries, responses))
-                rollout = self._with_extras(self._rollout(batch), batch, response_masks, sampler_logprobs)
-                rollout, old, ref_logprobs, exact_kl = self._evaluate(rollout, batch)
-            if self._is_overridden("batched_forward_pass"):
-                rows = self._rows_that_count(rollout.mask.any(dim=1).tolist(), anything_masked=True)
-            with _timed(timing, "time/ppo/compute_rewards"):
-                per_token = {} if exact_kl is None else {"kl": exact_kl}
-                if token_rewards is not None:
-                    per_token["token_rewards"] = self._placed(token_rewards, batch)
-                experience, non_score_reward, moments = self._experience(
-                    rollout, old, ref_logprobs, scores, responses, per_token
-                )
-            return Prepared(
-                batch=batch,
-                scores=scores,
-                experience=experience,
-                entropy=old.entropy,
-                non_score_reward=non_score_reward,
-                score_moments=moments,
-                counted=counted,
-                rows=rows,
-                kl=masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1),
-                timing=timing,
-                seconds=time.perf_counter() - started,
-            )
+        return Prepared(
+            batch=batch,
+            scores=scores,
+            experience=experience,
+            entropy=old.entropy,
+            non_score_reward=non_score_reward,
+            score_moments=moments,
+            counted=counted,
+            rows=rows,
+            kl=masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1),
+            timing=timing,
+            seconds=time.perf_counter() - started,
+        )
 
     def learn(self, prepared: Prepared) -> dict[str, Any]:
         """The second half of `step`: optimises on a batch that `prepare` made, and returns the statistics of the step."""
