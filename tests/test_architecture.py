@@ -63,6 +63,13 @@ def at_import_time(tree: ast.Module) -> ast.Module:
     return Trim().visit(tree)
 
 
+def untyped_trainer(node: ast.AST) -> bool:
+    """A parameter that hides what it needs of a trainer."""
+    if not isinstance(node, ast.arg) or node.arg != "trainer":
+        return False
+    return node.annotation is None or ast.unparse(node.annotation) == "Any"
+
+
 def violations(path: str, source: str) -> list[str]:
     """What is wrong with a module, `path` being relative to the package: "functional/kl.py"."""
     parts = path.removesuffix(".py").split("/")
@@ -88,6 +95,8 @@ def violations(path: str, source: str) -> list[str]:
         if root not in REQUIRED and root not in sys.stdlib_module_names:
             found.append(f"{path}:{line}: imports {name} at module level; it may not be installed")
     for node in ast.walk(ast.parse(source)):
+        if room in ("training", "state", "runs", "algorithms") and untyped_trainer(node):
+            found.append(f"{path}:{node.lineno}: trainer is annotated as no type; it is a RunState or a Learner")
         if not isinstance(node, ast.Attribute):
             continue
         owner = ast.unparse(node.value)
@@ -118,6 +127,7 @@ def test_a_file_name_stands_once() -> None:
 @pytest.mark.parametrize(
     ("path", "source", "reason"),
     [
+        ("runs/keeper.py", "def f(trainer: Any): ...", "trainer is annotated as no type"),
         ("functional/kl.py", "from trl.models import evaluate", "does not stand on a floor below"),
         ("functional/kl.py", "from trl import protocols", "does not stand on a floor below"),
         ("functional/kl.py", "import numpy as np", "torch and trl.types alone"),

@@ -14,10 +14,11 @@ from trl.state.rng import own_numbers
 from trl.training.batch import Batch
 from trl.runs.samples import Drawn, draw, judge, totals
 from trl.training.processes import share_bytes
+from trl.training.run_state import Learner
 
 
 def evaluate_prompts(
-    trainer: Any, prompts: Sequence[Prompt], reward: Reward, generation: Mapping[str, Any]
+    trainer: Learner, prompts: Sequence[Prompt], reward: Reward, generation: Mapping[str, Any]
 ) -> dict[str, float]:
     """Samples and scores held-out prompts, each process its part, with the same random numbers every time.
 
@@ -45,7 +46,7 @@ def evaluate_prompts(
             drawn = draw(trainer, [prompts[i % len(prompts)] for i in chunk], generation)
             scores = totals(judge(trainer, reward, drawn, f"evaluation/{start}"))
             lengths = [len(sample.completion_ids) for sample in drawn.samples]
-            found = zip(scores, _kl(trainer, drawn), lengths, drawn.finished, strict=True)
+            found = zip(scores, trainer.reference_kl(drawn.queries, drawn.responses).tolist(), lengths, drawn.finished, strict=True)
             rows += [row for i, row in zip(chunk, found, strict=True) if i < len(prompts)]
     told = share_bytes(trainer.accelerator, json.dumps(rows).encode())
     return _summary([tuple(row) for part in told for row in json.loads(part)])
@@ -61,14 +62,3 @@ def _summary(rows: Sequence[tuple[Any, ...]]) -> dict[str, float]:
     }
     excluded = 1 - len(known) / len(rows)
     return {"eval/score_mean": mean, "eval/score_std": spread, **averages, "eval/excluded": excluded}
-
-
-def _kl(trainer: Any, drawn: Drawn) -> list[float]:
-    """Per sample, the sum over its tokens of log p - log p_ref."""
-    device = trainer.current_device
-    queries, responses = ([t.to(device) for t in tokens] for tokens in (drawn.queries, drawn.responses))
-    batch = Batch(queries, responses, trainer.prepare_model_inputs(queries, responses))
-    rollout = trainer._rollout(batch)
-    rollout, old, ref_logprobs, _ = trainer._evaluate(rollout, batch)
-    kl: list[float] = masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1).tolist()
-    return kl

@@ -24,6 +24,7 @@ from trl.training.guards import SkippedUpdate
 from trl.training.processes import run_together, share_bytes
 from trl.training.resume import save_training
 from trl.types import Experience, Rollout
+from trl.training.run_state import Learner
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Keeper:
     for `event` and `dump`.
     """
 
-    def __init__(self, trainer: Any, options: TrainOptions, save_every: int | None) -> None:
+    def __init__(self, trainer: Learner, options: TrainOptions, save_every: int | None) -> None:
         self._trainer = trainer
         self._options = options
         self._mode: OnDiskError = options.on_disk_error

@@ -36,6 +36,7 @@ from trl.training.processes import run_together, share_bytes, sum_over_processes
 from trl.training.resume import load_training
 from trl.runs.signals import SignalWatch, raise_for
 from trl.types import Scored
+from trl.training.run_state import Learner, PreparedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class NothingScored(RuntimeError):
     """Batch after batch had not one sample with a score."""
 
 
-def train(trainer: Any, options: TrainOptions) -> TrainResult:
+def train(trainer: Learner, options: TrainOptions) -> TrainResult:
     """Runs `PPOTrainer.train`, which explains it."""
     with SignalWatch() as signals, ExitStack() as stack:
         run = _Run(trainer, options, signals, stack)
@@ -66,7 +67,7 @@ def _values_of(sampler: Callable[[], int] | None) -> list[int]:
 class _Run:
     """A run under way. Every process has one, and all of them do the same things in the same order."""
 
-    def __init__(self, trainer: Any, options: TrainOptions, signals: SignalWatch, stack: ExitStack) -> None:
+    def __init__(self, trainer: Learner, options: TrainOptions, signals: SignalWatch, stack: ExitStack) -> None:
         self.trainer, self.options, self.signals, self.stack = trainer, options, signals, stack
         self.accelerator = trainer.accelerator
         self._limit_skips()
@@ -323,7 +324,7 @@ class _Run:
         self._tell_of_step()
         self._save_if_due()
 
-    def _learn(self, drawn: Drawn, scored: Scored, everyone: Scored) -> tuple[dict[str, Any], Any]:
+    def _learn(self, drawn: Drawn, scored: Scored, everyone: Scored) -> tuple[dict[str, Any], PreparedBatch | None]:
         """The step, unless there is nothing to learn from: its statistics, and the batch as `PPOTrainer.prepare` made it."""
         left_out = everyone.scores.count(None)
         if left_out == len(everyone):
@@ -358,7 +359,7 @@ class _Run:
             )
         return {}
 
-    def _records(self, drawn: Drawn, scored: Scored, prepared: Any, *, learnt: bool) -> list[Any]:
+    def _records(self, drawn: Drawn, scored: Scored, prepared: PreparedBatch | None, *, learnt: bool) -> list[Any]:
         if prepared is None:
             return records(self.trainer, drawn, scored)
         experience = prepared.experience

@@ -14,6 +14,7 @@ from torch import Tensor
 from trl.state.checkpoints import versions
 from trl.state.tensorfile import kind_of
 from trl.training.resume import capture
+from trl.training.run_state import RunState
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class MemoryCheckpoint:
     groups: Mapping[str, Mapping[str, Tensor]]
 
     @classmethod
-    def of(cls, trainer: Any) -> MemoryCheckpoint:
+    def of(cls, trainer: RunState) -> MemoryCheckpoint:
         """Copies a trainer's state into the machine's memory. Every process must call this."""
         tensors, state = capture(trainer)
         copies = {

@@ -16,6 +16,7 @@ from trl.runs.memory import MemoryCheckpoint
 from trl.training.processes import sum_over_processes
 from trl.training.resume import load_step, restore
 from trl.runs.spikes import SpikeSettings, SpikeWatch
+from trl.training.run_state import Learner
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class SpikePolicy:
         every: steps between two anchors.
     """
 
-    def __init__(self, trainer: Any, options: TrainOptions, keeper: Keeper, every: int) -> None:
+    def __init__(self, trainer: Learner, options: TrainOptions, keeper: Keeper, every: int) -> None:
         self._trainer, self._keeper, self._every = trainer, keeper, every
         self._policy = options.on_spike
         self._watch = SpikeWatch(options.spike or SpikeSettings())

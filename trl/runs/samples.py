@@ -21,6 +21,7 @@ from trl.state.rng import own_numbers
 from trl.trackers import CompletionRecord
 from trl.training.processes import run_together, share_bytes
 from trl.types import Sample, Scored
+from trl.training.run_state import Learner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class Drawn:
         return [prompt.tokens for prompt in self.prompts]
 
 
-def draw(trainer: Any, prompts: Sequence[Prompt], generation: Mapping[str, Any], length_sampler: Any = None) -> Drawn:
+def draw(trainer: Learner, prompts: Sequence[Prompt], generation: Mapping[str, Any], length_sampler: Any = None) -> Drawn:
     """Samples a response to each prompt with `PPOTrainer.generate`."""
     queries = [prompt.tokens.to(trainer.current_device) for prompt in prompts]
     responses = list(trainer.generate(queries, length_sampler, return_prompt=False, **generation))
@@ -59,7 +60,7 @@ def draw(trainer: Any, prompts: Sequence[Prompt], generation: Mapping[str, Any],
     return Drawn(prompts=list(prompts), responses=responses, samples=samples, finished=finished)
 
 
-def judge(trainer: Any, reward: Reward, drawn: Drawn, numbers: str) -> Scored:
+def judge(trainer: Learner, reward: Reward, drawn: Drawn, numbers: str) -> Scored:
     """Scores samples; if that fails on one process, it fails on all.
 
     The reward neither takes the run's random numbers nor changes them: what it draws follows from the run's seed, the
@@ -115,7 +116,7 @@ def arguments_of_step(
     return found
 
 
-def told_to_all(trainer: Any, scored: Scored) -> Scored:
+def told_to_all(trainer: Learner, scored: Scored) -> Scored:
     """What the rewards of all processes said, in the order of their ranks, on every process."""
     parts = [json.loads(part) for part in share_bytes(trainer.accelerator, json.dumps(asdict(scored)).encode())]
     names = list(dict.fromkeys(name for part in parts for name in part["components"]))
@@ -133,7 +134,7 @@ def told_to_all(trainer: Any, scored: Scored) -> Scored:
 
 
 def records(
-    trainer: Any,
+    trainer: Learner,
     drawn: Drawn,
     scored: Scored,
     *,

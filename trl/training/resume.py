@@ -34,6 +34,7 @@ from trl.state.rng import generators_state, set_generators
 from trl.state.tensorfile import kind_of
 from trl.training.optimizers import inner, kind, load_optimizer, optimizer_differences, optimizer_state
 from trl.training.processes import run_together, share_bytes
+from trl.training.run_state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ _UNSAVED_SETTINGS = ("log_with", "tracker_kwargs", "accelerator_kwargs", "projec
 
 
 def save_training(
-    trainer: Any,
+    trainer: RunState,
     folder: str | Path,
     *,
     step: int,
@@ -73,7 +74,7 @@ def save_training(
 
 
 def load_training(
-    trainer: Any, folder: str | Path, differences: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
+    trainer: RunState, folder: str | Path, differences: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
 ) -> Checkpoint | None:
     """Puts the newest usable checkpoint of a folder into a trainer; every process calls it, and all load the same one.
 
@@ -88,7 +89,7 @@ def load_training(
     return checkpoint
 
 
-def load_step(trainer: Any, folder: str | Path, step: int) -> Checkpoint:
+def load_step(trainer: RunState, folder: str | Path, step: int) -> Checkpoint:
     """Puts the checkpoint of a step into a trainer; as `load_training`."""
     checkpoint = _found_by_all(trainer, folder, lambda: checkpoint_of(folder, step))
     assert checkpoint is not None
@@ -96,7 +97,7 @@ def load_step(trainer: Any, folder: str | Path, step: int) -> Checkpoint:
     return checkpoint
 
 
-def _found_by_all(trainer: Any, folder: str | Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+def _found_by_all(trainer: RunState, folder: str | Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
     """What the main process finds, on every process."""
     main = trainer.accelerator.is_main_process
     found = run_together(trainer.accelerator, lambda: find() if main else None, CheckpointError)
@@ -113,7 +114,7 @@ def _found_by_all(trainer: Any, folder: str | Path, find: Callable[[], Checkpoin
 # Out of a trainer ----------------------------------------------------------------------------------------------------
 
 
-def capture(trainer: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def capture(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Everything that the rest of the run depends on. Every process must call this.
 
     Args:
@@ -154,7 +155,7 @@ def capture(trainer: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
     return {POLICY: stored, OPTIMIZER: entries}, state
 
 
-def _check_whole(trainer: Any) -> None:
+def _check_whole(trainer: RunState) -> None:
     kind_of_run = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
     if kind_of_run in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
@@ -173,7 +174,7 @@ def _split(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {name: everything[name] for name in everything if name in trained}, frozen
 
 
-def _reference(trainer: Any) -> dict[str, str] | None:
+def _reference(trainer: RunState) -> dict[str, str] | None:
     """Fingerprints of the reference model, without its value head, which nobody asks; None if it is the policy's base."""
     if trainer.ref_model is None:
         return None
@@ -182,7 +183,7 @@ def _reference(trainer: Any) -> dict[str, str] | None:
     return trainer.fingerprints.of("reference", asked)
 
 
-def _identity(trainer: Any) -> dict[str, Any]:
+def _identity(trainer: RunState) -> dict[str, Any]:
     """What tells one run from another."""
     return {
         "config": _settings(trainer.config),
@@ -216,7 +217,9 @@ def _modes(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def restore(
-    trainer: Any, checkpoint: Checkpoint, differences: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
+    trainer: RunState,
+    checkpoint: Checkpoint,
+    differences: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: (),
 ) -> None:
     """Makes a trainer continue where `checkpoint` was taken. Every process must call this.
 
@@ -261,13 +264,13 @@ def restore(
         logger.warning("resuming %s: %s", checkpoint.path.name, remark)
 
 
-def _refuse_another_run(trainer: Any, checkpoint: Checkpoint, more: Callable[[Checkpoint], Sequence[str]]) -> None:
+def _refuse_another_run(trainer: RunState, checkpoint: Checkpoint, more: Callable[[Checkpoint], Sequence[str]]) -> None:
     differences = [*_differences(trainer, checkpoint), *more(checkpoint)]
     if differences:
         raise ValueError(f"{checkpoint.path} is a checkpoint of another run: {'; '.join(differences)}")
 
 
-def _differences(trainer: Any, checkpoint: Checkpoint) -> Iterator[str]:
+def _differences(trainer: RunState, checkpoint: Checkpoint) -> Iterator[str]:
     """Why a checkpoint cannot be continued with this trainer."""
     state, now = checkpoint.state, _identity(trainer)
     for name in ("processes", "tokenizer_size", "scheduler_class"):
@@ -312,7 +315,7 @@ def _shaped(kind_and_shape: tuple[str, tuple[int, ...]]) -> str:
     return f"{kind_and_shape[0]} {list(kind_and_shape[1])}"
 
 
-def _harmless_differences(trainer: Any, checkpoint: Checkpoint) -> list[str]:
+def _harmless_differences(trainer: RunState, checkpoint: Checkpoint) -> list[str]:
     """What may differ, in words: settings are the user's, and other machines and libraries round differently."""
     state, now, remarks = checkpoint.state, _identity(trainer), []
     changed = {
@@ -333,7 +336,7 @@ def _harmless_differences(trainer: Any, checkpoint: Checkpoint) -> list[str]:
     return remarks
 
 
-def _new_fixed_coefficient(trainer: Any, state: Mapping[str, Any]) -> bool:
+def _new_fixed_coefficient(trainer: RunState, state: Mapping[str, Any]) -> bool:
     """A fixed KL coefficient is a setting, and one that was changed is the user's wish."""
     config, saved = trainer.config, state["config"]
     return not config.adap_kl_ctrl and decode(saved["init_kl_coef"], no_tensors) != config.init_kl_coef

@@ -1,0 +1,95 @@
+"""What resuming and the managed loop need of a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trl.state.fingerprints import Fingerprints
+from trl.training.guards import UpdateGuards
+from trl.types import Experience
+
+
+class RunState(Protocol):
+    """Everything that the rest of a run depends on: what `capture` saves and `restore` puts back."""
+
+    accelerator: Any
+    config: Any
+    """A dataclass of settings with `batch_size`, `seed` and `init_kl_coef`."""
+    model: nn.Module
+    """The policy, wrapped for its processes."""
+    ref_model: Any
+    """The reference; None where it is the policy with its adapter off."""
+    optimizer: Any
+    lr_scheduler: Any
+    tokenizer: Any
+    kl_ctl: Any
+    fingerprints: Fingerprints
+    _generator: torch.Generator
+    """Draws the order of minibatches."""
+    _optimizer_made_with: list[dict[str, Any]]
+    """Settings of each parameter group when the trainer was made."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the algorithm carries from step to step."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` returned."""
+        ...
+
+
+class PreparedBatch(Protocol):
+    """A batch that was evaluated and not yet learnt from."""
+
+    @property
+    def experience(self) -> Experience:
+        """What `learn` would learn from."""
+        ...
+
+    @property
+    def kl(self) -> Tensor:
+        """`[B]` of each sequence to the reference, before the update."""
+        ...
+
+
+class Learner(RunState, Protocol):
+    """What the managed loop drives."""
+
+    guards: UpdateGuards
+    current_device: Any
+    is_encoder_decoder: bool
+
+    def generate(self, query_tensor: list[Tensor], length_sampler: Any = None, **generation_kwargs: Any) -> Any:
+        """One response per query."""
+        ...
+
+    def prepare(
+        self,
+        queries: list[Tensor],
+        responses: list[Tensor],
+        scores: list[Tensor],
+        response_masks: list[Tensor] | None = None,
+        token_rewards: list[Tensor] | None = None,
+        sampler_logprobs: list[Tensor] | None = None,
+    ) -> PreparedBatch:
+        """Evaluates a batch and changes nothing."""
+        ...
+
+    def learn(self, prepared: Any) -> dict[str, Any]:
+        """Learns from a batch that `prepare` made; statistics by name."""
+        ...
+
+    def reference_kl(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+        """`[B]` KL of each response to the reference."""
+        ...
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes the policy as a folder of transformers."""
+        ...
+
+    def _stop_tokens(self) -> tuple[int, ...]: ...
