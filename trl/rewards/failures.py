@@ -59,7 +59,7 @@ class RowFailed(Exception):
 
 
 def one_line(text: str) -> str:
-    """Squeezes `text` into one line of at most 300 characters, without control characters, safe to print on a terminal."""
+    """Squeezes `text` into one line of at most 300 characters, safe to print on a terminal."""
     words = " ".join(text[: 4 * _LINE].split())
     words = "".join(c for c in words if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
     return words if len(words) <= _LINE else words[: _LINE - 3] + "..."

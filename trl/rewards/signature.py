@@ -86,7 +86,7 @@ class Binding:
         return [column for column in present if column in self.columns]
 
     def arguments(self, samples: Sequence[Sample], columns: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
-        """Returns the positional and keyword arguments of a call; a sample without one of `columns` gets None for it."""
+        """Returns a call's positional and keyword arguments; a sample that lacks one of `columns` gets None for it."""
         if self.samples:
             return [list(samples)], {}
         own = {

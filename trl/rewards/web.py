@@ -233,7 +233,7 @@ def _key(endpoint: Endpoint) -> str | None:
 
 
 def _without_key(error: Exception, endpoint: Endpoint) -> Exception:
-    """Returns a TimeoutError or ConnectionError with a one-line message, with the key redacted if the service echoed it."""
+    """Returns a TimeoutError or ConnectionError with a one-line message and any echoed key redacted."""
     text = one_line(str(error))
     key = os.environ.get(endpoint.key_env, "").strip() if endpoint.key_env else ""
     if key:

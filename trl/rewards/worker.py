@@ -26,7 +26,7 @@ from trl.rewards.values import encode, read_answer
 
 
 def main() -> None:
-    """Serves one reward until the request pipe closes. `sys.argv` holds the function's path and the two pipe descriptors."""
+    """Serves one reward until the request pipe closes. `sys.argv` holds its path and both descriptors."""
     path, requests_fd, answers_fd = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     del sys.argv[1:]  # hide them from the reward
     for descriptor in (requests_fd, answers_fd):
