@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class ScoreCache:
     """LRU cache of JSON values, optionally persisted to a file.
 
-    The file is append-only JSONL with one entry per line; a torn last line left by a killed process is skipped. Only one
+    The file is append-only JSONL, one entry per line; a torn last line left by a killed process is skipped. Only one
     process may write to a file at a time, and a file must belong to one reward with one set of settings.
 
     Args:

@@ -18,8 +18,8 @@ _NO_LIMIT = 1_000_000
 class ClassifierReward:
     """Scores prompt + completion with a sequence classifier.
 
-    The classifier uses its own tokenizer, never the policy's token ids: the two vocabularies can be unrelated. It is kept
-    in evaluation mode. Texts are batched by length; scores are returned in input order.
+    The classifier uses its own tokenizer, never the policy's token ids: the two vocabularies can be unrelated. It is
+    kept in evaluation mode. Texts are batched by length; scores are returned in input order.
 
     Args:
         model: a transformers sequence classifier: its output has `logits` [B, labels], its config `id2label`.
@@ -85,9 +85,9 @@ class ClassifierReward:
             batch_size: see the class.
             max_length: see the class.
             device: device of the classifier; None leaves it where it was loaded.
-            allow_pickle: fall back to a legacy `pytorch_model.bin` without safetensors, loaded with `weights_only=True`.
-            model_options: passed to `AutoModelForSequenceClassification.from_pretrained`, which rejects unknown options:
-                `dtype`, `revision`, `device_map` ... `trust_remote_code` defaults to False, for the tokenizer as well.
+            allow_pickle: without safetensors, load a legacy `pytorch_model.bin` with `weights_only=True`.
+            model_options: passed to `AutoModelForSequenceClassification.from_pretrained`, which rejects unknown ones;
+                e.g. `dtype`, `revision`, `device_map`. `trust_remote_code` defaults to False, for the tokenizer too.
 
         Returns:
             The reward.

@@ -168,7 +168,7 @@ def as_reward(
         concurrency: concurrent calls.
         rows_per_call: samples per call.
         cache: True caches functions' scores in memory, so that equal samples are scored once; a path also persists
-            them in that JSONL file (single function only: a file holds one function's scores); or your own `ScoreCache`.
+            them in that JSONL file (single function only: a file holds one function's scores); or a `ScoreCache`.
         budget: stops the run when too many samples fail.
 
     Raises:

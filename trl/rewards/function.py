@@ -32,7 +32,7 @@ class Guard:
     """
 
     on_error: Literal["raise", "skip", "penalty"] = "raise"
-    """On failure, "raise" raises `RewardFailed`, "skip" scores None (excludes the sample), "penalty" scores `penalty`."""
+    """On failure: "raise" `RewardFailed`, "skip" the sample (its score is None), or score it `penalty` ("penalty")."""
     penalty: float | None = None
     """Score of a sample whose reward failed, for `on_error="penalty"`; the error is still reported."""
     isolation: Literal["none", "thread", "process"] = "none"

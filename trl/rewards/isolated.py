@@ -76,7 +76,7 @@ class Process:
         lengths = [len(sample.completion_ids) for sample in samples]
         try:
             answer = worker.exchange(message, self.timeout)
-        except BaseException:  # after a timeout, crash or interrupt, a late answer would be mistaken for that of the next call
+        except BaseException:  # timeout, crash or interrupt: a late answer must not reach the next call
             self.close()
             raise
         if "failure" in answer:

@@ -30,7 +30,7 @@ random_stream: ContextVar[str] = ContextVar("random_stream", default="")
 
 @contextmanager
 def drawing_from(stream: str) -> Iterator[None]:
-    """Within this context, rewards in worker processes seed their random generators from `stream`, for reproducible scores."""
+    """Within this context, rewards in worker processes seed their random generators from `stream`."""
     token = random_stream.set(stream)
     try:
         yield

@@ -122,7 +122,7 @@ class JudgeReward:
                 raise ColumnError(f"the judge's template names the column {found[1]!r}, which a sample lacks")
             return str(texts[found[1]])
 
-        return _PLACEHOLDER.sub(filled, self.template)  # single pass: braces inside the filled-in texts stay as they are
+        return _PLACEHOLDER.sub(filled, self.template)  # single pass: braces in the texts stay as they are
 
     def _judged(self, message: str) -> float | Exception:
         key = key_of(self.endpoint.url, self.model, self.max_tokens, list(self.scale), message)
