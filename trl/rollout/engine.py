@@ -1,7 +1,7 @@
 """Native decoding loop: one uniform random number per row and token, recorded logprobs, and batch compaction.
 
-It drives a plain transformers language model through its forward pass and a KV cache, and removes finished rows from the
-batch. There is no list of supported models: `obstacle` checks a model against its own uncached forward pass.
+It drives a plain transformers language model through its forward pass and a KV cache, and drops finished rows from
+the batch. There is no list of supported models: `obstacle` checks a model against its own uncached forward pass.
 """
 
 from __future__ import annotations

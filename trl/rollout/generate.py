@@ -28,7 +28,7 @@ _DEFAULT_TOP_K = 50
 # Memory budget in bytes for KV cache and logits, within which batches may exceed the requested batch size.
 _FREE_MEMORY = 512 * 2**20
 
-# Settings that make `generate` sample from a distribution other than softmax(logits / temperature), with neutral values.
+# Settings, with their neutral values, that make `generate` sample from other than softmax(logits / temperature).
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (None, 0),
     "top_p": (None, 1.0),
@@ -334,7 +334,7 @@ def with_prompts(
 
 
 class _Ends(StoppingCriteria):
-    """Records the length at which stopping criteria end each row; `generate` keeps writing padding to finished rows.
+    """Records the length at which stopping criteria end each row; `generate` may keep extending finished rows.
 
     Args:
         asked: criteria that `generate` evaluates only through this one.
@@ -362,7 +362,7 @@ class _Ends(StoppingCriteria):
 
 
 def _criteria(model: Any, kwargs: dict[str, Any], stops: Sequence[int]) -> tuple[StoppingCriteriaList, _Ends]:
-    """Pops the stopping criteria from `kwargs`; returns those to pass to `generate`, and the one that records row ends."""
+    """Pops stopping criteria from `kwargs`; returns those for `generate`, and the one that records row ends."""
     given = list(kwargs.pop("stopping_criteria", None) or ())
     # `generate` uses criteria of these types instead of building its own.
     known = [
