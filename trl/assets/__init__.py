@@ -1,6 +1,6 @@
 """Two tiny bundled models and a list of prompts, to run real training without a download.
 
-`scripts/train_embedded.py` trains the models. Their model cards describe training data, metrics and limitations.
+`scripts/train_embedded.py` makes models and prompts. The model cards describe training data, metrics and limitations.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class DemoSettings:
     lam: float = 0.95
     shared_layers: int = 2
     score_clip: float = 3.5
-    """Clips the reward, the log-odds of POSITIVE, to ± this (P = 0.97), so that extreme reviews earn no extra reward."""
+    """Clips the score, the log-odds of POSITIVE, to ± this (P = 0.97), so that extreme reviews earn no extra."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "minibatches", "epochs", "new_tokens"):
@@ -88,5 +88,5 @@ class DemoResult:
     rows: list[StepRow] = field(default_factory=list)
     before: HeldOut | None = None
     after: HeldOut | None = None
-    seconds: float = 0.0  # from program start through the final evaluation
+    seconds: float = 0.0  # from program start to the end of the final evaluation, or to the interrupt
     interrupted: bool = False

@@ -38,7 +38,7 @@ summary { cursor: pointer; margin: 14px 0; }
 
 
 def page(result: DemoResult) -> str:
-    """Returns the report as HTML, even of an interrupted run; texts are escaped and a content security policy blocks scripts."""
+    """Returns the report as HTML, even of an interrupted run; escapes texts and sets a restrictive CSP."""
     names = {name: f"var(--{name})" for name in LIGHT}
     sheet = _STYLE % (_variables(LIGHT), _variables(DARK)) + style(names)
     digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
