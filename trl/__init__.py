@@ -1,6 +1,6 @@
 """Reinforcement learning for transformer language models.
 
-Names load on first use, so that `import trl` costs nothing: neither torch nor transformers is imported by it.
+Names load lazily on first use: `import trl` imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         value = getattr(importlib.import_module(_HOME_OF[name]), name)
-        globals()[name] = value  # the next access does not come here
+        globals()[name] = value  # later accesses bypass __getattr__
         return value
     if name in _SUBMODULES:
         return importlib.import_module(f"trl.{name}")
     if name in _NOT_YET:
-        # An AttributeError would lose its message: `from trl import name` replaces it by "cannot import name".
+        # Not an AttributeError: `from trl import name` would replace its message with "cannot import name".
         raise ImportError(f"trl.{name} is not part of trl {__version__} yet; TRL 0.4.6 had it", name=name)
     raise AttributeError(f"module 'trl' has no attribute {name!r}")
 

@@ -1,6 +1,6 @@
-"""Two tiny models and a list of prompts that come with the package, so that something real runs without a download.
+"""Two tiny bundled models and a list of prompts, to run real training without a download.
 
-`scripts/train_embedded.py` made them. Their folders hold model cards with the data, the measurements and the limits.
+`scripts/train_embedded.py` makes models and prompts. The model cards describe training data, metrics and limitations.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _FOLDER = Path(__file__).parent
 
 
 def path(name: Name) -> str:
-    """Returns the folder of a model of the package, for `from_pretrained`.
+    """Returns the folder of a bundled model, for `from_pretrained`.
 
     Args:
-        name: "tiny-gpt2-reviews", a language model that writes film reviews, or "tiny-bert-sentiment", a classifier of
+        name: "tiny-gpt2-reviews", a language model of film reviews, or "tiny-bert-sentiment", a sentiment classifier of
             film reviews with the labels NEGATIVE and POSITIVE.
 
     Returns:
-        The absolute path of a folder with weights, configuration, tokenizer and model card.
+        Absolute path of a folder with weights, config, tokenizer and model card.
 
     Raises:
-        ValueError: if there is no model of that name.
+        ValueError: if the package has no model with that name.
     """
     if name not in get_args(Name):
         raise ValueError(f"no model {name!r} in this package; there are {', '.join(get_args(Name))}")

@@ -1,1 +1,1 @@
-"""PPO for positive film reviews on the two tiny models of the package, in a minute or so: `python -m trl.demo`."""
+"""Demo: PPO for positive film reviews with the two bundled tiny models, in about a minute. Run `python -m trl.demo`."""

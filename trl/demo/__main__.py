@@ -1,4 +1,4 @@
-"""`python -m trl.demo`: everything that is seen or written. Nothing heavy is imported before the arguments are understood."""
+"""Command line of the demo, `python -m trl.demo`. Parses the arguments before any heavy import."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from trl.demo.outcome import DemoSettings
 
-INTERRUPTED = 130  # as a shell reports a command that Ctrl-C ended
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells report it
 FILES = ("report.html", "curves-light.svg", "curves-dark.svg", "metrics.jsonl", "summary.json", "reviews.json")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the argument parser."""
     made = argparse.ArgumentParser(
         prog="python -m trl.demo",
         description="PPO for positive film reviews, on two tiny models that come with the package: no download, no GPU.",
@@ -31,10 +31,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folder, and takes the files of an earlier run out of it.
+    """Creates the output folder and deletes the files of an earlier run.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
@@ -45,7 +45,7 @@ def prepare(folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the demo. Returns the exit code: 0, 2 for arguments that cannot be used, 130 after Ctrl-C."""
+    """Runs the demo. Returns the exit code: 0, or 130 after Ctrl-C; invalid arguments exit with code 2."""
     commandline = parser()
     args = commandline.parse_args(arguments)
     started = time.perf_counter()
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare(args.out)
     except OSError as error:
         commandline.error(f"--out {args.out}: cannot be written: {error.strerror or error}")
-    # Nothing is to be downloaded, so nothing is to be asked; read once, when transformers is imported.
+    # Avoids requests to the Hub: nothing is downloaded. transformers reads this once, on import.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

@@ -1,4 +1,4 @@
-"""Score and KL per step as a drawing: SVG by hand, so that nothing needs to be installed to make or to show it."""
+"""Plots score and KL per step as hand-written SVG, without a plotting dependency."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ STYLE = """
 .curves .dot.score { fill: %(score)s; } .curves .dot.kl { fill: %(kl)s; }
 """
 
-Scale = Callable[[float], float]  # a number -> pixels
+Scale = Callable[[float], float]  # data value -> pixels
 WIDTH, LEFT, RIGHT = 860, 52, 74
 PANEL, TOP, GAP, BOTTOM = 168, 40, 52, 52
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curves:
-    """What is drawn; index 0 of each series is step 1."""
+    """Data to plot; index 0 of each series is step 1."""
 
     score: Sequence[float]  # mean P(POSITIVE) of each batch
     kl: Sequence[float]  # nats per response
@@ -43,21 +43,21 @@ class Curves:
 
 
 def style(colours: dict[str, str]) -> str:
-    """The drawing's style sheet in these colours, which may be `var(--...)`."""
+    """Returns the plot's style sheet in these colours, which may be `var(--...)`."""
     return STYLE % colours
 
 
 def standalone(curves: Curves, colours: dict[str, str]) -> str:
-    """The drawing as a file of its own."""
+    """Returns the plot as a standalone SVG file."""
     return drawing(curves, head=f"<style>{style(colours)}</style>") + "\n"
 
 
 def drawing(curves: Curves, head: str = "") -> str:
-    """The drawing as an `<svg>` element that is styled by `style`.
+    """Returns the plot as an `<svg>` element to be styled by `style`.
 
     Args:
-        curves: the numbers.
-        head: markup to put at its beginning.
+        curves: data to plot.
+        head: markup to insert at the beginning of the element.
     """
     height = TOP + 2 * PANEL + GAP + BOTTOM
     steps = max(len(curves.score), 1)
@@ -94,7 +94,7 @@ def drawing(curves: Curves, head: str = "") -> str:
 
 
 def description(curves: Curves) -> str:
-    """The drawing in words."""
+    """Describes the plot in words, for screen readers."""
     if not curves.score:
         return "No step was finished."
     return (
@@ -105,7 +105,7 @@ def description(curves: Curves) -> str:
 
 
 def nice_ticks(highest: float, count: int) -> list[float]:
-    """Multiples of 1, 2, 2.5 or 5 times a power of ten from 0 to `highest` or just above, about `count` of them."""
+    """Returns about `count` ticks from 0 to at least `highest`, spaced 1, 2, 2.5 or 5 times a power of ten."""
     rough = highest / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
@@ -113,7 +113,7 @@ def nice_ticks(highest: float, count: int) -> list[float]:
 
 
 def panel(title: str, top: float, levels: Sequence[float]) -> list[str]:
-    """A title, and a grid line and a number per level."""
+    """Draws a panel: its title, and a labelled grid line per level."""
     parts = [text(LEFT - 40, top - 14, title, "title", "start")]
     for level in levels:
         y = top + PANEL * (1 - level / levels[-1])
@@ -123,7 +123,7 @@ def panel(title: str, top: float, levels: Sequence[float]) -> list[str]:
 
 
 def line(name: str, values: Sequence[float], x: Scale, y: Scale, form: str) -> list[str]:
-    """A series with its last value beside it; numbers that are not finite leave a gap."""
+    """Draws a series, labelled with its last finite value; non-finite values leave a gap."""
     pieces: list[list[str]] = [[]]
     last = None
     for step, value in enumerate(values, start=1):
@@ -140,5 +140,5 @@ def line(name: str, values: Sequence[float], x: Scale, y: Scale, form: str) -> l
 
 
 def text(x: float, y: float, words: str, kind: str, anchor: str) -> str:
-    """A line of text."""
+    """Draws a line of text."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'

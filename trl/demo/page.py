@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that loads nothing and runs nothing."""
+"""Renders the report of a run as a single HTML file without external resources or scripts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl.demo.figure import DARK, LIGHT, Curves, drawing, style
 from trl.demo.outcome import DemoResult, HeldOut, Review
 from trl.demo.terminal import clock, plain
 
-SHOWN = 8  # prompts of the table that are open at once
+SHOWN = 8  # prompts shown before the "more" fold
 
 _STYLE = """
 :root { color-scheme: light dark; %s }
@@ -38,7 +38,7 @@ summary { cursor: pointer; margin: 14px 0; }
 
 
 def page(result: DemoResult) -> str:
-    """The report, whatever the run reached; texts are escaped, and a content security policy shuts out the rest."""
+    """Returns the report as HTML, even of an interrupted run; escapes texts and sets a restrictive CSP."""
     names = {name: f"var(--{name})" for name in LIGHT}
     sheet = _STYLE % (_variables(LIGHT), _variables(DARK)) + style(names)
     digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
@@ -72,7 +72,7 @@ def page(result: DemoResult) -> str:
 
 
 def curves_of(result: DemoResult) -> Curves:
-    """What there is to draw."""
+    """Returns the data to plot."""
     return Curves(
         score=[row.positive for row in result.rows],
         kl=[row.kl for row in result.rows],

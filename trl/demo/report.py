@@ -1,4 +1,4 @@
-"""A run from its first line on the terminal to its last file."""
+"""Runs the demo, reports progress and results on the terminal, and writes the output files."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def run_and_report(
     """Trains, shows progress and results on `stream`, and writes the files.
 
     Args:
-        settings: of the run.
-        out: an existing folder.
-        stream: a terminal, or a file.
-        started: `time.perf_counter()` when the program began.
-        save_model: also write the trained model.
+        settings: settings of the run.
+        out: an existing output folder.
+        stream: terminal or file for progress and results.
+        started: `time.perf_counter()` at program start.
+        save_model: also save the trained model to `out/model`.
 
     Returns:
-        Whether it was interrupted; what was reached by then is written.
+        Whether the run was interrupted; partial results are written in that case.
     """
 
     def say(text: str) -> None:
@@ -51,7 +51,7 @@ def run_and_report(
         if save_model:
             demo.trainer.save_pretrained(out / "model")
     except KeyboardInterrupt:
-        # A second Ctrl-C from here on ends the program at once.
+        # A second Ctrl-C ends the program at once.
         result.interrupted = True
         result.seconds = time.perf_counter() - started
     files = write(result, out)
@@ -68,7 +68,7 @@ def run_and_report(
 
 
 def train(demo: Demo, result: DemoResult, metrics: Path, stream: TextIO) -> None:
-    """Every step of the run: a line in the file `metrics`, and one on the terminal."""
+    """Trains, writing one line per step to the file `metrics` and showing progress on `stream`."""
     settings = demo.settings
     progress = Progress(stream, settings.steps, settings.batch_size)
     with metrics.open("w", encoding="utf-8") as file:
@@ -83,7 +83,7 @@ def train(demo: Demo, result: DemoResult, metrics: Path, stream: TextIO) -> None
 
 
 def summary(result: DemoResult) -> dict[str, Any]:
-    """The run in numbers."""
+    """Returns the metrics and settings of the run for summary.json."""
     numbers: dict[str, Any] = {
         "seed": result.settings.seed,
         "steps": len(result.rows),
@@ -97,7 +97,7 @@ def summary(result: DemoResult) -> dict[str, Any]:
 
 
 def write(result: DemoResult, out: Path) -> list[Path]:
-    """Writes the files of a run, whatever it reached; returns their paths."""
+    """Writes the output files, even of an interrupted run, and returns their paths."""
     curves = curves_of(result)
     texts: Mapping[str, str] = {
         "report.html": page(result),

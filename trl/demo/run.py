@@ -1,4 +1,4 @@
-"""The run itself: a language model of film reviews learns, by PPO, to please a sentiment classifier."""
+"""The training run: PPO of a film-review language model against a sentiment classifier."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from trl.models import AutoModelForCausalLMWithValueHead, create_reference_model
 from trl.rewards import ClassifierReward
 from trl.trainer import PPOConfig, PPOTrainer
 
-HELD_OUT = 64  # prompts that the run never trains on
+HELD_OUT = 64  # number of prompts held out from training
 
 
 class Prompts(Dataset[Tensor]):
-    """`size` queries: the same prompts over and over."""
+    """Dataset of `size` queries that cycles through the prompts."""
 
     def __init__(self, prompts: Sequence[str], tokenizer: Any, size: int) -> None:
         self.queries = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts]
@@ -38,31 +38,31 @@ class Prompts(Dataset[Tensor]):
 
 
 def split_prompts() -> tuple[list[str], list[str]]:
-    """Prompts to train on and prompts held out, the same for every seed."""
+    """Returns the training and the held-out prompts; the split is the same for every seed."""
     prompts = trl.assets.prompts()
     random.Random(0).shuffle(prompts)
     return prompts[HELD_OUT:], prompts[:HELD_OUT]
 
 
 def log_odds(probability: float, bound: float) -> float:
-    """log p / (1 - p), held within ± `bound`."""
+    """Returns log(p / (1 - p)), clipped to ± `bound`."""
     if probability in (0.0, 1.0):
         return math.copysign(bound, probability - 0.5)
     return max(-bound, min(bound, math.log(probability / (1 - probability))))
 
 
 def distinct_pairs(texts: Sequence[str]) -> float:
-    """Share of the word pairs of all texts that are different from each other."""
+    """Returns distinct-2: distinct word bigrams as a fraction of all word bigrams in the texts."""
     pairs = [pair for text in texts for pair in zip(text.lower().split(), text.lower().split()[1:], strict=False)]
     return len(set(pairs)) / max(1, len(pairs))
 
 
 class Demo:
-    """The models, the trainer and the classifier of one run."""
+    """Holds the models, trainer and classifier of one run."""
 
     def __init__(self, settings: DemoSettings) -> None:
         self.settings = settings
-        set_seed(settings.seed)  # the value head starts at random
+        set_seed(settings.seed)  # before the value head is randomly initialized
         training, self.held_out = split_prompts()
         folder = trl.assets.path("tiny-gpt2-reviews")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -95,7 +95,7 @@ class Demo:
         )
 
     def respond(self, queries: list[Tensor]) -> list[Tensor]:
-        """One sampled response per query."""
+        """Samples one response per query."""
         responses = self.trainer.generate(
             queries,
             batch_size=len(queries),
@@ -109,11 +109,11 @@ class Demo:
         return responses
 
     def texts(self, tokens: Sequence[Tensor]) -> list[str]:
-        """The text of each row of tokens."""
+        """Decodes each row of tokens, without special tokens."""
         return [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
 
     def steps(self) -> Iterator[StepRow]:
-        """Trains; yields what each step measured."""
+        """Trains, yielding the metrics of each step."""
         bound, size = self.settings.score_clip, self.settings.batch_size
         for number, queries in enumerate(self.trainer.dataloader, start=1):
             started = time.perf_counter()
@@ -137,7 +137,7 @@ class Demo:
 
     @torch.no_grad()
     def evaluate(self) -> HeldOut:
-        """What the model writes on the held-out prompts: always with the same random numbers, and drawing none from the run."""
+        """Evaluates on the held-out prompts with a fixed seed, leaving torch's random state unchanged."""
         trainer = self.trainer
         queries = [torch.tensor(self.tokenizer(prompt)["input_ids"]) for prompt in self.held_out]
         with torch.random.fork_rng():

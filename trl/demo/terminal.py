@@ -1,4 +1,4 @@
-"""What the demo says on a terminal, or into a file in its place. Text of a model is never passed on as it is."""
+"""Terminal (or log file) output of the demo. Model-generated text is always sanitized first."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import TextIO
 from trl.demo.outcome import DemoResult, HeldOut, StepRow
 
 SHOWN = 6  # prompts in the table on the terminal
-_LONGEST = 2000  # characters of one text that are worth showing
+_LONGEST = 2000  # maximum characters shown of one text
 _SEQUENCES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?")
 
 
 def plain(text: str) -> str:
-    """`text` on one line, without control sequences, control characters and marks that turn the writing direction."""
+    """Returns `text` on one line, without escape sequences, control characters and bidirectional marks."""
     text = _SEQUENCES.sub("", text[:_LONGEST])
     text = " ".join(text.split())
     return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds: 0:07."""
+    """Formats seconds as minutes and seconds: 0:07."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 class Progress:
-    """One line that is written over and over on a terminal, and a line per step where there is none."""
+    """Progress display: one line updated in place on a terminal, or a line per step otherwise."""
 
     def __init__(self, stream: TextIO, steps: int, batch_size: int) -> None:
         self.stream = stream
@@ -40,7 +40,7 @@ class Progress:
         self.width = 0
 
     def update(self, row: StepRow) -> None:
-        """Shows what a step measured, and how long the rest will take."""
+        """Shows the metrics of a step and the estimated time left."""
         per_step = (time.perf_counter() - self.started) / row.step
         text = (
             f"step {row.step:>{len(str(self.steps))}}/{self.steps}  P(POSITIVE) {row.positive:.2f}  KL {row.kl:5.2f}  "
@@ -55,7 +55,7 @@ class Progress:
         self.stream.flush()
 
     def close(self) -> None:
-        """Ends the line."""
+        """Ends the progress line."""
         if self.live and self.width:
             self.stream.write("\n")
             self.stream.flush()
@@ -63,7 +63,7 @@ class Progress:
 
 
 def comparison(before: HeldOut, after: HeldOut, width: int) -> str:
-    """The first held-out prompts with P(POSITIVE) and what the model wrote, before and after."""
+    """Formats the first held-out prompts with P(POSITIVE) and responses, before and after training."""
     lines = ["Held-out prompts, before and after (P(POSITIVE), continuation):", ""]
     for old, new in zip(before.reviews[:SHOWN], after.reviews[:SHOWN], strict=True):
         lines.append(f"  {plain(old.prompt)} ...")
@@ -76,7 +76,7 @@ def comparison(before: HeldOut, after: HeldOut, width: int) -> str:
 
 
 def verdict(result: DemoResult) -> str:
-    """The numbers of a finished run in two lines."""
+    """Summarizes the metrics of a finished run in two lines."""
     before, after = result.before, result.after
     assert before is not None and after is not None
     return (

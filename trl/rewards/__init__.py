@@ -1,6 +1,6 @@
-"""Where scores come from: functions, classifiers, penalties, services and judges, and what happens when they fail.
+"""Reward sources (functions, classifiers, penalties, remote services, LLM judges) and their failure handling.
 
-Names load on first use: a worker process that runs a plain function needs neither torch nor transformers.
+Names load lazily on first use: a worker process that runs a plain function imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         value = getattr(importlib.import_module(_HOME_OF[name]), name)
-        globals()[name] = value  # the next access does not come here
+        globals()[name] = value  # later accesses bypass __getattr__
         return value
     raise AttributeError(f"module 'trl.rewards' has no attribute {name!r}")
 

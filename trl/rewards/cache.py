@@ -1,4 +1,4 @@
-"""Scores that are kept, so that the same text is scored once."""
+"""Score caching, in memory or in a file, so that equal samples are scored once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 class ScoreCache:
-    """A bounded memory of JSON values by key, optionally in a file that outlives the process.
+    """LRU cache of JSON values, optionally persisted to a file.
 
-    The file is JSONL, one entry a line, appended to: what a killed process leaves of a last line is passed over. One
-    process writes to a file at a time; a file must belong to one reward with one set of settings.
+    The file is append-only JSONL, one entry per line; a torn last line left by a killed process is skipped. Only one
+    process may write to a file at a time, and a file must belong to one reward with one set of settings.
 
     Args:
-        path: of the file; made, with its folder, if there is none. None keeps nothing beyond the process.
-        most: entries in memory; the one not used for longest goes first.
+        path: JSONL file, created with its folder if missing; None keeps entries in memory only.
+        most: maximum number of entries in memory; the least recently used is evicted first.
 
     Raises:
         ValueError: if `most` is below 1.
@@ -49,7 +49,7 @@ class ScoreCache:
         return len(self._entries)
 
     def get(self, key: str) -> Any:
-        """What was put under `key`; None if there is nothing."""
+        """Returns the value stored under `key`, or None."""
         with self._lock:
             if key not in self._entries:
                 return None
@@ -57,7 +57,7 @@ class ScoreCache:
             return self._entries[key]
 
     def put(self, key: str, value: Any) -> None:
-        """Keeps `value`, which is JSON and not None, under `key`."""
+        """Stores `value`, which must be JSON-serializable and not None, under `key`."""
         with self._lock:
             self._keep(key, value)
             if self.path is not None:
@@ -87,30 +87,29 @@ class ScoreCache:
             logger.warning("%s: %d lines are no entries of a score cache and are passed over", self.path, torn)
         if data and not data.endswith(b"\n"):
             with self.path.open("ab") as file:
-                file.write(b"\n")  # else the next entry would be lost with the torn one
+                file.write(b"\n")  # otherwise the next entry would be appended to the torn line
 
 
 def key_of(*parts: Any) -> str:
-    """A key of anything that JSON can say.
+    """Hashes JSON-serializable values into a cache key.
 
     Raises:
-        TypeError: if it cannot say it.
+        TypeError: if a part is not JSON-serializable.
     """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 class CachedReward:
-    """A reward that scores each text once.
+    """Caches a deterministic reward, so that equal samples are scored once.
 
-    The key is prompt, completion, columns and the number of completion tokens. Samples that failed are scored again when they come again. For rewards
-    that always say the same about the same text.
+    The key is the prompt, the completion, the columns and the number of completion tokens. Failures are not cached.
 
     Args:
-        reward: what scores the texts that are new.
-        cache: of its scores; None keeps them in memory.
-        columns: those that the score depends on; None is all.
-        ids: whether the score depends on the token ids, too.
+        reward: scores the samples that are not cached yet.
+        cache: cache of the scores; None creates one in memory.
+        columns: columns that the score depends on; None is all.
+        ids: whether the score also depends on the token ids.
     """
 
     def __init__(
@@ -127,10 +126,10 @@ class CachedReward:
         self.ids = ids
 
     def score(self, samples: Sequence[Sample]) -> Scored:
-        """Scores samples; of those with the same key the first alone goes to the reward.
+        """Scores samples, passing only the first uncached sample of each key to the reward.
 
         Raises:
-            ColumnError: if a column cannot be part of a key.
+            ColumnError: if a column is not JSON-serializable.
         """
         keys = [self._key(sample) for sample in samples]
         found = {key: self.cache.get(key) for key in keys}
@@ -162,7 +161,7 @@ class CachedReward:
     def _key(self, sample: Sample) -> str:
         names = sample.columns if self.columns is None else self.columns
         columns = {name: sample.columns.get(name) for name in names}
-        # Rewards of tokens do not carry over to the same text in another number of them.
+        # Token rewards do not transfer to the same text tokenized to a different length.
         ids = [sample.prompt_ids, sample.completion_ids] if self.ids else len(sample.completion_ids)
         try:
             return key_of(sample.prompt, sample.completion, columns, ids)

@@ -1,4 +1,4 @@
-"""A text classifier, or a reward model with one output, as a source of scores."""
+"""Reward from a text classifier or a reward model with a single output."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from transformers import AutoModelForSequenceClassification
 
 from trl.pretrained import hub_arguments, load_model, load_tokenizer
 
-# Tokenizers without a limit of their own report a number about as large as this.
+# Tokenizers without a length limit report a `model_max_length` at least this large.
 _NO_LIMIT = 1_000_000
 
 
 class ClassifierReward:
     """Scores prompt + completion with a sequence classifier.
 
-    The classifier reads text through its own tokenizer, never the policy's token ids: the two vocabularies need have
-    nothing in common. It is put into evaluation mode and stays there. Texts are scored in batches of like length and
-    the scores come back in the order of the texts.
+    The classifier uses its own tokenizer, never the policy's token ids: the two vocabularies can be unrelated. It is
+    kept in evaluation mode. Texts are batched by length; scores are returned in input order.
 
     Args:
-        model: a sequence classifier of transformers: its output has `logits` [B, labels], its config `id2label`.
-        tokenizer: the classifier's own; loaded from where the model came from if None.
-        label: the label whose output is the score, by name in either case, or by index. A reward model with a single
-            output has label 0.
-        output: "logit", the label's raw output, unbounded; or "probability", in [0, 1]: the softmax over the labels, or
-            the sigmoid if there is only one.
-        batch_size: texts in a forward pass; > 0.
-        max_length: tokens beyond which a text is cut, special tokens included, on the tokenizer's `truncation_side`
-            (usually the right: the end of the completion is lost). None is the most that tokenizer and model take.
+        model: a transformers sequence classifier: its output has `logits` [B, labels], its config `id2label`.
+        tokenizer: the classifier's tokenizer; None loads it from where the model was loaded.
+        label: label whose output is the score, by name (case-insensitive) or index. A reward model with a single output
+            has label 0.
+        output: "logit" is the label's raw output; "probability" is in [0, 1]: the softmax over the labels, or the
+            sigmoid of a single output.
+        batch_size: texts per forward pass; > 0.
+        max_length: maximum tokens per text, special tokens included; longer texts are truncated on the tokenizer's
+            `truncation_side` (usually the right, which loses the end of the completion). None uses the limit of the
+            tokenizer and model; a larger value is reduced to it.
 
     Raises:
-        ValueError: if the label is unknown, an argument is out of range, there is no tokenizer, or the tokenizer has
-            more tokens than the model has vectors and so belongs to another model.
+        ValueError: if the label is unknown, an argument is out of range, no tokenizer can be loaded, or the tokenizer
+            has more tokens than the model has embeddings, so belongs to another model.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ClassifierReward:
         _check_vocabulary(model, self.tokenizer)
         self.label = _label_index(model, label)
         self.output = output
-        # Without a padding token two texts cannot share a batch.
+        # Batching needs a padding token.
         self.batch_size = 1 if self.tokenizer.pad_token_id is None else batch_size
         limit = _length_limit(model, self.tokenizer)
         self.max_length = limit if max_length is None or (limit is not None and limit < max_length) else max_length
@@ -79,23 +79,22 @@ class ClassifierReward:
         """Loads a classifier and its tokenizer.
 
         Args:
-            name_or_folder: a folder, or a name on a model hub.
+            name_or_folder: local folder or Hub model name.
             label: see the class.
             output: see the class.
             batch_size: see the class.
             max_length: see the class.
-            device: where the classifier runs; None leaves it where it is loaded.
-            allow_pickle: read a legacy `pytorch_model.bin` where there are no safetensors, with `weights_only=True`.
-            model_options: passed to `AutoModelForSequenceClassification.from_pretrained`, which rejects what it does
-                not know; `dtype`, `revision`, `device_map` ... `trust_remote_code` is False unless it is given, of the
-                tokenizer as well.
+            device: device of the classifier; None leaves it where it was loaded.
+            allow_pickle: without safetensors, load a legacy `pytorch_model.bin` with `weights_only=True`.
+            model_options: passed to `AutoModelForSequenceClassification.from_pretrained`, which rejects unknown ones;
+                e.g. `dtype`, `revision`, `device_map`. `trust_remote_code` defaults to False, for the tokenizer too.
 
         Returns:
             The reward.
 
         Raises:
-            ValueError: if the weights are a pickle and `allow_pickle` is False, or the model or its tokenizer needs code
-                of the checkpoint's own and `trust_remote_code` is not True.
+            ValueError: if the weights are a pickle and `allow_pickle` is False, or the model or tokenizer needs custom
+                code from the checkpoint and `trust_remote_code` is not True.
         """
         model = load_model(
             AutoModelForSequenceClassification, name_or_folder, allow_pickle=allow_pickle, **model_options
@@ -110,15 +109,15 @@ class ClassifierReward:
         """Scores texts.
 
         Args:
-            prompts: `B` beginnings; "" where there is none.
-            completions: `B` continuations, each appended to its prompt as it is, without a space between.
-            columns: other columns of the dataset; not read.
+            prompts: `B` prompts, possibly "".
+            completions: `B` completions, each appended to its prompt without a separator.
+            columns: other dataset columns; unused.
 
         Returns:
-            `B` numbers: logits or probabilities of the label.
+            `B` scores: logits or probabilities of the label.
 
         Raises:
-            ValueError: if the lengths differ, something is not a string, or a text has no tokens.
+            ValueError: if the lengths differ, a prompt or completion is not a string, or a text has no tokens.
         """
         texts = _joined(prompts, completions)
         if not texts:

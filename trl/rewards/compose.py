@@ -1,4 +1,4 @@
-"""Whatever a user hands in as a reward, as one object; several rewards as a weighted sum."""
+"""Turns user-supplied rewards into one `Reward`; combines several in a weighted sum."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Spec: TypeAlias = "One | Mapping[str, One] | Sequence[One]"
 class RewardMix:
     """A weighted sum of rewards.
 
-    A sample whose score from any reward is None has None in all: leaving the reward out would score it 0. With
-    `missing="leave_out"` a reward that says None, without an error, is left out of that sample's sum, as is right where
-    each reward is for some of the samples alone; None from all is None.
+    By default, a sample that any reward scores None gets None overall: dropping the term would count it as 0. With
+    `missing="leave_out"`, a None without an error only drops that reward from the sample's sum, for rewards that each
+    apply to some of the samples; a sample that every reward scores None gets None.
 
     Args:
-        rewards: by name; a name is the component's in statistics.
-        weights: one per reward; None is 1 each.
-        missing: what None from one of several rewards means: "exclude" the sample, or "leave_out" the reward.
-        guard: its `on_error` and `penalty` say what a weighted sum means that float32 cannot hold.
+        rewards: rewards by name; the name labels the reward's component in statistics.
+        weights: one weight per reward, by name; None weights each 1.
+        missing: how to treat None from one of the rewards: "exclude" the sample, or "leave_out" the reward.
+        guard: its `on_error` and `penalty` apply to weighted sums that overflow float32.
 
     Raises:
-        ValueError: if there are no rewards, or the weights are not theirs or not finite.
+        ValueError: if there are no rewards, the weights have other names, or a weight is not finite.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class RewardMix:
         self.guard = guard or Guard()
 
     def score(self, samples: Sequence[Sample]) -> Scored:
-        """Scores samples with each reward in turn; errors carry the reward's name.
+        """Scores samples with each reward in turn and sums the results; errors are prefixed with the reward's name.
 
         Raises:
-            RewardFailed: if float32 cannot hold a weighted sum and `on_error` is "raise".
+            RewardFailed: if a weighted sum overflows float32 and `on_error` is "raise".
         """
         parts = {name: score_apart(reward, samples) for name, reward in self.rewards.items()}
         components: dict[str, list[float | None]] = {}
@@ -90,14 +90,14 @@ class RewardMix:
             reward.close()
 
     def _kept(self, parts: Mapping[str, Scored], i: int) -> list[str]:
-        """Names of the rewards that count for sample `i`; none if the sample is left out."""
+        """Returns the names of the rewards that count for sample `i`; empty if the sample is excluded."""
         absent = [name for name, part in parts.items() if part.scores[i] is None]
         if absent and (self.missing == "exclude" or any(parts[name].errors[i] is not None for name in absent)):
             return []
         return [name for name in parts if name not in absent]
 
     def _summed(self, parts: Mapping[str, Scored], i: int) -> tuple[float | None, list[float] | None, str | None]:
-        """Score and rewards of tokens of sample `i`, and what is wrong with their sum."""
+        """Returns the score and token rewards of sample `i`, and the error if their sum overflows float32."""
         kept = self._kept(parts, i)
         if not kept:
             return None, None, None
@@ -115,7 +115,7 @@ class RewardMix:
 
 
 class Budgeted:
-    """A reward whose errors are counted against a budget."""
+    """Wraps a reward and counts its errors against an error budget."""
 
     def __init__(self, reward: Reward, budget: ErrorBudget) -> None:
         self.reward = reward
@@ -125,7 +125,7 @@ class Budgeted:
         """Scores samples.
 
         Raises:
-            RewardErrors: if too many failed.
+            RewardErrors: if the errors exceed the budget.
         """
         scored = score_apart(self.reward, samples)
         self.budget.record(scored)
@@ -152,27 +152,27 @@ def as_reward(
     cache: bool | str | os.PathLike[str] | ScoreCache = False,
     budget: ErrorBudget | None = None,
 ) -> Reward:
-    """Makes one reward of what a user hands in.
+    """Builds a single `Reward` from a function, a path, a reward, or several of these.
 
     Args:
         spec: a function or callable object (see `FunctionReward`); "module:function"; a reward (anything with `score`
-            and `close`), which keeps its own settings; or several of these, as a mapping by name or as a list.
-        name: of the component, for a single function; None is the function's own.
-        weights: of several rewards, by name or in their order; None is 1 each.
-        missing: what None from one of several rewards means: see `RewardMix`.
-        on_error: what a failure means: see `Guard`, as for the following.
-        penalty: the score of a sample whose reward failed, for `on_error="penalty"`.
+            and `close`), which keeps its own settings; or several of these, as a mapping by name or a sequence.
+        name: component name of a single function in statistics; None uses the function's name.
+        weights: weights of several rewards, by name or in order; None weights each 1.
+        missing: how to treat None from one of several rewards; see `RewardMix`.
+        on_error: how to treat failures; see `Guard` for this and the next six arguments.
+        penalty: score of a sample whose reward failed, for `on_error="penalty"`.
         isolation: where functions run.
-        timeout: seconds for a call.
-        start_timeout: seconds for a process to start.
-        concurrency: calls at a time.
-        rows_per_call: samples in a call.
-        cache: True keeps the scores of functions in memory, so that the same text is scored once; a path keeps them in
-            that JSONL file, too (for a single function: a file holds one function's scores); or a cache of your own.
+        timeout: seconds per call.
+        start_timeout: seconds for a worker process to start.
+        concurrency: concurrent calls.
+        rows_per_call: samples per call.
+        cache: True caches functions' scores in memory, so that equal samples are scored once; a path also persists
+            them in that JSONL file (single function only: a file holds one function's scores); or a `ScoreCache`.
         budget: stops the run when too many samples fail.
 
     Raises:
-        ValueError: if `spec` is none of these or an argument does not go with it.
+        ValueError: if `spec` is none of these, or an argument does not apply to it.
     """
     guard = Guard(
         on_error=on_error, penalty=penalty, isolation=isolation, timeout=timeout,
@@ -198,13 +198,13 @@ def as_reward(
 
 
 def score_apart(reward: Reward, samples: Sequence[Sample]) -> Scored:
-    """Scores samples with any reward: one that is not of this module gets copies of the columns, and its answer is checked.
+    """Scores samples with any reward; third-party rewards get copies of the columns and have their results validated.
 
     Raises:
-        RewardFailed: if the answer is not one finite number or None per sample.
+        RewardFailed: if the result does not hold one finite score or None per sample.
         ColumnError: if a column cannot be copied.
     """
-    if type(reward) in (FunctionReward, RewardMix, Budgeted):  # these do so themselves
+    if type(reward) in (FunctionReward, RewardMix, Budgeted):  # these copy and validate themselves
         return reward.score(samples)
     scored = reward.score(copied(samples))
     _check_answer(scored, samples, type(reward).__name__)
@@ -228,7 +228,7 @@ def _check_answer(scored: Scored, samples: Sequence[Sample], name: str) -> None:
 
 
 def budgets_of(reward: Reward) -> list[ErrorBudget]:
-    """Every error budget inside a reward, in an order that depends on how it is made alone: what a checkpoint keeps of it."""
+    """Returns every error budget inside a reward for checkpointing, in an order determined by its structure."""
     if isinstance(reward, Budgeted):
         return [reward.budget, *budgets_of(reward.reward)]
     if isinstance(reward, CachedReward):
@@ -264,7 +264,7 @@ def _name_of(spec: Any) -> str:
 
 
 def _named(specs: Sequence[Any]) -> dict[str, Any]:
-    """Specs by name; a name that occurs again gets a number."""
+    """Maps names to specs, numbering repeated names (`f`, `f_2`)."""
     found: dict[str, Any] = {}
     for spec in specs:
         name, number = _name_of(spec), 1

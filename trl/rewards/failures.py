@@ -1,4 +1,4 @@
-"""What is known about a reward that failed, and when there are too many of them. Standard library only."""
+"""Reward errors: exceptions, per-sample failure records and the error budget. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trl.types import Scored
 
-_LINE = 300  # characters of an error in one line
-_TRACEBACK = 8000  # characters of a traceback, its end
+_LINE = 300  # maximum characters of a one-line message
+_TRACEBACK = 8000  # characters kept from the end of a traceback
 
 
 class RewardFailed(RuntimeError):
-    """A reward failed and its `on_error` is "raise", or what it needs to run could not be started."""
+    """A reward failed with `on_error="raise"`, its worker process could not start, or it returned an invalid result."""
 
 
 class RewardErrors(RuntimeError):
-    """More rewards failed than the error budget allows; the message has the commonest traceback."""
+    """More samples failed than the error budget allows; the message includes the most common traceback."""
 
 
 class ColumnError(ValueError):
-    """The samples lack a column that a reward needs, or have it in a form that it cannot be given: no sample's fault."""
+    """A column that a reward needs is missing or unusable: a configuration error, so it is never caught per sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why one sample has no score."""
+    """Why scoring one sample failed."""
 
     line: str  # one line, without control characters
     traceback: str
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """What `error` says, with its traceback."""
+        """Builds a failure from an exception, with its traceback."""
         if isinstance(error, RowFailed):
             return error.failure
         text = str(error)
@@ -46,12 +46,12 @@ class Failure:
 
     @classmethod
     def saying(cls, text: str) -> Failure:
-        """One without a traceback of its own."""
+        """Builds a failure from a message, which doubles as the traceback."""
         return cls(one_line(text), text[-_TRACEBACK:])
 
 
 class RowFailed(Exception):
-    """A call failed elsewhere: the failure of each of its rows."""
+    """A call failed in a worker process; `failure` applies to each of its rows."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.line)
@@ -59,19 +59,19 @@ class RowFailed(Exception):
 
 
 def one_line(text: str) -> str:
-    """`text` on one line of at most 300 characters, without control characters: it ends up on terminals."""
+    """Squeezes `text` into one line of at most 300 characters, safe to print on a terminal."""
     words = " ".join(text[: 4 * _LINE].split())
     words = "".join(c for c in words if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
     return words if len(words) <= _LINE else words[: _LINE - 3] + "..."
 
 
 class ErrorBudget:
-    """Stops a run whose rewards fail too often.
+    """Stops a run when too many rewards fail.
 
     Args:
-        share: of `window` samples, from 0 (the first error stops the run) to below 1.
-        window: samples that are looked back on; > 0. The limit is `share * window` errors also while fewer samples were
-            seen, so that one error at the start is not a share of 1.
+        share: maximum fraction of failed samples in the window, in [0, 1); 0 stops the run at the first error.
+        window: number of most recent samples to count over; > 0. The limit is `share * window` errors even before the
+            window has filled, so that one early error does not stop the run.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -84,12 +84,12 @@ class ErrorBudget:
             raise ValueError(f"window={window!r} must be a whole number of at least 1")
         self.share = share
         self.window = window
-        # One entry per sample: None, or the error's line and traceback.
+        # One entry per sample: None, or the error's (line, traceback).
         self._seen: collections.deque[tuple[str, str] | None] = collections.deque(maxlen=window)
 
     @property
     def errors(self) -> int:
-        """Errors among the last `window` samples."""
+        """Number of errors among the last `window` samples."""
         return sum(entry is not None for entry in self._seen)
 
     def record(self, scored: Scored) -> None:
@@ -105,11 +105,11 @@ class ErrorBudget:
                 raise RewardErrors(self._message())
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: JSON."""
+        """Returns the state to checkpoint, as JSON-serializable values."""
         return {"seen": [None if entry is None else list(entry) for entry in self._seen]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict`; with a smaller window, from its end."""
+        """Restores `state_dict`; a smaller window keeps the most recent samples."""
         entries: Sequence[Sequence[str] | None] = state["seen"]
         self._seen.clear()
         self._seen.extend(None if entry is None else (entry[0], entry[1]) for entry in entries)
@@ -126,5 +126,5 @@ class ErrorBudget:
 
 
 def _place(trace: str) -> str:
-    """A traceback without its last line, which may differ from sample to sample: the same error at another number."""
+    """Returns a traceback without its last line, whose message may vary between samples, to group equal errors."""
     return trace.rpartition("\n")[0] or trace

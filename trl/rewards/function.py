@@ -1,4 +1,4 @@
-"""One reward function, and what happens when it fails."""
+"""Wraps a reward function with isolation, concurrency and error handling."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
-    """Where a reward function runs and what its failures mean.
+    """Where a reward function runs and how its failures are handled.
 
     Raises:
         ValueError: if the settings contradict each other or are out of range.
     """
 
     on_error: Literal["raise", "skip", "penalty"] = "raise"
-    """"raise" `RewardFailed`; "skip": no score, so that the sample is left out; "penalty": `penalty` as the score."""
+    """On failure: "raise" `RewardFailed`, "skip" the sample (its score is None), or score it `penalty` ("penalty")."""
     penalty: float | None = None
-    """The score of a sample whose reward failed, for `on_error="penalty"`; the error is still told."""
+    """Score of a sample whose reward failed, for `on_error="penalty"`; the error is still reported."""
     isolation: Literal["none", "thread", "process"] = "none"
-    """"none": called as it is; "thread": given up after `timeout`, may run on; "process": killed after `timeout`."""
+    """Where calls run: "none" in the caller, "thread" abandons them on timeout, "process" kills them on timeout."""
     timeout: float | None = None
-    """Seconds for one call, that is for `rows_per_call` samples."""
+    """Seconds per call, that is per `rows_per_call` samples."""
     start_timeout: float = 120.0
-    """Seconds in which a process must have imported the function's module."""
+    """Seconds for a worker process to import the function's module."""
     concurrency: int = 1
-    """Calls at a time, each on a thread (or in a process) of its own."""
+    """Concurrent calls, each in its own thread (or process)."""
     rows_per_call: int | None = None
-    """Samples in one call: what fails together. None: all; with `concurrency`, an equal part."""
+    """Samples per call, which fail together; None splits the batch evenly over `concurrency` calls."""
 
     def __post_init__(self) -> None:
         if self.on_error not in ("raise", "skip", "penalty"):
@@ -68,18 +68,18 @@ class Guard:
 
 
 class FunctionReward:
-    """A reward function with its guard.
+    """Scores samples with a reward function under a guard.
 
     Args:
-        function: `f(prompts, completions, **columns)`, synchronous or asynchronous; of the columns it gets those that
-            its signature names, and the token ids if it names `prompt_ids` or `completion_ids`; or `f(samples)`; or
-            "module:function". It returns one value per sample: a number, None (unscorable), one number per completion
-            token, or an exception (the sample's failure).
-        name: of its column in statistics.
-        guard: where it runs and what its failures mean.
+        function: `f(prompts, completions, **columns)`, `f(samples)`, or "module:function"; synchronous or asynchronous.
+            It gets the columns named in its signature, and token ids if it names `prompt_ids` or `completion_ids`. It
+            returns one value per sample: a number, None (unscorable), one number per completion token, or an exception
+            (the sample failed).
+        name: component name in statistics.
+        guard: where the function runs and how its failures are handled.
 
     Raises:
-        ValueError: if the function cannot be called as a reward, or not in a process of its own.
+        ValueError: if the function's signature does not fit a reward, or a worker process could not import it.
     """
 
     def __init__(self, function: str | Callable[..., Any], name: str, guard: Guard) -> None:
@@ -87,22 +87,23 @@ class FunctionReward:
         self.guard = guard
         runners = [_runner(function, name, guard) for _ in range(guard.concurrency)]
         self._all: list[Runner] = runners
-        # Whoever calls takes one; a worker process serves one call at a time.
+        # Each call takes one runner: a worker process serves one call at a time.
         self._idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
         for runner in runners:
             self._idle.put(runner)
 
     @property
     def reads_ids(self) -> bool:
-        """Whether the score may depend on token ids, not on texts alone. Starts a process if there is one."""
+        """Whether the function receives token ids. Starts the worker with `isolation="process"`."""
         return self._all[0].binding.reads_ids
 
     def score(self, samples: Sequence[Sample]) -> Scored:
-        """Scores samples, in their order.
+        """Scores samples in order.
 
         Raises:
-            RewardFailed: if a sample fails and `on_error` is "raise"; whatever it is if no process can be started.
-            ColumnError: if the samples lack a column that the function needs.
+            RewardFailed: if a sample fails and `on_error` is "raise"; under any `on_error` if no worker can start or
+                too many timed-out threads are still running.
+            ColumnError: if a column that the function needs is missing or cannot be passed to it.
         """
         if not samples:
             return Scored(scores=[], components={self.name: []}, token_rewards=[], seconds=[], errors=[], tracebacks=[])
@@ -117,7 +118,7 @@ class FunctionReward:
         return self._scored(rows, seconds)
 
     def close(self) -> None:
-        """Ends its processes, if it has any."""
+        """Ends any worker processes."""
         for runner in self._all:
             runner.close()
 

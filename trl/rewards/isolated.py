@@ -1,4 +1,4 @@
-"""A reward function in a process of its own, which can be ended at any time, whatever it does."""
+"""Runs a reward function in a worker process that can be killed at any time."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from trl.types import Sample
 
 _BOOT = "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); from trl.rewards.worker import main; main()"
-_MOST_ANSWER = 1 << 28  # bytes
-_GRACE = 0.25  # seconds after the timeout in which the worker may say where it hangs
-_TICK = 0.05  # seconds between two looks at whether the worker lives
+_MOST_ANSWER = 1 << 28  # maximum size of an answer in bytes
+_GRACE = 0.25  # seconds after the timeout for the worker to print where it hung
+_TICK = 0.05  # seconds between checks that the worker is alive
 
 
 class Process:
-    """Calls a function in a worker process: started on first use, and anew when it was ended or has crashed.
+    """Calls a function in a worker process, started on first use and restarted after a timeout or crash.
 
-    What goes in and out is JSON. What the function prints is read and thrown away, but for the end of it, which goes
-    with the message if the process dies.
+    Samples and rows travel as JSON. The function's output is discarded, except for its end, which is part of the error
+    if the process dies.
 
     Args:
         function: "module:function", or a function at the top level of a module.
-        name: of the reward, for messages.
-        timeout: seconds that a call may take; None waits for ever.
-        start_timeout: seconds in which the worker must have imported the module.
+        name: name of the reward, for messages.
+        timeout: seconds per call; None waits forever.
+        start_timeout: seconds for the worker to import the module.
 
     Raises:
-        ValueError: if another process could not find the function.
+        ValueError: if another process could not import the function by name.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Process:
 
     @property
     def binding(self) -> Binding:
-        """How the function is called; starts the worker."""
+        """How to call the function; starts the worker if needed."""
         self._started()
         assert self._binding is not None
         return self._binding
@@ -62,10 +62,10 @@ class Process:
         """See `Runner`.
 
         Raises:
-            RowFailed: if the function failed, took longer than `timeout` or killed the worker: it and its children are
-                gone then.
-            RewardFailed: if no worker can be started.
-            ColumnError: if a column is missing, or cannot be written as JSON.
+            RowFailed: if the function raised, timed out or crashed the worker. After a timeout or crash, the worker
+                and its children are killed.
+            RewardFailed: if the worker cannot be started.
+            ColumnError: if a column is missing or not JSON-serializable.
         """
         worker = self._started()
         assert self._binding is not None
@@ -76,7 +76,7 @@ class Process:
         lengths = [len(sample.completion_ids) for sample in samples]
         try:
             answer = worker.exchange(message, self.timeout)
-        except BaseException:  # a timeout, a death, or an interrupt: what it would still say belongs to no call
+        except BaseException:  # timeout, crash or interrupt: a late answer must not reach the next call
             self.close()
             raise
         if "failure" in answer:
@@ -84,7 +84,7 @@ class Process:
         return decode(answer.get("rows"), lengths)
 
     def close(self) -> None:
-        """Ends the worker and whatever it started."""
+        """Kills the worker and its children."""
         if self._worker is not None:
             self._worker.close()
             self._worker = None
@@ -113,7 +113,7 @@ class Process:
 
 
 class _Worker:
-    """One living worker: a process, and a pipe to it and from it."""
+    """A running worker process with its request and answer pipes."""
 
     def __init__(self, path: str) -> None:
         inward, self.requests = os.pipe()
@@ -133,15 +133,15 @@ class _Worker:
         os.set_blocking(self.answers, False)
 
     def exchange(self, message: bytes | None, seconds: float | None) -> dict[str, Any]:
-        """Sends a message, if any, and waits for the next answer while the worker's output is read.
+        """Sends a message, if any, and waits for the next answer while draining the worker's output.
 
         Raises:
-            RowFailed: if there was none within `seconds`, the worker died or it answered nonsense.
+            RowFailed: if the worker does not answer within `seconds`, dies, or sends an invalid answer.
         """
         started = time.monotonic()
         unsent, answer, printing = memoryview(message or b""), bytearray(), True
         while not answer.endswith(b"\n"):
-            ended = self.process.has_ended()  # before the pipes are read, so that nothing written is missed
+            ended = self.process.has_ended()  # checked before reading the pipes, so that no last answer is missed
             ready = self._ready(writing=bool(unsent), printing=printing)
             if self.requests in ready:
                 unsent = unsent[_write(self.requests, unsent) :]
@@ -149,7 +149,7 @@ class _Worker:
                 printing = self.process.read_output()
             if self.answers in ready:
                 piece = os.read(self.answers, 1 << 16)
-                if not piece:  # it died, or closed its end: either way there will be no answer
+                if not piece:  # the worker died or closed its end: no answer will come
                     raise self._failed(started, seconds)
                 answer += piece
                 if len(answer) > _MOST_ANSWER:
@@ -159,11 +159,11 @@ class _Worker:
         return _parsed(bytes(answer))
 
     def _failed(self, started: float, seconds: float | None) -> RowFailed:
-        """Ends the process and says why it was or had."""
+        """Kills the process and returns an error that says how it ended or that it timed out."""
         late = seconds is not None and time.monotonic() > started + seconds
         patience = time.monotonic() + _TICK
         while not (late or self.process.has_ended()) and time.monotonic() < patience:
-            time.sleep(0.001)  # it has closed its pipes, and will have ended in a moment: its own status says more
+            time.sleep(0.001)  # its pipes are closed, so it is about to exit: its own status says more than our SIGKILL
         ending = self.process.kill()
         line = f"TimeoutError: the call took longer than its timeout of {seconds:g} s" if late else ""
         line = line or f"the reward's process {ending}"
@@ -171,7 +171,7 @@ class _Worker:
         return RowFailed(Failure(line, f"{line}; it had printed:\n{tail}" if tail else line))
 
     def close(self) -> None:
-        """Ends the process and closes the pipes."""
+        """Kills the process and closes the pipes."""
         self.process.kill()
         os.close(self.requests)
         os.close(self.answers)
@@ -217,7 +217,7 @@ def _write(descriptor: int, data: memoryview) -> int:
     except BlockingIOError:
         return 0
     except BrokenPipeError:
-        return len(data)  # nobody reads any more: that there is no answer will tell
+        return len(data)  # the worker is gone: the missing answer will report it
 
 
 def _parsed(answer: bytes) -> dict[str, Any]:

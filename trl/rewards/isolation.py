@@ -1,4 +1,4 @@
-"""Where a reward function runs: here, or on a thread that is given up after a while. Standard library only."""
+"""Runs reward functions in the calling thread, or in one that is abandoned on timeout. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Threads given up that may still run before scoring is refused: each holds memory and perhaps a core.
+# Maximum number of abandoned threads still running; each holds memory and perhaps a core.
 _MOST_LOST = 16
 
 
-# Names the random numbers of a call: rewards in processes of their own draw those that follow from it. "": no matter which.
+# Seeds the random numbers of rewards in worker processes; "" leaves them unseeded.
 random_stream: ContextVar[str] = ContextVar("random_stream", default="")
 
 
 @contextmanager
 def drawing_from(stream: str) -> Iterator[None]:
-    """Inside, rewards in processes of their own draw the random numbers that `stream` names, the same each time."""
+    """Within this context, rewards in worker processes seed their random generators from `stream`."""
     token = random_stream.set(stream)
     try:
         yield
@@ -43,20 +43,20 @@ class Runner(Protocol):
 
     @property
     def binding(self) -> Binding:
-        """How the function wants to be called."""
+        """How to call the function."""
         ...
 
     def run(self, samples: Sequence[Sample]) -> list[Row]:
-        """One row per sample, or an exception."""
+        """Returns one row per sample, or raises."""
         ...
 
     def close(self) -> None:
-        """Ends what it started."""
+        """Ends any process it started."""
         ...
 
 
 class Inline:
-    """Calls the function on the caller's thread."""
+    """Calls the function in the calling thread."""
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self.function = function
@@ -74,8 +74,9 @@ class Inline:
 
 
 class Threaded:
-    """Calls the function on a thread of its own and gives it up after `timeout` seconds: it may go on running, since
-    a thread cannot be killed, but nobody waits for it.
+    """Calls the function in a separate thread and abandons it after `timeout` seconds.
+
+    Threads cannot be killed, so an abandoned call may keep running in the background.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, timeout: float | None) -> None:
@@ -88,7 +89,8 @@ class Threaded:
         """See `Runner`.
 
         Raises:
-            RewardFailed: if too many threads that were given up still run.
+            RewardFailed: if too many abandoned threads are still running.
+            TimeoutError: if the call takes longer than `timeout`.
         """
         self.lost = [thread for thread in self.lost if thread.is_alive()]
         if len(self.lost) >= _MOST_LOST:
@@ -103,10 +105,10 @@ class Threaded:
 
 
 def guarded(function: Callable[..., Any], positional: Sequence[Any], named: dict[str, Any]) -> Any:
-    """Calls somebody's function; a process that it forks off and lets return here ends here.
+    """Calls a user's function; a forked child that returns from it exits here.
 
     Raises:
-        Whatever it raises; a `SystemExit` as a RuntimeError, since ending the process is not a reward's to decide.
+        Whatever the function raises; `SystemExit` becomes a RuntimeError, since a reward must not end the process.
     """
     home = os.getpid()
     try:
@@ -115,31 +117,31 @@ def guarded(function: Callable[..., Any], positional: Sequence[Any], named: dict
         raise RuntimeError(f"the reward called sys.exit({error.code!r})") from error
     finally:
         if os.getpid() != home:
-            os._exit(0)  # else there would be two trainers
+            os._exit(0)  # otherwise the child would run as a second trainer
 
 
 def call_within(
     seconds: float | None, function: Callable[[], Result], given_up: list[threading.Thread] | None = None
 ) -> Result:
-    """Calls `function` on a thread of its own.
+    """Calls `function` in a separate thread and returns its result, or raises its exception.
 
     Args:
-        seconds: to wait for it; None waits for ever.
-        function: without arguments.
-        given_up: gets the thread if it takes longer.
+        seconds: timeout; None waits forever.
+        function: takes no arguments.
+        given_up: the thread is appended to this list on timeout.
 
     Raises:
-        TimeoutError: after `seconds`.
+        TimeoutError: if the call takes longer than `seconds`.
     """
     outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             outcome.put((True, function()))
-        except BaseException as error:  # handed to the thread that waits
+        except BaseException as error:  # re-raised in the waiting thread
             outcome.put((False, error))
 
-    # A daemon: one that hangs must not keep the interpreter from ending.
+    # A daemon, so that a hung call does not block interpreter exit.
     thread = threading.Thread(target=run, name="reward", daemon=True)
     thread.start()
     try:
@@ -154,11 +156,11 @@ def call_within(
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
-    """`[function(item) for item in items]`, `threads` of them at a time.
+    """Returns `[function(item) for item in items]`, computed by up to `threads` threads.
 
     Raises:
-        The error of the first item, in their order, that has one, once all are done. An interrupt of the caller is
-        raised at once: no further item is begun.
+        The exception of the first failed item, in item order, once all items are done. An interrupt propagates at once
+        and no further items are started.
     """
     if threads <= 1 or len(items) <= 1:
         return [function(item) for item in items]
@@ -176,7 +178,7 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item], thread
                 return
             try:
                 done.put((index, True, function(items[index])))
-            except BaseException as error:  # handed to the thread that waits
+            except BaseException as error:  # re-raised in the waiting thread
                 done.put((index, False, error))
 
     for _ in range(min(threads, len(items))):

@@ -1,4 +1,4 @@
-"""Scores from a language model that judges, over an OpenAI-compatible endpoint."""
+"""LLM-as-a-judge reward over an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ to 10 (perfect)."""
 
 
 def last_score(reply: str) -> float:
-    """The number after the last "Score:" of a judge's reply.
+    """Returns the number after the last "Score:" in a judge's reply.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the reply has no score.
     """
     found = _SCORE.findall(reply)
     if not found:
@@ -47,29 +47,29 @@ def last_score(reply: str) -> float:
 
 
 class JudgeReward:
-    """Has a language model judge each completion.
+    """Has a language model grade each completion.
 
-    The endpoint is asked for `POST <base_url>/chat/completions` with one message, at temperature 0, and its reply is read
-    by `parse`. Equal messages are asked once. The texts that are judged can try to talk the judge into a score: look at
-    the best-scored completions.
+    Sends one user message to `<base_url>/chat/completions` at temperature 0 and reads the score from the reply with
+    `parse`. Equal messages are sent once. Completions may contain prompt injections that talk the judge into a score:
+    inspect the best-scored ones.
 
     Args:
-        base_url: of the service, up to and with its version: "https://host/v1".
-        model: the judge's name there.
-        template: the message; `{prompt}`, `{completion}` and the names of columns in braces are replaced.
-        parse: the score in a reply; raises ValueError if there is none.
-        scale: lowest and highest score; another is a failure of the sample.
-        key_env: environment variable that holds the key. None sends none. The key is read at each request, and is part
-            of nothing that is written or shown.
-        concurrency: requests at a time.
-        timeout: seconds for one request.
-        retries: of a request that found no connection or a busy service.
-        max_tokens: of a reply.
-        cache: True keeps scores in memory; a path keeps them in that JSONL file, too.
-        allow_link_local: whether link-local addresses are allowed.
+        base_url: URL of the service including its version: "https://host/v1".
+        model: the judge model's name at the service.
+        template: the message; `{prompt}`, `{completion}` and `{column}` for any column's name are filled in.
+        parse: extracts the score from a reply; raises ValueError if it finds none.
+        scale: lowest and highest valid score; a score outside fails the sample.
+        key_env: environment variable holding the API key; None sends no key. The key is read at each request and never
+            written or shown.
+        concurrency: requests in flight.
+        timeout: seconds per attempt.
+        retries: retries after a connection error or from a busy service.
+        max_tokens: maximum length of a reply.
+        cache: True caches scores in memory; a path also persists them in that JSONL file.
+        allow_link_local: whether to allow link-local and cloud metadata addresses.
 
     Raises:
-        ValueError: if an argument is out of range, or the URL is not acceptable.
+        ValueError: if an argument is out of range or the URL is not acceptable.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class JudgeReward:
         self.scale = scale
         self.concurrency = concurrency
         self.max_tokens = max_tokens
-        # Without a cache equal messages of one batch are still asked once.
+        # Even without a cache, equal messages within a batch are sent once.
         self.cache = None if cache is False else ScoreCache(None if cache is True else cache)
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Exception]:
-        """Scores samples; one that could not be judged has its error."""
+        """Returns one score per sample, or the exception if judging it failed."""
         messages = [self._message(sample) for sample in samples]
         distinct = list(dict.fromkeys(messages))
         scores = dict(zip(distinct, in_threads(self._judged, distinct, self.concurrency), strict=True))
@@ -122,7 +122,7 @@ class JudgeReward:
                 raise ColumnError(f"the judge's template names the column {found[1]!r}, which a sample lacks")
             return str(texts[found[1]])
 
-        return _PLACEHOLDER.sub(filled, self.template)  # in one pass: braces in a text are text
+        return _PLACEHOLDER.sub(filled, self.template)  # single pass: braces in the texts stay as they are
 
     def _judged(self, message: str) -> float | Exception:
         key = key_of(self.endpoint.url, self.model, self.max_tokens, list(self.scale), message)

@@ -1,4 +1,4 @@
-"""Processes that can be ended whatever they do, with every process that they started. POSIX only."""
+"""Subprocesses that can be killed reliably together with all their descendants. POSIX only."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Inherited by whatever the process starts, so that a child which has left the process group is found too.
+# Environment variable inherited by descendants, to find those that left the process group.
 _MARK = "TRL_REWARD_PROCESS"
-_MOST_OUTPUT = 16_384  # bytes of what it printed that are kept, its end
+_MOST_OUTPUT = 16_384  # bytes kept from the end of the output
 _CHUNK = 1 << 16
 
 
 class Killable:
-    """A process in a session of its own, its output read into a tail of a few kilobytes.
+    """A process in its own session; the last 16 KiB of its output are kept.
 
     Args:
         command: program and arguments.
-        environment: of the process; a mark is added.
-        stdin: a file descriptor, or None for no input.
-        pass_fds: descriptors that stay open in it.
-        folder: where it starts.
+        environment: environment variables; a marker is added.
+        stdin: file descriptor of standard input; None for no input.
+        pass_fds: file descriptors to keep open in the process.
+        folder: working directory.
 
     Raises:
-        ValueError: where there are no process groups (Windows).
-        OSError: if it cannot be started.
+        ValueError: on platforms without process groups (Windows).
+        OSError: if the process cannot be started.
     """
 
     def __init__(
@@ -62,22 +62,22 @@ class Killable:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is also that of its group."""
+        """Process id, which is also the process group id."""
         return self._process.pid
 
     @property
     def tail(self) -> str:
-        """The end of what it printed."""
+        """End of the output read so far."""
         return self._tail.decode("utf-8", "replace").strip()
 
     def has_ended(self) -> bool:
-        """Whether the process itself has; it stays a zombie, so that its number is not given to another."""
+        """Whether the process has exited. It is not reaped, so that its id is not reused."""
         if self._process.returncode is not None:
             return True
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def read_output(self) -> bool:
-        """Takes one piece of what it printed; False if there is none now, or never will be."""
+        """Reads one chunk of output; returns False if there is none, now or at end of file."""
         assert self._process.stdout is not None
         if self._process.stdout.closed:
             return False
@@ -89,18 +89,18 @@ class Killable:
         return bool(piece)
 
     def kill(self) -> str:
-        """Ends it and its descendants, at once and for good.
+        """Kills the process and its descendants with SIGKILL and reaps it.
 
         Returns:
-            How the process itself ended: "exited with status 3", "was killed by SIGSEGV".
+            How the process ended: "exited with status 3", "was killed by SIGSEGV".
         """
         if self._process.returncode is None:
             try:
                 os.killpg(self.pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
-                # The group is gone, or (macOS) holds nothing but zombies.
+                # The group is gone or, on macOS, holds only zombies.
                 self._process.kill()
-            for _ in range(100):  # a child may have been forking while we looked
+            for _ in range(100):  # a descendant may have forked during the scan
                 if not (left := self._marked()):
                     break
                 for pid in left:
@@ -115,7 +115,7 @@ class Killable:
         return _ending(self._process.returncode)
 
     def _marked(self) -> list[int]:
-        """Living processes with our mark (Linux; elsewhere there is no way to look)."""
+        """Returns ids of live processes that carry our marker; always empty without `/proc`, as on macOS."""
         mark = f"{_MARK}={self._mark}".encode()
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
@@ -123,12 +123,12 @@ class Killable:
                 if mark in (folder / "environ").read_bytes().split(b"\0"):
                     found.append(int(folder.name))
             except OSError:
-                continue  # ended meanwhile, or somebody else's
+                continue  # exited meanwhile, or another user's
         return found
 
 
 def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # ended meanwhile
+    with contextlib.suppress(ProcessLookupError):  # exited meanwhile
         os.kill(pid, signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""Whether a mathematical answer is right, by the package math-verify: `pip install math-verify`."""
+"""Math correctness reward, using math-verify (`pip install math-verify`)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 
 def math_reward(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str]) -> list[float | None]:
-    r"""1 where a completion's answer is equivalent to `answer`, 0 where it is not or there is none to be found.
+    r"""Scores 1 if a completion's answer is equivalent to `answer`, 0 if it is not or no answer is found.
 
-    math-verify ends its own slow cases only on the main thread of a process: elsewhere, guard it with
-    `isolation="process"` and a timeout.
+    math-verify's own timeouts work only in the main thread of a process: elsewhere, use `isolation="process"` and a
+    timeout.
 
     Args:
-        prompts: not read.
-        completions: texts with an answer somewhere, best in `\boxed{}`.
-        answer: the right answers, in LaTeX or as plain expressions.
+        prompts: unused.
+        completions: texts containing an answer, ideally in `\boxed{}`.
+        answer: reference answers, in LaTeX or as plain expressions.
 
     Returns:
-        One score per completion; None where the right answer itself cannot be read.
+        One score per completion; None if the reference answer cannot be parsed.
 
     Raises:
         ImportError: if math-verify is not installed.
@@ -32,11 +32,11 @@ def math_reward(prompts: Sequence[str], completions: Sequence[str], answer: Sequ
 
 
 def _score(math_verify: Any, completion: str, answer: str) -> float | None:
-    # Its timeouts are alarms, which Python allows on the main thread alone.
+    # Its timeouts use signal alarms, which Python allows only in the main thread.
     here = threading.current_thread() is threading.main_thread()
     parse_options: dict[str, Any] = {} if here else {"parsing_timeout": None}
     verify_options: dict[str, Any] = {} if here else {"timeout_seconds": None}
-    # Plain LaTeX is found between dollars only.
+    # LaTeX is only recognized between dollar signs.
     right = math_verify.parse(str(answer), **parse_options) or math_verify.parse(f"${answer}$", **parse_options)
     if not right:
         return None

@@ -1,4 +1,4 @@
-"""Small rewards to mix with others."""
+"""Simple rule-based rewards, length and format, to mix with others."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-# Longer texts are not searched: a pattern's time may grow faster than the text, which a model wrote.
+# In characters. Longer completions are not searched: regex matching can take time superlinear in their length.
 _LONGEST = 100_000
 
 
 class LengthPenalty:
-    """Minus `per_unit` for each token (or character) too few or too many, at most `most` in all; otherwise 0.
+    """Penalizes completions outside a length range: `-per_unit` per token (or character), capped at `-most`; else 0.
 
     Args:
-        shortest: units below which a completion is too short.
-        longest: units above which it is too long; None is no limit.
-        per_unit: taken off for each unit; >= 0.
-        most: the largest penalty; >= 0.
-        unit: what is counted: the policy's "token"s or "character"s.
+        longest: maximum length without a penalty, in units; None is no limit.
+        shortest: minimum length without a penalty, in units.
+        per_unit: penalty per unit too many or too few; >= 0.
+        most: largest penalty; >= 0.
+        unit: unit of length: "token" (of the policy's tokenizer) or "character".
 
     Raises:
         ValueError: if an argument is out of range.
@@ -49,7 +49,7 @@ class LengthPenalty:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[float]:
-        """Scores completions by their length."""
+        """Returns one score per completion, 0 or negative."""
         lengths = [len(c) for c in (completion_ids if self.unit == "token" else completions)]
         return [self._score(length) for length in lengths]
 
@@ -60,16 +60,16 @@ class LengthPenalty:
 
 
 class FormatReward:
-    """`bonus` for a completion that has a format, minus `penalty` for one that has not.
+    """Scores `bonus` for a completion that matches a pattern, `-penalty` for one that does not.
 
     Args:
-        pattern: a regular expression, with its flags if it is compiled.
-        bonus: the score of a match.
-        penalty: taken off where there is none; >= 0.
-        whole: whether the whole completion must match, but for white space around it; otherwise any part of it.
+        pattern: a regular expression, as a string or compiled with flags.
+        bonus: score of a match.
+        penalty: subtracted from 0 without a match; >= 0.
+        whole: require the whole completion to match, ignoring surrounding whitespace; otherwise any part may match.
 
     Raises:
-        ValueError: if an argument is out of range, or the pattern is none.
+        ValueError: if an argument is out of range or the pattern is invalid.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class FormatReward:
         self.whole = whole
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """Scores completions by their format; one of more than 100,000 characters has none."""
+        """Returns one score per completion; completions over 100,000 characters never match."""
         return [self.bonus if self._matches(text) else 0.0 - self.penalty for text in completions]
 
     def _matches(self, text: str) -> bool:

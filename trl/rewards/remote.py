@@ -1,4 +1,4 @@
-"""Scores from a service over HTTP."""
+"""Reward from a remote scoring service over HTTP."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 
 
 class RemoteReward:
-    """Asks a service for scores.
+    """Requests scores from an HTTP service.
 
-    It posts `{"samples": [{"prompt": ..., "completion": ..., "columns": {...}}, ...]}` and accepts `{"scores": [...]}`
-    and nothing else: one finite number or null per sample. The address is this argument and nothing else: no redirect
-    is followed and no column or answer can change it. The name is looked up, the addresses are checked, and the
-    connection goes to an address that was.
+    It posts `{"samples": [{"prompt": ..., "completion": ..., "columns": {...}}, ...]}` and accepts only
+    `{"scores": [...]}` with one finite number or null per sample. Requests go to `url` alone: redirects are not
+    followed, and no column or answer can change the address. The host's resolved addresses are checked, and the
+    connection is made to one of those.
 
     Args:
-        url: of the service; https, or http (with a key, on this machine only).
-        columns: those that are sent.
-        key_env: environment variable that holds the key, sent as a bearer token.
-        rows_per_request: samples in a request; a request that fails is a failure of all of them.
-        concurrency: requests at a time.
-        timeout: seconds for one request.
-        most_bytes: of an answer.
-        retries: of a request that found no connection or a busy service.
-        schemes: those allowed.
-        allow_link_local: whether link-local addresses are allowed.
+        url: URL of the service: https, or http (to this machine only if a key is sent).
+        columns: dataset columns to send.
+        key_env: environment variable holding the API key, sent as a bearer token.
+        rows_per_request: samples per request; if a request fails, all of its samples fail.
+        concurrency: requests in flight.
+        timeout: seconds per attempt.
+        most_bytes: maximum size of an answer in bytes.
+        retries: retries after a connection error or from a busy service.
+        schemes: allowed URL schemes.
+        allow_link_local: whether to allow link-local and cloud metadata addresses.
 
     Raises:
-        ValueError: if an argument is out of range, or the URL is not acceptable.
+        ValueError: if an argument is out of range or the URL is not acceptable.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RemoteReward:
         self.concurrency = concurrency
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Exception | None]:
-        """Scores samples; those of a failed request have its error."""
+        """Returns one score per sample, None if unscorable; samples of a failed request get its exception."""
         size = self.rows_per_request
         rows = [self._row(sample) for sample in samples]
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]

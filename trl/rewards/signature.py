@@ -1,4 +1,4 @@
-"""How a reward function wants to be called, from its signature. Standard library only."""
+"""Inspects a reward function's signature to decide how to call it. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _ACCEPTED = "f(prompts, completions, **columns), f(prompts, completions, a_colum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:
-    """Which arguments a reward function takes."""
+    """The arguments a reward function takes."""
 
-    samples: bool = False  # the samples themselves, and nothing else
-    positional: int = 0  # how many of prompts and completions come by position, from the first
-    named: tuple[str, ...] = ()  # which of prompts, completions, prompt_ids, completion_ids come by name
-    columns: tuple[str, ...] = ()  # columns by name
-    required: tuple[str, ...] = ()  # those of them that have no default
-    every_column: bool = False  # **columns
+    samples: bool = False  # pass the list of samples as the only argument
+    positional: int = 0  # leading positional arguments: 0, or 2 for prompts and completions
+    named: tuple[str, ...] = ()  # those of prompts, completions, prompt_ids, completion_ids passed by keyword
+    columns: tuple[str, ...] = ()  # dataset columns passed by keyword
+    required: tuple[str, ...] = ()  # columns without a default
+    every_column: bool = False  # takes **kwargs, so gets every column
 
     @classmethod
     def of(cls, function: Callable[..., Any], name: str) -> Binding:
-        """Reads the signature of `function`.
+        """Builds the binding from the signature of `function`.
 
         Raises:
-            ValueError: if it cannot be called as a reward.
+            ValueError: if the function cannot be called as a reward.
         """
         try:
             parameters = list(inspect.signature(function).parameters.values())
@@ -69,14 +69,14 @@ class Binding:
 
     @property
     def reads_ids(self) -> bool:
-        """Whether token ids are among the arguments."""
+        """Whether the function receives token ids."""
         return self.samples or "prompt_ids" in self.named or "completion_ids" in self.named
 
     def wanted(self, samples: Sequence[Sample], name: str) -> list[str]:
-        """The columns of `samples` that the function gets, in the order of their first appearance.
+        """Returns the columns of `samples` to pass to the function, in order of first appearance.
 
         Raises:
-            ColumnError: if there is none that the function requires.
+            ColumnError: if a required column is missing.
         """
         present = list(dict.fromkeys(column for sample in samples for column in sample.columns))
         if missing := [column for column in self.required if column not in present]:
@@ -86,7 +86,7 @@ class Binding:
         return [column for column in present if column in self.columns]
 
     def arguments(self, samples: Sequence[Sample], columns: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and named arguments of a call; a sample that lacks one of `columns` has None there."""
+        """Returns a call's positional and keyword arguments; a sample that lacks one of `columns` gets None for it."""
         if self.samples:
             return [list(samples)], {}
         own = {
@@ -100,27 +100,27 @@ class Binding:
         return [own[name] for name in _OWN[: self.positional]], named
 
     def to_json(self) -> dict[str, Any]:
-        """For the other end of a pipe."""
+        """Serializes the binding to send it over a pipe."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Binding:
-        """From the other end of a pipe."""
+        """Restores a binding received over a pipe."""
         known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
         return cls(**known)
 
 
 def copied(samples: Sequence[Sample], names: Collection[str] | None = None) -> list[Sample]:
-    """The same samples with columns of their own: whatever a reward does to these, the dataset stays as it is.
+    """Copies samples with deep-copied columns, so that a reward cannot modify the dataset.
 
     Args:
-        samples: as they were drawn.
-        names: of the columns that are needed; None is all.
+        samples: the samples to copy.
+        names: columns to copy, dropping all others; None copies every column.
 
     Raises:
-        ColumnError: if a value cannot be copied, naming its column and what to do.
+        ColumnError: if a value cannot be copied; the message names its column and the remedy.
     """
-    memo: dict[int, Any] = {}  # an object that several samples share is copied once
+    memo: dict[int, Any] = {}  # objects shared between samples are copied once
     own = []
     for sample in samples:
         columns = {}
@@ -129,7 +129,7 @@ def copied(samples: Sequence[Sample], names: Collection[str] | None = None) -> l
                 continue
             try:
                 columns[name] = copy.deepcopy(value, memo)
-            except Exception as error:  # whatever an object raises that is not made to be copied
+            except Exception as error:  # a __deepcopy__ may raise anything
                 raise ColumnError(
                     f"the column {name!r} holds a {type(value).__name__} that cannot be copied for the reward "
                     f"({type(error).__name__}: {error}): give its class a __deepcopy__ (which returns self if it never "
@@ -140,7 +140,7 @@ def copied(samples: Sequence[Sample], names: Collection[str] | None = None) -> l
 
 
 def call(function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    """Calls a function and, if it is asynchronous, waits for what it returns, whether or not a loop runs here."""
+    """Calls a function and awaits the result if it is awaitable, even inside a running event loop."""
     result = function(*positional, **named)
     if not inspect.isawaitable(result):
         return result
@@ -152,7 +152,7 @@ def call(function: Callable[..., Any], positional: Sequence[Any], named: Mapping
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(finished())
-    # A loop does not run inside another, as under a notebook; it does on a thread of its own.
+    # Event loops do not nest, and notebooks already run one: use a loop on a separate thread.
     outcome: list[Any] = []
     raised: list[BaseException] = []
 
@@ -171,10 +171,10 @@ def call(function: Callable[..., Any], positional: Sequence[Any], named: Mapping
 
 
 def resolve(path: str) -> Callable[..., Any]:
-    """The function that "module:function" names.
+    """Imports the function named by "module:function".
 
     Raises:
-        ValueError: if it is not of this form, there is no such name, or it cannot be called.
+        ValueError: if `path` does not have this form, or names no callable.
     """
     module, colon, attribute = path.partition(":")
     if not (colon and module and attribute):
@@ -190,10 +190,10 @@ def resolve(path: str) -> Callable[..., Any]:
 
 
 def path_of(function: Callable[..., Any]) -> str:
-    """The "module:function" under which another process finds `function`.
+    """Returns the "module:function" path by which another process can import `function`.
 
     Raises:
-        ValueError: if it would not find it there, with the reason and what to do.
+        ValueError: if it cannot be imported that way; the message gives the reason and the remedy.
     """
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     remedy = "define it at the top level of a module and pass it or its 'module:function', or use isolation='thread'"

@@ -1,4 +1,4 @@
-"""A reward for code that a model wrote: the share of unit tests that it passes."""
+"""Unit-test reward for generated code: the fraction of tests it passes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
-# Says how many tests passed on the last line of its output, after a number that the code was not told: a code that ends
-# the process, or prints a result of its own, passes nothing.
+# Prints the number of passed tests on its last line, after a secret token withheld from the code: code that exits early
+# or prints a result itself passes nothing.
 _HARNESS = """
 def main():
     import json, os, sys
@@ -70,29 +70,29 @@ del resource, limit
 
 
 class UnitTestReward:
-    """The share of its tests that the code in a completion passes: 0 to 1.
+    """Scores the code in a completion by the fraction of its tests that pass, 0 to 1.
 
-    The code is the last fenced block of a completion, or all of it. Each test is a piece of Python that raises if the
-    code is wrong (`assert add(1, 2) == 3`) and sees the code's names. Code that does not load, does not end in time or
-    ends the process passes nothing. Code that searches the process's memory for how results are told can still make one
-    up: look at the best-scored completions.
+    The code is the completion's last fenced block, or the whole completion if it has none. Each test is Python source
+    that sees the code's names and raises if the code is wrong (`assert add(1, 2) == 3`). Code that fails to load, times
+    out or exits the process passes nothing. Code can still forge a result by searching the process's memory for the
+    secret token: inspect the best-scored completions.
 
-    A model that is rewarded for it will write code that does anything at all. So it runs in `sandbox`, or, if you say
-    `unsafe_local=True`, as a process of yours: one that can be killed, with limits of time, memory and file size, in an
-    empty folder, without your environment variables and (unless you are root) without child processes, but with your
-    files and your network.
+    A model under training may write code that does anything. The code therefore runs in `sandbox` or, with
+    `unsafe_local=True`, in a local process: killable, limited in time, memory and file size, in an empty folder,
+    without your environment variables and (unless you are root) without child processes, but with access to your files
+    and network.
 
     Args:
-        sandbox: runs the programs where they can do no harm: see `trl.protocols.Sandbox`.
-        unsafe_local: run them on this machine without one.
-        column: of the tests: a string or a list of them; None or an empty list is unscorable.
-        seconds: that code and tests may take together.
-        memory: bytes that the process may have, `unsafe_local`.
-        all_or_nothing: 1 if every test passes, otherwise 0.
-        concurrency: programs at a time.
+        sandbox: runs the programs in isolation; see `trl.protocols.Sandbox`.
+        unsafe_local: run the programs on this machine without a sandbox.
+        column: dataset column with the tests, a string or a list of strings; None or empty makes the sample unscorable.
+        seconds: time limit for code and tests together.
+        memory: memory limit of the process in bytes, with `unsafe_local` only.
+        all_or_nothing: score 1 if every test passes, else 0.
+        concurrency: programs run at a time.
 
     Raises:
-        ValueError: without a sandbox and without `unsafe_local`, or if an argument is out of range.
+        ValueError: unless exactly one of `sandbox` and `unsafe_local` is given, or if an argument is out of range.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class UnitTestReward:
         self.concurrency = concurrency
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Exception | None]:
-        """Scores completions; a sandbox that fails is an error of the sample."""
+        """Returns one score per sample: None without tests, the exception if the sandbox fails."""
         if missing := [i for i, sample in enumerate(samples) if self.column not in sample.columns]:
             raise ColumnError(f"UnitTestReward needs the column {self.column!r}, which sample {missing[0]} lacks")
         return in_threads(self._score, samples, self.concurrency)
@@ -145,7 +145,7 @@ class UnitTestReward:
 
 
 def code_of(completion: str) -> str:
-    """The last fenced block of a text, or all of it if it has none."""
+    """Returns the last fenced code block of a completion, or the whole text if it has none."""
     blocks = _FENCED.findall(completion)
     return blocks[-1] if blocks else completion
 
@@ -163,7 +163,7 @@ def _passed(output: str, token: str, most: int) -> int:
 
 
 class _LocalProcess:
-    """No sandbox: a process of this machine with limits, in an empty folder."""
+    """Runs a program without a sandbox: a local process with resource limits, in an empty folder."""
 
     def __init__(self, memory: int) -> None:
         self.memory = memory

@@ -1,4 +1,4 @@
-"""What a reward function may return, and what it may not. Standard library only."""
+"""Validates the values a reward function returns. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any, TypeAlias
 
 from trl.rewards.failures import Failure
 
-# A score; one number per completion token; nothing to be had; or why there is none.
+# One sample's result: a score, one reward per completion token, a failure, or None if unscorable.
 Row: TypeAlias = float | list[float] | Failure | None
 
-LARGEST = 3.4028234663852886e38  # of float32, in which scores are learnt from
+LARGEST = 3.4028234663852886e38  # largest float32, the dtype in which rewards are used
 
 
 def fits(*numbers: float) -> bool:
-    """Whether float32 can hold each of the numbers and every sum of them."""
+    """Whether every number, and any sum of them, fits in float32."""
     return sum(abs(number) for number in numbers) <= LARGEST
 
 
 def read_answer(answer: Any, lengths: Sequence[int]) -> list[Row]:
-    """Checks what a reward returned for a batch.
+    """Validates what a reward returned for a batch.
 
     Args:
         answer: a list, tuple, array or tensor with one element per sample: a number that is finite in float32, None,
@@ -28,11 +28,11 @@ def read_answer(answer: Any, lengths: Sequence[int]) -> list[Row]:
         lengths: completion tokens per sample.
 
     Returns:
-        One row per sample; an element that is none of these is a `Failure`.
+        One row per sample; exceptions and invalid elements become a `Failure`.
 
     Raises:
         TypeError: if `answer` is not a sequence.
-        ValueError: if it has another length.
+        ValueError: if `answer` does not have one element per sample.
     """
     answer = _plain(answer)
     if not isinstance(answer, list | tuple):
@@ -43,21 +43,21 @@ def read_answer(answer: Any, lengths: Sequence[int]) -> list[Row]:
 
 
 def encode(rows: Sequence[Row]) -> list[Any]:
-    """Rows as JSON."""
+    """Converts rows to JSON-serializable values."""
     return [
         {"line": row.line, "traceback": row.traceback} if isinstance(row, Failure) else row for row in rows
     ]  # fmt: skip
 
 
 def decode(rows: Any, lengths: Sequence[int]) -> list[Row]:
-    """Rows from JSON, checked again: whoever wrote it ran somebody's function."""
+    """Reads rows from parsed JSON and validates them again: the process that wrote them ran untrusted user code."""
     if isinstance(rows, list):
         rows = [decode_failure(row) if isinstance(row, dict) else row for row in rows]
     return read_answer(rows, lengths)
 
 
 def decode_failure(row: dict[str, Any]) -> Failure:
-    """A failure from JSON."""
+    """Reads a failure from parsed JSON."""
     return Failure(Failure.saying(str(row.get("line"))).line, str(row.get("traceback")))
 
 
@@ -94,7 +94,7 @@ def _number(value: Any, what: str) -> float | Failure:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, tensors and their scalars as lists and numbers; anything else as it is."""
+    """Converts arrays, tensors and their scalars to lists and numbers; returns anything else unchanged."""
     convert = getattr(value, "tolist", None)
     return convert() if callable(convert) else value
 

@@ -1,4 +1,4 @@
-"""JSON over HTTP to an address that the operator chose, with nothing left to the other side. Standard library only."""
+"""Hardened JSON-over-HTTP client: no redirects, checked addresses, bounded time and size. Standard library only."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from trl.rewards.isolation import call_within
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Where clouds keep the credentials of a machine, beside the link-local addresses that most of them use.
+# Cloud metadata services, which hand out credentials, outside the link-local range that most clouds use.
 _METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")))
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_BUSY = (429, 502, 503, 504)  # worth another attempt
+_BUSY = (429, 502, 503, 504)  # HTTP statuses worth a retry
 
 
 class Refused(ValueError):
-    """An address, or an answer, that is not accepted."""
+    """Raised for an unacceptable address, status or answer; never retried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where JSON is sent, and the limits of it.
+    """A URL to post JSON to, with its limits.
 
     Raises:
-        ValueError: if the URL is not of an allowed scheme, has user information or a fragment, or lacks a host; or a
+        ValueError: if the URL has a scheme that is not allowed, user information or a fragment, or no host; or if a
             limit is out of range.
     """
 
     url: str
-    """Of the service."""
+    """URL of the service."""
     key_env: str | None = None
-    """The environment variable that holds the key, sent as a bearer token; read at each request, kept nowhere."""
+    """Environment variable holding the API key, sent as a bearer token; read at each request and never stored."""
     timeout: float = 30.0
-    """Seconds for one attempt, from the look-up of the name to the last byte."""
+    """Seconds per attempt, from the DNS lookup to the last byte."""
     most_bytes: int = 1 << 20
-    """Of an answer."""
+    """Maximum size of an answer in bytes."""
     retries: int = 0
-    """Further attempts after a failed connection or an answer 429, 502, 503 or 504, 0.5, 1, 2 ... seconds apart."""
+    """Retries after a connection error or a status of 429, 502, 503 or 504, after 0.5, 1, 2 ... up to 30 seconds."""
     schemes: Sequence[str] = ("https", "http")
-    """Those allowed."""
+    """Allowed URL schemes."""
     allow_link_local: bool = False
-    """Whether link-local addresses (169.254.0.0/16, fe80::/10) and those where clouds keep credentials are allowed."""
+    """Whether to allow link-local addresses (169.254.0.0/16, fe80::/10) and cloud metadata services."""
 
     def __post_init__(self) -> None:
         shown = _shown(self.url)
@@ -66,7 +66,7 @@ class Endpoint:
             raise ValueError(f"url={shown!r} has user information; name an environment variable in key_env instead")
         if not parts.hostname or parts.fragment:
             raise ValueError(f"url={shown!r} must have a host and no fragment")
-        _ = parts.port  # raises ValueError if it is no port
+        _ = parts.port  # raises ValueError for an invalid port
         if not 0 < self.timeout < math.inf or self.most_bytes < 1 or self.retries < 0:
             raise ValueError(
                 f"timeout={self.timeout}, most_bytes={self.most_bytes} and retries={self.retries} must be positive "
@@ -75,11 +75,11 @@ class Endpoint:
 
 
 def post_json(endpoint: Endpoint, message: Any) -> Any:
-    """Posts JSON and returns the JSON that is answered.
+    """Posts JSON and returns the parsed JSON answer.
 
     Raises:
         Refused: if the address, the status or the answer is not acceptable.
-        OSError: if there is no connection, or no answer in time.
+        OSError: if the connection fails or times out, after all retries.
     """
     body = json.dumps(message, allow_nan=False).encode("ascii")
     for attempt in range(endpoint.retries + 1):
@@ -93,10 +93,10 @@ def post_json(endpoint: Endpoint, message: Any) -> Any:
 
 
 def check_address(address: Address, allow_link_local: bool = False) -> None:
-    """Refuses addresses that no service has: link-local and metadata addresses unless allowed, multicast, unspecified.
+    """Rejects multicast, unspecified and reserved addresses, and link-local and metadata ones unless allowed.
 
     Raises:
-        Refused: naming the address.
+        Refused: if the address is rejected.
     """
     for inner in _embedded(address):
         if (
@@ -110,7 +110,7 @@ def check_address(address: Address, allow_link_local: bool = False) -> None:
 
 
 def _embedded(address: Address) -> list[Address]:
-    """The address, and the IPv4 address that it stands for, if any."""
+    """Returns the address and any IPv4 addresses embedded in it; only the IPv4 address if it is IPv4-mapped."""
     found: list[Address] = [address]
     if isinstance(address, ipaddress.IPv6Address):
         inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
@@ -118,7 +118,7 @@ def _embedded(address: Address) -> list[Address]:
             inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
         found += [each for each in inner if each is not None]
         if address.ipv4_mapped is not None:
-            found.remove(address)  # ::ffff:0:0/96 as a whole counts as reserved
+            found.remove(address)  # all of ::ffff:0:0/96 is marked reserved
     return found
 
 
@@ -126,12 +126,12 @@ def _attempt(endpoint: Endpoint, body: bytes) -> Any:
     deadline = time.monotonic() + endpoint.timeout
     parts = urlsplit(endpoint.url)
     host, port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
-    # The look-up has no timeout of its own.
+    # getaddrinfo has no timeout.
     found = call_within(endpoint.timeout, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     addresses = [str(entry[4][0]) for entry in found]
     for address in addresses:
         check_address(ipaddress.ip_address(address.partition("%")[0]), endpoint.allow_link_local)
-    # To an address that was checked: a second look-up could say something else.
+    # Connect to a checked address: a second lookup could return a different one (DNS rebinding).
     connection = _Connection(host, port, addresses, tls=parts.scheme == "https", timeout=endpoint.timeout)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers = {"Content-Type": "application/json", "Accept": "application/json"} | _authorization(endpoint, addresses)
@@ -139,7 +139,7 @@ def _attempt(endpoint: Endpoint, body: bytes) -> Any:
         left = max(deadline - time.monotonic(), 0.001)
         return call_within(left, lambda: _exchange(connection, target, body, headers, endpoint))
     finally:
-        connection.abort()  # an exchange that was given up ends with its socket
+        connection.abort()  # closing the socket ends an abandoned exchange
 
 
 def _exchange(connection: _Connection, target: str, body: bytes, headers: dict[str, str], endpoint: Endpoint) -> Any:
@@ -166,10 +166,10 @@ def _exchange(connection: _Connection, target: str, body: bytes, headers: dict[s
 
 
 def read_json(text: bytes | str) -> Any:
-    """JSON as it is defined: without NaN and Infinity.
+    """Parses strict JSON, without NaN and Infinity.
 
     Raises:
-        Refused: if it is not.
+        Refused: if `text` is not strict JSON.
     """
     try:
         return json.loads(text, parse_constant=_no_constant)
@@ -182,11 +182,11 @@ def _no_constant(name: str) -> Any:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to the first of some addresses that accepts one, in the name of a host."""
+    """An HTTP(S) connection to the first reachable one of several addresses of a host."""
 
     def __init__(self, host: str, port: int, addresses: Sequence[str], *, tls: bool, timeout: float) -> None:
         if tls:
-            self.default_port = 443  # which the Host header leaves out
+            self.default_port = 443  # so that the Host header omits it
         super().__init__(host, port, timeout=timeout)
         self.addresses = addresses
         self.context = ssl.create_default_context() if tls else None
@@ -204,9 +204,9 @@ class _Connection(http.client.HTTPConnection):
             self.sock = self.context.wrap_socket(self.sock, server_hostname=self.host)
 
     def abort(self) -> None:
-        """Ends whatever another thread waits for on this connection."""
+        """Closes the connection, which unblocks any thread waiting on it."""
         if self.sock is not None:
-            with contextlib.suppress(OSError):  # closed already, or never open
+            with contextlib.suppress(OSError):  # already closed, or never connected
                 self.sock.shutdown(socket.SHUT_RDWR)
         self.close()
 
@@ -233,7 +233,7 @@ def _key(endpoint: Endpoint) -> str | None:
 
 
 def _without_key(error: Exception, endpoint: Endpoint) -> Exception:
-    """An error of the same kind in one line, without the key, should the other side have sent it back."""
+    """Returns a TimeoutError or ConnectionError with a one-line message and any echoed key redacted."""
     text = one_line(str(error))
     key = os.environ.get(endpoint.key_env, "").strip() if endpoint.key_env else ""
     if key:
@@ -243,7 +243,7 @@ def _without_key(error: Exception, endpoint: Endpoint) -> Exception:
 
 
 def _shown(url: str) -> str:
-    """A URL for messages: without what stands before an @, and without its query, where secrets are found."""
+    """Formats a URL for messages, without user information and query, which may hold secrets."""
     scheme, separator, rest = url.partition("://")
     authority, slash, path = rest.partition("/")
     return f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path.partition('?')[0]}"[:200]

@@ -1,6 +1,6 @@
-"""The other end of a process-isolated reward: reads samples as JSON lines, writes rows as JSON lines.
+"""Worker process of an isolated reward: reads samples and writes rows, both as JSON lines.
 
-Started by `trl.rewards.isolated`. Imports the standard library alone, and what the reward itself imports.
+Started by `trl.rewards.isolated`. Imports only the standard library and what the reward itself imports.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from trl.rewards.values import encode, read_answer
 
 
 def main() -> None:
-    """Serves one reward until its requests end. `sys.argv` has the function and the two descriptors."""
+    """Serves one reward until the request pipe closes. `sys.argv` holds its path and both descriptors."""
     path, requests_fd, answers_fd = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    del sys.argv[1:]  # not the reward's
+    del sys.argv[1:]  # hide them from the reward
     for descriptor in (requests_fd, answers_fd):
         os.set_inheritable(descriptor, False)
-    faulthandler.enable()  # a crash leaves its stack in the output
+    faulthandler.enable()  # prints the stack on a crash
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with os.fdopen(requests_fd, "rb") as requests, os.fdopen(answers_fd, "wb") as answers:
         function, first = _load(path)
@@ -43,7 +43,7 @@ def main() -> None:
             request = json.loads(line)
             if request["numbers"] is not None:
                 _seed(line)
-            # Should the trainer be gone when this hangs, nobody else would end it; the stack says where it hung.
+            # Ends a hung call even if the trainer is gone, and prints the stack to show where it hung.
             if request["seconds"] is not None:
                 faulthandler.dump_traceback_later(request["seconds"], exit=True)
             answer = _answer(function, binding, request)
@@ -57,7 +57,7 @@ def _load(path: str) -> tuple[Callable[..., Any] | None, dict[str, Any]]:
     try:
         function = resolve(path)
         return function, {"binding": Binding.of(function, path).to_json()}
-    except BaseException as error:  # SystemExit, too: it is what the module did, and is reported
+    except BaseException as error:  # including SystemExit: reported as an import failure
         return None, _failed(error)
     finally:
         if os.getpid() != home:
@@ -69,12 +69,12 @@ def _answer(function: Callable[..., Any], binding: Binding, request: dict[str, A
     try:
         answer = guarded(function, *binding.arguments(samples, request["columns"]))
         return {"rows": encode(read_answer(answer, request["lengths"]))}
-    except BaseException as error:  # reported at the other end; this process goes on
+    except BaseException as error:  # reported to the trainer; the worker keeps running
         return _failed(error)
 
 
 def _seed(request: bytes) -> None:
-    """Has the next random numbers follow from the request, those of NumPy and torch too where the reward has loaded them."""
+    """Seeds `random`, and NumPy and torch if they are loaded, from a hash of the request."""
     seed = int.from_bytes(hashlib.sha256(request).digest()[:7], "big")
     random.seed(seed)
     if "numpy.random" in sys.modules:
@@ -86,7 +86,7 @@ def _seed(request: bytes) -> None:
 def _sample(binding: Binding, fields: dict[str, Any]) -> Any:
     if not binding.samples:
         return SimpleNamespace(**fields)
-    from trl.types import Sample  # loads torch: for rewards that ask for samples alone
+    from trl.types import Sample  # imports torch, so only for rewards that take samples
 
     fields |= {name: tuple(fields[name]) for name in ("prompt_ids", "completion_ids")}
     return Sample(**fields)
@@ -98,7 +98,7 @@ def _failed(error: BaseException) -> dict[str, Any]:
 
 
 def _flush() -> None:
-    # The reward may have closed or replaced it.
+    # The reward may have closed or replaced stdout.
     with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Engines that sample responses."""
+"""Sampling responses from a policy."""
 
 from trl.rollout.engine import Sampled, Sampling, obstacle, sample
 from trl.rollout.generate import (

@@ -1,7 +1,7 @@
-"""Our own decoding loop: one random number a row and token, finished rows leave the batch, and what was sampled is recorded.
+"""Native decoding loop: one uniform random number per row and token, recorded logprobs, and batch compaction.
 
-It drives a plain transformers language model through its forward pass and a key-value cache. Which models it can drive is
-not a list: `drives` compares it with the model's own forward pass once.
+It drives a plain transformers language model through its forward pass and a KV cache, and drops finished rows from
+the batch. There is no list of supported models: `obstacle` checks a model against its own uncached forward pass.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from trl.kernels.products import shared_size
 
 logger = logging.getLogger(__name__)
 
-# Rows are taken out of the batch once this share of it has finished: each time copies the cache of those that stay.
+# Compact the batch once this fraction of its rows has finished: each compaction copies the KV cache of the others.
 _COMPACT_SHARE = 0.25
-# Logits that are drawn from at a time.
+# Logits processed at once when sampling on a CPU.
 _NUMBERS_AT_ONCE = 2**19
-# Of the check in `obstacle`, root mean square in standard deviations of the logits; by the bytes of a number of the model's
-# weights: bfloat16 alone moves the logits by a quarter, against float32 ones.
+# Tolerance of the check in `obstacle`: RMS error over the logits' standard deviation, by bytes per weight. Rounding to
+# bfloat16 alone moves the logits by 0.25, relative to float32.
 CHECK_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """The distribution of a token, and what ends a response."""
+    """Sampling distribution of the next token, and the stop tokens."""
 
-    greedy: bool = False  # the likeliest word; the settings below then play no part
+    greedy: bool = False  # take the most likely token; ignores temperature, top_k, top_p and min_p
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    stops: tuple[int, ...] = ()  # tokens that end a response
-    least_tokens: int = 0  # until then no stop token is drawn
+    stops: tuple[int, ...] = ()  # ids of tokens that end a response
+    least_tokens: int = 0  # minimum response length; stop tokens are masked before it
 
     def logits(self, raw: Tensor, drawn: int) -> Tensor:
-        """`[B, V]` float32 logits of what is drawn from, after `drawn` tokens."""
+        """Returns the float32 logits `[B, V]` of the sampling distribution, after `drawn` tokens of the response."""
         logits = raw.float() / self.temperature if self.temperature != 1.0 and not self.greedy else raw.float()
         if drawn < self.least_tokens and self.stops:
             logits = logits.index_fill(-1, torch.tensor(self.stops, device=logits.device), -torch.inf)
@@ -58,15 +58,15 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """Responses and what was seen while they were sampled; each list has an entry per query."""
+    """Sampled responses with logprobs and values recorded during decoding; one list entry per query."""
 
-    responses: list[Tensor]  # 1-D int64; a sampled stop token is the last
-    logprobs: list[Tensor]  # 1-D float32, under the distribution that was sampled from; 0 if greedy
-    values: list[Tensor] | None = None  # 1-D float32, of the state in which each token was chosen
+    responses: list[Tensor]  # 1-D int64, including the stop token if one was sampled
+    logprobs: list[Tensor]  # 1-D float32, under the sampling distribution; 0 if greedy
+    values: list[Tensor] | None = None  # 1-D float32, of the state before each token
 
 
 class _Decoder:
-    """The model's side of decoding: a cache, and the logits of the next token of each row."""
+    """Steps a model with a KV cache and returns the next-token logits of each row."""
 
     def __init__(self, model: Any, queries: Sequence[Tensor], room: int) -> None:
         self.model = model
@@ -75,41 +75,41 @@ class _Decoder:
         self.room = room
         self.parameters = _parameters(model)
         self.cache_keyword = cache_keyword(self.parameters)
-        self.copies: Tensor | None = None  # which row of the last forward pass each row of the batch is, if not its own
+        self.copies: Tensor | None = None  # maps batch rows to rows of the last forward pass; None if the same
 
     def begin(self) -> Tensor:
-        """Reads the queries; returns the logits `[B, V]` of the first tokens."""
+        """Prefills the queries and returns the logits `[B, V]` of the first tokens."""
         raise NotImplementedError
 
     def advance(self, tokens: Tensor) -> Tensor:
-        """Reads one token `[b]` of each row; returns the logits `[b, V]` of the next."""
+        """Appends one token per row, `[b]`, and returns the logits `[b, V]` of the next."""
         raise NotImplementedError
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with the rows `[b]` alone."""
+        """Keeps only the batch rows with indices `rows` `[b]`."""
         self.cache.batch_select_indices(rows)
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
-    """Those of the forward of the plain model under a PEFT wrapper."""
+    """Returns the parameters of the model's `forward`, under any PEFT wrapper."""
     plain = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
     return inspect.signature(type(plain).forward).parameters
 
 
 def _last_column(parameters: Mapping[str, inspect.Parameter], width: int, device: torch.device) -> dict[str, Any]:
-    """The argument that asks a decoder for the logits of the last of `width` columns alone."""
+    """Returns the argument that restricts logits to the last of `width` columns, if the model supports it."""
     found = parameters.get("logits_to_keep")
     if found is None or width == 1:
         return {}
-    # By index where it can be: of a slice, whose rows do not lie together, torch multiplies each with a copy of the weights.
+    # Prefer an index: a slice is non-contiguous, and torch then multiplies each row with a copy of the weights.
     by_index = "Tensor" in str(found.annotation)
     return {"logits_to_keep": torch.tensor([width - 1], device=device) if by_index else 1}
 
 
 class _CausalDecoder(_Decoder):
-    """Queries are padded on the left, so that every row's next token is in the same column.
+    """Decoder-only models: left-pads queries so that every row's next token is in the same column.
 
-    A query that stands in the batch several times is read once.
+    Repeated queries are prefilled once.
     """
 
     def __init__(self, model: Any, queries: Sequence[Tensor], room: int) -> None:
@@ -159,7 +159,7 @@ class _CausalDecoder(_Decoder):
 
 
 class _Seq2SeqDecoder(_Decoder):
-    """Queries are read by the encoder once; the decoder begins with its start token."""
+    """Encoder-decoder models: encodes the queries once; the decoder begins with its start token."""
 
     def __init__(self, model: Any, queries: Sequence[Tensor], room: int) -> None:
         super().__init__(model, queries, room)
@@ -198,10 +198,10 @@ class _Seq2SeqDecoder(_Decoder):
 
 
 def start_token(model: Any) -> int:
-    """The token with which an encoder-decoder's responses begin.
+    """Returns the token id that an encoder-decoder's responses begin with.
 
     Raises:
-        ValueError: if neither the generation configuration nor the model's names one.
+        ValueError: if neither the generation config nor the model config defines one.
     """
     for config in (model.generation_config, model.config):
         for name in ("decoder_start_token_id", "bos_token_id"):
@@ -226,19 +226,19 @@ def sample(
     uniforms: Tensor,
     values: Callable[[], Tensor] | None = None,
 ) -> Sampled:
-    """Samples one response per query, all of them at once.
+    """Samples one response per query, as one batch.
 
     Args:
-        model: a plain transformers language model (or one with adapters), in evaluation mode.
+        model: a plain transformers language model, possibly with adapters, in evaluation mode.
         queries: `B` 1-D token tensors.
-        sampling: the distribution.
-        limits: most tokens of each response, ≥ 1.
-        uniforms: `[max(limits), B]` float64 in [0, 1): token `t` of row `b` is drawn by `uniforms[t, b]`, so that a
-            response depends on neither the batch it stands in nor the length of the others.
-        values: gives `[b, T]` values of the forward pass that was just made.
+        sampling: sampling distribution and stop tokens.
+        limits: maximum new tokens of each response; >= 1.
+        uniforms: `[max(limits), B]` float64 in [0, 1): token `t` of row `b` is drawn with `uniforms[t, b]`, so that a
+            response depends neither on the rest of its batch nor on the other responses' lengths.
+        values: returns the values `[b, T]` of the latest forward pass; None records no values.
 
     Returns:
-        The responses, without the decoder's start token of an encoder-decoder.
+        The sampled responses, without an encoder-decoder's start token.
     """
     with decoding(model), packed_weights(model, rows=len(queries), tokens=max(limits)):
         return _sample(model, queries, sampling, limits, uniforms, values)
@@ -262,8 +262,8 @@ def _sample(
     logprobs = torch.zeros(count, longest, device=device)
     critic = torch.zeros(count, longest, device=device)
     lengths = torch.zeros(count, dtype=torch.int64, device=device)
-    rows = torch.arange(count, device=device)  # which query each row of the running batch belongs to
-    live = torch.ones(count, dtype=torch.bool, device=device)  # of the running batch
+    rows = torch.arange(count, device=device)  # query index of each row of the compacted batch
+    live = torch.ones(count, dtype=torch.bool, device=device)  # unfinished rows of the compacted batch
     raw = decoder.begin()
     for t in range(longest):
         chosen, seen = _choose(sampling, raw, t, uniforms[t, rows])
@@ -280,7 +280,7 @@ def _sample(
             break
         room = shared_size(left, steps=4) if device.type == "cpu" else left
         if room <= (1 - _COMPACT_SHARE) * len(rows):
-            kept = live.logical_not().argsort(stable=True)[:room].sort().values  # some that have ended may stay
+            kept = live.logical_not().argsort(stable=True)[:room].sort().values  # may include finished rows
             decoder.keep(kept)
             rows, chosen, live = rows[kept], chosen[kept], live[kept]
         raw = decoder.advance(chosen)
@@ -293,8 +293,8 @@ def _sample(
 
 
 def _choose(sampling: Sampling, raw: Tensor, drawn: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """`[b]` tokens and their log-probabilities, from logits `[b, V]` after `drawn` tokens."""
-    # On a CPU, in parts that stay in its cache.
+    """Samples tokens `[b]` from raw logits `[b, V]` after `drawn` tokens; returns them and their logprobs `[b]`."""
+    # On a CPU, in chunks that fit into its cache.
     at_once = max(1, _NUMBERS_AT_ONCE // raw.shape[1]) if raw.device.type == "cpu" else len(raw)
     found: list[tuple[Tensor, Tensor]] = []
     for some, numbers in zip(raw.split(at_once), uniforms.split(at_once), strict=True):
@@ -306,10 +306,10 @@ def _choose(sampling: Sampling, raw: Tensor, drawn: int, uniforms: Tensor) -> tu
 
 
 def obstacle(model: Any) -> str | None:
-    """Why the engine cannot drive a model; None if it can.
+    """Returns why the engine cannot drive a model, or None if it can.
 
-    Two short prompts of different lengths are decoded for a few tokens, and the logits compared with those of plain forward
-    passes over each sequence alone, without cache or padding.
+    Decodes a few tokens after two short prompts of different lengths and compares the logits with plain forward passes
+    over each sequence, without cache and padding. The tolerance is `CHECK_TOLERANCE`.
     """
     name = type(model).__name__
     supports = getattr(model, "_supports_default_dynamic_cache", None)
@@ -330,10 +330,10 @@ def obstacle(model: Any) -> str | None:
 
 @torch.no_grad()
 def _gap(model: Any) -> float:
-    """Largest difference of a row of logits between decoding and plain forward passes, as in `CHECK_TOLERANCE`."""
+    """Returns the largest relative RMS error of a row of logits, decoding against plain forward passes."""
     words = model.get_input_embeddings().weight.shape[0]
     device = next(model.parameters()).device
-    # Words from the middle of the vocabulary: special tokens stand at its ends.
+    # Tokens from the middle of the vocabulary: special tokens are at its ends.
     word = [words // 2 + i % max(1, words // 4) for i in range(12)]
     queries = [torch.tensor(word[:3], device=device), torch.tensor(word[3:8], device=device)]
     given = [

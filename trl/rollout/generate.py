@@ -1,4 +1,4 @@
-"""Responses to queries: by our own decoding loop where it can drive the model, else by `transformers`' `generate`."""
+"""Samples responses with the native decoding loop where it supports the model, else with transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from trl.rollout.engine import CHECK_TOLERANCE, Sampled, Sampling, sample, start
 
 logger = logging.getLogger(__name__)
 
-# `transformers` samples from this many words if nobody names a number.
+# transformers' default `top_k`.
 _DEFAULT_TOP_K = 50
-# Memory of keys, values and logits that may be filled beyond the batch size that was asked for, in bytes.
+# Memory budget in bytes for KV cache and logits, within which batches may exceed the requested batch size.
 _FREE_MEMORY = 512 * 2**20
 
-# What makes `generate` sample from another distribution than softmax(logits / temperature), and the value that does not.
+# Settings, with their neutral values, that make `generate` sample from other than softmax(logits / temperature).
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (None, 0),
     "top_p": (None, 1.0),
@@ -58,12 +58,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 _CACHES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
-# What our own loop knows how to do; anything else that is asked for is left to `generate`.
+# Settings that the native decoding loop handles; any other falls back to `generate`.
 _OWN = {
     "do_sample", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "min_new_tokens", "min_length",
     "eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "num_return_sequences",
 }  # fmt: skip
-# More settings that change what `generate` does, with the values that do not.
+# Other settings that the native loop supports only at these neutral values.
 _ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "stop_strings": (None,),
     "max_time": (None,),
@@ -78,12 +78,12 @@ _ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "output_logits": (None, False),
     "return_dict_in_generate": (None, False),
 }
-# What `generate` is given of the queries, and nobody else names.
+# Arguments of `generate` that are built from the queries, so that callers may not pass them.
 _MADE = (
     "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "encoder_outputs", "decoder_input_ids",
     "decoder_inputs_embeds", "decoder_attention_mask", "past_key_values",
 )  # fmt: skip
-# Arguments under which `generate` would not return one response for each query; the values under which it does, and why.
+# Arguments that prevent `generate` from returning one response per query: their allowed values, and the reason.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_return_sequences": ((None, 1), "generate returns one response per query: repeat a query to sample it again"),
     "return_dict_in_generate": ((None, False), "generate returns tokens alone"),
@@ -94,7 +94,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def _effective(generation_config: Any, kwargs: Mapping[str, Any], name: str) -> Any:
-    """What `generate` goes by: its arguments, then the `generation_config` among them, then the model's own."""
+    """Resolves a setting as `generate` does: call arguments, then their `generation_config`, then the model's own."""
     if name in kwargs:
         return kwargs[name]
     for config in (kwargs.get("generation_config"), generation_config):
@@ -104,10 +104,10 @@ def _effective(generation_config: Any, kwargs: Mapping[str, Any], name: str) -> 
 
 
 def check_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> None:
-    """Refuses arguments that `generate` cannot sample one response per query with.
+    """Rejects arguments with which `generate` cannot sample one response per query.
 
     Raises:
-        ValueError: naming the argument, its value and what is expected.
+        ValueError: if an argument is rejected; the message names it and the reason.
     """
     for name, (neutral, reason) in _REFUSED.items():
         value = _effective(generation_config, kwargs, name)
@@ -139,15 +139,15 @@ def new_token_limits(
     length_sampler: Callable[[], int] | None,
     is_encoder_decoder: bool,
 ) -> list[int] | None:
-    """Most new tokens of each response; None where only `generate`'s default names a number.
+    """Returns the maximum new tokens of each response, or None if only the default of `generate` sets it.
 
     Args:
-        generation_config: of the model.
-        kwargs: of the sampling call.
-        lengths: of the queries.
-        batch_size: queries that share one draw of the `length_sampler`, or a width of `max_length` tokens.
-        length_sampler: draws the number, in place of what `kwargs` say.
-        is_encoder_decoder: then `max_length` counts the decoder's start token, and not the query.
+        generation_config: the model's generation config.
+        kwargs: arguments of the sampling call.
+        lengths: query lengths in tokens.
+        batch_size: number of queries that share one draw of `length_sampler`, or a padded width for `max_length`.
+        length_sampler: draws the limit of each batch, overriding `kwargs`.
+        is_encoder_decoder: if True, `max_length` counts the decoder's start token instead of the query.
 
     Raises:
         ValueError: if the sampler draws less than one token.
@@ -169,16 +169,16 @@ def new_token_limits(
 def check_context(
     lengths: Sequence[int], limits: Sequence[int], context: int | None, *, is_encoder_decoder: bool
 ) -> None:
-    """Every response must find room behind what the decoder reads before it, however long it becomes.
+    """Checks that every response, at its maximum length, fits into the model's context.
 
     Args:
-        lengths: of the queries.
-        limits: most new tokens of each response.
-        context: tokens that the decoder can look at; None for no limit.
-        is_encoder_decoder: then its decoder reads a start token in place of the query.
+        lengths: query lengths in tokens.
+        limits: maximum new tokens of each response.
+        context: the decoder's context length in tokens; None for no limit.
+        is_encoder_decoder: if True, the decoder reads a start token instead of the query.
 
     Raises:
-        ValueError: with the numbers of the first that may not fit.
+        ValueError: if a response may not fit; the message describes the first.
     """
     for i, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
         before, what = (1, "the decoder's start token") if is_encoder_decoder else (length, f"{length} of the query")
@@ -190,8 +190,9 @@ def check_context(
 
 
 def stop_tokens(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids at which `generate` ends a response: `eos_token_id` of the call, else of its `generation_config`, else of the
-    model; negative ones are off.
+    """Returns the token ids that end a response.
+
+    Uses `eos_token_id` of the call, else of its `generation_config`, else of the model; negative ids are dropped.
     """
     eos = _effective(generation_config, kwargs, "eos_token_id")
     ids = [] if eos is None else torch.as_tensor(eos).reshape(-1).tolist()
@@ -199,10 +200,10 @@ def stop_tokens(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[int,
 
 
 def unseen_by_scoring(generation_config: Any, kwargs: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """The settings of a sampling call that the log-probabilities of the update will not know of, by name.
+    """Returns the sampling settings, by name, that the update's logprobs ignore.
 
-    A token sampled from a cut or reshaped distribution is more likely there than under the full softmax, so that the
-    KL comes out negative and the ratio starts off 1. Greedy decoding is not sampling and gives an empty result.
+    A token sampled from a truncated or reshaped distribution is more likely there than under the full softmax, so the
+    KL can come out negative and the ratio does not start at 1. Greedy decoding returns an empty dict.
     """
     if not _effective(generation_config, kwargs, "do_sample"):
         return {}
@@ -223,7 +224,7 @@ def unseen_by_scoring(generation_config: Any, kwargs: Mapping[str, Any], tempera
 
 
 def own_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> Sampling | str:
-    """The distribution that a sampling call asks for, or why our own loop does not do it."""
+    """Returns the requested sampling distribution, or why the native loop does not support the call."""
 
     def value(name: str) -> Any:
         return _effective(generation_config, kwargs, name)
@@ -250,7 +251,7 @@ def own_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> Sampling 
 
 
 def _rows_at_once(model: Any, batch_size: int, tokens: int) -> int:
-    """Queries that are sampled together: at least `batch_size`, and as many as cost little memory."""
+    """Returns the number of queries to sample as one batch: `batch_size`, or more within `_FREE_MEMORY`."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -269,24 +270,28 @@ def sample_responses(
     generator: torch.Generator,
     values: Callable[[], AbstractContextManager[Callable[[], Tensor] | None]] = nullcontext,
 ) -> Sampled:
-    """Samples one response per query with our own loop.
+    """Samples one response per query with the native decoding loop.
 
     Args:
-        model: a language model that `obstacle` finds nothing against, in evaluation mode.
+        model: a language model for which `obstacle` returns None, in evaluation mode.
         queries: `N` 1-D token tensors.
-        sampling: the distribution.
-        limits: most tokens of each response, ≥ 1.
-        batch_size: queries that are sampled together; more, where that costs little memory.
-        generator: draws one number per token. The same state gives the same responses, whatever `batch_size` is.
-        values: a context in which a call gives the values `[b, T]` of the last forward pass.
+        sampling: sampling distribution and stop tokens.
+        limits: maximum new tokens of each response; >= 1.
+        batch_size: queries per batch; more where that costs little memory.
+        generator: draws one uniform per token. The same state gives the same responses at any `batch_size`.
+        values: returns a context manager that yields a function returning the values `[b, T]` of the latest forward
+            pass, or None to record no values.
 
     Returns:
-        One entry per query, in their order, on the model's device.
+        One entry per query, in input order, on the model's device.
+
+    Raises:
+        ValueError: if a limit is below 1.
     """
     count = len(queries)
     if wrong := [limit for limit in limits if limit < 1]:
         raise ValueError(f"a response of at most {wrong[0]} new tokens is asked for: it must be at least 1")
-    # Numbers of a token stand in one row, so that they do not depend on how long the longest response may be.
+    # One row per token position, so that the draws do not depend on the largest limit.
     uniforms = torch.rand(max(limits), count, dtype=torch.float64, generator=generator)
     rows = _rows_at_once(model, batch_size, max(len(query) for query in queries) + max(limits))
     order = sorted(range(count), key=lambda row: (len(queries[row]), limits[row]))
@@ -320,7 +325,7 @@ def sample_responses(
 def with_prompts(
     model: Any, queries: Sequence[Tensor], responses: Sequence[Tensor], *, return_prompt: bool
 ) -> list[Tensor]:
-    """What stands before a response: the start token of an encoder-decoder, or a decoder's query if it is asked for."""
+    """Prepends the start token (encoder-decoders) or, with `return_prompt`, the query (decoders) to each response."""
     if model.config.is_encoder_decoder:
         return [torch.cat([r.new_tensor([start_token(model)]), r]) for r in responses]
     if return_prompt:
@@ -329,20 +334,20 @@ def with_prompts(
 
 
 class _Ends(StoppingCriteria):
-    """Asks criteria, and remembers how long each row was when one of them ended it: `generate` may go on with it.
+    """Records the length at which stopping criteria end each row; `generate` may keep extending finished rows.
 
     Args:
-        asked: criteria that `generate` asks through this one alone.
-        watched: criteria that it asks itself.
+        asked: criteria that `generate` evaluates only through this one.
+        watched: criteria that `generate` also evaluates itself.
     """
 
     def __init__(self, asked: Sequence[Any], watched: Sequence[Any]) -> None:
         self.asked, self.watched = asked, watched
-        self.lengths: Tensor | None = None  # [rows], prompts included
+        self.lengths: Tensor | None = None  # [rows], including the prompt
         self._running: Tensor | None = None  # [rows]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """`[rows]` whether one of the criteria asked for ends the row here."""
+        """Returns bools `[rows]`: whether an `asked` criterion ends the row here."""
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for criterion in self.asked:
             done = done | criterion(input_ids, scores, **kwargs)
@@ -357,9 +362,9 @@ class _Ends(StoppingCriteria):
 
 
 def _criteria(model: Any, kwargs: dict[str, Any], stops: Sequence[int]) -> tuple[StoppingCriteriaList, _Ends]:
-    """The criteria for `generate`, in place of those that `kwargs` held, and the last of them, which sees where rows end."""
+    """Pops stopping criteria from `kwargs`; returns those for `generate`, and the one that records row ends."""
     given = list(kwargs.pop("stopping_criteria", None) or ())
-    # Of its own kinds, `generate` takes these in place of those that it would make.
+    # `generate` uses criteria of these types instead of building its own.
     known = [
         one for one in given if type(one) in (EosTokenCriteria, StopStringCriteria, MaxLengthCriteria, MaxTimeCriteria)
     ]
@@ -375,11 +380,11 @@ def _criteria(model: Any, kwargs: dict[str, Any], stops: Sequence[int]) -> tuple
 
 
 def _sizes(model: Any, generated: Any, ends: _Ends, before: int) -> list[int]:
-    """How many tokens of each row of what `generate` returned were chosen, with the `before` that it was given."""
+    """Returns the length of each row that `generate` returned, without padding and including `before` input tokens."""
     sequences = generated.sequences
-    if getattr(generated, "beam_indices", None) is not None:  # the beam that each token came from; -1 behind the end
+    if getattr(generated, "beam_indices", None) is not None:  # the source beam of each token; -1 after the end
         return [before + n for n in (generated.beam_indices >= 0).sum(dim=1).tolist()]
-    if len(sequences) == 1:  # nothing is written behind the end of the only row
+    if len(sequences) == 1:  # a single row has no padding
         return [sequences.shape[1]]
     if ends.lengths is None:
         name = type(model).__name__
@@ -389,9 +394,9 @@ def _sizes(model: Any, generated: Any, ends: _Ends, before: int) -> list[int]:
 
 @torch.no_grad()
 def _caches(model: Any) -> bool:
-    """Whether `generate` with a cache draws from the logits of plain passes over what it has written: tried once.
+    """Whether `generate` with a cache reproduces the logits of uncached forward passes; checked once per model.
 
-    Two rows of three tokens, then of one: a state that is left over from the first call would be gone on with.
+    Generates from two rows of three tokens, then of one: this also detects state left over from the first call.
     """
     plain = getattr(model, "pretrained_model", model)
     if plain not in _CACHES:
@@ -445,18 +450,18 @@ def generate_responses(
         model: has `generate`, `generation_config` and parameters.
         queries: 1-D token tensors.
         collate: pads a list of `{"input_ids"}` on a side ("left" for decoders, so that responses follow queries).
-        is_encoder_decoder: then the response begins with the decoder's start token.
-        batch_size: queries per call of `generate`.
-        return_prompt: put the query before the response (decoders).
-        limits: `max_new_tokens` of each query, the same within a batch; None to leave it to `generation_kwargs`.
-        tokenizer: by which `stop_strings` are found, where `generation_kwargs` name no other.
-        generation_kwargs: for `generate`.
-        pads: whether the model can be given queries of several lengths at once: that it ignores padding is known of those
-            that our own loop drives. Others may take padding into a recurrent state, or count positions from the first column.
+        is_encoder_decoder: if True, responses begin with the decoder's start token.
+        batch_size: queries per `generate` call.
+        return_prompt: prepend the query to the response (decoders only).
+        limits: `max_new_tokens` of each query, the same within a batch; None leaves it to `generation_kwargs`.
+        tokenizer: finds `stop_strings`, unless `generation_kwargs` has a tokenizer.
+        generation_kwargs: arguments of `generate`.
+        pads: whether queries of different lengths may share a batch. Models that the native loop drives are known to
+            ignore padding; others may feed it into a recurrent state, or count positions from the first column.
 
     Returns:
-        1-D tensors of the tokens that were chosen, without padding: each ends where `generate` ended it, be it by a stop
-        token, which stays, a string, a criterion or a limit.
+        1-D tensors of generated tokens without padding, one per query. Each ends at its stop token (kept), stop string,
+        stopping criterion or limit.
     """
     device = next(model.parameters()).device
     kwargs = dict(generation_kwargs)
@@ -484,7 +489,7 @@ def generate_responses(
 
 
 def _batches(queries: Sequence[Tensor], limits: Sequence[Any], batch_size: int, pads: bool) -> Iterator[list[int]]:
-    """Rows of at most `batch_size` queries: in their order, or where `pads` is false, of one length and one limit."""
+    """Yields indices of up to `batch_size` queries: in order or, without `pads`, grouped by equal length and limit."""
     groups: dict[Any, list[int]] = {}
     for row, query in enumerate(queries):
         groups.setdefault(row // batch_size if pads else (len(query), limits[row]), []).append(row)
