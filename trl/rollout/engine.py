@@ -239,6 +239,9 @@ def sample(
 
     Returns:
         The responses, without the decoder's start token of an encoder-decoder.
+
+    Raises:
+        RuntimeError: if logits are NaN or infinite.
     """
     with decoding(model), packed_weights(model, rows=len(queries), tokens=max(limits)):
         return _sample(model, queries, sampling, limits, uniforms, values)
@@ -285,6 +288,12 @@ def _sample(
             rows, chosen, live = rows[kept], chosen[kept], live[kept]
         raw = decoder.advance(chosen)
     sizes = lengths.tolist()
+    if bool((broken := logprobs.isnan()).any()):
+        row, drawn = broken.nonzero()[0].tolist()
+        raise RuntimeError(
+            f"{type(model).__name__}: logits after {len(queries[row])} tokens of a query and {drawn} of its response hold NaN or "
+            f"infinity, so that nothing can be sampled: are its weights ({next(model.parameters()).dtype}) finite?"
+        )
 
     def cut(table: Tensor) -> list[Tensor]:
         return [row[:size].clone() for row, size in zip(table, sizes, strict=True)]
@@ -299,10 +308,16 @@ def _choose(sampling: Sampling, raw: Tensor, drawn: int, uniforms: Tensor) -> tu
     found: list[tuple[Tensor, Tensor]] = []
     for some, numbers in zip(raw.split(at_once), uniforms.split(at_once), strict=True):
         logits = sampling.logits(some, drawn)
-        greedy = sampling.greedy
-        found.append((logits.argmax(dim=-1), logits.new_zeros(len(some))) if greedy else draw(logits, numbers))
+        found.append(_likeliest(logits) if sampling.greedy else draw(logits, numbers))
     tokens, logprobs = zip(*found, strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`[b]` tokens, and zeros: NaN where logits `[b, V]` have no largest one that is finite."""
+    tokens = logits.argmax(dim=-1)
+    largest = logits.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, largest - largest
 
 
 def obstacle(model: Any) -> str | None:
