@@ -165,6 +165,16 @@ def test_an_encoder_decoder_that_looks_ahead_is_warned_of(caplog: pytest.LogCapt
     assert "ProphetNetForConditionalGeneration: logits depend on the tokens after theirs" in caplog.text
 
 
+@pytest.mark.parametrize(("kind", "told"), [("Roberta", True), ("Electra", False)])
+def test_positions_that_a_model_counts_in_another_way_are_told(
+    kind: str, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {k: v for k, v in _SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
+    config = getattr(transformers, f"{kind}Config")(**sizes, is_decoder=True)
+    assert ignores_padding(_made(f"{kind}ForCausalLM", config))
+    assert (f"{kind}ForCausalLM: positions are counted from 0" in caplog.text) == told
+
+
 def test_what_was_tried_leaves_no_trace() -> None:
     model = _wrap(tiny_gpt2(attn_pdrop=0.5)).train()
     assert ignores_padding(model)  # with dropout, it would not seem to

@@ -73,6 +73,24 @@ def test_greedy_tokens_are_those_of_generate(architecture: Architecture) -> None
         assert torch.equal(response, alone[1:] if architecture.encoder_decoder else alone[len(query) :])
 
 
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama], ids=["gpt2", "dynamic llama"])
+def test_a_row_that_has_ended_does_not_pass_the_context(build: Any) -> None:
+    """It stays in the batch: GPT-2 has no embedding there, and dynamic frequencies are those of the longest row."""
+    settings: dict[str, Any] = {"initializer_range": 0.5}
+    if build is tiny_llama:
+        settings["rope_parameters"] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10.0}
+    model, words = build(**settings), torch.Generator().manual_seed(0)
+    queries = [torch.randint(3, 61, (length,), generator=words) for length in (60, *[4] * 7)]
+    limits = [4, *[56] * 7]  # of 64 positions
+    got = sample(model, queries, sampling=Sampling(greedy=True), limits=limits, uniforms=numbers(56, 8)).responses
+    for query, response, limit in zip(queries, got, limits, strict=True):
+        alone = model.generate(
+            query[None], attention_mask=torch.ones(1, len(query), dtype=torch.long), do_sample=False,
+            max_new_tokens=limit, eos_token_id=None,
+        )[0]  # fmt: skip
+        assert torch.equal(response, alone[len(query) :])
+
+
 @pytest.mark.parametrize("broken", ["positions", "mask"])
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama], ids=["gpt2", "llama"])
 def test_a_loop_that_is_wrong_is_found_out(build: Any, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:

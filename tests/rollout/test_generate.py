@@ -265,3 +265,26 @@ def test_lengths_are_drawn_before_anything_is_sampled(make_trainer: Any, monkeyp
     with pytest.raises(ValueError, match=r"query_tensor\[2\]: .*max_new_tokens=80"):
         trainer.generate(QUERIES, lambda: next(drawn), batch_size=2, do_sample=False)
     assert max(LengthSampler(2, 9).values) == 8
+
+
+@pytest.mark.parametrize("asked", [{"do_sample": True, "top_k": 0}, {"do_sample": False}], ids=["drawn", "likeliest"])
+@pytest.mark.parametrize("vocabulary", [61, 700])
+def test_logits_that_are_not_finite_are_an_error(asked: dict[str, Any], vocabulary: int, make_trainer: Any) -> None:  # noqa: F811
+    trainer = make_trainer(model=AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(vocab_size=vocabulary)))
+    asked = asked | {"max_new_tokens": 3, "eos_token_id": -1}
+    trainer.generate(QUERIES, **asked)
+    trainer.model.pretrained_model.transformer.wpe.weight.data[3] = math.nan  # of the first response token behind three
+    with pytest.raises(RuntimeError, match=r"logits after 3 tokens of a query and 1 of its response hold NaN"):
+        trainer.generate(QUERIES[:1], **asked)
+    assert len(trainer.generate(QUERIES[1], **asked | {"max_new_tokens": 2})[0]) == 3
+
+
+def test_a_mask_of_ones_for_one_query_says_nothing_new(make_trainer: Any) -> None:  # noqa: F811
+    trainer = make_trainer()
+    asked = {"do_sample": False, "max_new_tokens": 3}
+    expected = trainer.generate(QUERIES[0], **asked)
+    for mask in (torch.ones(3), torch.ones(1, 3, dtype=torch.int64)):
+        assert torch.equal(trainer.generate(QUERIES[0], attention_mask=mask, **asked), expected)
+    for mask in (torch.tensor([[0, 1, 1]]), torch.ones(1, 4)):
+        with pytest.raises(ValueError, match="attention_mask cannot be asked for"):
+            trainer.generate(QUERIES[0], attention_mask=mask, **asked)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,6 +115,13 @@ def test_config_refuses(case: str) -> None:
     settings, message = BAD_CONFIGS[case]
     with pytest.raises(ValueError, match=message):
         PPOConfig(**{"batch_size": 4, **settings})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = PPOConfig(batch_size=np.int64(4), learning_rate=np.float32(0.5), compile=np.bool_(True))
+    assert repr((config.batch_size, config.learning_rate, config.compile)) == "(4, 0.5, True)"
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number of at least 1"):
+        PPOConfig(batch_size=np.int64(0))
 
 
 def test_config_changed_for_the_worse_is_refused_at_the_next_step(make_trainer: Any, make_batch: Any) -> None:

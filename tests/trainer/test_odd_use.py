@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers.optimization import Adafactor
 
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.models.lora import lora
@@ -151,6 +153,23 @@ def test_an_optimizer_that_wants_a_closure_is_refused(make_trainer: Any) -> None
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     with pytest.raises(ValueError, match=r"LBFGS\.step needs a closure"):
         make_trainer(model=model, optimizer=torch.optim.LBFGS(model.parameters()))
+
+
+def test_an_optimizer_that_makes_its_own_learning_rate(make_trainer: Any, make_batch: Any) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
+    trainer = make_trainer(model=model, optimizer=Adafactor(model.parameters()))  # relative_step, lr=None
+    before = weights(trainer)
+    assert math.isnan(trainer.step(*make_batch())["ppo/learning_rate"])
+    assert not torch.equal(weights(trainer)["v_head.summary.weight"], before["v_head.summary.weight"])
+
+
+@pytest.mark.parametrize(("dtype", "underflows"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_what_narrow_weights_do_to_adam_is_told(
+    dtype: torch.dtype, underflows: bool, make_trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(model=AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2().to(dtype)))
+    assert f"the trained weights are {dtype}" in caplog.text
+    assert ("second moment underflows to 0" in caplog.text) == underflows
 
 
 # Methods ------------------------------------------------------------------------------------------------------------------

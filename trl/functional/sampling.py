@@ -78,7 +78,8 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         uniforms: `[B]` float64 in [0, 1).
 
     Returns:
-        `[B]` int64 words, and `[B]` their log-probabilities under softmax(logits), in the dtype of the logits.
+        `[B]` int64 words, and `[B]` their log-probabilities under softmax(logits), in the dtype of the logits: NaN where the
+        logits of a row are no distribution.
     """
     rows, words = logits.shape
     largest = logits.amax(dim=-1, keepdim=True)
@@ -96,6 +97,6 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     rest = target - (reached - sums).gather(-1, block)
     within = weights.gather(1, block[..., None].expand(-1, -1, _BLOCK)).squeeze(1).double().cumsum(dim=-1)
     rest = torch.minimum(rest.clamp(min=0.0), within[:, -1:] * (1 - 1e-15))
-    word = block * _BLOCK + torch.searchsorted(within, rest, right=True).clamp(max=_BLOCK - 1)
+    word = (block * _BLOCK + torch.searchsorted(within, rest, right=True)).clamp(max=words - 1)
     logprobs = logits.gather(-1, word) - largest - total.log().to(logits.dtype)
     return word.squeeze(-1), logprobs.squeeze(-1)

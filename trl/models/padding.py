@@ -62,10 +62,27 @@ def _tried(model: Any) -> _Trial:
     try:
         with torch.autocast(device.type, enabled=False):
             words = trial_words(model)
+            if (gap := _counts_from_elsewhere(model, words[0])) is not None:
+                logger.warning(
+                    "%s: positions are counted from 0, here and by generate; a pass without position_ids counts them in another "
+                    "way, and logits are %s",
+                    type(model).__name__,
+                    gap,
+                )
             return _Trial(ahead=_looks_ahead(model, torch.cat(words)), padded=_sees_padding(model, words))
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _counts_from_elsewhere(model: Any, words: Tensor) -> str | None:
+    """How a pass differs from one that is given no positions; None if it does not, as it does in RoBERTa's kin."""
+    if not accepts(model, "position_ids") or is_encoder_decoder(model):
+        return None
+    inputs = forward_inputs(model, words[None], torch.ones_like(words[None]).bool())
+    counted = model(**inputs).logits[0]
+    del inputs["position_ids"]
+    return _gap(model, counted, model(**inputs).logits[0], "off")
 
 
 def _looks_ahead(model: Any, words: Tensor) -> str | None:

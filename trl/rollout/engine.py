@@ -68,11 +68,10 @@ class Sampled:
 class _Decoder:
     """Steps a model with a KV cache and returns the next-token logits of each row."""
 
-    def __init__(self, model: Any, queries: Sequence[Tensor], room: int) -> None:
+    def __init__(self, model: Any, queries: Sequence[Tensor], limits: Sequence[int]) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.cache: Any = None
-        self.room = room
         self.parameters = _parameters(model)
         self.cache_keyword = cache_keyword(self.parameters)
         self.copies: Tensor | None = None  # maps batch rows to rows of the last forward pass; None if the same
@@ -112,9 +111,11 @@ class _CausalDecoder(_Decoder):
     Repeated queries are prefilled once.
     """
 
-    def __init__(self, model: Any, queries: Sequence[Tensor], room: int) -> None:
-        super().__init__(model, queries, room)
-        width = max(len(query) for query in queries)
+    def __init__(self, model: Any, queries: Sequence[Tensor], limits: Sequence[int]) -> None:
+        super().__init__(model, queries, limits)
+        width, room = max(len(query) for query in queries), max(limits)
+        self.ends = [len(query) + limit - 1 for query, limit in zip(queries, limits, strict=True)]
+        self.last: Tensor | None = None  # [B] positions that no row passes: one that has ended may stay in the batch
         found: dict[tuple[int, ...], int] = {}
         self.source = [found.setdefault(tuple(query.tolist()), len(found)) for query in queries]
         queries = [torch.tensor(query) for query in found]
@@ -136,17 +137,19 @@ class _CausalDecoder(_Decoder):
             inputs["attention_mask"] = attention
         if self.positions:
             positions = attention.cumsum(dim=1)[:, -tokens.shape[1] :] - 1
-            inputs["position_ids"] = positions.clamp(min=0)
+            positions = positions.clamp(min=0)
+            inputs["position_ids"] = positions if self.last is None else torch.minimum(positions, self.last[:, None])
         inputs |= _last_column(self.parameters, tokens.shape[1], self.device)
         return self.model(**inputs).logits[:, -1]
 
     def begin(self) -> Tensor:
         logits = self._forward(self.tokens)
-        if len(self.source) == len(self.tokens):
-            return logits
-        self.copies = torch.tensor(self.source, device=self.device)
-        self.keep(self.copies)
-        return logits[self.copies]
+        if len(self.source) != len(self.tokens):
+            self.copies = torch.tensor(self.source, device=self.device)
+            self.keep(self.copies)
+            logits = logits[self.copies]
+        self.last = torch.tensor(self.ends, device=self.device)
+        return logits
 
     def advance(self, tokens: Tensor) -> Tensor:
         self.copies = None
@@ -156,13 +159,15 @@ class _CausalDecoder(_Decoder):
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
         self.attention = self.attention[rows]
+        if self.last is not None:
+            self.last = self.last[rows]
 
 
 class _Seq2SeqDecoder(_Decoder):
     """Encoder-decoder models: encodes the queries once; the decoder begins with its start token."""
 
-    def __init__(self, model: Any, queries: Sequence[Tensor], room: int) -> None:
-        super().__init__(model, queries, room)
+    def __init__(self, model: Any, queries: Sequence[Tensor], limits: Sequence[int]) -> None:
+        super().__init__(model, queries, limits)
         width = max(len(query) for query in queries)
         tokens = torch.zeros(len(queries), width, dtype=torch.int64)
         self.attention = torch.zeros(len(queries), width, dtype=torch.int64)
@@ -211,9 +216,9 @@ def start_token(model: Any) -> int:
     raise ValueError(f"{type(model).__name__} names no decoder_start_token_id")
 
 
-def _decoder(model: Any, queries: Sequence[Tensor], room: int) -> _Decoder:
+def _decoder(model: Any, queries: Sequence[Tensor], limits: Sequence[int]) -> _Decoder:
     kind = _Seq2SeqDecoder if model.config.is_encoder_decoder else _CausalDecoder
-    return kind(model, queries, room)
+    return kind(model, queries, limits)
 
 
 @torch.no_grad()
@@ -239,6 +244,9 @@ def sample(
 
     Returns:
         The sampled responses, without an encoder-decoder's start token.
+
+    Raises:
+        RuntimeError: if logits are NaN or infinite.
     """
     with decoding(model), packed_weights(model, rows=len(queries), tokens=max(limits)):
         return _sample(model, queries, sampling, limits, uniforms, values)
@@ -253,7 +261,7 @@ def _sample(
     values: Callable[[], Tensor] | None,
 ) -> Sampled:
     count, longest = len(queries), max(limits)
-    decoder = _decoder(model, queries, longest)
+    decoder = _decoder(model, queries, limits)
     device = decoder.device
     limit = torch.tensor(list(limits), device=device)
     stops = torch.tensor(sampling.stops, device=device)
@@ -285,6 +293,12 @@ def _sample(
             rows, chosen, live = rows[kept], chosen[kept], live[kept]
         raw = decoder.advance(chosen)
     sizes = lengths.tolist()
+    if bool((broken := logprobs.isnan()).any()):
+        row, drawn = broken.nonzero()[0].tolist()
+        raise RuntimeError(
+            f"{type(model).__name__}: logits after {len(queries[row])} tokens of a query and {drawn} of its response hold NaN or "
+            f"infinity, so that nothing can be sampled: are its weights ({next(model.parameters()).dtype}) finite?"
+        )
 
     def cut(table: Tensor) -> list[Tensor]:
         return [row[:size].clone() for row, size in zip(table, sizes, strict=True)]
@@ -299,10 +313,16 @@ def _choose(sampling: Sampling, raw: Tensor, drawn: int, uniforms: Tensor) -> tu
     found: list[tuple[Tensor, Tensor]] = []
     for some, numbers in zip(raw.split(at_once), uniforms.split(at_once), strict=True):
         logits = sampling.logits(some, drawn)
-        greedy = sampling.greedy
-        found.append((logits.argmax(dim=-1), logits.new_zeros(len(some))) if greedy else draw(logits, numbers))
+        found.append(_likeliest(logits) if sampling.greedy else draw(logits, numbers))
     tokens, logprobs = zip(*found, strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`[b]` tokens, and zeros: NaN where logits `[b, V]` have no largest one that is finite."""
+    tokens = logits.argmax(dim=-1)
+    largest = logits.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, largest - largest
 
 
 def obstacle(model: Any) -> str | None:
@@ -340,7 +360,7 @@ def _gap(model: Any) -> float:
         torch.tensor([a, b], device=device) for a, b in ((word[8], word[9]), (word[10], word[11]), (word[0], word[5]))
     ]
     with decoding(model), packed_weights(model, rows=len(queries), tokens=LEAST_TOKENS):
-        decoder = _decoder(model, queries, 4)
+        decoder = _decoder(model, queries, [4] * len(queries))
         seen = [decoder.begin(), *(decoder.advance(tokens) for tokens in given[:2])]
         decoder.keep(torch.tensor([1], device=device))
         seen.append(decoder.advance(given[2][1:]))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import numpy as np
+
 from trl.trackers.plain import plain
 
 KL_PENALTIES = ("kl", "abs", "mse", "k3", "full")
@@ -160,6 +162,9 @@ class PPOConfig:
         Raises:
             ValueError: naming the field, its value and what is expected.
         """
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # as a search over settings draws them
+                setattr(self, name, value.item())
         for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,9 +190,12 @@ class PPOTrainer(PPOMethods):
         trained = [p for p in model.parameters() if p.requires_grad]
         if narrow := {str(p.dtype) for p in trained if p.dtype in (torch.bfloat16, torch.float16)}:
             logger.warning(
-                "the trained weights are %s: an update smaller than their spacing is lost. For half-precision compute with "
+                "the trained weights are %s: an update smaller than their spacing is lost%s. For half-precision compute with "
                 "float32 weights, load them in float32 and set accelerator_kwargs={'mixed_precision': 'bf16'}",
                 ", ".join(sorted(narrow)),
+                ", and Adam's second moment underflows to 0, which makes its updates far too large"
+                if str(torch.float16) in narrow
+                else "",
             )
         own_optimizer = optimizer is None
         if optimizer is None:
@@ -272,6 +276,10 @@ class PPOTrainer(PPOMethods):
         check_room([len(q) for q in queries], context_length(self.model, encoder=True), "the query")
         model = self.accelerator.unwrap_model(self.model)
         kwargs = {"pad_token_id": self.data_collator.pad_token_id} | generation_kwargs
+        if isinstance(query_tensor, Tensor) and (mask := kwargs.get("attention_mask")) is not None:
+            mask = torch.as_tensor(mask)
+            if mask.numel() == len(query_tensor) and bool(mask.all()):  # what is made of the query, too
+                del kwargs["attention_mask"]
         check_sampling(model.generation_config, kwargs)
         limits = new_token_limits(
             model.generation_config,
@@ -504,7 +512,8 @@ class PPOTrainer(PPOMethods):
                 all_scores = gather_over_processes(self.accelerator, local_scores)
                 self._scores_of_step = (local_scores.cpu(), all_scores.cpu())
                 stats = stats_to_np(convert_to_scalar(self.gather_stats(stats)))
-            stats["ppo/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+            rate = self.optimizer.param_groups[0]["lr"]
+            stats["ppo/learning_rate"] = math.nan if rate is None else float(rate)  # Adafactor may make its own
             self.kl_ctl.update(stats["objective/kl"], prepared.rows)
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
