@@ -44,6 +44,8 @@ class SpikePolicy:
         self._why: str | None = None  # the last batch's KL is a spike
         self._mean_kl = 0.0
         self.rollbacks = 0
+        self.went_back = False
+        """Whether the last batch's policy was given up: what the batch scored is not the score of the weights that are there."""
         self.kl: list[float] | None = None
         """KL of each sample of this process's last batch, before its update."""
 
@@ -62,7 +64,7 @@ class SpikePolicy:
         Raises:
             UpdateDeclined: if the batch is not to be learnt from.
         """
-        self.kl = kl.tolist()
+        self.kl, self.went_back = kl.tolist(), False
         sums = torch.stack([kl[counted].sum(), counted.sum().to(kl)])
         total, count = sum_over_processes(self._trainer.accelerator, sums).tolist()
         self._mean_kl = mean = total / max(count, 1)
@@ -122,6 +124,7 @@ class SpikePolicy:
                 assert self._memory is not None
                 restore(trainer, self._memory)  # type: ignore[arg-type]
         self.rollbacks += 1
+        self.went_back = True
         self._say(step, f"went back to step {self._anchor}, and on with the next prompts")
 
     # Anchors ---------------------------------------------------------------------------------------------------------

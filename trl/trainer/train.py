@@ -417,10 +417,13 @@ class _Run:
         self.spikes.after_step(self.step)
 
     def _save(self) -> bool:
-        """Saves, rated by the evaluation of this step, or where nothing is evaluated by its mean score."""
+        """Saves, rated by the evaluation of this step, or where nothing is evaluated by the mean score of its batch."""
         if self.keeper.path is None or self.keeper.last_step == self.step:
             return True
-        metric = self.row.get("eval/score_mean" if self.eval_every is not None else "score/mean")
+        if self.eval_every is not None:
+            metric = self.row.get("eval/score_mean")
+        else:
+            metric = None if self.spikes.went_back else self.row.get("score/mean")
         self.spikes.will_save(self.step)
         path = self.keeper.save(self.step, self._extra(), metric, self.spikes.kept_steps)
         if path is not None:
