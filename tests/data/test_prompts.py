@@ -212,6 +212,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, reason: str) -> No
         ([[1.5]], r"prompts\[0\] holds torch.float32 values"),
         ([[True]], r"prompts\[0\] holds torch.bool values"),
         ([[5, 61]], r"prompts\[0\] holds token 61; the tokenizer knows 0 to 60"),
+        ([{"prompt": "w5", "prompt_ids": [7]}], "has a column 'prompt_ids', which a reward gets from the loop"),
         ([[5, -1]], r"prompts\[0\] holds token -1"),
         ([[[5]]], r"prompts\[0\] is of type list and shape \[1, 1\]"),
         ([["w5", "w6"]], r"prompts\[0\] is \['w5', 'w6'\]: expected a text, token ids or chat messages"),
