@@ -231,7 +231,6 @@ def restore(
     _check_whole(trainer)
     run_together(trainer.accelerator, lambda: _refuse_another_run(trainer, checkpoint, differences), ValueError)
     state, model = checkpoint.state, trainer.accelerator.unwrap_model(trainer.model)
-    remarks = _harmless_differences(trainer, checkpoint)
     stored, _ = _split(model)
     with checkpoint.open(POLICY) as file, torch.no_grad():
         for name, tensor in stored.items():
@@ -239,7 +238,7 @@ def restore(
     for name, module in model.named_modules():
         module.training = state["modes"]["training"] != (name in state["modes"]["other"])
     with checkpoint.open(OPTIMIZER) as file:
-        remarks += load_optimizer(
+        remarks = load_optimizer(
             state["optimizer"],
             inner(trainer.optimizer),
             dict(model.named_parameters()),
@@ -251,6 +250,7 @@ def restore(
         if trainer.accelerator.scaler is not None and state["scaler"] is not None:
             trainer.accelerator.scaler.load_state_dict(decode(state["scaler"], file.get_tensor))
         own = decode(state["ppo"], file.get_tensor)
+    remarks = [*_harmless_differences(trainer, checkpoint), *remarks]
     kept = trainer.kl_ctl.value
     trainer.load_state_dict(own | {"minibatch_order": trainer._generator.get_state()})
     if _new_fixed_coefficient(trainer, state):
@@ -313,13 +313,20 @@ def _shaped(kind_and_shape: tuple[str, tuple[int, ...]]) -> str:
 
 
 def _harmless_differences(trainer: Any, checkpoint: Checkpoint) -> list[str]:
-    """What may differ, in words: settings are the user's, and other machines and libraries round differently."""
+    """What may differ, in words: settings are the user's, and other machines and libraries round differently.
+
+    The optimizer has been loaded: of a learning rate it is the optimizer's that counts.
+    """
     state, now, remarks = checkpoint.state, _identity(trainer), []
     changed = {
         name: (state["config"].get(name), value)
         for name, value in now["config"].items()
         if state["config"].get(name) != value
     }
+    rate = float(trainer.optimizer.param_groups[0]["lr"])
+    if "learning_rate" in changed and rate != trainer.config.learning_rate:
+        old, new = changed.pop("learning_rate")
+        remarks.append(f"learning_rate was {old}, is {new}, and has no effect: the optimizer goes on at {rate:g}")
     if changed:
         words = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
         remarks.append(f"settings have changed, and count from here on: {words}")
