@@ -31,7 +31,7 @@ def evaluate_prompts(
 
     Returns:
         Over all prompts that have a score, `eval/score_mean` and `eval/score_std` (of the population); over all prompts
-        `eval/kl` (nats per response), `eval/length` (tokens), `eval/finished` (share that a stop token ended),
+        `eval/kl` (nats per response), `eval/length` (tokens), `eval/finished` (share that a stop token or string ended),
         and `eval/excluded` (share without a score). NaN over nothing. The same on every process.
     """
     size, world = int(trainer.config.batch_size), trainer.accelerator.num_processes

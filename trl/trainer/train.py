@@ -21,7 +21,7 @@ from trl.protocols import Reward
 from trl.redaction import redact
 from trl.rewards import as_reward
 from trl.rewards.compose import budgets_of
-from trl.rollout import stop_tokens
+from trl.rollout import stop_strings, stop_tokens
 from trl.trackers import SafeTracker
 from trl.trainer.evaluation import evaluate_prompts
 from trl.trainer.keeper import Keeper
@@ -110,8 +110,18 @@ class _Run:
             self.stack.callback(setattr, config, "max_skipped_updates", before)
 
     def _follow_stops(self) -> None:
-        """What ends a response in this run is no missing end, unless the configuration says what does."""
+        """What ends a response in this run is no missing end, unless the configuration says what does.
+
+        Raises:
+            ValueError: if a text does, which `missing_eos_penalty` would not see.
+        """
         config, model = self.trainer.config, self.accelerator.unwrap_model(self.trainer.model)
+        if config.missing_eos_penalty is not None and (strings := stop_strings(model.generation_config, self.generation)):
+            raise ValueError(
+                f"missing_eos_penalty={config.missing_eos_penalty:g} would be taken off responses that stop_strings={strings} "
+                "ended, since their last token is no stop token: leave one of the two out, or end responses by tokens "
+                "(generation={'eos_token_id': ...})"
+            )
         stops = stop_tokens(model.generation_config, self.generation)
         if config.stop_token_ids is None and set(stops) != set(self.trainer._stop_tokens()):
             config.stop_token_ids = sorted(stops)
