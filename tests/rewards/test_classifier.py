@@ -60,6 +60,12 @@ def test_probability_of_a_single_output_is_its_sigmoid() -> None:
     assert_close(scores, [0.73105858])
 
 
+def test_probability_where_several_labels_may_hold_is_each_labels_sigmoid() -> None:
+    model = Adder()
+    model.config.problem_type = "multi_label_classification"
+    assert_close(ClassifierReward(model, tiny_tokenizer(), output="probability")(["w4 "], ["w6"]), [0.73105858])
+
+
 def test_order_and_batches() -> None:
     texts = ["w4 w5 w6", "w4", "w5 w6 w7 w8", "w9", "w40 w5"]
     scored = reward(batch_size=2)

@@ -36,7 +36,8 @@ class ClassifierReward:
         label: the label whose output is the score, by name in either case, or by index. A reward model with a single
             output has label 0.
         output: "logit", the label's raw output, unbounded; or "probability", in [0, 1]: the softmax over the labels, or
-            the sigmoid if there is only one.
+            the sigmoid if there is only one or the config's `problem_type` says that several may hold at once
+            ("multi_label_classification").
         batch_size: texts in a forward pass; > 0.
         max_length: tokens beyond which a text is cut, special tokens included, on the tokenizer's `truncation_side`
             (usually the right: the end of the completion is lost). None is the most that tokenizer and model take.
@@ -66,6 +67,7 @@ class ClassifierReward:
         _check_vocabulary(model, self.tokenizer)
         self.label = _label_index(model, label)
         self.output = output
+        self._many_hold = getattr(model.config, "problem_type", None) == "multi_label_classification"
         # Without a padding token two texts cannot share a batch.
         self.batch_size = 1 if self.tokenizer.pad_token_id is None else batch_size
         limit = _length_limit(model, self.tokenizer)
@@ -176,7 +178,8 @@ class ClassifierReward:
     def _score(self, batch: _Encodings) -> Tensor:
         logits = self._logits(batch)
         if self.output == "probability":
-            logits = logits.softmax(dim=-1) if logits.shape[-1] > 1 else logits.sigmoid()
+            one_of_all = logits.shape[-1] > 1 and not self._many_hold
+            logits = logits.softmax(dim=-1) if one_of_all else logits.sigmoid()
         return logits[:, self.label]  # [B]
 
     @torch.no_grad()
