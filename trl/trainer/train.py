@@ -31,7 +31,7 @@ from trl.trainer.rows import Clock, Logged, numbers_of
 from trl.trainer.samples import Drawn, arguments_of_step, draw, judge, records, told_to_all
 from trl.trainer.train_options import TrainOptions, TrainResult
 from trl.training.checkpoints import Checkpoint
-from trl.training.processes import run_together, share_bytes, sum_over_processes
+from trl.training.processes import check_same, run_together, share_bytes, sum_over_processes
 from trl.training.resume import load_training
 from trl.training.rng import kept_generators
 from trl.training.signals import SignalWatch, raise_for
@@ -91,6 +91,17 @@ class _Run:
         stack.callback(self.reward.close)
         self.eval_every = options.evaluates_every(self.batch_size)
         save_every = options.saves_every(self.batch_size)
+        check_same(
+            self.accelerator,
+            {
+                "seed": self.sampler.seed,
+                "steps": self.target,
+                "eval_every": self.eval_every,
+                "save_every": save_every,
+                "on_spike": options.on_spike,
+                "on_disk_error": options.on_disk_error,
+            },
+        )
         self.keeper = Keeper(trainer, options, save_every)
         stack.callback(self.keeper.close)
         self.spikes = SpikePolicy(trainer, options, self.keeper, save_every or 1)

@@ -185,7 +185,7 @@ def _reference(trainer: Any) -> dict[str, str] | None:
 def _identity(trainer: Any) -> dict[str, Any]:
     """What tells one run from another."""
     return {
-        "config": _settings(trainer.config),
+        "config": settings_of(trainer.config),
         "processes": trainer.accelerator.num_processes,
         "device": trainer.accelerator.device.type,
         "mixed_precision": str(trainer.accelerator.mixed_precision),
@@ -194,7 +194,7 @@ def _identity(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def settings_of(config: Any) -> dict[str, Any]:
     """What can be compared between two runs, as JSON without secrets."""
     found = {}
     for name in (f.name for f in fields(config) if f.name not in _UNSAVED_SETTINGS):
