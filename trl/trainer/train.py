@@ -127,7 +127,9 @@ class _Run:
             ValueError: if a text does, which `missing_eos_penalty` would not see.
         """
         config, model = self.trainer.config, self.accelerator.unwrap_model(self.trainer.model)
-        if config.missing_eos_penalty is not None and (strings := stop_strings(model.generation_config, self.generation)):
+        if config.missing_eos_penalty is not None and (
+            strings := stop_strings(model.generation_config, self.generation)
+        ):
             raise ValueError(
                 f"missing_eos_penalty={config.missing_eos_penalty:g} would be taken off responses that stop_strings={strings} "
                 "ended, since their last token is no stop token: leave one of the two out, or end responses by tokens "
