@@ -92,7 +92,11 @@ def test_token_ids(tokens: Any) -> None:
 
 
 def test_chat_goes_through_the_models_template_up_to_where_it_speaks() -> None:
-    chat = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}, {"role": "user", "content": "w7"}]
+    chat = [
+        {"role": "user", "content": "w5"},
+        {"role": "assistant", "content": "w6"},
+        {"role": "user", "content": "w7"},
+    ]
     (prompt,) = load_prompts([chat], tokenizer(chat=True))
     assert prompt.text == "w40 w5 w41 w6 w40 w7 w42"
     assert prompt.tokens.tolist() == [40, 5, 41, 6, 40, 7, 42]
@@ -173,7 +177,11 @@ def test_separators_within_a_json_text_do_not_end_a_line(tmp_path: Path) -> None
         ("p.jsonl", b'{"prompt": "w5"}\n\n{"prompt": }\n', r"p\.jsonl:3 \(row 1\) is not JSON: .* at column 12"),
         ("p.jsonl", b'"w5"\n"\xff"\n', r"p\.jsonl:2 \(row 1\) is not UTF-8"),
         ("p.jsonl", b'"w5"\n' + b"[" * 100_000 + b"\n", r"p\.jsonl:2 \(row 1\) is nested too deeply"),
-        ("p.jsonl", b'"w5"\n{"text": "w6"}\n', r"p\.jsonl:2 \(row 1\) has the columns text: one of them must be prompt"),
+        (
+            "p.jsonl",
+            b'"w5"\n{"text": "w6"}\n',
+            r"p\.jsonl:2 \(row 1\) has the columns text: one of them must be prompt",
+        ),
         ("p.jsonl", b'"w5"\n{"prompt": null}\n', r"p\.jsonl:2 \(row 1\), column 'prompt', is None"),
         ("p.jsonl", b'"w5"\n17\n', r"p\.jsonl:2 \(row 1\) is of type int"),
         ("p.jsonl", b"\n", "there are no prompts"),
@@ -212,6 +220,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, reason: str) -> No
         ([[1.5]], r"prompts\[0\] holds torch.float32 values"),
         ([[True]], r"prompts\[0\] holds torch.bool values"),
         ([[5, 61]], r"prompts\[0\] holds token 61; the tokenizer knows 0 to 60"),
+        ([{"prompt": "w5", "prompt_ids": [7]}], "has a column 'prompt_ids', which a reward gets from the loop"),
         ([[5, -1]], r"prompts\[0\] holds token -1"),
         ([[[5]]], r"prompts\[0\] is of type list and shape \[1, 1\]"),
         ([["w5", "w6"]], r"prompts\[0\] is \['w5', 'w6'\]: expected a text, token ids or chat messages"),

@@ -129,7 +129,9 @@ def test_resume_with_another_number_of_processes() -> None:
 def test_another_plan_is_refused_and_every_difference_named() -> None:
     state = PromptSampler(10, batch_size=4, seed=0).state_dict()
     other = PromptSampler(12, batch_size=6, seed=1, shuffle=False, remainder="drop")
-    with pytest.raises(ValueError, match="size was 10 and is 12 now; batch_size was 4 and is 6 now; seed was 0 and is 1"):
+    with pytest.raises(
+        ValueError, match="size was 10 and is 12 now; batch_size was 4 and is 6 now; seed was 0 and is 1"
+    ):
         other.load_state_dict(state)
     with pytest.raises(ValueError, match="shuffle was True and is False now; remainder was 'carry' and is 'drop'"):
         other.load_state_dict(state)

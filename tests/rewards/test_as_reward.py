@@ -81,6 +81,16 @@ def test_a_column_that_some_samples_lack_is_none_there() -> None:
     assert scores(lambda prompts, completions, hint: [1.0 if h is None else 2.0 for h in hint], batch) == [2.0, 1.0]
 
 
+@pytest.mark.parametrize("calls", [{"rows_per_call": 1}, {"concurrency": 2}])
+def test_a_column_that_the_samples_of_one_call_lack_is_none_there(calls: dict[str, Any]) -> None:
+    def with_default(prompts: Any, completions: Any, hint: Any = "none of them has it") -> Any:
+        return [5.0 if hint == "none of them has it" else 1.0 if h is None else 2.0 for h in hint][: len(prompts)]
+
+    batch = [sample("a", hint="x"), sample("b")]
+    assert scores(with_default, batch, **calls) == [2.0, 1.0]
+    assert scores(lambda prompts, completions, hint: [float(h is None) for h in hint], batch, **calls) == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_a_column_that_is_missing_is_told_whatever_on_error_is(on_error: Any) -> None:
     def needs(prompts: Any, completions: Any, solution: Any) -> Any:

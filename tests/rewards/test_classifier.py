@@ -60,12 +60,18 @@ def test_probability_of_a_single_output_is_its_sigmoid() -> None:
     assert_close(scores, [0.73105858])
 
 
+def test_probability_where_several_labels_may_hold_is_each_labels_sigmoid() -> None:
+    model = Adder()
+    model.config.problem_type = "multi_label_classification"
+    assert_close(ClassifierReward(model, tiny_tokenizer(), output="probability")(["w4 "], ["w6"]), [0.73105858])
+
+
 def test_order_and_batches() -> None:
     texts = ["w4 w5 w6", "w4", "w5 w6 w7 w8", "w9", "w40 w5"]
     scored = reward(batch_size=2)
     assert_close(scored([""] * 5, texts), [1.5, 0.4, 2.6, 0.9, 4.5])
     # Like lengths share a batch, so the short texts are not padded to the longest.
-    assert scored.model.batches == [(2, 1), (2, 3), (1, 4)]
+    assert scored.model.batches[2:] == [(2, 1), (2, 3), (1, 4)]  # after the trial of padding
 
 
 def test_one_text_scores_as_in_a_batch() -> None:
@@ -190,3 +196,32 @@ def test_from_pretrained(tmp_path: Path) -> None:
     # The folder that the model came from holds the tokenizer too.
     again = ClassifierReward(loaded.model, label="negative")
     assert_close(again(["w5 w6 "], ["w7"]), scores)
+
+
+class LastToken(Adder):
+    """Reads the last token that is not its config's padding, as decoders of transformers do, and that token's position."""
+
+    def __init__(self, pad: int) -> None:
+        super().__init__()
+        self.config.pad_token_id = pad
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **rest: Any) -> SimpleNamespace:
+        self.batches.append(tuple(input_ids.shape))
+        columns = torch.arange(input_ids.shape[1])
+        last = (columns * (input_ids != self.config.pad_token_id)).argmax(-1)
+        found = self.vectors(input_ids)[torch.arange(len(last)), last, 0] + last
+        return SimpleNamespace(logits=found[:, None] * torch.arange(len(self.config.id2label)))
+
+
+@pytest.mark.parametrize("output", ["logit", "probability"])
+@pytest.mark.parametrize(("pad", "side", "harmless"), [(0, "right", True), (9, "right", False), (0, "left", False)])
+def test_padding_that_changes_scores_is_not_used(
+    output: Any, pad: int, side: str, harmless: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = LastToken(pad)
+    scored = ClassifierReward(model, tiny_tokenizer(padding_side=side), output=output, label="POSITIVE")
+    logits = torch.tensor([[2.6], [0.4], [1.6], [0.8]])  # of the last token's number, and where it stands
+    wanted = logits if output == "logit" else (logits * torch.arange(3)).softmax(-1)[:, 1:2]
+    assert_close(scored([""] * 4, ["w4 w5 w6", "w4", "w5 w6", "w8"]), wanted[:, 0])
+    assert ("padding changes" in caplog.text) is not harmless
+    assert model.batches[2:] == ([(4, 3)] if harmless else [(2, 1), (1, 2), (1, 3)])  # after the trial

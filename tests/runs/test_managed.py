@@ -19,8 +19,8 @@ from trl import AutoModelForCausalLMWithValueHead, TrainCallback
 from trl.core import LengthSampler
 from trl.data import PromptSampler, load_prompts
 from trl.rewards import ErrorBudget, RewardErrors, RewardFailed, as_reward
-from trl.trackers import read_completions, read_metrics
 from trl.runs.managed import NothingScored
+from trl.trackers import read_completions, read_metrics
 
 # The loop ------------------------------------------------------------------------------------------------------------
 

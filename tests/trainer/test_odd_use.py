@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import AutoTokenizer
 from transformers.optimization import Adafactor
 
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.models.lora import lora
 from tests.trainer.managed import PROMPTS
-from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, assets
 from trl.models import abilities, create_reference_model, evaluate
+from trl.trackers import read_completions, read_metrics
 from trl.types import Rollout
 
 
@@ -296,6 +300,30 @@ def test_what_ends_a_response_in_a_managed_run_is_no_missing_end(make_trainer: A
     assert set(last) <= set(ends), "a chance of 1e-50 of one that does not end"
     assert experience.scores.tolist() == [0.0] * 4
     assert trainer.config.stop_token_ids is None
+
+
+@pytest.mark.filterwarnings("ignore:no dataset is given")
+@pytest.mark.parametrize("form", [["l"], "l"])
+def test_a_response_that_a_stop_string_ended_is_finished(form: Any, tmp_path: Path) -> None:
+    folder = assets.path("tiny-gpt2-reviews")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+    config = PPOConfig(batch_size=8, mini_batch_size=8, ppo_epochs=1)
+    arguments: dict[str, Any] = {
+        "reward": lambda completions: [float("l" in text) for text in completions],
+        "steps": 1,
+        "generation": {"max_new_tokens": 3, "stop_strings": form},
+        "eval_prompts": ["The film", "One", "Two"],
+        "progress": False,
+    }
+    PPOTrainer(config, model, None, tokenizer).train(["This movie"], run_dir=tmp_path, **arguments)
+    ended = {(bool(one["score"]), one["finish_reason"]) for one in read_completions(tmp_path, 1)}
+    assert ended == {(True, "stop"), (False, "length")}
+    (row,) = read_metrics(tmp_path)
+    assert row["eval/finished"] == row["eval/score_mean"]
+    priced = PPOTrainer(replace(config, missing_eos_penalty=1.0), model, None, tokenizer)
+    with pytest.raises(ValueError, match=r"missing_eos_penalty=1 .* stop_strings=\('l',\)"):
+        priced.train(["This movie"], **arguments)
 
 
 def test_optimizer_steps_of_one_token_each_are_told(make_trainer: Any, make_batch: Any) -> None:

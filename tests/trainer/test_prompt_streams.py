@@ -48,3 +48,28 @@ def test_processes_with_different_prompts_are_refused(make_trainer: Any, monkeyp
     monkeypatch.setattr("trl.runs.managed.share_bytes", lambda accelerator, data: [data, b"another digest"])
     with pytest.raises(ValueError, match="the prompts differ between processes"):
         train(make_trainer, stream(), 1)
+
+
+def another_process_says(old: bytes, new: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = lambda accelerator, data: [data, data.replace(old, new)]  # noqa: E731
+    monkeypatch.setattr("trl.training.processes.share_bytes", both)
+
+
+def test_processes_that_would_take_prompts_in_different_orders_are_refused(
+    make_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(batch_size=2, mini_batch_size=1)
+    another_process_says(b'"seed": 0', b'"seed": 1', monkeypatch)
+    with pytest.raises(ValueError, match="the same on every process: seed is 0 on process 0 and 1 on process 1"):
+        train(lambda **settings: trainer, stream(), 1)
+
+
+@pytest.mark.parametrize(("name", "own", "other"), [("learning_rate", 1e-3, 1e-2), ("batch_size", 4, 5)])
+def test_processes_with_different_settings_are_refused(
+    name: str, own: Any, other: Any, make_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    another_process_says(f'"{name}": {own}'.encode(), f'"{name}": {other}'.encode(), monkeypatch)
+    with pytest.raises(ValueError, match=f"{name} is {own} on process 0 and {other} on process 1"):
+        make_trainer(**{"batch_size": 4, "mini_batch_size": 1, name: own})
+    another_process_says(b'"seed": 0', b'"seed": 1', monkeypatch)
+    make_trainer()  # a loop of one's own may seed each process by itself

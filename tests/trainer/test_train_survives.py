@@ -360,6 +360,21 @@ def test_a_run_that_rolls_back_is_resumed_to_the_bit(tmp_path: Path, monkeypatch
     assert [row["run/rollbacks"] for row in read_metrics(tmp_path / "parts")] == [0, 0, 0, 1, 1]
 
 
+def test_a_policy_that_was_given_up_rates_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 4 scores best, with a policy that its loss throws away: its checkpoint holds the weights of step 2 again."""
+    scores = iter([1.0, 2.0, 3.0, 9.0, 4.0, 1.0])
+
+    def scored(prompts: Any, completions: Any) -> list[float]:
+        return [next(scores)] * len(prompts)
+
+    Losses(monkeypatch, {13: 1e6})
+    result = run(
+        plain(), reward=scored, run_dir=tmp_path / "run", steps=6, save_every=2, spike=LOSS_SPIKES, on_spike="rollback"
+    )
+    assert [row["run/rollbacks"] for row in read_metrics(tmp_path / "run")] == [0, 0, 0, 1, 1, 1]
+    assert result.best == tmp_path / "run/checkpoints/step-00000002"
+
+
 def test_spikes_without_an_end_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Losses(monkeypatch, dict.fromkeys(range(9, 100), 1e6))
     with pytest.raises(SpikeError, match="4 batches in a row spiked; the last one since the loss is"):

@@ -219,6 +219,23 @@ def test_r7_settings_are_the_users_and_their_changes_are_named(
     assert trainer.config.cliprange == 0.3
 
 
+def test_a_rate_that_the_optimizer_does_not_take_is_not_said_to_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lowered on the configuration of a run, the rate goes on where the trainer is made with the first one again."""
+    trainer = build("lora", learning_rate=1e-2)
+    trainer.config.learning_rate = 1e-4
+    advance(trainer, 1)
+    trainer.save_checkpoint(tmp_path)
+    other = build("lora", learning_rate=1e-2)
+    with caplog.at_level(logging.WARNING):
+        other.load_checkpoint(tmp_path)
+    (row,) = advance(other, 1)
+    assert row["ppo/learning_rate"] == 1e-4
+    assert "learning_rate was 0.0001, is 0.01, and has no effect: the optimizer goes on at 0.0001" in caplog.text
+    assert "count from here on" not in caplog.text
+
+
 def grouped(head_rate: float, **trunk: Any) -> PPOTrainer:
     """A trainer whose optimizer has a group for the trunk, at the default rate of 1e-3, and one for the value head."""
     model = with_value_head(language_model())

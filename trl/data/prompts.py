@@ -18,7 +18,7 @@ from trl.data.readers import read_rows
 _PROMPT_COLUMNS = ("prompt", "query", "messages")
 _ID_COLUMNS = ("prompt_id", "id")
 # What a reward function is called with beside the columns.
-_TAKEN = ("prompts", "completions", "completion_ids")
+_TAKEN = ("prompts", "completions", "prompt_ids", "completion_ids")
 _CHUNK = 1024  # texts that are tokenised together
 
 

@@ -139,9 +139,7 @@ def _parquet_rows(path: Path) -> Iterator[Located]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(
-            f"reading {path} needs pyarrow: pip install pyarrow"
-        ) from error
+        raise ImportError(f"reading {path} needs pyarrow: pip install pyarrow") from error
     try:
         batches: Iterable[Any] = pyarrow.parquet.ParquetFile(path).iter_batches()
         rows = (row for batch in batches for row in batch.to_pylist())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +13,21 @@ from transformers import AutoModelForSequenceClassification
 
 from trl.pretrained import hub_arguments, load_model, load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 # Tokenizers without a length limit report a `model_max_length` at least this large.
 _NO_LIMIT = 1_000_000
+
+_Encodings: TypeAlias = Mapping[str, list[list[int]]]  # by name of the input, a list of each text's
 
 
 class ClassifierReward:
     """Scores prompt + completion with a sequence classifier.
 
     The classifier uses its own tokenizer, never the policy's token ids: the two vocabularies can be unrelated. It is
-    kept in evaluation mode. Texts are batched by length; scores are returned in input order.
+    kept in evaluation mode. Texts are batched by length; scores are returned in input order. The first texts of different
+    lengths are scored alone and padded: where padding changes a score (a decoder whose config has another `pad_token_id`
+    than the tokenizer, absolute positions padded on the left), only texts of one length share a batch, and a warning says so.
 
     Args:
         model: a transformers sequence classifier: its output has `logits` [B, labels], its config `id2label`.
@@ -27,7 +35,7 @@ class ClassifierReward:
         label: label whose output is the score, by name (case-insensitive) or index. A reward model with a single output
             has label 0.
         output: "logit" is the label's raw output; "probability" is in [0, 1]: the softmax over the labels, or the
-            sigmoid of a single output.
+            sigmoid of a single output or of a multi-label classifier (`problem_type="multi_label_classification"`).
         batch_size: texts per forward pass; > 0.
         max_length: maximum tokens per text, special tokens included; longer texts are truncated on the tokenizer's
             `truncation_side` (usually the right, which loses the end of the completion). None uses the limit of the
@@ -58,10 +66,12 @@ class ClassifierReward:
         _check_vocabulary(model, self.tokenizer)
         self.label = _label_index(model, label)
         self.output = output
+        self._many_hold = getattr(model.config, "problem_type", None) == "multi_label_classification"
         # Batching needs a padding token.
         self.batch_size = 1 if self.tokenizer.pad_token_id is None else batch_size
         limit = _length_limit(model, self.tokenizer)
         self.max_length = limit if max_length is None or (limit is not None and limit < max_length) else max_length
+        self._pads: bool | None = None  # whether padding leaves scores as they are; None until it was tried
 
     @classmethod
     def from_pretrained(
@@ -127,30 +137,63 @@ class ClassifierReward:
         if 0 in lengths:
             raise ValueError(f"text {lengths.index(0)} has no tokens: {texts[lengths.index(0)]!r}")
         order = sorted(range(len(texts)), key=lengths.__getitem__)
+        if self._pads is None and self.batch_size > 1 and lengths[order[0]] < lengths[order[-1]]:
+            self._pads = self._try_padding(_rows(encodings, [order[0]]), _rows(encodings, [order[0], order[-1]]))
         scores = [0.0] * len(texts)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            batch = {key: [values[row] for row in rows] for key, values in encodings.items()}
-            for row, score in zip(rows, self._score(batch).tolist(), strict=True):
+        for rows in self._batches(order, lengths):
+            for row, score in zip(rows, self._score(_rows(encodings, rows)).tolist(), strict=True):
                 scores[row] = score
         return scores
 
-    def _encode(self, texts: list[str]) -> dict[str, list[list[int]]]:
+    def _batches(self, order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Rows that are scored together."""
+        alike = [list(order)] if self._pads else [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)]
+        for rows in alike:
+            for start in range(0, len(rows), self.batch_size):
+                yield rows[start : start + self.batch_size]
+
+    def _try_padding(self, alone: _Encodings, beside_the_longest: _Encodings) -> bool:
+        """Whether a text has the same logits alone as it has padded, but for rounding."""
+        expected, found = self._logits(alone)[0], self._logits(beside_the_longest)[0]
+        tolerance = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5
+        same = bool(((found - expected).abs() <= tolerance * (1 + expected.abs())).all())
+        if not same:
+            logger.warning(
+                "padding changes what the classifier says (logits %s become %s): only texts of one length share a batch, which "
+                "is slower. Its config has pad_token_id=%s; the tokenizer pads with %s, on the %s",
+                expected.tolist()[:4],
+                found.tolist()[:4],
+                getattr(getattr(self.model, "config", None), "pad_token_id", None),
+                self.tokenizer.pad_token_id,
+                self.tokenizer.padding_side,
+            )
+        return same
+
+    def _encode(self, texts: list[str]) -> _Encodings:
         cut = {"truncation": True, "max_length": self.max_length} if self.max_length is not None else {}
         return dict(self.tokenizer(texts, **cut))
 
+    def _score(self, batch: _Encodings) -> Tensor:
+        logits = self._logits(batch)
+        if self.output == "probability":
+            one_of_all = logits.shape[-1] > 1 and not self._many_hold
+            logits = logits.softmax(dim=-1) if one_of_all else logits.sigmoid()
+        return logits[:, self.label]  # [B]
+
     @torch.no_grad()
-    def _score(self, batch: dict[str, list[list[int]]]) -> Tensor:
+    def _logits(self, batch: _Encodings) -> Tensor:
         self.model.eval()
         device = next(self.model.parameters()).device
         if len(batch["input_ids"]) > 1:
             inputs = self.tokenizer.pad(batch, return_tensors="pt")
         else:
             inputs = {key: torch.tensor(values) for key, values in batch.items()}
-        logits = self.model(**{key: values.to(device) for key, values in inputs.items()}).logits.float()  # [B, labels]
-        if self.output == "probability":
-            logits = logits.softmax(dim=-1) if logits.shape[-1] > 1 else logits.sigmoid()
-        return logits[:, self.label]  # [B]
+        logits: Tensor = self.model(**{key: values.to(device) for key, values in inputs.items()}).logits
+        return logits.float()  # [B, labels]
+
+
+def _rows(encodings: _Encodings, rows: Sequence[int]) -> _Encodings:
+    return {key: [values[row] for row in rows] for key, values in encodings.items()}
 
 
 def _joined(prompts: Sequence[str], completions: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from trl.redaction import redact
 from trl.rewards.failures import ColumnError, Failure, RewardFailed
 from trl.rewards.isolated import Process
 from trl.rewards.isolation import Inline, Runner, Threaded, in_threads
-from trl.rewards.signature import resolve
+from trl.rewards.signature import resolve, with_every_column
 from trl.rewards.values import Row, fits
 from trl.types import Sample, Scored
 
@@ -108,6 +108,8 @@ class FunctionReward:
         if not samples:
             return Scored(scores=[], components={self.name: []}, token_rewards=[], seconds=[], errors=[], tracebacks=[])
         size = self.guard.rows_per_call or math.ceil(len(samples) / self.guard.concurrency)
+        if size < len(samples) and not self._all[0].binding.samples:
+            samples = with_every_column(samples)
         parts = [samples[start : start + size] for start in range(0, len(samples), size)]
         rows: list[Row] = []
         seconds: list[float] = []

@@ -139,6 +139,12 @@ def copied(samples: Sequence[Sample], names: Collection[str] | None = None) -> l
     return own
 
 
+def with_every_column(samples: Sequence[Sample]) -> list[Sample]:
+    """The same samples, each with None in the columns that only others have: parts of them are then scored as all are."""
+    names = dict.fromkeys(name for sample in samples for name in sample.columns)
+    return [replace(sample, columns={name: sample.columns.get(name) for name in names}) for sample in samples]
+
+
 def call(function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
     """Calls a function and awaits the result if it is awaitable, even inside a running event loop."""
     result = function(*positional, **named)

@@ -199,6 +199,12 @@ def stop_tokens(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[int,
     return tuple(int(i) for i in ids if i >= 0)
 
 
+def stop_strings(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The texts at which `generate` ends a response, likewise."""
+    strings = _effective(generation_config, kwargs, "stop_strings") or ()
+    return (strings,) if isinstance(strings, str) else tuple(strings)
+
+
 def unseen_by_scoring(generation_config: Any, kwargs: Mapping[str, Any], temperature: float) -> dict[str, Any]:
     """Returns the sampling settings, by name, that the update's logprobs ignore.
 

@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl.data import Prompt
-from trl.functional import masked_sum
 from trl.protocols import Reward
+from trl.runs.samples import draw, judge, totals
 from trl.state.rng import own_numbers
-from trl.training.batch import Batch
-from trl.runs.samples import Drawn, draw, judge, totals
 from trl.training.processes import share_bytes
 from trl.training.run_state import Learner
 
@@ -32,7 +30,7 @@ def evaluate_prompts(
 
     Returns:
         Over all prompts that have a score, `eval/score_mean` and `eval/score_std` (of the population); over all prompts
-        `eval/kl` (nats per response), `eval/length` (tokens), `eval/finished` (share that a stop token ended),
+        `eval/kl` (nats per response), `eval/length` (tokens), `eval/finished` (share that a stop token or string ended),
         and `eval/excluded` (share without a score). NaN over nothing. The same on every process.
     """
     size, world = int(trainer.config.batch_size), trainer.accelerator.num_processes
@@ -46,7 +44,13 @@ def evaluate_prompts(
             drawn = draw(trainer, [prompts[i % len(prompts)] for i in chunk], generation)
             scores = totals(judge(trainer, reward, drawn, f"evaluation/{start}"))
             lengths = [len(sample.completion_ids) for sample in drawn.samples]
-            found = zip(scores, trainer.reference_kl(drawn.queries, drawn.responses).tolist(), lengths, drawn.finished, strict=True)
+            found = zip(
+                scores,
+                trainer.reference_kl(drawn.queries, drawn.responses).tolist(),
+                lengths,
+                drawn.finished,
+                strict=True,
+            )
             rows += [row for i, row in zip(chunk, found, strict=True) if i < len(prompts)]
     told = share_bytes(trainer.accelerator, json.dumps(rows).encode())
     return _summary([tuple(row) for part in told for row in json.loads(part)])

@@ -14,17 +14,17 @@ from typing import Any
 from torch import Tensor
 
 from trl import files
+from trl.runs.options import OnDiskError, TrainOptions
 from trl.state.checkpoints import CheckpointError, best_name, sweep
 from trl.state.tensorfile import safetensors_pieces
 from trl.trackers import CompletionRecord, NullRunDirectory, RunDirectory, read_metrics, run_folder, without_times
 from trl.trackers.environment import differences
 from trl.trackers.plain import plain
-from trl.runs.options import OnDiskError, TrainOptions
 from trl.training.guards import SkippedUpdate
 from trl.training.processes import run_together, share_bytes
 from trl.training.resume import save_training
-from trl.types import Experience, Rollout
 from trl.training.run_state import Learner
+from trl.types import Experience, Rollout
 
 logger = logging.getLogger(__name__)
 

@@ -21,22 +21,22 @@ from trl.protocols import Reward
 from trl.redaction import redact
 from trl.rewards import as_reward
 from trl.rewards.compose import budgets_of
-from trl.rollout import stop_tokens
-from trl.state.checkpoints import Checkpoint
-from trl.state.rng import kept_generators
-from trl.trackers import SafeTracker
+from trl.rollout import stop_strings, stop_tokens
 from trl.runs.evaluation import evaluate_prompts
 from trl.runs.keeper import Keeper
+from trl.runs.options import TrainOptions, TrainResult
 from trl.runs.progress import NoProgress, Progress, progress_for
 from trl.runs.rollback import SpikePolicy
 from trl.runs.rows import Clock, Logged, numbers_of
 from trl.runs.samples import Drawn, arguments_of_step, draw, judge, records, told_to_all
-from trl.runs.options import TrainOptions, TrainResult
-from trl.training.processes import run_together, share_bytes, sum_over_processes
-from trl.training.resume import load_training
 from trl.runs.signals import SignalWatch, raise_for
-from trl.types import Scored
+from trl.state.checkpoints import Checkpoint
+from trl.state.rng import kept_generators
+from trl.trackers import SafeTracker
+from trl.training.processes import check_same, run_together, share_bytes, sum_over_processes
+from trl.training.resume import load_training
 from trl.training.run_state import Learner, PreparedBatch
+from trl.types import Scored
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,17 @@ class _Run:
         stack.callback(self.reward.close)
         self.eval_every = options.evaluates_every(self.batch_size)
         save_every = options.saves_every(self.batch_size)
+        check_same(
+            self.accelerator,
+            {
+                "seed": self.sampler.seed,
+                "steps": self.target,
+                "eval_every": self.eval_every,
+                "save_every": save_every,
+                "on_spike": options.on_spike,
+                "on_disk_error": options.on_disk_error,
+            },
+        )
         self.keeper = Keeper(trainer, options, save_every)
         stack.callback(self.keeper.close)
         self.spikes = SpikePolicy(trainer, options, self.keeper, save_every or 1)
@@ -110,8 +121,20 @@ class _Run:
             self.stack.callback(setattr, config, "max_skipped_updates", before)
 
     def _follow_stops(self) -> None:
-        """What ends a response in this run is no missing end, unless the configuration says what does."""
+        """What ends a response in this run is no missing end, unless the configuration says what does.
+
+        Raises:
+            ValueError: if a text does, which `missing_eos_penalty` would not see.
+        """
         config, model = self.trainer.config, self.accelerator.unwrap_model(self.trainer.model)
+        if config.missing_eos_penalty is not None and (
+            strings := stop_strings(model.generation_config, self.generation)
+        ):
+            raise ValueError(
+                f"missing_eos_penalty={config.missing_eos_penalty:g} would be taken off responses that stop_strings={strings} "
+                "ended, since their last token is no stop token: leave one of the two out, or end responses by tokens "
+                "(generation={'eos_token_id': ...})"
+            )
         stops = stop_tokens(model.generation_config, self.generation)
         if config.stop_token_ids is None and set(stops) != set(self.trainer._stop_tokens()):
             config.stop_token_ids = sorted(stops)
@@ -414,10 +437,13 @@ class _Run:
         self.spikes.after_step(self.step)
 
     def _save(self) -> bool:
-        """Saves, rated by the evaluation of this step, or where nothing is evaluated by its mean score."""
+        """Saves, rated by the evaluation of this step, or where nothing is evaluated by the mean score of its batch."""
         if self.keeper.path is None or self.keeper.last_step == self.step:
             return True
-        metric = self.row.get("eval/score_mean" if self.eval_every is not None else "score/mean")
+        if self.eval_every is not None:
+            metric = self.row.get("eval/score_mean")
+        else:
+            metric = None if self.spikes.went_back else self.row.get("score/mean")
         self.spikes.will_save(self.step)
         path = self.keeper.save(self.step, self._extra(), metric, self.spikes.kept_steps)
         if path is not None:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl.state.rng import kept_generators
 from trl.runs.keeper import Keeper
-from trl.runs.options import TrainOptions
 from trl.runs.memory import MemoryCheckpoint
+from trl.runs.options import TrainOptions
+from trl.runs.spikes import SpikeSettings, SpikeWatch
+from trl.state.rng import kept_generators
 from trl.training.processes import sum_over_processes
 from trl.training.resume import load_step, restore
-from trl.runs.spikes import SpikeSettings, SpikeWatch
 from trl.training.run_state import Learner
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class SpikePolicy:
         self._why: str | None = None  # the last batch's KL is a spike
         self._mean_kl = 0.0
         self.rollbacks = 0
+        self.went_back = False
+        """Whether the last batch's policy was discarded: its scores are not those of the weights now."""
 
     def begin(self, step: int, extra: Callable[[], Mapping[str, Any]]) -> None:
         """Makes the first anchor, where the run begins."""
@@ -62,6 +64,7 @@ class SpikePolicy:
             kl: `[B]` of each sequence to the reference.
             counted: `[B]` bool: which of them count.
         """
+        self.went_back = False
         sums = torch.stack([kl[counted].sum(), counted.sum().to(kl)])
         total, count = sum_over_processes(self._trainer.accelerator, sums).tolist()
         self._mean_kl = mean = total / max(count, 1)
@@ -120,6 +123,7 @@ class SpikePolicy:
                 assert self._memory is not None
                 restore(trainer, self._memory)  # type: ignore[arg-type]
         self.rollbacks += 1
+        self.went_back = True
         self._say(step, f"went back to step {self._anchor}, and on with the next prompts")
 
     # Anchors ---------------------------------------------------------------------------------------------------------

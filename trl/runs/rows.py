@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from trl.trackers.plain import as_number
 from trl.runs.samples import totals
+from trl.trackers.plain import as_number
 from trl.types import Scored
 
 

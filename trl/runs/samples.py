@@ -16,12 +16,12 @@ from trl.data import Prompt
 from trl.protocols import Reward
 from trl.rewards.compose import score_apart
 from trl.rewards.isolation import drawing_from
-from trl.rollout import stop_tokens
+from trl.rollout import stop_strings, stop_tokens
 from trl.state.rng import own_numbers
 from trl.trackers import CompletionRecord
 from trl.training.processes import run_together, share_bytes
-from trl.types import Sample, Scored
 from trl.training.run_state import Learner
+from trl.types import Sample, Scored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Drawn:
     prompts: list[Prompt]
     responses: list[Tensor]  # as `step` takes them: an encoder-decoder's begin with the decoder's start token
     samples: list[Sample]  # as rewards take them
-    finished: list[bool]  # whether a stop token ended the response
+    finished: list[bool]  # whether a stop token or a stop string ended the response
 
     @property
     def queries(self) -> list[Tensor]:
@@ -39,13 +39,16 @@ class Drawn:
         return [prompt.tokens for prompt in self.prompts]
 
 
-def draw(trainer: Learner, prompts: Sequence[Prompt], generation: Mapping[str, Any], length_sampler: Any = None) -> Drawn:
+def draw(
+    trainer: Learner, prompts: Sequence[Prompt], generation: Mapping[str, Any], length_sampler: Any = None
+) -> Drawn:
     """Samples a response to each prompt with `PPOTrainer.generate`."""
     queries = [prompt.tokens.to(trainer.current_device) for prompt in prompts]
     responses = list(trainer.generate(queries, length_sampler, return_prompt=False, **generation))
     own = [response[int(trainer.is_encoder_decoder) :].tolist() for response in responses]
     texts = [trainer.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in own]
-    stops = set(stop_tokens(trainer.accelerator.unwrap_model(trainer.model).generation_config, generation))
+    config = trainer.accelerator.unwrap_model(trainer.model).generation_config
+    stops, strings = set(stop_tokens(config, generation)), stop_strings(config, generation)
     samples = [
         Sample(
             prompt=prompt.text,
@@ -56,8 +59,16 @@ def draw(trainer: Learner, prompts: Sequence[Prompt], generation: Mapping[str, A
         )
         for prompt, text, tokens in zip(prompts, texts, own, strict=True)
     ]
-    finished = [bool(tokens) and tokens[-1] in stops for tokens in own]
+    finished = [
+        bool(tokens) and (tokens[-1] in stops or _holds_one(strings, trainer.tokenizer, tokens)) for tokens in own
+    ]
     return Drawn(prompts=list(prompts), responses=responses, samples=samples, finished=finished)
+
+
+def _holds_one(strings: Sequence[str], tokenizer: Any, tokens: Sequence[int]) -> bool:
+    """Whether a response contains one of `strings`; it ends where the first one does."""
+    text = tokenizer.decode(tokens) if strings else ""
+    return any(string in text for string in strings)
 
 
 def judge(trainer: Learner, reward: Reward, drawn: Drawn, numbers: str) -> Scored:

@@ -74,14 +74,16 @@ from trl.training.loop import optimize
 from trl.training.modes import eval_mode
 from trl.training.optimizers import check_optimizer, check_scheduler, group_settings, inner, make_adam, unheld
 from trl.training.peak import memory_statistics
-from trl.training.processes import gather_over_processes, make_accelerator, whole_gradients
-from trl.training.resume import load_training, save_training
+from trl.training.processes import check_same, gather_over_processes, make_accelerator, whole_gradients
+from trl.training.resume import load_training, save_training, settings_of
 from trl.training.scores import ScoreSettings, ends_with, shape_scores
 from trl.training.statistics import pooled_mean, stack_updates
 from trl.types import ActorCritic, Evaluation, Rollout, Tally
 
 logger = logging.getLogger(__name__)
 _UNKNOWN = object()
+# Settings that processes may have each their own of: names, and the seed of a loop that deals with it.
+_MAY_DIFFER = ("seed", "task_name", "model_name", "tracker_project_name")
 # Of `prepare_model_inputs`: what passes read, and what collators for language models add.
 _INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"}
 
@@ -123,8 +125,8 @@ class PPOTrainer(PPOMethods):
         lr_scheduler: stepped once per call of `step`, without an argument.
 
     Raises:
-        ValueError: if an argument is of the wrong type, `optimizer` holds none of the model's trained parameters, or
-            `lr_scheduler` needs a number at each step.
+        ValueError: if an argument is of the wrong type, the settings of two processes differ (beside seed and names), `optimizer`
+            holds none of the model's trained parameters, or `lr_scheduler` needs a number at each step.
     """
 
     def __init__(
@@ -170,6 +172,7 @@ class PPOTrainer(PPOMethods):
             **config.accelerator_kwargs,
         )
         self.is_distributed = self.accelerator.num_processes > 1
+        check_same(self.accelerator, {k: v for k, v in settings_of(config).items() if k not in _MAY_DIFFER})
         if config.keep_memory and self.accelerator.device.type == "cpu":
             keep_freed_memory()
         if config.log_with is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -87,6 +88,23 @@ def share_bytes(accelerator: Any, data: bytes) -> list[bytes]:
         padded[0, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     rows = accelerator.gather(padded).cpu()
     return [row[:size].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
+def check_same(accelerator: Any, settings: Mapping[str, Any]) -> None:
+    """Refuses settings, JSON by name, that are not the same on every process. Every process must call this.
+
+    Raises:
+        ValueError: on every process, naming each difference.
+    """
+    told = [json.loads(part) for part in share_bytes(accelerator, json.dumps(dict(settings)).encode())]
+    differing = [
+        f"{name} is {told[0].get(name)} on process 0 and {other.get(name)} on process {rank}"
+        for rank, other in enumerate(told)
+        for name in other
+        if other[name] != told[0].get(name)
+    ]
+    if differing:
+        raise ValueError(f"settings must be the same on every process: {'; '.join(differing)}")
 
 
 def run_together(accelerator: Any, work: Callable[[], T], error: type[Exception] = RuntimeError) -> T:

@@ -186,7 +186,7 @@ def _reference(trainer: RunState) -> dict[str, str] | None:
 def _identity(trainer: RunState) -> dict[str, Any]:
     """What tells one run from another."""
     return {
-        "config": _settings(trainer.config),
+        "config": settings_of(trainer.config),
         "processes": trainer.accelerator.num_processes,
         "device": trainer.accelerator.device.type,
         "mixed_precision": str(trainer.accelerator.mixed_precision),
@@ -195,7 +195,7 @@ def _identity(trainer: RunState) -> dict[str, Any]:
     }
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def settings_of(config: Any) -> dict[str, Any]:
     """What can be compared between two runs, as JSON without secrets."""
     found = {}
     for name in (f.name for f in fields(config) if f.name not in _UNSAVED_SETTINGS):
@@ -234,7 +234,6 @@ def restore(
     _check_whole(trainer)
     run_together(trainer.accelerator, lambda: _refuse_another_run(trainer, checkpoint, differences), ValueError)
     state, model = checkpoint.state, trainer.accelerator.unwrap_model(trainer.model)
-    remarks = _harmless_differences(trainer, checkpoint)
     stored, _ = _split(model)
     with checkpoint.open(POLICY) as file, torch.no_grad():
         for name, tensor in stored.items():
@@ -242,7 +241,7 @@ def restore(
     for name, module in model.named_modules():
         module.training = state["modes"]["training"] != (name in state["modes"]["other"])
     with checkpoint.open(OPTIMIZER) as file:
-        remarks += load_optimizer(
+        remarks = load_optimizer(
             state["optimizer"],
             inner(trainer.optimizer),
             dict(model.named_parameters()),
@@ -254,6 +253,7 @@ def restore(
         if trainer.accelerator.scaler is not None and state["scaler"] is not None:
             trainer.accelerator.scaler.load_state_dict(decode(state["scaler"], file.get_tensor))
         own = decode(state["ppo"], file.get_tensor)
+    remarks = [*_harmless_differences(trainer, checkpoint), *remarks]
     kept = trainer.kl_ctl.value
     trainer.load_state_dict(own | {"minibatch_order": trainer._generator.get_state()})
     if _new_fixed_coefficient(trainer, state):
@@ -316,13 +316,20 @@ def _shaped(kind_and_shape: tuple[str, tuple[int, ...]]) -> str:
 
 
 def _harmless_differences(trainer: RunState, checkpoint: Checkpoint) -> list[str]:
-    """What may differ, in words: settings are the user's, and other machines and libraries round differently."""
+    """What may differ, in words: settings are the user's, and other machines and libraries round differently.
+
+    Called after the optimizer was loaded: of learning rates, the optimizer's counts.
+    """
     state, now, remarks = checkpoint.state, _identity(trainer), []
     changed = {
         name: (state["config"].get(name), value)
         for name, value in now["config"].items()
         if state["config"].get(name) != value
     }
+    rate = float(trainer.optimizer.param_groups[0]["lr"])
+    if "learning_rate" in changed and rate != trainer.config.learning_rate:
+        old, new = changed.pop("learning_rate")
+        remarks.append(f"learning_rate was {old}, is {new}, and has no effect: the optimizer goes on at {rate:g}")
     if changed:
         words = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
         remarks.append(f"settings have changed, and count from here on: {words}")
