@@ -65,7 +65,7 @@ def load_model(parent: Any, source: str, *args: Any, allow_pickle: bool = False,
             raise ValueError("use_safetensors=False reads a pickle: pass allow_pickle=True as well")
         kwargs["use_safetensors"] = True
     kwargs["trust_remote_code"] = trusted(kwargs)
-    if find_file(source, ADAPTER_CONFIG, hub_arguments(kwargs)) is not None:  # transformers loads adapters, pickled or not
+    if find_file(source, ADAPTER_CONFIG, hub_arguments(kwargs)) is not None:  # transformers loads adapters, too
         check_adapter_format(source, hub_arguments(kwargs), allow_pickle=allow_pickle)
     try:
         return parent.from_pretrained(source, *args, **kwargs)
