@@ -18,7 +18,7 @@ def is_torch_greater_2_0() -> bool:
 
 
 def cache_keyword(parameters: Container[str]) -> str:
-    """Returns the name of a forward's key-value cache argument: `cache` in transformers >= 5.24, else `past_key_values`.
+    """Returns the name of a forward's cache argument: `cache` in transformers >= 5.24, else `past_key_values`.
 
     Args:
         parameters: names of the forward's parameters.

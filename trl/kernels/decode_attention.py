@@ -57,11 +57,11 @@ def decoding_attention(
 
 
 def _bias(mask: Tensor | None, tokens: int, key: Tensor, heads: int) -> Tensor | None:
-    """Builds the additive bias `[B * shared or 1, heads / shared or 1, room]`, -inf in the buffer's tail after the tokens.
+    """Builds the additive bias `[B * shared or 1, heads / shared or 1, room]`, -inf in the buffer's unused tail.
 
     Args:
-        mask: `[B or 1, heads or 1, n, tokens or more]`, True where attention is allowed, or additive; or None. All layers
-            of a pass get the same tensor, so the bias is cached on it.
+        mask: `[B or 1, heads or 1, n, tokens or more]`, True where attention is allowed, or additive; or None. All
+            layers of a pass get the same tensor, so the bias is cached on it.
         tokens: number of tokens in the cache.
         key: `[B, shared, room, D]`.
         heads: number of query heads.

@@ -1,8 +1,8 @@
 """Fused decode-time forward for Llama, Mistral, Qwen2 and GPT-2 layers.
 
-At one token per row, dispatching an operation takes about as long as running it. Here, matrix products with the same input
-are merged, elementwise operations are fused into the preceding product, before its result is rounded, and queries and keys
-are rotated together. The decoding self-check (`trl.rollout.engine.obstacle`) runs through these layers too.
+At one token per row, dispatching an operation takes about as long as running it. Here, matrix products with the same
+input are merged, elementwise operations are fused into the preceding product, before its result is rounded, and queries
+and keys are rotated together. The decoding self-check (`trl.rollout.engine.obstacle`) runs through these layers too.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class QuickLayer:
         rows: approximate number of sequences.
     """
 
-    # `reads`: linear layers, grouped by shared input. `beside`: the other submodules, attention first, with their class name
-    # minus the architecture prefix.
+    # `reads`: linear layers, grouped by shared input. `beside`: the other submodules, attention first, with their class
+    # name minus the architecture prefix.
     reads: tuple[tuple[str, ...], ...]
     beside: ClassVar[Mapping[str, str]]
 
@@ -174,7 +174,7 @@ def _attended(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: T
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies rotary embeddings `[B, n, D]` to `[B, n, heads, D]`, pairing its halves (Su et al. 2021, arXiv:2104.09864)."""
+    """Rotates `[B, n, heads, D]` by angles `[B, n, D]`, pairing its halves (RoPE, Su et al. 2021, arXiv:2104.09864)."""
     half = x.shape[-1] // 2
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     turned = x * cos

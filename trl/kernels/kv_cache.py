@@ -63,7 +63,7 @@ def _part(whole: Tensor, tokens: int) -> Tensor:
 
 
 def whole_room(states: Tensor) -> Tensor:
-    """Returns the buffer behind a `GrowingLayer`'s `states`, with zeros or stale entries after them; else `states` itself."""
+    """Returns the buffer behind a `GrowingLayer`'s `states`, whose tail is zeros or stale entries; else `states`."""
     return getattr(states, "_trl_room", states)
 
 

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Minimum number of tokens at which copying the weights pays off.
 LEAST_TOKENS = 12
-# Share of the machine's memory that the copies may take. Of total, not free memory, so that a resumed run makes the same
-# choice.
+# Share of the machine's memory that the copies may take. Of total, not free memory, so that a resumed run makes the
+# same choice.
 _SHARE = 1 / 8
 
 
@@ -119,7 +119,7 @@ def packed_weights(model: nn.Module, *, rows: int, tokens: int) -> Iterator[None
 
 
 def _chosen(model: nn.Module, rows: int) -> dict[Any, Callable[[], Callable[..., Tensor]]]:
-    """Picks supported decoder layers as a whole, and linear layers outside them; returns factories of their forwards."""
+    """Picks whole decoder layers where supported, else linear layers; returns factories of their forwards."""
     found: dict[Any, Callable[[], Callable[..., Tensor]]] = {}
     within: set[nn.Module] = set()
     for module in model.modules():  # parents come before their children

@@ -1,7 +1,7 @@
 """Chunked Adam for float32 weights with bfloat16 gradients, which reads and writes memory only once.
 
-Each chunk fits the processor's cache while its gradient is cast to float32, torch's Adam kernel is applied, and the weights
-are cast back to bfloat16. Adam's moments can be stored in bfloat16, too (`NarrowAdam`).
+Each chunk stays in the processor's cache while its gradient is cast to float32, torch's Adam kernel is applied and the
+weights are cast back to bfloat16. Adam's moments can be stored in bfloat16, too (`NarrowAdam`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _CACHED, _LAUNCHED = 2**19, 2**24
 class NarrowAdam(Adam):
     """Adam with bfloat16 moments: 4 bytes per parameter instead of 8.
 
-    A step moves the second moment by a thousandth of the new squared gradient, less than bfloat16's spacing, so rounding to
-    nearest would leave it stuck. Stochastic rounding (Gupta et al. 2015, arXiv:1502.02551) makes it right on average; its
-    random numbers depend only on the step count, so a resumed run continues identically.
+    A step moves the second moment by a thousandth of the new squared gradient, less than bfloat16's spacing, so
+    rounding to nearest would leave it stuck. Stochastic rounding (Gupta et al. 2015, arXiv:1502.02551) makes it right
+    on average; its random numbers depend only on the step count, so a resumed run continues identically.
 
     Args:
         parameters: float32 parameters; for other dtypes the moments are as in Adam.
@@ -71,7 +71,7 @@ def can_stream(optimizer: Any) -> bool:
 
 
 def total_norm(narrow: Iterable[Tensor], wide: Iterable[Tensor]) -> Tensor:
-    """Returns the total norm of gradients of any dtypes, a float32 scalar; casts only one chunk at a time to float32."""
+    """Returns the total norm of gradients of any dtypes, a float32 scalar; casts one chunk at a time to float32."""
     squares = [_square(piece) for tensor in (*narrow, *wide) for (piece,) in _pieces(tensor.detach())]
     if not squares:
         return torch.zeros(())
@@ -90,8 +90,8 @@ def adam_step(optimizer: Adam, gradients: Mapping[Tensor, Tensor], scale: float 
 
     Args:
         optimizer: an optimizer for which `can_stream` is True.
-        gradients: gradient of each parameter, with the parameter's memory layout; overwritten with the updated parameter in
-            the gradient's dtype.
+        gradients: gradient of each parameter, with the parameter's memory layout; overwritten with the updated
+            parameter in the gradient's dtype.
         scale: factor applied to the gradients after the cast to float32.
 
     Returns:
@@ -163,7 +163,7 @@ def _step(
 
 
 def _rounded_at_random(x: Tensor, seed: int) -> Tensor:
-    """Rounds float32 to bfloat16 precision in place, away from zero with probability equal to the truncated fraction."""
+    """Rounds float32 to bfloat16 precision in place, away from zero with a probability of the truncated fraction."""
     size = max(x.numel(), _CACHED if x.device.type == "cpu" else _LAUNCHED)
     noise = _noise(size, seed, x.device)[: x.numel()].view(x.shape)
     x.view(torch.int32).add_(noise).bitwise_and_(-(2**16))  # bfloat16 drops the lower 16 bits of a float32

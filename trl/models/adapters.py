@@ -88,8 +88,8 @@ def reference_mode(model: nn.Module) -> Iterator[nn.Module]:
 def adapter_starts_at_zero(model: nn.Module) -> bool:
     """Whether the active adapter is currently a no-op, so that disabling it leaves the model's outputs unchanged.
 
-    True for the default LoRA initialisation (B = 0, or A = 0 in embeddings). False for a trained adapter, and for adapter
-    types or initialisations where it cannot be determined: use a `frozen_copy` as the reference then.
+    True for the default LoRA initialisation (B = 0, or A = 0 in embeddings). False for a trained adapter, and for
+    adapter types or initialisations where it cannot be determined: use a `frozen_copy` as the reference then.
 
     Raises:
         ValueError: if the model carries no adapter.
@@ -136,7 +136,7 @@ def _factors(module: nn.Module, adapter: str) -> tuple[Any, Any] | None:
 
 
 def _keeps_base_weights(config: Any) -> bool:
-    """False for initialisations that change the base weights (PiSSA, OLoRA ...) and for extra trained modules or biases."""
+    """False for initialisations that change base weights (PiSSA, OLoRA ...) and for extra trained modules or biases."""
     plain_start = config.init_lora_weights in (True, "gaussian", "orthogonal") or (
         config.init_lora_weights is False  # random B: detected by inspecting B
     )
@@ -145,7 +145,7 @@ def _keeps_base_weights(config: Any) -> bool:
 
 
 def stands_on_frozen_base(model: nn.Module) -> bool:
-    """Whether LoRA matrices are the only trained weights below the value head; such layers take activations of any dtype.
+    """Whether LoRA matrices, whose layers take activations of any dtype, are all that is trained below the value head.
 
     False for DoRA, adapters on bare parameters, additionally trained biases or modules, initialisations that change the
     base weights, and models with a reward adapter, which scores outside the trainer's passes.

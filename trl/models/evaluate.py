@@ -110,7 +110,7 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """Inputs of a model that `projects`; packed where possible, so that little compute goes into padding."""
+    """Inputs for a model whose `abilities` say `projects`; packed where possible, to spend little compute on padding."""
 
     inputs: dict[str, Any]  # keyword arguments of the model's forward
     running: AbstractContextManager[None]  # context to run the forward in
@@ -177,7 +177,7 @@ def _both(first: AbstractContextManager[None], second: AbstractContextManager[No
 def _without_logits(
     model: nn.Module, rollout: Rollout, temperature: float, entropy: bool, values: bool, response_only: bool
 ) -> Evaluation:
-    """`evaluate` without materialising logits, for models that `projects`."""
+    """`evaluate` without materialising logits, for models whose `abilities` say `projects`."""
     layout = _layout(model, rollout, response_only)
     wanted = Wanted(rows=layout.rows, tokens=layout.tokens, temperature=temperature, entropy=entropy)
     critic = None
@@ -203,7 +203,7 @@ def evaluate_exact_kl(
 ) -> Tensor:
     """Computes KL(policy || reference) over the full vocabulary at every position.
 
-    If both models support projection (see `abilities`), only a few positions' logits are in memory at a time.
+    If the `abilities` of both models say `projects`, only a few positions' logits are in memory at a time.
 
     Args:
         policy: as for `evaluate`.
@@ -259,7 +259,7 @@ def frozen_states(model: nn.Module, rollout: Rollout, depth: int) -> Tensor:
     """Computes the output of the first `depth` layers for a rollout's tokens.
 
     Args:
-        model: a model whose `abilities` has `projects`.
+        model: a model whose `abilities` say `projects`.
         rollout: `B` sequences of `T` decoder tokens.
         depth: the result of `frozen_depth`, > 0.
 

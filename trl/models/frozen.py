@@ -1,7 +1,7 @@
-"""Caches the output of a decoder's frozen first layers, once per rollout, for the policy, its reference and every epoch.
+"""Computes the output of a decoder's frozen first layers once per rollout, for policy, reference and every epoch.
 
-With `create_reference_model(model, num_shared_layers=n)`, or an adapter on the upper layers only, updates never change the
-output of the first layers. If a trial run confirms this, forward passes start above them.
+With `create_reference_model(model, num_shared_layers=n)`, or an adapter on the upper layers only, updates never change
+the output of the first layers. If a trial run confirms this, forward passes start above them.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ _CAN_BEGIN_ABOVE: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDiction
 def frozen_depth(model: nn.Module) -> int:
     """Counts a decoder's leading frozen layers, whose output no update changes; 0 if passes cannot start above them.
 
-    Neither these layers nor anything before them takes a gradient. If the first layer is frozen, runs a forward pass on a
-    few tokens to find out; the model must be in evaluation mode.
+    Neither these layers nor anything before them takes a gradient. If the first layer is frozen, runs a forward pass on
+    a few tokens to find out; the model must be in evaluation mode.
     """
     whole = getattr(unwrap(model), "pretrained_model", unwrap(model))  # adapters may run something before the layers
     if is_encoder_decoder(model) or not ignores_padding(model):
@@ -91,7 +91,7 @@ def shares_frozen(policy: nn.Module, reference: nn.Module, depth: int) -> bool:
 
 @contextmanager
 def only_first_layers(model: nn.Module, depth: int) -> Iterator[list[Any]]:
-    """Makes layers after the first `depth` the identity; yields a list that receives the output `[.., n, H]` of layer `depth`."""
+    """Skips all layers after the first `depth`; yields a list that collects the output `[.., n, H]` of the last one run."""
     layers = _layers(base_language_model(model))
     with (
         _watched(layers[depth - 1 : depth]) as seen,

@@ -32,8 +32,9 @@ def decoder_start(model: nn.Module) -> int | None:
 def context_length(model: nn.Module, *, encoder: bool = False) -> int | None:
     """Returns the context length in tokens; None if the configuration sets no limit.
 
-    For LongRoPE this is the original length, up to which the short frequencies apply. One longer sequence switches the
-    whole batch to the long frequencies, so a response could be evaluated with other frequencies than it was sampled with.
+    For LongRoPE this is the original length, up to which the short frequencies apply. A longer sequence switches its
+    whole batch to the long frequencies, so a response could be evaluated with other frequencies than it was sampled
+    with.
 
     Args:
         model: a language model, possibly wrapped.

@@ -115,7 +115,7 @@ def forward_inputs(
     encoder_tokens: Tensor | None = None,
     encoder_attention: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Builds cache-free forward keyword arguments for tokens `[B, T]` of a decoder or, with `encoder_*`, encoder-decoder."""
+    """Builds cache-free forward keyword arguments for tokens `[B, T]`; an encoder-decoder needs `encoder_*` as well."""
     inputs: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
     if encoder_tokens is None or encoder_attention is None:
         inputs |= {"input_ids": tokens, "attention_mask": attention.long()}

@@ -3,7 +3,7 @@
 Autocast casts the weights again in every forward pass; these copies are made once per optimizer step and shared by
 sampling, scoring and updating, so all three compute the same numbers. The optimizer's weights, the value head and the
 modules that the model keeps in float32 stay float32. Gradients are float32 after a pass, except that when a single pass
-produces a step's whole gradient, it can stay in bfloat16 and reuse the copies' memory, which nothing reads after that pass.
+produces a step's whole gradient, it can stay in bfloat16 in the copies' memory, which nothing reads after that pass.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ _FOUND: WeakKeyDictionary[nn.Module, tuple[Any, Abilities]] = WeakKeyDictionary(
 
 
 def predict(pretrained: nn.Module, inputs: dict[str, Any], wanted: Wanted) -> tuple[Tensor, Tensor]:
-    """Returns `[N]` float32 log-probabilities and entropies of a model that `projects` (see `Abilities`)."""
+    """Returns `[N]` float32 log-probabilities and entropies, for a model whose `abilities` say `projects`."""
     head = base_language_model(pretrained).get_output_embeddings()
     with without_head(pretrained) as seen:
         pretrained(**inputs)

@@ -101,7 +101,7 @@ def _has_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
-    """Returns the exceptions torch.compile raises when it cannot trace, lower or build; not those of the computation."""
+    """Returns the exceptions of torch.compile failing to trace, lower or build; not those of the computation."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 

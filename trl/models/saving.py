@@ -51,7 +51,7 @@ def save_value_head_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def make_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Creates a hub repository if needed and returns its full id `namespace/name`; a bare name goes to the token's user."""
+    """Creates a hub repository if needed and returns its id `namespace/name`; a bare name goes to the token's user."""
     from huggingface_hub import HfApi
 
     return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)

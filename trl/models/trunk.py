@@ -43,8 +43,8 @@ def decoder_of(model: nn.Module) -> Any:
         ValueError: if the model has no such module apart from its head.
     """
     base = base_language_model(model)
-    # `get_decoder` returns the head if that is named `decoder` (ModernBERT), and the whole model if the trunk's attribute
-    # is not named as the class declares (Llama 4).
+    # `get_decoder` returns the head if that is named `decoder` (ModernBERT), and the whole model if the trunk's
+    # attribute is not named as the class declares (Llama 4).
     for found in (base.get_decoder(), getattr(base, "base_model", None), getattr(base, "model", None)):
         if isinstance(found, nn.Module) and found is not base and found is not base.get_output_embeddings():
             return found

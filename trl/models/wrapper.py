@@ -85,7 +85,7 @@ class PreTrainedModelWrapper(nn.Module):
         self.pretrained_model = pretrained_model
         self.v_head = ValueHead(self.config, **kwargs)
         self.commits: dict[str, str | None] = {}
-        """Sources that `from_pretrained` read: hub ids with the commit their revision resolved to, folders with None."""
+        """Sources that `from_pretrained` read: hub ids with the commit of their revision, folders with None."""
         # Reward adapter: a frozen second adapter and its score head, not part of the state dict.
         self.reward_score: nn.Linear | None = None
         self.reward_adapter_name: str | None = None
@@ -111,7 +111,7 @@ class PreTrainedModelWrapper(nn.Module):
             attention_mask: [B, T], True or 1 on tokens.
             cache: the name of `past_key_values` in transformers >= 5.24; pass one or the other.
             float32_logits: False keeps the model's dtype, which halves the memory in half precision.
-            wanted: the `N` tokens to score; only for models whose `trl.models.predictions.abilities` has `projects`.
+            wanted: the `N` tokens to score; only for models whose `trl.models.predictions.abilities` say `projects`.
             kwargs: forwarded to the model, such as `position_ids`, `labels`, `decoder_input_ids`, `logits_to_keep`.
 
         Returns:
@@ -148,7 +148,7 @@ class PreTrainedModelWrapper(nn.Module):
         return logits, loss, values
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the language model's `generate`; `custom_generate` runs repository code, so needs `trust_remote_code=True`."""
+        """Calls the language model's `generate`; `custom_generate` runs repository code: needs `trust_remote_code=True`."""
         if kwargs.get("custom_generate") is not None:
             kwargs["trust_remote_code"] = trusted(kwargs)
         if args and self.is_peft_model:
@@ -284,7 +284,7 @@ class PreTrainedModelWrapper(nn.Module):
         self._place_value_head(*args, **kwargs)
 
     def _place_value_head(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Loads the value head from the `v_head.*` entries of `state_dict` and moves it to the output embeddings' device.
+        """Loads the value head from the `v_head.*` entries of `state_dict`; moves it to the output embeddings' device.
 
         Raises:
             ValueError: if the shapes do not match, or part of the model is offloaded to CPU or disk.
