@@ -110,7 +110,7 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """Inputs for a model whose `abilities` say `projects`; packed where possible, to spend little compute on padding."""
+    """Inputs for a model whose `abilities` say `projects`; packed where possible, to compute little on padding."""
 
     inputs: dict[str, Any]  # keyword arguments of the model's forward
     running: AbstractContextManager[None]  # context to run the forward in

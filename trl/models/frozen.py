@@ -91,7 +91,7 @@ def shares_frozen(policy: nn.Module, reference: nn.Module, depth: int) -> bool:
 
 @contextmanager
 def only_first_layers(model: nn.Module, depth: int) -> Iterator[list[Any]]:
-    """Skips all layers after the first `depth`; yields a list that collects the output `[.., n, H]` of the last one run."""
+    """Skips all layers after the first `depth`; yields a list that collects layer `depth`'s outputs `[.., n, H]`."""
     layers = _layers(base_language_model(model))
     with (
         _watched(layers[depth - 1 : depth]) as seen,

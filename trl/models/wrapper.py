@@ -148,7 +148,10 @@ class PreTrainedModelWrapper(nn.Module):
         return logits, loss, values
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the language model's `generate`; `custom_generate` runs repository code: needs `trust_remote_code=True`."""
+        """Calls the language model's `generate`.
+
+        `custom_generate` runs code from a repository, so it needs `trust_remote_code=True`.
+        """
         if kwargs.get("custom_generate") is not None:
             kwargs["trust_remote_code"] = trusted(kwargs)
         if args and self.is_peft_model:
