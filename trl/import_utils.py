@@ -1,4 +1,4 @@
-"""What is installed beside this library, and what its releases call things."""
+"""Availability of optional dependencies, and names that differ between their releases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Container
 
 
 def is_peft_available() -> bool:
-    """Whether `peft` can be imported now. Looked up at every call, so that hiding it takes effect at once."""
+    """Whether `peft` can be imported; checked at every call, so that hiding the package takes effect at once."""
     return importlib.util.find_spec("peft") is not None
 
 
@@ -18,9 +18,9 @@ def is_torch_greater_2_0() -> bool:
 
 
 def cache_keyword(parameters: Container[str]) -> str:
-    """The argument of a forward that takes the key-value cache: `cache` from transformers 5.24 on.
+    """Returns the name of a forward's cache argument: `cache` in transformers >= 5.24, else `past_key_values`.
 
     Args:
-        parameters: what the forward takes, by name.
+        parameters: names of the forward's parameters.
     """
     return "cache" if "cache" in parameters and "past_key_values" not in parameters else "past_key_values"

@@ -1,4 +1,4 @@
-"""Loading through transformers' auto classes with safe defaults: no pickle, no code of a checkpoint's own."""
+"""Loading through transformers' auto classes with safe defaults: no pickles, no code from the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ ADAPTER_CONFIG, ADAPTER_SAFE_FILE, ADAPTER_PICKLE_FILE = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
-# Arguments that say where files are, for transformers and peft alike.
+# Arguments that locate files, common to transformers and peft.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `kwargs` that say where files are."""
+    """Returns the entries of `kwargs` that locate files (`HUB_ARGUMENTS`), without those that are None."""
     return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
 
 
 def find_file(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
-    """Local path of the file `name` of a folder or hub id (downloaded if need be); None if it holds none."""
+    """Returns the local path of the file `name` in a folder or hub id, downloading it if needed; None if missing."""
     from transformers.utils.hub import cached_file
 
     return cached_file(
@@ -38,25 +38,25 @@ def find_file(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
 
 
 def commit_of(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
-    """The commit to which the revision of a hub id was resolved when its file `name` was read; None for a folder."""
+    """Returns the commit that a hub id's revision resolved to when its file `name` was read; None for a folder."""
     where = {key: value for key, value in hub.items() if key != "force_download"} | {"local_files_only": True}
     match = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", find_file(source, name, where) or "")
     return match[1] if match else None
 
 
 def load_model(parent: Any, source: str, *args: Any, allow_pickle: bool = False, **kwargs: Any) -> Any:
-    """`parent.from_pretrained`, from safetensors and without running the checkpoint's own code.
+    """Calls `parent.from_pretrained` on safetensors, without running the checkpoint's own code by default.
 
     Args:
-        parent: a transformers auto class of models.
+        parent: a transformers auto class for models.
         source: folder or hub id.
-        *args: transformers' own.
-        allow_pickle: read a legacy `.bin` where there are no safetensors, with `weights_only=True`.
-        **kwargs: transformers' own; `trust_remote_code` is False unless it is given.
+        *args: passed to transformers.
+        allow_pickle: read a legacy `.bin` if there are no safetensors, with `weights_only=True`.
+        **kwargs: passed to transformers; `trust_remote_code` defaults to False.
 
     Raises:
-        ValueError: if the weights are a pickle and `allow_pickle` is False, or the model needs code of the checkpoint's
-            own and `trust_remote_code` is not True.
+        ValueError: if the weights are pickled and `allow_pickle` is False, or the model needs the checkpoint's own code
+            and `trust_remote_code` is not True.
     """
     if kwargs.pop("weights_only", True) is not True:
         raise ValueError("weights_only=False would run code out of a pickle; only weights_only=True is supported")
@@ -65,7 +65,7 @@ def load_model(parent: Any, source: str, *args: Any, allow_pickle: bool = False,
             raise ValueError("use_safetensors=False reads a pickle: pass allow_pickle=True as well")
         kwargs["use_safetensors"] = True
     kwargs["trust_remote_code"] = trusted(kwargs)
-    if find_file(source, ADAPTER_CONFIG, hub_arguments(kwargs)) is not None:  # transformers loads it, from either file
+    if find_file(source, ADAPTER_CONFIG, hub_arguments(kwargs)) is not None:  # transformers loads adapters, too
         check_adapter_format(source, hub_arguments(kwargs), allow_pickle=allow_pickle)
     try:
         return parent.from_pretrained(source, *args, **kwargs)
@@ -77,10 +77,11 @@ def load_model(parent: Any, source: str, *args: Any, allow_pickle: bool = False,
 
 
 def check_adapter_format(source: str, hub: Mapping[str, Any], *, allow_pickle: bool) -> None:
-    """Refuses a PEFT adapter that only a pickle holds, unless the caller allows it, and one that names a module to import.
+    """Checks that a PEFT adapter can be loaded without running its code.
 
     Raises:
-        ValueError: if it does either, or has no weights.
+        ValueError: if only pickled weights exist and `allow_pickle` is False, if the configuration names a module for
+            peft to import (`megatron_config`), or if there are no weights.
     """
     config = find_file(source, ADAPTER_CONFIG, hub)
     if config is not None and json.loads(Path(config).read_text(encoding="utf-8")).get("megatron_config"):
@@ -96,7 +97,7 @@ def check_adapter_format(source: str, hub: Mapping[str, Any], *, allow_pickle: b
 
 
 def load_tokenizer(source: str, **kwargs: Any) -> Any:
-    """The tokenizer of a folder or hub id, without running the checkpoint's own code unless `trust_remote_code=True`."""
+    """Loads the tokenizer of a folder or hub id; runs the checkpoint's own code only with `trust_remote_code=True`."""
     from transformers import AutoTokenizer
 
     trust = trusted(kwargs)
@@ -105,12 +106,12 @@ def load_tokenizer(source: str, **kwargs: Any) -> Any:
 
 
 def trusted(kwargs: Mapping[str, Any]) -> bool:
-    """`trust_remote_code` as the caller gave it; None, on which transformers asks whoever is at stdin, is False."""
+    """Returns the caller's `trust_remote_code`; None becomes False, because transformers would prompt on stdin."""
     return bool(kwargs.get("trust_remote_code"))
 
 
 def pickle_refused(source: str, name: str, safe_name: str) -> str:
-    """What to say about the file `name` of `source`, for want of `safe_name`."""
+    """Returns the error message for `source` having the pickle `name` but not `safe_name`."""
     return (
         f"{source!r} holds {name}, a pickle, and no {safe_name}: pass allow_pickle=True to read it "
         "(with weights_only=True), or convert it to safetensors"

@@ -1,4 +1,4 @@
-"""What the C library does with the memory that a step lets go of."""
+"""glibc malloc settings that keep freed memory in the process between steps."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 @cache
 def keep_freed_memory() -> bool:
-    """Has glibc keep freed memory for the next allocation, in this process from now on.
+    """Makes glibc keep freed memory for later allocations, for the rest of this process.
 
-    As it is, glibc asks the kernel for every large block and gives it back when it is freed. A training step allocates the
-    same hundreds of megabytes again and again, and the kernel hands them out page by page, each of them cleared: on a CPU
-    that is a large part of the time of an update. Resident memory then stays at its peak.
+    By default glibc maps every large block from the kernel and unmaps it when freed. A training step allocates the same
+    hundreds of megabytes over and over, and the kernel zeroes them page by page: on a CPU this is a large part of an
+    update's time. The cost: resident memory stays at its peak.
 
     Returns:
-        Whether it was done: glibc alone has these settings.
+        Whether the settings took effect; only glibc has them.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,7 +1,7 @@
-"""Attention of one new token to all before it, where `scaled_dot_product_attention` is slow: on CPUs.
+"""Single-token decode attention for CPUs, where `scaled_dot_product_attention` is slow.
 
-The heads that share a key are one matrix product, and keys and values are read where they are; at a batch of 64 this takes
-a fifth of the time (bench/attention.py).
+Query heads that share a key head form one matrix product, and keys and values are read in place; at a batch of 64 this
+takes a fifth of the time (bench/attention.py).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def decoding_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in place of its own; `[B, heads, n, D]` tensors, returns `[B, n, heads, D]`.
+    """Attention function for transformers' `AttentionInterface`: `[B, heads, n, D]` tensors to `[B, n, heads, D]`.
 
-    For more than one new token, and for what it does not know, it is `scaled_dot_product_attention`.
+    Falls back to `scaled_dot_product_attention` for more than one new token and for unsupported options.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -44,7 +44,7 @@ def decoding_attention(
     asked = query.reshape(rows * shared, heads // shared, size)
     tokens = key.shape[2]
     if key.dtype != torch.float32 and whole_room(key).shape[2] == whole_room(value).shape[2]:
-        # Of parts of a buffer oneDNN's products make copies first, so that its empty rest is cheaper multiplied than cut off.
+        # oneDNN copies slices of a buffer first, so multiplying the whole buffer, empty tail included, is cheaper.
         key, value = whole_room(key), whole_room(value)
     bias = _bias(attention_mask, tokens, key, heads)
     keys = key.flatten(0, 1).transpose(1, 2)
@@ -57,14 +57,17 @@ def decoding_attention(
 
 
 def _bias(mask: Tensor | None, tokens: int, key: Tensor, heads: int) -> Tensor | None:
-    """`[B * shared or 1, heads / shared or 1, room]`: what is added to scores, -inf in the room after the tokens.
+    """Builds the additive bias `[B * shared or 1, heads / shared or 1, room]`, -inf in the buffer's unused tail.
 
     Args:
-        mask: `[B or 1, heads or 1, n, tokens or more]`, True where tokens are looked at, or what is added; or None. All layers of
-            a pass are given the same, so that what was made of it stays with it.
-        tokens: how many there are.
+        mask: `[B or 1, heads or 1, n, tokens or more]`, True where attention is allowed, or additive; or None. All
+            layers of a pass get the same tensor, so the bias is cached on it.
+        tokens: number of tokens in the cache.
         key: `[B, shared, room, D]`.
-        heads: how many ask.
+        heads: number of query heads.
+
+    Returns:
+        The bias, or None if there is nothing to mask.
     """
     rows, shared, room = key.shape[:3]
     if mask is None:
@@ -94,7 +97,7 @@ def _tail(tokens: int, room: int, dtype: torch.dtype, device: torch.device) -> T
 
 @contextmanager
 def decoding(model: Any) -> Iterator[None]:
-    """Within, a model on a CPU that attends by `scaled_dot_product_attention` does so by the above."""
+    """Switches a CPU model from `scaled_dot_product_attention` to `decoding_attention` inside the `with` block."""
     config = model.config.get_text_config(decoder=True)
     ours = config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", False)
     if not ours or next(model.parameters()).device.type != "cpu":

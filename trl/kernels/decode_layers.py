@@ -1,8 +1,8 @@
-"""Decoder layers of well-known makes, with as few operations as a token needs.
+"""Fused decode-time forward for Llama, Mistral, Qwen2 and GPT-2 layers.
 
-At one token a row, an operation between two products takes about as long to be asked for as to be done. Here products that read
-the same rows are one, what follows a product is done before its result is rounded, and queries and keys are rotated together. The
-trial of decoding (`trl.rollout.engine.obstacle`) runs through these layers too.
+At one token per row, dispatching an operation takes about as long as running it. Here, matrix products with the same
+input are merged, elementwise operations are fused into the preceding product, before its result is rounded, and queries
+and keys are rotated together. The decoding self-check (`trl.rollout.engine.obstacle`) runs through these layers too.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from trl.kernels.joined_products import Joined, Part, can_be_joined, is_free, pa
 
 
 class QuickLayer:
-    """Stands in for the `forward` of a decoder layer in passes with a cache; not differentiable.
+    """Replacement for a decoder layer's `forward` in passes with a cache; not differentiable.
 
     Args:
-        layer: of the make that a subclass is for.
-        rows: how many sequences there are, about.
+        layer: a decoder layer of the architecture that the subclass handles.
+        rows: approximate number of sequences.
     """
 
-    # Names of its linear layers, those that read the same rows together; and of its other parts, attention first, with what their
-    # classes are called after the make.
+    # `reads`: linear layers, grouped by shared input. `beside`: the other submodules, attention first, with their class
+    # name minus the architecture prefix.
     reads: tuple[tuple[str, ...], ...]
     beside: ClassVar[Mapping[str, str]]
 
     def __init__(self, layer: Any, rows: int) -> None:
         self.layer = layer
         self.plain: Callable[..., Tensor] = layer.forward
-        self.names = tuple(inspect.signature(layer.forward).parameters)[1:]  # of what follows the hidden states
+        self.names = tuple(inspect.signature(layer.forward).parameters)[1:]  # parameters after the hidden states
         self.cache_keyword = cache_keyword(self.names)
         self.products = [Joined(parts, rows) for parts in self.parts(layer) or ()]
         self.attention = layer.get_submodule(next(iter(self.beside)))
 
     @classmethod
     def knows(cls, layer: Any) -> bool:
-        """Whether a layer of this make is as it was made, and its products can be made here."""
+        """Whether `layer` is unmodified and all its products are supported."""
         make = type(layer).__name__.removesuffix("DecoderLayer").removesuffix("Block")
         parts = {name: layer.get_submodule(name) for name in cls.beside}
         as_made = all(
@@ -61,7 +61,7 @@ class QuickLayer:
 
     @classmethod
     def parts(cls, layer: Any) -> list[list[Part]] | None:
-        """The linear layers that read the same rows, in lists; None if one is of another kind."""
+        """Returns the linear layers grouped by shared input; None if one of them is unsupported."""
         found = [[part_of(layer.get_submodule(name)) for name in names] for names in cls.reads]
         known = [[part for part in parts if part is not None] for parts in found]
         whole = all(
@@ -72,18 +72,18 @@ class QuickLayer:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         known = hidden_states.dtype == self.products[0].dtype and not self.layer.training
         found = None
-        if known:  # by name: releases of transformers differ in what they pass by place, and in which
+        if known:  # bind by name: transformers releases differ in which arguments are positional, and in what order
             given = dict(zip(self.names, args, strict=False)) | kwargs
             found = self.pass_through(hidden_states, given.pop(self.cache_keyword, None), **given)
         return self.plain(hidden_states, *args, **kwargs) if found is None else found
 
     def pass_through(self, hidden: Tensor, cache: Any, **kwargs: Any) -> Tensor | None:
-        """`[B, n, H]` to the same; None if these arguments are for the plain layer."""
+        """Runs the fused layer on `[B, n, H]`, same shape out; None if these arguments need the plain layer."""
         raise NotImplementedError
 
 
 class _Gated(QuickLayer):
-    """Llama's, and its like: norms by the root mean square, rotated queries and keys, a gated inner layer."""
+    """Llama-style layer: RMSNorm, rotary embeddings and a gated MLP."""
 
     reads = (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -126,7 +126,7 @@ class _Gated(QuickLayer):
 
 
 class _GPT2(QuickLayer):
-    """GPT-2's: layer norms, and queries, keys and values in one product already."""
+    """GPT-2 layer: LayerNorm, and queries, keys and values already in one product."""
 
     reads = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))
     beside: ClassVar = {"attn": "Attention", "mlp": "MLP", "ln_1": "LayerNorm", "ln_2": "LayerNorm"}
@@ -162,19 +162,19 @@ _MAKES: dict[tuple[str, str], type[QuickLayer]] = {
 
 
 def quick_make(layer: Any) -> type[QuickLayer] | None:
-    """What can stand in for a layer; None if it is of another make, or was changed."""
+    """Returns the `QuickLayer` subclass for a layer; None for an unsupported architecture or a modified layer."""
     make = _MAKES.get((type(layer).__module__, type(layer).__name__))
     return make if make is not None and make.knows(layer) else None
 
 
 def _attended(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-    """`[B, heads, n, D]` queries, keys and values of new tokens to `[B, n, heads * D]`."""
+    """Appends new keys and values to the cache and attends: `[B, heads, n, D]` inputs to `[B, n, heads * D]`."""
     key, value = cache.update(key, value, attention.layer_idx)
     return decoding_attention(attention, query, key, value, mask, scaling=attention.scaling)[0].flatten(2)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`[B, n, heads, D]` by angles `[B, n, D]`: its halves are the two parts of what turns (Su et al. 2021, arXiv:2104.09864)."""
+    """Rotates `[B, n, heads, D]` by angles `[B, n, D]`, pairing its halves (RoPE, Su et al. 2021, arXiv:2104.09864)."""
     half = x.shape[-1] // 2
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     turned = x * cos
@@ -184,5 +184,5 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:
-    """What a norm by the root mean square makes of `[..., H]` (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """Applies RMSNorm to `[..., H]` (Zhang & Sennrich 2019, arXiv:1910.07467)."""
     return nn.functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)

@@ -1,4 +1,4 @@
-"""Linear layers as one product on weights that oneDNN has laid out, with the LoRA adapters that stand on them."""
+"""Linear layers, with their LoRA adapters, merged into one product on oneDNN-packed weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trl.kernels.products import LinearForward, can_be_packed, packed, packed_linear
 
-LowRank = tuple[Tensor, Tensor]  # what a LoRA layer multiplies by: `[r, in]`, then `[out, r]` with its scale
-Part = tuple[Any, LowRank | None]  # a plain linear layer, and the adapter on it
+LowRank = tuple[Tensor, Tensor]  # LoRA matrices: A `[r, in]`, and B `[out, r]` times the scaling
+Part = tuple[Any, LowRank | None]  # a plain linear layer and its adapter
 _AFTER = {
     "none": lambda x: x,
     "silu": nn.functional.silu,
@@ -21,18 +21,18 @@ _AFTER = {
 
 
 def is_free(layer: Any) -> bool:
-    """Whether nobody else stands in for its `forward`, nor waits for it to be called."""
+    """Whether the layer has no forward hooks and no replaced `forward` other than `LinearForward`."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     return not hooked and isinstance(vars(layer).get("forward"), LinearForward | None)
 
 
 def is_plain(layer: Any) -> bool:
-    """Whether a layer is a linear one as torch or transformers made it."""
+    """Whether a layer is an unmodified `nn.Linear` or transformers `Conv1D`."""
     return type(layer) in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter and is_free(layer)
 
 
 def adapter_of(module: Any) -> LowRank | None:
-    """What a plain LoRA layer multiplies by; None for others."""
+    """Returns the matrices of a plain, active LoRA layer; None for any other module."""
     if type(module).__name__ != "Linear" or not type(module).__module__.startswith("peft.tuners.lora."):
         return None
     names = [name for name in module.active_adapters if name in module.lora_A]
@@ -56,7 +56,7 @@ def adapter_of(module: Any) -> LowRank | None:
 
 
 def part_of(layer: Any) -> Part | None:
-    """A linear layer with the adapter on it, if both are plain."""
+    """Returns a linear layer and its adapter; None unless both are plain."""
     if is_plain(layer):
         return layer, None
     adapter = adapter_of(layer)
@@ -64,11 +64,11 @@ def part_of(layer: Any) -> Part | None:
 
 
 class Joined:
-    """Layers that read the same rows, as one product: `[..., in]`, at least one row, to `[..., out]`, results side by side.
+    """Linear layers with a shared input, as one product: `[..., in]`, at least one row, to concatenated `[..., out]`.
 
     Args:
-        parts: plain layers, each with what the adapter on it multiplies by, or None.
-        rows: how many will be multiplied at a time, about.
+        parts: plain layers, each with its adapter's matrices or None.
+        rows: approximate number of rows per product.
     """
 
     def __init__(self, parts: Sequence[Part], rows: int) -> None:
@@ -82,7 +82,7 @@ class Joined:
             self.bias = _one([*biases, *(low.new_zeros(len(low)) for low in lows)])
         self.sizes = [len(weight) for weight in weights]
         self.size = sum(self.sizes)
-        self.ups: list[tuple[slice, slice, Tensor]] = []  # where the result is, and what the adapter read; `[r, out]`
+        self.ups: list[tuple[slice, slice, Tensor]] = []  # output columns, columns of x A^T, and B^T `[r, out]`
         start, read = 0, self.size
         for size, (_, adapter) in zip(self.sizes, parts, strict=True):
             if adapter is not None:
@@ -94,7 +94,7 @@ class Joined:
     def __call__(
         self, rows: Tensor, *, activation: str = "none", added: Tensor | None = None, times: Tensor | None = None
     ) -> Tensor:
-        """As `packed_linear`."""
+        """Multiplies `rows`; arguments as for `packed_linear`."""
         if not self.ups:
             return packed_linear(rows, self.weight, self.bias, activation=activation, added=added, times=times)
         both = packed_linear(rows, self.weight, self.bias).flatten(0, -2)
@@ -113,7 +113,7 @@ class Joined:
 
 
 def can_be_joined(parts: Sequence[Part]) -> bool:
-    """Whether `Joined` takes these layers: of one dtype and width, and together large enough."""
+    """Whether `Joined` supports these layers: same dtype, device and input width, and together large enough to pack."""
     weights = [_weight(layer) for layer, _ in parts]
     weights += [adapter[0] for _, adapter in parts if adapter is not None]
     same = len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) == 1
@@ -125,7 +125,7 @@ def _one(tensors: list[Tensor]) -> Tensor:
 
 
 def _weight(layer: Any) -> Tensor:
-    """`[out, in]`."""
+    """Returns the weight as `[out, in]`."""
     weight: Tensor = layer.weight.detach()
     return weight.t() if type(layer) is Conv1D else weight
 

@@ -1,4 +1,4 @@
-"""A key-value cache that grows in steps, where transformers' own copies all of it for every token."""
+"""Key-value cache with spare capacity; transformers' own copies the whole cache for every token."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-_STEP = 16  # tokens of room that are added at a time, at the least
+_STEP = 16  # minimum number of tokens by which the buffer grows
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values `[B, heads, n, head_dim]` in a buffer with room for more, which is zero; `keys` and `values` are views
-    of it.
+    """Cache layer whose `keys` and `values` `[B, heads, n, head_dim]` are views of larger, zero-filled buffers.
 
-    The room grows by a half, so that all copies together cost no more than a few times the last one.
+    Buffers grow by a half, so that all copies together cost no more than a few times the last one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -23,7 +22,7 @@ class GrowingLayer(DynamicLayer):
         self._length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends the states of new tokens and returns those of all tokens."""
+        """Appends the keys and values of new tokens and returns those of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self._length + key_states.shape[-2]
@@ -49,7 +48,7 @@ class GrowingLayer(DynamicLayer):
         return larger
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows `indices` [b]."""
+        """Keeps only the rows `indices` [b]."""
         if self._room is None:
             return
         keys, values = (part[indices] for part in self._room)
@@ -64,17 +63,17 @@ def _part(whole: Tensor, tokens: int) -> Tensor:
 
 
 def whole_room(states: Tensor) -> Tensor:
-    """The buffer of which a growing layer returned `states`: zeros, or once written states, follow these; else `states`."""
+    """Returns the buffer behind a `GrowingLayer`'s `states`, whose tail is zeros or stale entries; else `states`."""
     return getattr(states, "_trl_room", states)
 
 
 def growing_cache(config: Any) -> DynamicCache:
-    """The cache that a model's decoder asks for, with plain layers replaced by growing ones.
+    """Builds a `DynamicCache` whose plain layers are `GrowingLayer`s.
 
-    Layers of another kind (sliding windows, recurrent states) stay as they are.
+    Layers of other types (sliding window, recurrent state) are not changed.
 
     Args:
-        config: the decoder's configuration, which names the kinds of its layers.
+        config: the decoder's configuration, which determines the layer types.
     """
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]

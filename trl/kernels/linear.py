@@ -1,4 +1,4 @@
-"""Linear layers that multiply in the quickest way while a pass is made, without a change of the model."""
+"""Temporarily routes a model's linear layers to the fastest matrix product, without modifying the model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trl.kernels.products import LinearForward, quicker_products
 
 @contextmanager
 def quick_products(*models: nn.Module) -> Iterator[None]:
-    """Within, the linear layers of `models` multiply as `trl.kernels.products.linear` does.
+    """Makes the linear layers of `models` use `trl.kernels.products.linear` inside the `with` block.
 
-    Where that has no other way than torch's, nothing is done; layers whose `forward` somebody replaced stay as they are.
+    Does nothing where that has no alternative to torch's own product; skips layers whose `forward` was replaced.
     """
     changed: list[Any] = []
     try:

@@ -1,9 +1,9 @@
-"""Causal self-attention over sequences that stand one after the other in a single row, without work on padding.
+"""Causal self-attention over sequences packed into a single row, without padding.
 
-Registered with transformers under a name of our own, and chosen for the length of a pass. A sequence attends to itself
-alone, in blocks of queries that see the keys up to their own end, so that neither time nor memory goes into what the causal
-mask hides. The heads that share a key are one matrix product. On CPUs this is two to three times as fast as
-`scaled_dot_product_attention` in bfloat16, and about as fast in float32 (bench/attention.py).
+Registered with transformers under its own name and selected for the duration of a pass. Each sequence attends only to
+itself, in blocks of queries that read the keys up to the block's end, so the part hidden by the causal mask costs
+neither time nor memory. Query heads that share a key head form one matrix product. On CPUs this is two to three times
+as fast as `scaled_dot_product_attention` in bfloat16, and about as fast in float32 (bench/attention.py).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 NAME = "trl_packed"
-_QUERIES = 256  # of a block: their scores against all keys stand in memory
-_KEPT_LENGTH = 128  # up to here probabilities are kept for the backward pass, beyond they are computed again
+_QUERIES = 256  # queries per block; their scores against all keys are in memory at once
+_KEPT_LENGTH = 128  # up to this length probabilities are saved for the backward pass; beyond, they are recomputed
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Sequences of one length, next to each other in a packed row."""
+    """Consecutive sequences of equal length in a packed row."""
 
     start: int
     count: int
@@ -37,7 +37,7 @@ _RUNS: ContextVar[tuple[Run, ...]] = ContextVar("runs of the packed row that is 
 
 
 def runs_of(lengths: Sequence[int]) -> tuple[Run, ...]:
-    """The runs of sequences with these lengths."""
+    """Groups consecutive equal `lengths` into runs."""
     runs: list[Run] = []
     start = 0
     for length in lengths:
@@ -51,7 +51,7 @@ def runs_of(lengths: Sequence[int]) -> tuple[Run, ...]:
 
 @cache
 def _bias(queries: int, keys: int, heads: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[heads * queries, keys]`: 0 where one of the last `queries` of `keys` positions may look, -inf elsewhere."""
+    """Returns the additive mask `[heads * queries, keys]` for the last `queries` of `keys` positions: 0 or -inf."""
     query = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)
     hidden = key > query
@@ -66,7 +66,7 @@ def _blocks(length: int) -> Iterator[slice]:
 
 
 def _split(x: Tensor, run: Run) -> Tensor:
-    """`[heads, T, D]` of a row to `[count, heads, length, D]` of a run."""
+    """Views a run's part of `[heads, T, D]` as `[count, heads, length, D]`."""
     part = x[:, run.start : run.start + run.count * run.length]
     return part.view(x.shape[0], run.count, run.length, x.shape[2]).transpose(0, 1)
 
@@ -136,33 +136,33 @@ class _Attention(torch.autograd.Function):
 
 
 def _covered(runs: Sequence[Run]) -> int:
-    """How many tokens of a row are in runs; those after them attend to nothing."""
+    """Counts the row's tokens covered by runs; tokens after them attend to nothing."""
     return runs[-1].start + runs[-1].count * runs[-1].length if runs else 0
 
 
 def _rows(x: Tensor, run: Run) -> Tensor:
-    """`[T, h, D]` to `[count, length, h, D]` of a run."""
+    """Views a run's part of `[T, h, D]` as `[count, length, h, D]`."""
     return x[run.start : run.start + run.count * run.length].view(run.count, run.length, *x.shape[1:])
 
 
 def _queries(query: Tensor, key: Tensor, run: Run, block: slice) -> Tensor:
-    """`[count * g, (h / g) * b, D]`: the queries of the heads that share a key, under each other."""
+    """Returns a block's queries as `[count * g, (h / g) * b, D]`, stacking the heads that share a key head."""
     shared = key.shape[0]
     return _split(query, run)[:, :, block].reshape(run.count * shared, -1, query.shape[2])
 
 
 def _keys(x: Tensor, run: Run, stop: int) -> Tensor:
-    """`[count * g, stop, D]` keys or values up to a position."""
+    """Returns keys or values before position `stop` as `[count * g, stop, D]`."""
     return _split(x, run)[:, :, :stop].reshape(run.count * x.shape[0], stop, x.shape[2])
 
 
 def _by_head(x: Tensor, heads: int, run: Run, block: slice) -> Tensor:
-    """`[count * g, (h / g) * b, D]` to `[count, h, b, D]`."""
+    """Views `[count * g, (h / g) * b, D]` as `[count, h, b, D]`."""
     return x.view(run.count, heads, block.stop - block.start, x.shape[2])
 
 
 def _probabilities(query: Tensor, key: Tensor, run: Run, block: slice, scale: float, window: int | None) -> Tensor:
-    """`[count * g, (h / g) * b, stop]` of a block of queries."""
+    """Returns the attention probabilities `[count * g, (h / g) * b, stop]` of a block of queries."""
     window = window if window is not None and window < block.stop else None
     size = block.stop - block.start
     bias = _bias(size, block.stop, query.shape[0] // key.shape[0], window, query.dtype, query.device)
@@ -174,10 +174,10 @@ def _probabilities(query: Tensor, key: Tensor, run: Run, block: slice, scale: fl
 def packed_mask(
     *, local_size: int | None = None, use_vmap: bool = False, config: Any = None, device: Any = None, **others: Any
 ) -> Tensor | None:
-    """What transformers calls in place of its own mask function: None for the causal mask, or a sliding window's width.
+    """Mask function for transformers' `AttentionMaskInterface`; encodes a sliding window by its width.
 
     Returns:
-        `[1, 1, 1, 1]` int64, the width of the window: a dtype that no real mask has.
+        None for the plain causal mask, or the window's width as `[1, 1, 1, 1]` int64, a dtype that no real mask has.
 
     Raises:
         NotImplementedError: for a mask that is neither causal nor a sliding window.
@@ -194,7 +194,7 @@ def packed_mask(
 
 
 def _window_of(mask: Tensor | None) -> int | None:
-    """The width of the sliding window that `packed_mask` returned; None for any other mask."""
+    """Returns the sliding window's width if the mask comes from `packed_mask`; None for any other mask."""
     return int(mask) if mask is not None and mask.dtype == torch.int64 and mask.numel() == 1 else None
 
 
@@ -209,12 +209,12 @@ def packed_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in place of its own attention; `[1, heads, T, D]` tensors, returns `[1, T, heads, D]`.
+    """Attention function for transformers' `AttentionInterface`: `[1, heads, T, D]` tensors to `[1, T, heads, D]`.
 
-    The window is the one of the mask that the model asked `packed_mask` for: transformers' own attention reads it there too.
+    The sliding window is taken from the mask that `packed_mask` made, as transformers' own attention does.
 
     Raises:
-        NotImplementedError: for what changes attention in a way that this one does not know.
+        NotImplementedError: for attention options that packed attention does not support.
     """
     unknown = [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if others.get(name) is not None]
     window = _window_of(attention_mask)
@@ -240,7 +240,7 @@ def packed_attention(
 def _with_dropout(
     query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, window: int | None, runs: Sequence[Run]
 ) -> Tensor:
-    """The same with probabilities left out at random: for small models that are trained with dropout."""
+    """`_Attention` with dropout on the probabilities, for small models trained with dropout; returns `[T, h, D]`."""
     found = []
     for run in runs:
         block = slice(0, run.length)
@@ -252,7 +252,12 @@ def _with_dropout(
 
 @contextmanager
 def packed(config: Any, lengths: Sequence[int]) -> Iterator[None]:
-    """Within, a model of this configuration attends within sequences of these lengths, packed in one row, which may go on."""
+    """Switches models that use `config` to packed attention inside the `with` block.
+
+    Args:
+        config: the decoder's configuration.
+        lengths: lengths of the packed sequences, in order; the row may be longer than their sum.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if NAME not in AttentionInterface._global_mapping:

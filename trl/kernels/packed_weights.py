@@ -1,8 +1,8 @@
-"""Weights laid out for decoding: as oneDNN reads them, once per batch of responses in place of once per token.
+"""Packs weights into oneDNN's layout for decoding, once per batch of responses instead of once per token.
 
-A product of few rows takes as long as it takes to read the weights, and torch's own order is read more slowly
-(bench/products.py). What a LoRA adapter reads first is packed with the weight that it stands on, and decoder layers of
-well-known makes are packed as a whole (`trl.kernels.decode_layers`).
+A product with few rows is bound by reading the weights, and torch's own layout reads more slowly (bench/products.py).
+A LoRA adapter's A matrix is packed together with its base weight, and decoder layers of supported architectures are
+replaced as a whole (`trl.kernels.decode_layers`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from trl.kernels.joined_products import Joined, Part, can_be_joined, part_of
 
 logger = logging.getLogger(__name__)
 
-# Fewer tokens are not worth a copy of the weights.
+# Minimum number of tokens at which copying the weights pays off.
 LEAST_TOKENS = 12
-# The copies may take this share of the machine's memory. Not of what is free at the moment: a run that is resumed computes as
-# it did before.
+# Share of the machine's memory that the copies may take. Of total, not free memory, so that a resumed run makes the
+# same choice.
 _SHARE = 1 / 8
 
 
 class _PackedLinear:
-    """Stands in for the `forward` of a linear layer, or of a LoRA layer, on a packed weight."""
+    """Replacement for the `forward` of a linear or LoRA layer that uses a packed weight."""
 
     def __init__(self, part: Part, plain: Callable[..., Tensor], rows: int) -> None:
         self.products = (Joined([part], rows),)
@@ -46,7 +46,7 @@ class _PackedLinear:
 
 @cache
 def _memory() -> int | None:
-    """Bytes for this process: the machine's or its control group's, over the processes that share them; None if unknown."""
+    """Returns this process's share of memory in bytes: the machine's or cgroup's, over local ranks; None if unknown."""
     try:
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     except (AttributeError, OSError, ValueError):
@@ -59,7 +59,7 @@ def _memory() -> int | None:
 
 
 def _limits() -> Iterator[Path]:
-    """Files that may hold a limit of this process's control groups, version 2 or 1."""
+    """Yields files that may hold a memory limit of this process's cgroups, v2 or v1."""
     root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
     for line in own.read_text().splitlines() if own.is_file() else ():
         number, names, path = line.split(":", 2)
@@ -82,18 +82,17 @@ def _log_too_large(needed: int, memory: int | None) -> None:
 
 @contextmanager
 def packed_weights(model: nn.Module, *, rows: int, tokens: int) -> Iterator[None]:
-    """Within, the layers of `model` read copies of their weights that are laid out for decoding; not differentiable.
+    """Makes the layers of `model` use packed copies of their weights inside the `with` block; not differentiable.
 
-    Where torch cannot do so, for too few tokens, or where the copies would fill more than an eighth of the machine's memory,
-    nothing is done.
+    Does nothing if torch lacks support, for too few tokens, or if the copies would exceed an eighth of the memory.
 
     Args:
-        model: a plain transformers language model, or one with adapters, whose weights nobody changes meanwhile.
-        rows: about how many rows are decoded at a time.
-        tokens: about how many forward passes will be made.
+        model: a plain transformers language model, or one with adapters; its weights must not change inside the block.
+        rows: approximate number of rows decoded at a time.
+        tokens: approximate number of forward passes.
     """
-    chosen: dict[Any, Callable[[], Callable[..., Tensor]]] = {}  # what will stand in for the forward of which module
-    if tokens >= LEAST_TOKENS and not torch.is_autocast_enabled("cpu"):  # which would narrow the weights in every pass
+    chosen: dict[Any, Callable[[], Callable[..., Tensor]]] = {}  # module -> factory of its replacement forward
+    if tokens >= LEAST_TOKENS and not torch.is_autocast_enabled("cpu"):  # autocast would cast the weights in every pass
         chosen = _chosen(model, rows)
     needed = sum(
         part.weight.numel() * part.weight.element_size()
@@ -120,17 +119,17 @@ def packed_weights(model: nn.Module, *, rows: int, tokens: int) -> Iterator[None
 
 
 def _chosen(model: nn.Module, rows: int) -> dict[Any, Callable[[], Callable[..., Tensor]]]:
-    """Whole decoder layers where they are known, and other linear layers; nothing that is within another."""
+    """Picks whole decoder layers where supported, else linear layers; returns factories of their forwards."""
     found: dict[Any, Callable[[], Callable[..., Tensor]]] = {}
     within: set[nn.Module] = set()
-    for module in model.modules():  # what holds others comes before them
+    for module in model.modules():  # parents come before their children
         if module in within:
             continue
         if (make := quick_make(module)) is not None:
             found[module] = partial(make, module, rows)
         elif (part := part_of(module)) is not None and can_be_joined([part]):
             found[module] = partial(_PackedLinear, part, module.forward, rows)
-        elif type(module).__name__ != "ParamWrapper":  # peft's, which changes the weight under it in each pass
+        elif type(module).__name__ != "ParamWrapper":  # peft's ParamWrapper changes the weight under it in every pass
             continue
         within |= set(module.modules())
     return found

@@ -1,7 +1,7 @@
-"""Matrix products of linear layers, by the library that is the fastest on the processor at hand.
+"""Matrix products of linear layers, through the fastest library for the CPU.
 
-torch multiplies float32 matrices on CPUs with MKL, which reaches less than half of what a processor can do unless Intel made
-it. oneDNN, which torch brings along for its other products, does not ask who made it (bench/products.py).
+On CPUs torch multiplies float32 matrices with MKL, which reaches less than half of the peak on processors not made by
+Intel. oneDNN, which ships with torch for other products, has no such penalty (bench/products.py).
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Multiplications of a product, from which on the other library gains more than the way to it costs.
+# Minimum number of multiplies at which oneDNN repays its dispatch cost.
 _WORTHWHILE = 2**21
-# Smaller weights than of so many columns and rows are not packed.
+# Minimum number of rows and of columns of a weight to pack.
 _LEAST_SIDE = 64
-# What oneDNN calls what can follow a product: a name, scalars, and a kind.
+# oneDNN's arguments for activations fused into a product: name, scalars and algorithm.
 ACTIVATIONS: dict[str, tuple[str, list[float], str]] = {
     "none": ("none", [], ""),
     "silu": ("swish", [], ""),
     "gelu_tanh": ("gelu", [], "tanh"),
 }
-# Neither sharded nor quantised.
+# Exact tensor types that are neither sharded nor quantised.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @cache
 def _processor() -> dict[str, Any]:
-    """Its name, and what it has instructions for; empty where torch does not say."""
+    """Returns the CPU's name and instruction set flags; empty if torch does not report them."""
     return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 @cache
 def _has_onednn() -> bool:
-    """Whether torch has oneDNN's linear layers, as its own compiler calls them, for a processor that they are quick on."""
+    """Whether torch has the oneDNN linear ops that its compiler uses, and the CPU has AVX2, which makes them fast."""
     names = ("_linear_pointwise", "_reorder_linear_weight")
     there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
     return there and bool(_processor().get("avx2"))
@@ -48,12 +48,12 @@ def _has_bfloat16() -> bool:
 
 @cache
 def _mkl_is_slow() -> bool:
-    """Whether torch's own float32 products are MKL's, on a processor that this is not made for."""
+    """Whether torch uses MKL for float32 products on an AMD processor, where it is slow."""
     return torch.backends.mkl.is_available() and "AMD" in str(_processor().get("cpu_name"))
 
 
 def can_be_packed(weight: Tensor) -> bool:
-    """Whether `packed` can lay this weight `[out, in]` out anew."""
+    """Whether `packed` supports this weight `[out, in]`."""
     if type(weight) not in _PLAIN or weight.device.type != "cpu" or min(weight.shape) < _LEAST_SIDE:
         return False
     fits = weight.dtype in (torch.float32, torch.bfloat16)
@@ -61,11 +61,11 @@ def can_be_packed(weight: Tensor) -> bool:
 
 
 def packed(weight: Tensor, rows: int) -> Tensor:
-    """A copy of `weight` `[out, in]` in the order in which oneDNN reads it; for `packed_linear` alone.
+    """Copies `weight` `[out, in]` into oneDNN's blocked layout; only `packed_linear` can read the result.
 
     Args:
-        weight: what `can_be_packed` said yes to.
-        rows: how many rows will be multiplied by it at a time, about.
+        weight: a weight for which `can_be_packed` is True.
+        rows: approximate number of rows per product.
     """
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
@@ -79,15 +79,18 @@ def packed_linear(
     added: Tensor | None = None,
     times: Tensor | None = None,
 ) -> Tensor:
-    """`[..., in]` rows times a packed weight, plus `[out]` bias, and what follows before it is rounded; not differentiable.
+    """Linear layer on a packed weight, with one fused elementwise operation before rounding; not differentiable.
 
     Args:
-        rows: at least one.
-        weight: from `packed`.
-        bias: or None.
-        activation: a name of `ACTIVATIONS`, of the result.
-        added: `[..., out]`, added to the result; without `activation`.
-        times: `[..., out]`, multiplied by the result; without either.
+        rows: `[..., in]`, at least one row.
+        weight: a weight from `packed`.
+        bias: `[out]` or None.
+        activation: a key of `ACTIVATIONS`, applied to the result.
+        added: `[..., out]`, added to the result; cannot be combined with `activation`.
+        times: `[..., out]`, multiplied with the result; cannot be combined with `activation` or `added`.
+
+    Returns:
+        `[..., out]`.
     """
     if added is not None or times is not None:
         other, name = (added, "add") if added is not None else (times, "mul")
@@ -113,28 +116,28 @@ def _is_worthwhile(rows: Tensor, weight: Tensor, bias: Tensor | None, multiplica
 
 
 def shared_size(count: int, steps: int = 16) -> int:
-    """`count` or a little more: of the numbers that are the same for many counts, `steps` between a power of two and the next.
+    """Rounds `count` up to one of `steps` bucket sizes per power of two, so that shapes repeat.
 
-    oneDNN writes code for every shape of a product, half a millisecond and up to a megabyte each, and keeps it for the
-    next product of that shape (bench/products.py). Where shapes never repeat, that is a tenth of the time of a small model.
+    oneDNN generates and caches code for every product shape, at half a millisecond and up to a megabyte each
+    (bench/products.py). If shapes never repeat, that is a tenth of a small model's time.
     """
     step = max(1, 2 ** (max(0, count - 1).bit_length()) // (2 * steps))
     return -(-count // step) * step
 
 
 def quicker_products() -> bool:
-    """Whether `linear` has another way than torch's on this processor."""
+    """Whether `linear` has a faster alternative to torch's product on this CPU."""
     return _mkl_is_slow() and _has_onednn()
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
-    """What `torch.nn.functional.linear` computes, to the rounding, and its gradients.
+    """Same as `torch.nn.functional.linear` up to rounding, with gradients.
 
     Args:
         rows: `[..., in]`.
         weight: `[out, in]`, or `[in, out]` if `transposed`.
         bias: `[out]`.
-        transposed: as in the layers of GPT-2.
+        transposed: whether the weight is stored as in GPT-2's layers.
 
     Returns:
         `[..., out]`.
@@ -145,10 +148,10 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpos
 
 
 class LinearForward:
-    """Stands in for the `forward` of a linear layer while passes are made.
+    """Temporary replacement for a linear layer's `forward` that calls `linear`.
 
     Args:
-        layer: has `weight` and `bias`.
+        layer: a module with `weight` and `bias`.
         transposed: whether the weight is `[in, out]`.
     """
 
@@ -157,7 +160,7 @@ class LinearForward:
         self.transposed = transposed
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        (rows,) = (*args, *kwargs.values())  # the argument's name is the layer's own
+        (rows,) = (*args, *kwargs.values())  # the argument's name depends on the layer
         return linear(rows, self.layer.weight, self.layer.bias, transposed=self.transposed)
 
 
@@ -191,12 +194,12 @@ class _Linear(torch.autograd.Function):
 
 
 def summed_outer(first: Tensor, second: Tensor) -> Tensor:
-    """`[M, p]` and `[M, q]` -> `[p, q]`, the sum of the outer products of their rows; not differentiable."""
+    """Sums the outer products of rows, `[M, p]` and `[M, q]` to `[p, q]`; not differentiable."""
     count, p = first.shape
     q = second.shape[1]
     if not _is_worthwhile(first, second, None, count * p * q):
         return first.t() @ second
-    # oneDNN reads the one of them row by row after a copy; or the other, and then the result has to be turned.
+    # oneDNN needs a contiguous copy of one operand: of `first`, or of `second` and then the result must be transposed.
     if p * count <= q * count + p * q:
         return _onednn(first.t().contiguous(), second.t(), None)
     return _onednn(second.t().contiguous(), first.t(), None).t().contiguous()

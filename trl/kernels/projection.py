@@ -1,7 +1,7 @@
-"""Log-probabilities straight from hidden states: the projection on the vocabulary, a block of words and rows at a time.
+"""Log-probabilities and entropies from hidden states, projecting one block of rows and vocabulary at a time.
 
-Neither the logits `[N, V]` nor their gradient is ever there as a whole. The softmax is normalised as its blocks come in
-(Milakov & Gimelshein 2018, arXiv:1805.02867), and the backward pass projects a second time.
+Neither the logits `[N, V]` nor their gradient is materialised as a whole. Normalisation is online softmax (Milakov &
+Gimelshein 2018, arXiv:1805.02867), and the backward pass recomputes the projection.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.autograd.function import once_differentiable
 from trl.functional.logprobs import BITS, FLOOR, wide_dtype
 from trl.kernels.products import linear, summed_outer
 
-# Rows that are multiplied at a time, and the size of their block of logits in float32: on a CPU it stays in the cache.
+# Rows per block, and bytes of a block of float32 logits: on a CPU it fits the cache.
 _ROWS = {"cpu": 512, "other": 8192}
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "other": 256 * 2**20}
-# Below this the logits of all blocks are kept for the backward pass in place of a second projection.
+# Up to this size the logits of all blocks are saved for the backward pass instead of being recomputed.
 _KEPT_BYTES = 48 * 2**20
 
 
 def _sizes(hidden: Tensor, words: int, block: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and words of a block."""
+    """Returns the block size: rows and vocabulary entries."""
     if block is not None:
         return block
     kind = hidden.device.type if hidden.device.type in _ROWS else "other"
@@ -38,7 +38,7 @@ def _parts(count: int, size: int) -> Iterator[slice]:
 
 
 def _minus(raw: Tensor, top: Tensor, *, keep: bool) -> Tensor:
-    """`raw` `[n, v]` minus `top` `[n]`, in the numbers of `top`; `raw` itself may be written to unless it is to be kept."""
+    """Computes `raw` `[n, v]` minus `top` `[n]` in the dtype of `top`; may overwrite `raw` unless `keep`."""
     if raw.dtype == top.dtype and keep:
         return raw - top[:, None]
     return raw.to(top.dtype).sub_(top[:, None])
@@ -74,14 +74,14 @@ class _Projected(torch.autograd.Function):
                 here = (tokens[rows] >= some.start) & (tokens[rows] < some.stop)
                 place = (tokens[rows] - some.start).clamp(0, some.stop - some.start - 1)
                 chosen[rows] += raw.gather(-1, place[:, None]).squeeze(-1).where(here, 0)
-                # The largest logit is taken off first: next to a large common offset differences would lose their digits.
+                # Subtract the largest logit before scaling: a large common offset would cost the differences precision.
                 largest = torch.maximum(top[rows], raw.amax(dim=-1)).clamp(min=FLOOR)
                 shift = ((top[rows] - largest) * unit).clamp(min=FLOOR)
                 x = _minus(raw, largest, keep=keep).mul_(unit)
                 w = torch.exp2(x)
                 scale = shift.exp2()
                 if need_entropy:
-                    # A logit of -inf is a word of probability 0 and adds nothing.
+                    # A logit of -inf has probability 0 and contributes nothing.
                     added = torch.bmm(w[:, None], x.clamp_(min=FLOOR)[..., None]).flatten()
                     slope[rows] = (slope[rows] + total[rows] * shift) * scale + added
                 total[rows] = total[rows] * scale + w.sum(dim=-1)
@@ -103,13 +103,13 @@ class _Projected(torch.autograd.Function):
         hidden, weight, bias, tokens, top, log_total, entropy, *kept = ctx.saved_tensors
         if grad_chosen is None and grad_entropy is None:
             return (None,) * 7
-        # Of a logit before it was divided by the temperature.
+        # Gradients with respect to the logits before division by the temperature.
         grad_chosen, grad_entropy = (g if g is None else g / ctx.temperature for g in (grad_chosen, grad_entropy))
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         size, step = ctx.block
         count, words, wide = len(hidden), len(weight), top.dtype
         unit = BITS / ctx.temperature
-        highest = top + log_total / unit  # a logit as high as this would have all the probability
+        highest = top + log_total / unit  # a logit this high would have probability 1
         grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if wants_hidden else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias else None
@@ -144,7 +144,7 @@ class _Projected(torch.autograd.Function):
                     grad_hidden[rows] += linear(narrow, weight[some], transposed=True)
                 if wants_weight:
                     added = summed_outer(narrow, hidden[rows])
-                    if count > size:  # sums of several products are added up in wide numbers
+                    if count > size:  # several products: accumulate in the wide dtype
                         added = added.to(wide)
                     sum_weight = added if sum_weight is None else sum_weight.add_(added)
             if grad_weight is not None:
@@ -167,23 +167,23 @@ def projected_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `tokens` and entropies under softmax((hidden @ weight.T + bias) / temperature).
 
-    The same numbers as `token_logprobs_and_entropy` gives for these logits, and the same gradients, without the logits.
+    Same values and gradients as `token_logprobs_and_entropy` on these logits, without materialising them.
 
     Args:
-        hidden: `[N, H]`, any floating dtype; logits are rounded to it, and computed with in float32, or in float64 if
-            given so.
+        hidden: `[N, H]`, any floating dtype; logits are rounded to it and then processed in float32, or in float64 for
+            float64 input.
         weight: `[V, H]` of the same dtype.
         tokens: `[N]` int64.
         bias: `[V]`.
-        temperature: what sampling divided the logits by; > 0.
-        entropy: False spares the entropy; zeros are returned in its place.
-        block: rows and words whose logits stand in memory at a time; None is what suits the device.
+        temperature: sampling temperature, which divides the logits; > 0.
+        entropy: False skips the entropy and returns zeros for it.
+        block: rows and vocabulary entries per block of logits in memory; None picks a size for the device.
 
     Returns:
         `[N]` log p(token) in nats, and `[N]` entropies in nats (≥ 0).
 
     Raises:
-        ValueError: if the shapes do not fit or the temperature is not positive.
+        ValueError: if the shapes do not match or the temperature is not positive.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or len(tokens) != len(hidden):
         raise ValueError(

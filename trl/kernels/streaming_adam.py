@@ -1,7 +1,7 @@
-"""Adam on bfloat16 gradients of float32 weights, a piece at a time: everything is read from memory and written once.
+"""Chunked Adam for float32 weights with bfloat16 gradients, which reads and writes memory only once.
 
-Each piece is small enough to stay in the processor's cache while its gradient is widened, Adam's own kernel is applied, and
-the weights are narrowed again. Adam's moments can be held in bfloat16 as well (`NarrowAdam`).
+Each chunk stays in the processor's cache while its gradient is cast to float32, torch's Adam kernel is applied and the
+weights are cast back to bfloat16. Adam's moments can be stored in bfloat16, too (`NarrowAdam`).
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from torch import Tensor
 from torch.optim import Adam, AdamW
 from torch.optim.adam import adam
 
-_DOT = 2**18  # elements of a dot product
-# Elements of a piece. A multiple of every vector width, so that pieces round as the whole does.
+_DOT = 2**18  # elements per dot product
+# Elements per chunk. A multiple of every vector width, so that chunks round as the whole tensor does.
 _CACHED, _LAUNCHED = 2**19, 2**24
 
 
 class NarrowAdam(Adam):
-    """Adam whose moments are held in bfloat16: 4 bytes a parameter in place of 8.
+    """Adam with bfloat16 moments: 4 bytes per parameter instead of 8.
 
-    A step moves the second moment by a thousandth of what is new, less than bfloat16 numbers are apart: rounded to the nearest,
-    it would stay where it is. It is rounded up or down at random, so that it is right on average (stochastic rounding, Gupta et al.
-    2015, arXiv:1502.02551); the numbers depend on the count of steps alone, so that a run that is resumed goes on as it would have.
+    A step moves the second moment by a thousandth of the new squared gradient, less than bfloat16's spacing, so
+    rounding to nearest would leave it stuck. Stochastic rounding (Gupta et al. 2015, arXiv:1502.02551) makes it right
+    on average; its random numbers depend only on the step count, so a resumed run continues identically.
 
     Args:
-        parameters: float32 ones; moments of others are as Adam's.
-        settings: of `torch.optim.Adam`.
+        parameters: float32 parameters; for other dtypes the moments are as in Adam.
+        settings: arguments of `torch.optim.Adam`.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step with the gradients that parameters have once `closure` has run."""
+        """Runs `closure`, if given, then takes one step; returns the closure's result."""
         found = None
         if closure is not None:
             with torch.enable_grad():
@@ -50,7 +50,7 @@ class NarrowAdam(Adam):
         return found
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """As torch's, which widens moments on the way."""
+        """Loads the state and casts the moments back to bfloat16, because torch casts them to the parameters' dtype."""
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
@@ -63,7 +63,7 @@ def _moment_dtype(optimizer: Adam, parameter: Tensor) -> torch.dtype:
 
 
 def can_stream(optimizer: Any) -> bool:
-    """Whether `adam_step` does what a torch optimizer would: Adam or AdamW itself, with nothing out of the ordinary."""
+    """Whether `adam_step` can replace the optimizer's step: Adam, AdamW or `NarrowAdam`, without unusual options."""
     unusual = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")
     return type(optimizer) in (Adam, AdamW, NarrowAdam) and not any(
         group["fused"] is False or any(group[name] for name in unusual) for group in optimizer.param_groups
@@ -71,7 +71,7 @@ def can_stream(optimizer: Any) -> bool:
 
 
 def total_norm(narrow: Iterable[Tensor], wide: Iterable[Tensor]) -> Tensor:
-    """Scalar float32: the norm of gradients of any dtype together, with no widened copy of any but a piece."""
+    """Returns the total norm of gradients of any dtypes, a float32 scalar; casts one chunk at a time to float32."""
     squares = [_square(piece) for tensor in (*narrow, *wide) for (piece,) in _pieces(tensor.detach())]
     if not squares:
         return torch.zeros(())
@@ -79,22 +79,23 @@ def total_norm(narrow: Iterable[Tensor], wide: Iterable[Tensor]) -> Tensor:
 
 
 def _square(tensor: Tensor) -> Tensor:
-    """Scalar float32: the squared norm. A dot product takes half the time of torch's norm, and is nearer to the exact one."""
+    """Returns the squared norm, a float32 scalar, by dot products: half the time of torch's norm, and more accurate."""
     parts = (part.float() for part in tensor.flatten().split(_DOT))
     return torch.stack([torch.dot(part, part) for part in parts]).sum()
 
 
 @torch.no_grad()
 def adam_step(optimizer: Adam, gradients: Mapping[Tensor, Tensor], scale: float = 1.0) -> list[Tensor]:
-    """The step of fused Adam with narrow gradients, on the state that the optimizer has or would have made.
+    """Takes a fused Adam step with bfloat16 gradients, creating optimizer state where there is none.
 
     Args:
-        optimizer: one that `can_stream`.
-        gradients: by parameter of any shape, contiguous as it is. On return the parameter stands there, narrowed.
-        scale: what the gradients are multiplied by, once they are wide.
+        optimizer: an optimizer for which `can_stream` is True.
+        gradients: gradient of each parameter, with the parameter's memory layout; overwritten with the updated
+            parameter in the gradient's dtype.
+        scale: factor applied to the gradients after the cast to float32.
 
     Returns:
-        The parameters that were stepped: the optimizer may not have all of them.
+        The parameters that were updated; `gradients` may hold some that the optimizer does not.
     """
     stepped = []
     for group in optimizer.param_groups:
@@ -107,7 +108,7 @@ def adam_step(optimizer: Adam, gradients: Mapping[Tensor, Tensor], scale: float 
 
 
 def _state(optimizer: Adam, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A parameter's state; made as torch makes it, if there is none yet."""
+    """Returns a parameter's optimizer state, initialised as torch does if missing."""
     state: dict[str, Tensor] = optimizer.state[parameter]
     if not state:
         wide = torch.float64 if torch.get_default_dtype() == torch.float64 and not group["fused"] else torch.float32
@@ -127,7 +128,7 @@ def _step(
     *,
     narrows: bool = False,
 ) -> None:
-    """One step of one parameter, which `narrows` writes to where its gradient was."""
+    """Updates one parameter; `narrows` overwrites its gradient with the updated weights."""
     beta1, beta2 = group["betas"]
     narrow = state["exp_avg"].dtype != parameter.dtype
     seed = int(state["step"]) if narrow else 0
@@ -142,7 +143,7 @@ def _step(
             [moments[0]],
             [moments[1]],
             [],
-            [state["step"].to(weights.device, torch.float32, copy=True)],  # each piece counts the step by itself
+            [state["step"].to(weights.device, torch.float32, copy=True)],  # adam increments it
             fused=True,
             decoupled_weight_decay=group["decoupled_weight_decay"],
             amsgrad=False,
@@ -162,24 +163,22 @@ def _step(
 
 
 def _rounded_at_random(x: Tensor, seed: int) -> Tensor:
-    """Float32 numbers, cut to what bfloat16 holds, or the next larger in magnitude: as likely as they are near to it. In place."""
+    """Rounds float32 to bfloat16 precision in place, away from zero with a probability of the truncated fraction."""
     size = max(x.numel(), _CACHED if x.device.type == "cpu" else _LAUNCHED)
     noise = _noise(size, seed, x.device)[: x.numel()].view(x.shape)
-    x.view(torch.int32).add_(noise).bitwise_and_(
-        -(2**16)
-    )  # the lower half of a float32 is what bfloat16 has no bits for
+    x.view(torch.int32).add_(noise).bitwise_and_(-(2**16))  # bfloat16 drops the lower 16 bits of a float32
     return x
 
 
 @lru_cache(maxsize=1)
 def _noise(size: int, seed: int, device: torch.device) -> Tensor:
-    """`[size]` int32 below 2^16, the same for every piece of a step."""
+    """Returns random int32 `[size]` in [0, 2^16), the same for every chunk of a step."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randint(2**16, (size,), dtype=torch.int32, device=device, generator=generator)
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same flat piece of each of some tensors of one shape; they themselves, if their numbers do not lie in order."""
+    """Yields matching flat chunks of equally shaped tensors; yields them whole if any is not contiguous."""
     if not all(tensor.is_contiguous() for tensor in tensors):
         yield tensors
         return

@@ -1,4 +1,4 @@
-"""Value-head models, their references, and what they say about a rollout."""
+"""Value-head models, reference models, and evaluation of rollouts."""
 
 from __future__ import annotations
 

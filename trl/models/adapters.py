@@ -1,6 +1,6 @@
-"""PEFT: which adapters a model carries, and where its reference model comes from.
+"""PEFT adapters: attaching, loading and inspecting them, and using the disabled adapter as the reference model.
 
-`peft` is imported where a caller has asked for an adapter, and nowhere else.
+`peft` is imported only when a caller asks for an adapter.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 def require_peft(what: str) -> Any:
-    """The `peft` module.
+    """Imports and returns `peft`.
 
     Raises:
-        ImportError: with the line that installs it, if it is missing.
+        ImportError: if peft is not installed; the message has the install command.
     """
     try:
         import peft
@@ -40,10 +40,10 @@ def is_peft_model(model: Any) -> bool:
 
 
 def peft_part(model: nn.Module) -> Any:
-    """The `PeftModel` in a (possibly wrapped) value-head model or language model.
+    """Returns the `PeftModel` inside a (possibly wrapped) value-head model or language model.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the model carries no adapter.
     """
     inner = unwrap(model)
     inner = getattr(inner, "pretrained_model", inner)
@@ -56,7 +56,7 @@ def peft_part(model: nn.Module) -> Any:
 
 @contextmanager
 def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
-    """Restores on leaving which parameters are trained: peft's switches between adapters change it."""
+    """Restores every parameter's `requires_grad` on exit, because peft changes it when switching adapters."""
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
@@ -67,15 +67,15 @@ def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def reference_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the model whose numbers are the reference's: `model` itself with its adapters off.
+    """Yields the reference model: `model` itself with its adapters disabled.
 
-    Those numbers are the starting policy's only if the adapter started at zero: see `adapter_starts_at_zero`.
+    It equals the initial policy only if the adapter started at zero, see `adapter_starts_at_zero`.
 
     Args:
-        model: a value-head model or language model with a PEFT adapter, possibly wrapped by DDP.
+        model: a value-head model or language model with a PEFT adapter, possibly wrapped in DDP.
 
     Yields:
-        The unwrapped model. Adapters, and which parameters are trained, are restored on leaving.
+        The unwrapped model. Adapters and `requires_grad` flags are restored on exit.
 
     Raises:
         ValueError: if the model carries no adapter.
@@ -86,10 +86,10 @@ def reference_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def adapter_starts_at_zero(model: nn.Module) -> bool:
-    """Whether the active adapter changes nothing at present, so that the disabled adapter is this very model.
+    """Whether the active adapter is currently a no-op, so that disabling it leaves the model's outputs unchanged.
 
-    True for the usual LoRA start (B = 0, or A = 0 in embeddings). False for an adapter that was trained before, and for any kind or start of
-    adapter of which it can't be told: a reference must then be a `frozen_copy`.
+    True for the default LoRA initialisation (B = 0, or A = 0 in embeddings). False for a trained adapter, and for
+    adapter types or initialisations where it cannot be determined: use a `frozen_copy` as the reference then.
 
     Raises:
         ValueError: if the model carries no adapter.
@@ -110,10 +110,10 @@ def adapter_starts_at_zero(model: nn.Module) -> bool:
 
 
 def check_adapters_on(model: nn.Module) -> None:
-    """Refuses a model whose adapters take no part in its passes, so that no gradient would reach them.
+    """Checks that the adapters take part in the forward pass, without which they would get no gradient.
 
     Raises:
-        ValueError: if they are switched off or merged into the base, or the model carries none.
+        ValueError: if an adapter is disabled or merged into the base weights, or the model carries none.
     """
     for name, module in peft_part(model).named_modules():
         for state in ("disable_adapters", "merged"):
@@ -126,7 +126,7 @@ def check_adapters_on(model: nn.Module) -> None:
 
 
 def _factors(module: nn.Module, adapter: str) -> tuple[Any, Any] | None:
-    """The two matrices whose product a LoRA layer adds (embeddings start with A = 0, others with B = 0)."""
+    """Returns a LoRA layer's A and B matrices (A starts at 0 in embeddings, B elsewhere); None for other modules."""
     for names in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
         parts = [getattr(module, name, None) or {} for name in names]
         if all(adapter in part for part in parts):
@@ -136,19 +136,19 @@ def _factors(module: nn.Module, adapter: str) -> tuple[Any, Any] | None:
 
 
 def _keeps_base_weights(config: Any) -> bool:
-    """False for the starts that change the base weights (PiSSA, OLoRA ...) and for modules trained beside LoRA."""
+    """False for initialisations that change base weights (PiSSA, OLoRA ...) and for extra trained modules or biases."""
     plain_start = config.init_lora_weights in (True, "gaussian", "orthogonal") or (
-        config.init_lora_weights is False  # random B: told apart by looking at B
+        config.init_lora_weights is False  # random B: detected by inspecting B
     )
     extra = bool(getattr(config, "modules_to_save", None)) or getattr(config, "bias", "none") != "none"
     return plain_start and not extra
 
 
 def stands_on_frozen_base(model: nn.Module) -> bool:
-    """Whether all that is trained under the value head are LoRA's matrices, whose layers take activations of any dtype.
+    """Whether LoRA matrices, whose layers take activations of any dtype, are all that is trained below the value head.
 
-    False for DoRA, for adapters on bare parameters, for biases and modules trained beside LoRA, for starts that change the
-    base weights, and with a reward adapter, which scores outside of the trainer's passes.
+    False for DoRA, adapters on bare parameters, additionally trained biases or modules, initialisations that change the
+    base weights, and models with a reward adapter, which scores outside the trainer's passes.
     """
     wrapper: Any = unwrap(model)
     inner = getattr(wrapper, "pretrained_model", wrapper)
@@ -164,7 +164,7 @@ def stands_on_frozen_base(model: nn.Module) -> bool:
 
 
 def frozen_copy(model: nn.Module) -> Any:
-    """A copy of the unwrapped `model`, adapters included, in evaluation mode and without gradients."""
+    """Returns a frozen deep copy of the unwrapped `model`, adapters included, in evaluation mode."""
     clone = copy.deepcopy(unwrap(model)).eval()
     for parameter in clone.parameters():
         parameter.requires_grad_(False)
@@ -173,11 +173,11 @@ def frozen_copy(model: nn.Module) -> Any:
 
 
 def attach_adapter(model: Any, peft_config: Any) -> Any:
-    """A fresh adapter on `model` as `peft_config` describes it.
+    """Adds a new adapter configured by `peft_config` to `model`.
 
     Raises:
-        ImportError: if peft is missing.
-        ValueError: if `peft_config` is none, or describes virtual tokens rather than weights.
+        ImportError: if peft is not installed.
+        ValueError: if `peft_config` is not a `peft.PeftConfig`, or configures prompt learning.
     """
     peft = require_peft("peft_config")
     if not isinstance(peft_config, peft.PeftConfig):
@@ -189,7 +189,7 @@ def attach_adapter(model: Any, peft_config: Any) -> Any:
 
 
 def checked(peft_model: Any) -> Any:
-    """`peft_model` itself, if token positions mean the same with and without its adapter.
+    """Returns `peft_model` unchanged after checking that its adapter does not shift token positions.
 
     Raises:
         ValueError: for prompt learning, whose virtual tokens shift every position.
@@ -205,7 +205,7 @@ def checked(peft_model: Any) -> Any:
 
 
 def load_adapter(model: Any, source: str, *, is_trainable: bool, **hub: Any) -> Any:
-    """`model` with the trained adapter of a folder or hub id."""
+    """Loads a trained adapter from a folder or hub id onto `model`."""
     peft = require_peft(f"the PEFT adapter {source!r}")
     with _own_warnings_only():
         return checked(peft.PeftModel.from_pretrained(model, source, is_trainable=is_trainable, **hub))
@@ -213,7 +213,7 @@ def load_adapter(model: Any, source: str, *, is_trainable: bool, **hub: Any) -> 
 
 @contextmanager
 def _own_warnings_only() -> Iterator[None]:
-    """Keeps quiet what peft's releases ask of later transformers under an older name."""
+    """Silences the deprecation warning that peft triggers by using an old transformers attribute name."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=r".*is_gradient_checkpointing.* is deprecated", category=FutureWarning
@@ -225,13 +225,16 @@ def add_reward_adapter(peft_model: Any, source: str, adapter_name: str, weights:
     """Loads a second, frozen adapter and returns its frozen score head.
 
     Args:
-        peft_model: the policy, whose active adapter and trained parameters stay as they are.
+        peft_model: the policy; its active adapter and `requires_grad` flags do not change.
         source: folder or hub id of the adapter.
-        adapter_name: a name that contains "reward", so that its parameters can be told apart.
-        weights: the adapter file's tensors, among them the score head's.
+        adapter_name: must contain "reward", which identifies its parameters.
+        weights: the adapter file's tensors, including the score head's.
 
     Returns:
-        A linear layer of hidden size to number of labels.
+        A linear layer from the hidden size to the number of labels.
+
+    Raises:
+        ValueError: if `adapter_name` lacks "reward" or is taken, or `weights` holds no score head.
     """
     if "reward" not in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r} must contain 'reward'")

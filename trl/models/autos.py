@@ -1,4 +1,4 @@
-"""The two value-head models."""
+"""Value-head models for decoders and encoder-decoders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEAD_ARGUMENTS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_i
 
 
 class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
-    """A decoder (GPT-2, Llama, Mamba ...) with a value head."""
+    """A decoder-only language model (GPT-2, Llama, Mamba ...) with a value head."""
 
     transformers_parent_class: ClassVar[Any] = AutoModelForCausalLM
     supported_args: ClassVar[tuple[str, ...] | None] = _HEAD_ARGUMENTS

@@ -1,4 +1,4 @@
-"""What a model says about a rollout: log-probabilities, values and entropies of its tokens."""
+"""Evaluates a model on a rollout: log-probabilities, values and entropies of its tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trl.models.wrapper import PreTrainedModelWrapper
 from trl.types import Evaluation, Rollout, occupied, take
 
 _NAMES = tuple(field.name for field in fields(Evaluation))
-# Numbers of logits that two models are compared by at a time.
+# Logits per model that the exact KL holds in memory at a time.
 _LOGITS_AT_ONCE = {"cpu": 2**22, "other": 2**26}
 
 
@@ -37,26 +37,25 @@ def evaluate(
     response_only: bool = False,
     return_logits: bool = False,
 ) -> Evaluation:
-    """Runs a model over a rollout's tokens.
+    """Runs a model over a rollout and returns per-token log-probabilities, values and entropies.
 
-    Padding may stand on either side: the numbers of a token do not depend on it. The model's training or evaluation
-    mode and the gradient mode are the caller's.
+    Padding may be on either side and does not affect the results. The caller sets train/eval mode and grad mode.
 
     Args:
-        model: a value-head model, or a plain language model (then there are no values), possibly wrapped by DDP.
-        rollout: `B` sequences of `T` tokens. For an encoder-decoder these are the decoder's, of which the first is its
-            start token, and `encoder_tokens` are the queries.
-        temperature: what sampling divided the logits by; > 0.
-        entropy: compute the entropies as well.
-        values: return the values (they cost next to nothing).
-        response_only: compute only what `rollout.mask` counts, or where logits are made, their span of columns.
-        return_logits: return the logits as well, in the model's own dtype and not divided by the temperature.
+        model: a value-head model, or a plain language model (no values), possibly wrapped in DDP.
+        rollout: `B` sequences of `T` tokens. For an encoder-decoder these are decoder tokens, the first of which is the
+            start token, and `encoder_tokens` holds the queries.
+        temperature: sampling temperature, which divides the logits; > 0.
+        entropy: also compute entropies.
+        values: return values (almost free).
+        response_only: compute only the tokens in `rollout.mask`, or the columns they span if logits are materialised.
+        return_logits: also return the logits, in the model's dtype and not divided by the temperature.
 
     Returns:
-        float32 arrays [B, S]; columns that were not computed are 0.
+        float32 tensors [B, S]; columns that were not computed are 0. Logits, if asked for, are [B, S, V].
 
     Raises:
-        ValueError: if an encoder-decoder gets no `encoder_tokens`, or a decoder gets some.
+        ValueError: if an encoder-decoder gets no `encoder_tokens`, or a decoder-only model gets some.
     """
     _check(model, rollout)
     if not ignores_padding(model) and bool(_padding(rollout).any()):
@@ -76,12 +75,12 @@ def evaluate(
         return Evaluation(**joined)  # type: ignore[arg-type]
     if not return_logits and abilities(model).projects:
         return _without_logits(model, rollout, temperature, entropy, values, response_only)
-    # Rows are moved to the left edge, where counting from the first column is right whatever the kind of position, and
-    # recurrent states begin with the first token; and moved back in the end.
+    # Left-align rows, so that positions count from column 0 for every position scheme and recurrent states start at the
+    # first token; `place` undoes it.
     order = left_edge(rollout.attention)
     tokens = move(clean(rollout.tokens, rollout.attention), order)  # [B, T]
     attention = move(rollout.attention.bool(), order)  # [B, T]
-    mask = move(F.pad(rollout.mask, (0, 1)), order)  # [B, T], column s as in [B, S]
+    mask = move(F.pad(rollout.mask, (0, 1)), order)  # [B, T], column s means the same as in [B, S]
     wanted = _span(mask) if response_only else slice(0, tokens.shape[1] - 1)
 
     inputs = forward_inputs(model, tokens, attention, rollout.encoder_tokens, rollout.encoder_attention)
@@ -92,11 +91,11 @@ def evaluate(
     if response_only and computed != wanted:
         logits = logits[:, wanted.start - computed.start : wanted.stop - computed.start]
         computed = wanted
-    targets = F.pad(tokens[:, 1:], (0, 1))[:, computed]  # the last column has no next token: any word stands there
+    targets = F.pad(tokens[:, 1:], (0, 1))[:, computed]  # the last column has no next token: 0 is a filler
     logprobs, spread = token_logprobs_and_entropy(logits, targets, temperature=temperature, entropy=entropy)
 
     def place(x: Tensor) -> Tensor:
-        """[B, c, ...] of the computed columns to [B, S, ...] in the rollout's own columns."""
+        """Maps the computed columns [B, c, ...] to the rollout's columns [B, S, ...]."""
         edges = (computed.start, tokens.shape[1] - computed.stop)
         x = F.pad(x, (*(0, 0) * (x.dim() - 2), *edges))
         return move(x, order.argsort(dim=1))[:, :-1]
@@ -111,24 +110,24 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """Sequences as a model that projects reads them, packed if it can be: hardly any work goes into padding."""
+    """Inputs for a model whose `abilities` say `projects`; packed where possible, to compute little on padding."""
 
-    inputs: dict[str, Any]  # keyword arguments of its forward
-    running: AbstractContextManager[None]  # around it
-    place: Tensor  # [B, T] where each token is in these inputs, as one row
-    asked: Tensor  # [B, S] which predictions are asked for
-    rows: Tensor  # [N] where each is made, in the decoder's tokens [B, T] as one row; then some more, so that N repeats
-    tokens: Tensor  # [N] what each is of
+    inputs: dict[str, Any]  # keyword arguments of the model's forward
+    running: AbstractContextManager[None]  # context to run the forward in
+    place: Tensor  # [B, T] index of each token in the flattened decoder inputs
+    asked: Tensor  # [B, S] True where a prediction is requested
+    rows: Tensor  # [N] index of each requested prediction in the same; padded, so that few distinct N occur
+    tokens: Tensor  # [N] token predicted there
 
     def spread(self, states: Tensor, attention: Tensor) -> Tensor:
-        """`[B, T, H]` -> `[b, t, H]` of the inputs, 0 where they have no token."""
+        """Scatters `[B, T, H]` into the inputs' shape `[b, t, H]`, 0 where they have no token."""
         shape = self.inputs["input_ids"].shape
         flat = states.new_zeros(shape.numel(), states.shape[-1])
         flat[self.place[attention]] = states[attention]
         return flat.view(*shape, -1)
 
     def placed(self, x: Tensor) -> Tensor:
-        """`[N]` -> `[B, S]`, 0 elsewhere."""
+        """Scatters `[N]` predictions to `[B, S]`, 0 elsewhere."""
         places = self.asked.nonzero(as_tuple=True)
         return x.new_zeros(self.asked.shape).index_put(places, x[: len(places[0])])
 
@@ -138,7 +137,7 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
     asked = rollout.mask & attention[:, 1:] if response_only else attention[:, :-1] & attention[:, 1:]
     row, column = asked.nonzero(as_tuple=True)
     tokens = clean(rollout.tokens, attention)
-    count = attention.long().cumsum(dim=1) - 1  # [B, T] place of a token in its sequence
+    count = attention.long().cumsum(dim=1) - 1  # [B, T] position of each token in its sequence
     running: AbstractContextManager[None] = nullcontext()
     if may_pack(model):
         lengths = attention.sum(dim=1)
@@ -178,7 +177,7 @@ def _both(first: AbstractContextManager[None], second: AbstractContextManager[No
 def _without_logits(
     model: nn.Module, rollout: Rollout, temperature: float, entropy: bool, values: bool, response_only: bool
 ) -> Evaluation:
-    """The same where a model's logits need not be made."""
+    """`evaluate` without materialising logits, for models whose `abilities` say `projects`."""
     layout = _layout(model, rollout, response_only)
     wanted = Wanted(rows=layout.rows, tokens=layout.tokens, temperature=temperature, entropy=entropy)
     critic = None
@@ -202,15 +201,19 @@ def evaluate_exact_kl(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    """`[B, S]` float32 KL(policy || reference) over the whole vocabulary at every position; 0 where nothing is predicted.
+    """Computes KL(policy || reference) over the full vocabulary at every position.
 
-    The logits of a few positions stand in memory at a time, where both models' can be made so.
+    If the `abilities` of both models say `projects`, only a few positions' logits are in memory at a time.
 
     Args:
         policy: as for `evaluate`.
-        reference: gives a second model of the same vocabulary in a context, which may be the first with an adapter off.
+        reference: returns a context manager that yields a model of the same vocabulary; it may be the policy with its
+            adapter disabled.
         rollout: `B` sequences of `T` tokens.
-        temperature: what sampling divided the logits by; > 0.
+        temperature: sampling temperature, which divides the logits; > 0.
+
+    Returns:
+        `[B, S]` float32 in nats; 0 where nothing is predicted.
     """
     if not ignores_padding(policy) and bool(_padding(rollout).any()):
         parts = _without_padding(rollout)
@@ -243,7 +246,7 @@ def evaluate_exact_kl(
 
 
 def _last_states(model: nn.Module, layout: _Layout) -> Tensor:
-    """`[N, H]` what the model projects on its vocabulary."""
+    """Returns the hidden states `[N, H]` that feed the output projection."""
     pretrained = getattr(unwrap(model), "pretrained_model", unwrap(model))
     with layout.running, without_head(pretrained) as seen:
         pretrained(**layout.inputs)
@@ -253,12 +256,15 @@ def _last_states(model: nn.Module, layout: _Layout) -> Tensor:
 
 @torch.no_grad()
 def frozen_states(model: nn.Module, rollout: Rollout, depth: int) -> Tensor:
-    """`[B, T, H]` what the first `depth` layers return for a rollout's tokens, 0 on padding.
+    """Computes the output of the first `depth` layers for a rollout's tokens.
 
     Args:
-        model: one that projects (`abilities`).
-        rollout: `B` sequences of `T` tokens of a decoder.
-        depth: of `frozen_depth`, > 0.
+        model: a model whose `abilities` say `projects`.
+        rollout: `B` sequences of `T` decoder tokens.
+        depth: the result of `frozen_depth`, > 0.
+
+    Returns:
+        `[B, T, H]`, 0 on padding.
     """
     _check(model, rollout)
     layout = _layout(model, rollout, False)
@@ -270,7 +276,7 @@ def frozen_states(model: nn.Module, rollout: Rollout, depth: int) -> Tensor:
 
 
 def _check(model: nn.Module, rollout: Rollout) -> None:
-    """Refuses rollouts that the model cannot read."""
+    """Raises ValueError if the model cannot read the rollout."""
     shape = tuple(rollout.tokens.shape)
     if tuple(rollout.attention.shape) != shape or tuple(rollout.mask.shape) != (shape[0], shape[1] - 1):
         raise ValueError(
@@ -284,13 +290,13 @@ def _check(model: nn.Module, rollout: Rollout) -> None:
 
 
 def _padding(rollout: Rollout) -> Tensor:
-    """`[B, T]` or, for an encoder-decoder, `[B, T + encoder's]`: where there is no token."""
+    """Returns the padding mask: `[B, T]`, or `[B, T + encoder length]` for an encoder-decoder."""
     both = [rollout.attention] if rollout.encoder_attention is None else [rollout.attention, rollout.encoder_attention]
     return ~torch.cat(both, dim=1).bool()
 
 
 def _alike(rollout: Rollout) -> list[Tensor]:
-    """Indices `[b]` of the sequences that have their padding in the same columns, for each kind."""
+    """Groups sequences by padding pattern; returns each group's row indices `[b]`."""
     _, kinds = _padding(rollout).unique(dim=0, return_inverse=True)
     return [(kinds == kind).nonzero().squeeze(1) for kind in range(int(kinds.max()) + 1)]
 
@@ -300,7 +306,7 @@ def _without_padding(rollout: Rollout) -> list[Rollout]:
 
 
 def _joined(rollout: Rollout, parts: list[Tensor | None]) -> Tensor | None:
-    """`[B, S, ...]` of the whole of which `parts` are of `_without_padding`, 0 elsewhere."""
+    """Reassembles results for the `_without_padding` parts into `[B, S, ...]`, 0 elsewhere."""
     whole: Tensor | None = None
     for rows, part in zip(_alike(rollout), parts, strict=True):
         if part is None:
@@ -317,13 +323,13 @@ def _has_values(model: nn.Module) -> bool:
 
 
 def _span(mask: Tensor) -> slice:
-    """The smallest slice of columns, at least one wide, that holds every True of `mask` [B, T]."""
+    """Returns the smallest slice of columns, at least one wide, that covers every True in `mask` [B, T]."""
     columns = mask.any(dim=0).nonzero()
     return slice(int(columns[0]), int(columns[-1]) + 1) if columns.numel() else slice(0, 1)
 
 
 def _keep(model: nn.Module, wanted: slice, tokens: Tensor) -> tuple[slice, dict[str, Any]]:
-    """Which columns the model will compute logits for, and the argument that tells it."""
+    """Returns the columns the model will compute logits for, and the forward argument that selects them."""
     width = tokens.shape[1]
     parameter = forward_parameters(model).get("logits_to_keep")
     if parameter is None:

@@ -1,7 +1,7 @@
-"""What the frozen first layers of a decoder make of a rollout: computed once, for the policy, its reference and every epoch.
+"""Computes the output of a decoder's frozen first layers once per rollout, for policy, reference and every epoch.
 
-With `create_reference_model(model, num_shared_layers=n)`, or an adapter on upper layers alone, no update changes what the first
-layers return. Where that is tried and found so, passes begin above them.
+With `create_reference_model(model, num_shared_layers=n)`, or an adapter on the upper layers only, updates never change
+the output of the first layers. If a trial run confirms this, forward passes start above them.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutAboveFrozen(Rollout):
-    """A rollout that passes can read from above the policy's frozen first layers."""
+    """A rollout with the cached output of the policy's frozen first layers."""
 
-    states: Tensor  # [B, T, H] what the first `depth` layers return
+    states: Tensor  # [B, T, H] output of the first `depth` layers
     depth: int
 
     @classmethod
     def of(cls, rollout: Rollout, states: Tensor, depth: int) -> RolloutAboveFrozen:
-        """`rollout` with the states of its tokens."""
+        """Adds `states` [B, T, H] of the first `depth` layers to `rollout`."""
         return cls(**{f.name: getattr(rollout, f.name) for f in fields(Rollout)}, states=states, depth=depth)
 
     def without_states(self) -> Rollout:
-        """The rollout as the engine returned it."""
+        """Returns the plain rollout, as the engine returned it."""
         return Rollout(**{f.name: getattr(self, f.name) for f in fields(Rollout)})
 
 
@@ -54,12 +54,12 @@ _CAN_BEGIN_ABOVE: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDiction
 
 
 def frozen_depth(model: nn.Module) -> int:
-    """How many of a decoder's first layers return the same after every update; 0 too where passes cannot begin above them.
+    """Counts a decoder's leading frozen layers, whose output no update changes; 0 if passes cannot start above them.
 
-    Their weights, and those of all that runs before them, take no gradient. Tried on a few words, whenever the first layer is
-    frozen; of a model in evaluation mode.
+    Neither these layers nor anything before them takes a gradient. If the first layer is frozen, runs a forward pass on
+    a few tokens to find out; the model must be in evaluation mode.
     """
-    whole = getattr(unwrap(model), "pretrained_model", unwrap(model))  # adapters may put something before the layers
+    whole = getattr(unwrap(model), "pretrained_model", unwrap(model))  # adapters may run something before the layers
     if is_encoder_decoder(model) or not ignores_padding(model):
         return 0
     layers = _layers(base_language_model(model))
@@ -75,9 +75,9 @@ def frozen_depth(model: nn.Module) -> int:
 
 
 def shares_frozen(policy: nn.Module, reference: nn.Module, depth: int) -> bool:
-    """Whether a reference's first `depth` layers, and what runs before them, are the frozen ones of the policy itself."""
+    """Whether the reference shares the policy's frozen first `depth` layers and everything that runs before them."""
     mine, theirs = (base_language_model(model) for model in (policy, reference))
-    if mine is theirs:  # with its adapters off: none may be in what is shared
+    if mine is theirs:  # the reference is the policy with adapters disabled: the shared part must hold none
         upper = {module for layer in _layers(mine)[depth:] for module in layer.modules()}
         return not any(
             type(module).__module__.startswith("peft.") for module in decoder_of(mine).modules() if module not in upper
@@ -91,7 +91,7 @@ def shares_frozen(policy: nn.Module, reference: nn.Module, depth: int) -> bool:
 
 @contextmanager
 def only_first_layers(model: nn.Module, depth: int) -> Iterator[list[Any]]:
-    """Within, passes stop being worked on after `depth` layers, whose `[.., n, H]` states are put into the list."""
+    """Skips all layers after the first `depth`; yields a list that collects layer `depth`'s outputs `[.., n, H]`."""
     layers = _layers(base_language_model(model))
     with (
         _watched(layers[depth - 1 : depth]) as seen,
@@ -102,14 +102,14 @@ def only_first_layers(model: nn.Module, depth: int) -> Iterator[list[Any]]:
 
 @contextmanager
 def beginning_above(model: nn.Module, states: Tensor, depth: int) -> Iterator[None]:
-    """Within, `states` `[.., n, H]` stand in for what the first `depth` layers return, which are not run."""
+    """Skips the first `depth` layers inside the `with` block and uses `states` `[.., n, H]` as their output."""
     layers = _layers(base_language_model(model))[:depth]
     with replaced_forward(layers, lambda hidden, *args, **kwargs: states):
         yield
 
 
 def draws_below(model: nn.Module, depth: int) -> bool:
-    """Whether the first `depth` layers, or what runs before them, are in training mode, where they may drop numbers at random."""
+    """Whether the first `depth` layers, or anything before them, are in training mode and may apply dropout."""
     base = base_language_model(model)
     return decoder_of(base).training or any(layer.training for layer in _layers(base)[:depth])
 
@@ -124,7 +124,7 @@ def _words(model: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def _can_begin_above(model: Any, states: Tensor, depth: int) -> bool:
-    """Whether the last hidden state is the same to the bit where `states` stand in for the first layers."""
+    """Whether the last hidden state is bitwise equal when `states` replace the output of the first `depth` layers."""
     known = _CAN_BEGIN_ABOVE.setdefault(model, {})
     if depth not in known:
         try:
@@ -145,7 +145,7 @@ def _can_begin_above(model: Any, states: Tensor, depth: int) -> bool:
 
 @contextmanager
 def _watched(layers: list[Any]) -> Iterator[list[Any]]:
-    """A list of what these layers return, in the order in which they are run."""
+    """Yields a list that collects the outputs of `layers`, in execution order."""
     seen: list[Any] = []
     handles = [layer.register_forward_hook(lambda module, args, output: seen.append(output)) for layer in layers]
     try:

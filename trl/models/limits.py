@@ -1,4 +1,4 @@
-"""What a model can take: how many token ids, how many positions."""
+"""Input limits of a model: vocabulary size, context length and decoder start token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl.models.trunk import base_language_model, is_encoder_decoder
 
 
 def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
-    """How many token ids the model reads in a query, and how many it knows in a response; None where it does not say."""
+    """Returns the vocabulary sizes of queries and of responses; None if the model does not define one."""
     trunk = base_language_model(model)
     reads, writes = trunk.get_input_embeddings(), trunk.get_output_embeddings()
     read = getattr(reads, "num_embeddings", None)
@@ -20,7 +20,7 @@ def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
 
 
 def decoder_start(model: nn.Module) -> int | None:
-    """The token that an encoder-decoder's responses begin with; None where it does not say."""
+    """Returns the token that starts an encoder-decoder's responses; None if it is not configured."""
     trunk = base_language_model(model)
     for config in (trunk.generation_config, trunk.config):
         token = getattr(config, "decoder_start_token_id", None)
@@ -30,14 +30,15 @@ def decoder_start(model: nn.Module) -> int | None:
 
 
 def context_length(model: nn.Module, *, encoder: bool = False) -> int | None:
-    """Tokens the model can look at; None where its configuration sets no limit.
+    """Returns the context length in tokens; None if the configuration sets no limit.
 
-    Under LongRoPE it is the length up to which short frequencies are used: beyond it every sequence of a batch would get the
-    long ones, and a response those after it was sampled that it was not sampled with.
+    For LongRoPE this is the original length, up to which the short frequencies apply. A longer sequence switches its
+    whole batch to the long frequencies, so a response could be evaluated with other frequencies than it was sampled
+    with.
 
     Args:
-        model: a language model under any wrappers.
-        encoder: those of a query, where the model is an encoder-decoder; else those of the decoder.
+        model: a language model, possibly wrapped.
+        encoder: return the limit on queries of an encoder-decoder; otherwise the decoder's.
     """
     side = "encoder" if encoder and is_encoder_decoder(model) else "decoder"
     config = base_language_model(model).config.get_text_config(**{side: True})
@@ -51,6 +52,6 @@ def _short_lengths(config: Any) -> Iterator[Any]:
     for kind in (
         rope,
         *(value for value in rope.values() if isinstance(value, dict)),
-    ):  # of all layers, or of each kind
+    ):  # one for all layers, or one per layer type
         if kind.get("rope_type") == "longrope":
             yield kind.get("original_max_position_embeddings")

@@ -1,4 +1,4 @@
-"""The language model under a value head, from whatever folder or hub id holds it."""
+"""Loads the language model under a value head from a folder or hub id, with or without a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from trl.pretrained import ADAPTER_CONFIG, check_adapter_format, commit_of, hub_
 def load_trunk(
     parent: Any, source: str, *model_args: Any, is_trainable: bool, allow_pickle: bool, **kwargs: Any
 ) -> tuple[Any, bool, dict[str, str | None]]:
-    """A plain language model, or a trained PEFT adapter on its base.
+    """Loads a plain language model, or a trained PEFT adapter on top of its base model.
 
     Args:
         parent: a transformers auto class.
         source: folder or hub id.
-        *model_args: transformers' own.
-        is_trainable: go on training the adapter.
+        *model_args: passed to transformers.
+        is_trainable: continue training the adapter.
         allow_pickle: read legacy `.bin` files.
-        **kwargs: transformers' own.
+        **kwargs: passed to transformers.
 
     Returns:
         The model, whether it carries an adapter, and the commit of each hub id that was read (None for a folder).
 
     Raises:
-        ValueError: for weights in a pickle without `allow_pickle`, or an adapter that names no base.
-        ImportError: for an adapter without peft.
+        ValueError: for pickled weights without `allow_pickle`, or an adapter that names no base model.
+        ImportError: for an adapter when peft is not installed.
     """
     hub = hub_arguments(kwargs)
     config = loading.read_adapter_config(source, hub)
@@ -38,7 +38,7 @@ def load_trunk(
     base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"adapter_config.json of {source!r} names no base_model_name_or_path")
-    # `revision` and `subfolder` say where the adapter is, not its base.
+    # `revision` and `subfolder` locate the adapter, not its base model.
     kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
     if config.get("revision"):
         kwargs["revision"] = config["revision"]

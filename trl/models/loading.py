@@ -1,4 +1,4 @@
-"""Finding and reading what a folder or hub id holds beside a plain language model: value heads and adapters."""
+"""Reads value heads, adapters and language models from a folder or hub id."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ VALUE_HEAD_PREFIX = "v_head."
 
 
 def read_safetensors(path: str, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose names start with `prefix`; others are not read from disk."""
+    """Returns the tensors of a safetensors file whose names start with `prefix`; reads no others from disk."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (it cannot be iterated)
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not iterable)
         return {name: file.get_tensor(name) for name in names}
 
 
 def read_pickle(path: str, prefix: str = "") -> dict[str, Tensor]:
-    """Same for a legacy `.bin` file, which is a pickle: tensors only, nothing in it is run."""
+    """Same as `read_safetensors` for a legacy pickled `.bin` file; `weights_only=True`, so no code in it runs."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__} instead of tensors by name")
@@ -46,10 +46,10 @@ def read_pickle(path: str, prefix: str = "") -> dict[str, Tensor]:
 
 
 def read_value_head(source: str, hub: Mapping[str, Any], *, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The `v_head.*` tensors that a folder or hub id holds; empty if none were found.
+    """Returns the `v_head.*` tensors of a folder or hub id; empty if there are none.
 
-    Looked for in `v_head.safetensors`, then inside the model's own (sharded) safetensors as TRL 0.4-0.11 stored them,
-    then, if `allow_pickle`, inside a legacy (sharded) `pytorch_model.bin`.
+    Looks in `v_head.safetensors`, then in the model's (sharded) safetensors, where TRL 0.4-0.11 stored them, then, if
+    `allow_pickle`, in a legacy (sharded) `pytorch_model.bin`.
     """
     path = find_file(source, VALUE_HEAD_FILE, hub)
     if path is not None:
@@ -61,7 +61,7 @@ def read_value_head(source: str, hub: Mapping[str, Any], *, allow_pickle: bool =
 
 
 def _read_embedded(source: str, hub: Mapping[str, Any], name: str, read: Any) -> dict[str, Tensor]:
-    """`v_head.*` out of the file `name`, or of the shards that its index names."""
+    """Reads `v_head.*` from the file `name`, or from the shards listed in its index."""
     path = find_file(source, name, hub)
     if path is not None:
         return read(path, VALUE_HEAD_PREFIX)
@@ -80,7 +80,7 @@ def _read_embedded(source: str, hub: Mapping[str, Any], name: str, read: Any) ->
 
 
 def warn_of_unread_pickle(source: str, hub: Mapping[str, Any]) -> None:
-    """Says which flag reads the head of an adapter folder of TRL 0.4-0.11, which is in a pickle if it has one."""
+    """Warns that an unread pickle may hold the value head, as in TRL 0.4-0.11 adapter folders, and how to read it."""
     if find_file(source, PICKLE_FILE, hub) is not None:
         logger.warning(
             "%s of %r was not read, since it is a pickle: if it holds a value head, pass allow_pickle=True "
@@ -91,7 +91,7 @@ def warn_of_unread_pickle(source: str, hub: Mapping[str, Any]) -> None:
 
 
 def read_adapter_config(source: str, hub: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The `adapter_config.json` of a folder or hub id; None if it is no PEFT adapter."""
+    """Returns the parsed `adapter_config.json` of a folder or hub id; None if it is not a PEFT adapter."""
     path = find_file(source, ADAPTER_CONFIG, hub)
     if path is None:
         return None
@@ -100,10 +100,10 @@ def read_adapter_config(source: str, hub: Mapping[str, Any]) -> dict[str, Any] |
 
 
 def read_adapter_weights(source: str, hub: Mapping[str, Any], *, allow_pickle: bool) -> dict[str, Tensor]:
-    """All tensors of an adapter.
+    """Returns all tensors of an adapter.
 
     Raises:
-        ValueError: if it is stored as a pickle and `allow_pickle` is False, or not at all.
+        ValueError: if the weights are pickled and `allow_pickle` is False, or missing.
     """
     check_adapter_format(source, hub, allow_pickle=allow_pickle)
     path = find_file(source, ADAPTER_SAFE_FILE, hub)
@@ -120,20 +120,20 @@ def load_language_model(parent: Any, source: str, *model_args: Any, allow_pickle
     Args:
         parent: a transformers auto class.
         source: folder or hub id of a language model.
-        *model_args: transformers' own.
-        allow_pickle: read a legacy `.bin` where there are no safetensors.
-        **kwargs: transformers' own; `torch_dtype` is `dtype`, and `load_in_8bit` / `load_in_4bit` make a
-            `quantization_config`, which transformers 5 wants. `trust_remote_code` is False unless it is given.
+        *model_args: passed to transformers.
+        allow_pickle: read a legacy `.bin` if there are no safetensors.
+        **kwargs: passed to transformers; `torch_dtype` becomes `dtype`, and `load_in_8bit` / `load_in_4bit` become the
+            `quantization_config` that transformers 5 expects. `trust_remote_code` defaults to False.
 
     Raises:
-        ValueError: if the weights are a pickle and `allow_pickle` is False, or the model needs code of the checkpoint's
-            own and `trust_remote_code` is not True.
+        ValueError: if the weights are pickled and `allow_pickle` is False, or the model needs the checkpoint's own code
+            and `trust_remote_code` is not True.
     """
     return load_model(parent, source, *model_args, allow_pickle=allow_pickle, **transformers_arguments(kwargs))
 
 
 def transformers_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments as transformers 5 spells them, with this library's defaults."""
+    """Translates keyword arguments to transformers 5's names and adds this library's defaults."""
     kwargs = dict(kwargs)
     torch_dtype = kwargs.pop("torch_dtype", None)
     if torch_dtype is not None:
@@ -152,11 +152,12 @@ def transformers_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     elif kwargs.get("device_map") is None:
         from accelerate import PartialState
 
-        # Whoever asks first decides for the trainer, too, whether processes on CPUs are joined.
+        # PartialState is a process-wide singleton: its first construction also decides, for the trainer, whether CPU
+        # processes form a group.
         kwargs["device_map"] = {"": PartialState(cpu=not torch.accelerator.is_available()).device}
     return kwargs
 
 
 def as_source(name_or_path: Any) -> str | None:
-    """A folder or hub id as a string; None for anything else."""
+    """Returns a folder or hub id as a string; None for anything else."""
     return os.fspath(name_or_path) if isinstance(name_or_path, (str, os.PathLike)) else None

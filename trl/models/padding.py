@@ -1,6 +1,6 @@
-"""What a model's forward is given, and what is told to stand beside a token: padding, and the tokens after it.
+"""Forward inputs, and run-time checks that a model's logits do not depend on padding or on later tokens.
 
-Whether its numbers are free of both is found out, not listed: a model is tried once, on a few words.
+Each model is probed once, on a few tokens, instead of being looked up in a list.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, t
 
 logger = logging.getLogger(__name__)
 
-# Root mean square in standard deviations of the logits, by the bytes of a number of the weights.
-_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}  # bfloat16 alone moves the logits by a quarter, against float32 ones
+# Tolerance of the probes: RMS error over the logits' standard deviation, by bytes per weight.
+_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}  # bfloat16 alone moves logits by 0.25 relative to float32
 _FOUND: WeakKeyDictionary[nn.Module, _Trial] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    ahead: str | None  # how the numbers of a token depend on those after it; None if they do not
-    padded: str | None  # how they depend on padding; None if they do not
+    ahead: str | None  # how logits depend on later tokens; None if they do not
+    padded: str | None  # how logits depend on padding; None if they do not
 
 
 def ignores_padding(model: nn.Module) -> bool:
-    """Whether sequences of several lengths may stand in one pass, padded on the right; where not, a pass takes one length.
+    """Whether sequences of different lengths can share a right-padded pass; if not, a pass takes one length only.
 
     Raises:
-        ValueError: for a decoder whose logits depend on later tokens: what it says of a finished response is not what the
-            response was sampled from.
+        ValueError: for a decoder whose logits depend on later tokens: its log-probabilities of a finished response are
+            not those the response was sampled from.
     """
     base = base_language_model(model)
     if base not in _FOUND:
@@ -88,7 +88,7 @@ def _counts_from_elsewhere(model: Any, words: Tensor) -> str | None:
 def _looks_ahead(model: Any, words: Tensor) -> str | None:
     half = len(words) // 2
     others = [torch.cat([words[:half], words[half:].flip(0)])]
-    if is_encoder_decoder(model):  # ProphetNet's depend on how many there are
+    if is_encoder_decoder(model):  # ProphetNet's logits depend on the number of tokens
         others.append(words[:half])
     plain = _logits(model, words[None], words[None])[0, :half]
     for other in others:
@@ -113,7 +113,7 @@ def _sees_padding(model: Any, words: list[Tensor]) -> str | None:
 
 
 def _logits(model: Any, tokens: Tensor, query: Tensor) -> Tensor:
-    """`[b, t, V]` for tokens without padding, of which a model's encoder, if it has one, reads those of `query`."""
+    """Returns logits `[b, t, V]` of unpadded `tokens`; an encoder, if there is one, reads `query`."""
     encoder = (query, torch.ones_like(query).bool()) if is_encoder_decoder(model) else (None, None)
     return model(**forward_inputs(model, tokens, torch.ones_like(tokens).bool(), *encoder)).logits
 
@@ -132,7 +132,7 @@ def forward_inputs(
     encoder_tokens: Tensor | None = None,
     encoder_attention: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of a model's forward without a cache, for tokens `[B, T]`, an encoder-decoder's own among them."""
+    """Builds cache-free forward keyword arguments for tokens `[B, T]`; an encoder-decoder needs `encoder_*` as well."""
     inputs: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
     if encoder_tokens is None or encoder_attention is None:
         inputs |= {"input_ids": tokens, "attention_mask": attention.long()}
@@ -149,15 +149,15 @@ def forward_inputs(
 
 
 def clean(tokens: Tensor, attention: Tensor) -> Tensor:
-    """Padding may hold anything, even words outside of the vocabulary: word 0 stands there instead."""
+    """Replaces padding by token 0: it may hold anything, even ids outside the vocabulary."""
     return tokens.masked_fill(~attention.bool(), 0)
 
 
 def left_edge(attention: Tensor) -> Tensor:
-    """[B, T] columns of `attention` [B, T], a row's tokens first and its padding after them."""
+    """Returns a column order [B, T] that puts each row's tokens before its padding, given `attention` [B, T]."""
     return torch.argsort(~attention.bool(), dim=1, stable=True)
 
 
 def move(x: Tensor, order: Tensor) -> Tensor:
-    """`x` [B, T, ...] with its columns in `order` [B, T]."""
+    """Reorders the columns of `x` [B, T, ...] by `order` [B, T]."""
     return x.gather(1, order.reshape(order.shape + (1,) * (x.dim() - 2)).expand_as(x))

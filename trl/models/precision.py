@@ -1,9 +1,9 @@
-"""bfloat16 compute on float32 weights: narrow copies of the weights that stand in for them during a pass.
+"""bfloat16 compute with float32 master weights, through bfloat16 copies that are swapped in for a pass.
 
-Autocast narrows the weights anew in every forward pass; these copies are made once per optimizer step, and sampling,
-scoring and updating compute the same numbers from them. The weights that the optimizer sees stay float32, and so do the
-value head and what the model itself wants in float32. Gradients are float32 once a pass is over, or, where one pass makes
-all of a step's gradient, stay bfloat16 in the place of the copies, which that pass was the last to need.
+Autocast casts the weights again in every forward pass; these copies are made once per optimizer step and shared by
+sampling, scoring and updating, so all three compute the same numbers. The optimizer's weights, the value head and the
+modules that the model keeps in float32 stay float32. Gradients are float32 after a pass, except that when a single pass
+produces a step's whole gradient, it can stay in bfloat16 in the copies' memory, which nothing reads after that pass.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from trl.models.trunk import base_language_model
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
-# Below this a pass is all overhead, and narrow numbers cost more than they save.
+# Below this size overhead dominates a pass, and bfloat16 costs more than it saves.
 _WORTHWHILE_PARAMETERS = 10_000_000
 
 
 class NarrowCopies:
-    """bfloat16 stand-ins for the float32 parameters of a model.
+    """bfloat16 copies of a model's float32 parameters, swapped in for forward and backward passes.
 
     Args:
-        model: a model whose parameters may be swapped: on one process, unsharded.
-        keep: parts of names of parameters that stay as they are.
+        model: a model whose parameters can be swapped: on one process, unsharded.
+        keep: substrings of the names of parameters to leave in float32.
     """
 
     def __init__(self, model: nn.Module, keep: tuple[str, ...] = ("v_head.",)) -> None:
         self._parameters = list(_narrowable(model, keep))
         self._places: dict[Tensor, int] = {parameter: place for place, parameter in enumerate(self._parameters)}
         self._copies: list[Tensor] = []
-        self._versions: list[int] = []  # of the parameters, when they were narrowed
+        self._versions: list[int] = []  # version counters of the parameters when they were last copied
         self._gradients: dict[
             int, Tensor
-        ] = {}  # float32, by place in the list; kept, so that no step allocates them anew
-        self._pending: set[int] = set()  # places whose gradient of this pass is in `_gradients`
-        self._in_place: set[int] = set()  # places whose gradient of this pass goes where their copy is
-        self._held: set[int] = set()  # places where a gradient is, or a part of one, and no copy
+        ] = {}  # float32, by parameter index; reused, so that steps do not reallocate them
+        self._pending: set[int] = set()  # indices whose gradient is accumulated in `_gradients`
+        self._in_place: set[int] = set()  # indices whose gradient overwrites their copy in this pass
+        self._held: set[int] = set()  # indices whose copy has been overwritten by a gradient, or part of one
         self._active = False
         self._watch()
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Copies and pickles of parameters come without their hooks."""
+        """Registers the gradient hooks again: copying or pickling a parameter drops them."""
         vars(self).update(state)
         self._watch()
 
@@ -57,9 +57,9 @@ class NarrowCopies:
                 parameter.register_post_accumulate_grad_hook(self._taking(place))
 
     def _taking(self, place: int) -> Callable[[Tensor], None]:
-        """A hook that takes a narrow gradient off its parameter as soon as it is there: to its copy's place, or widened.
+        """Returns a hook that moves a bfloat16 gradient into the copy's memory, or adds it to the float32 gradient.
 
-        Autograd comes here when every node that reads the parameter has run.
+        Autograd calls it once every node that reads the parameter has run.
         """
 
         def hook(parameter: Tensor) -> None:
@@ -74,7 +74,8 @@ class NarrowCopies:
                         "or PPOConfig.dtype='float32'"
                     )
                 self._held.add(place)
-                # Not through the parameter, whose version autograd checks: nodes that have run do not read it again.
+                # Writing to the parameter itself would bump the version that autograd checks. The copy is safe to
+                # overwrite: the nodes that read it have already run.
                 self._copies[place].copy_(narrow)
             else:
                 self._widen(place, narrow)
@@ -83,7 +84,7 @@ class NarrowCopies:
         return hook
 
     def _widen(self, place: int, narrow: Tensor) -> None:
-        """Adds a gradient up in float32."""
+        """Accumulates a gradient in float32."""
         if place not in self._gradients:
             self._gradients[place] = torch.empty_like(narrow, dtype=torch.float32)
         wide = self._gradients[place]
@@ -94,14 +95,14 @@ class NarrowCopies:
         self._pending.add(place)
 
     def refresh(self) -> None:
-        """Narrows the weights as they are now."""
+        """Copies the current weights to bfloat16."""
         if not self._copies:
             self._copies = [torch.empty_like(p, dtype=torch.bfloat16, requires_grad=False) for p in self._parameters]
             self._versions = [-1] * len(self._parameters)
         self._narrow(range(len(self._parameters)))
 
     def refresh_changed(self) -> None:
-        """The same, of those weights alone that were written to since, other than through `.data`."""
+        """Refreshes only the weights written to since the last refresh; misses writes through `.data`."""
         versions = enumerate(self._versions)
         self._narrow({place for place, v in versions if v != self._parameters[place]._version} | self._held)
 
@@ -114,30 +115,29 @@ class NarrowCopies:
         self._held -= set(places)
 
     def gradients(self) -> dict[Tensor, Tensor]:
-        """The bfloat16 gradients that stand in the place of copies, by parameter."""
+        """Returns the bfloat16 gradients that occupy copies' memory, by parameter."""
         return {self._parameters[place]: self._copies[place] for place in sorted(self._held)}
 
     def discard(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Puts the copies back where gradients stand: those of `parameters`, or all."""
+        """Overwrites in-place gradients with fresh copies of the weights: for `parameters`, or for all."""
         places = {self._places[p] for p in parameters if p in self._places} if parameters is not None else self._held
         self._narrow(places & self._held)
 
     def narrowed(self, parameters: Iterable[Tensor]) -> None:
-        """Takes note that somebody has narrowed `parameters`, as they are now, into what `gradients` returned."""
+        """Records that the tensors from `gradients` now hold the current `parameters` in bfloat16."""
         for place in (self._places[parameter] for parameter in parameters):
             self._held.discard(place)
             self._versions[place] = self._parameters[place]._version
 
     @contextmanager
     def stand_in(self, *, gradients_in_place: bool = False) -> Iterator[None]:
-        """Computes with the copies as they were last refreshed.
+        """Swaps in the copies as last refreshed.
 
-        Forward and backward pass of a microbatch both belong inside. Gradients are float32 afterwards, and add to those
-        that are there.
+        Run a microbatch's forward and backward pass inside. Afterwards gradients are float32, added to existing ones.
 
         Args:
-            gradients_in_place: leave the gradients of parameters that have none in bfloat16, in the place of the copies:
-                `gradients` returns them until the copies are refreshed or stand in again.
+            gradients_in_place: for parameters without a gradient so far, leave the new gradient in bfloat16 in the
+                copy's memory; `gradients` returns it until the next refresh or `stand_in`.
         """
         if self._active:
             yield
@@ -148,7 +148,7 @@ class NarrowCopies:
             self.refresh()
         wide = [parameter.data for parameter in self._parameters]
         before = [parameter.grad for parameter in self._parameters]
-        # What a pass before this one left in our own buffer is added to there.
+        # Gradients that an earlier pass left in our buffer keep accumulating there.
         self._pending = {place for place, grad in enumerate(before) if grad is not None and self._is_ours(place, grad)}
         self._in_place = {place for place, grad in enumerate(before) if grad is None} if gradients_in_place else set()
         self._active = True
@@ -164,7 +164,7 @@ class NarrowCopies:
                 parameter.grad = self._sum(place, before[place])
 
     def _sum(self, place: int, before: Tensor | None) -> Tensor | None:
-        """The gradient of a parameter after a pass, `before` being the one that it had."""
+        """Returns a parameter's gradient after a pass, given the gradient `before` it."""
         if place not in self._pending:
             return before
         wide = self._gradients[place]
@@ -175,7 +175,7 @@ class NarrowCopies:
 
 
 def narrow_for_good(model: nn.Module, keep: tuple[str, ...] = ("v_head.",), besides: nn.Module | None = None) -> None:
-    """Turns the float32 parameters of a frozen model into bfloat16, but those that it shares with `besides`."""
+    """Casts a frozen model's float32 parameters to bfloat16 in place, except those shared with `besides`."""
     shared = {id(parameter) for parameter in besides.parameters()} if besides is not None else set()
     for parameter in _narrowable(model, keep):
         if id(parameter) not in shared:
@@ -183,12 +183,12 @@ def narrow_for_good(model: nn.Module, keep: tuple[str, ...] = ("v_head.",), besi
 
 
 def narrow_base(model: nn.Module, keep: tuple[str, ...] = ("v_head.",)) -> list[nn.Parameter]:
-    """Turns the float32 weights that a LoRA adapter stands on into bfloat16: they are never written to, nor saved.
+    """Casts the frozen float32 base weights under a LoRA adapter to bfloat16; they are never updated or saved.
 
-    Only where the model still works outside of `NarrowCopies.stand_in`, with its adapter in float32 on a bfloat16 base.
+    Does nothing unless the model also works outside `NarrowCopies.stand_in`, with a float32 adapter on a bfloat16 base.
 
     Returns:
-        What was narrowed.
+        The parameters that were cast.
     """
     if not stands_on_frozen_base(model):
         return []
@@ -200,7 +200,7 @@ def narrow_base(model: nn.Module, keep: tuple[str, ...] = ("v_head.",)) -> list[
 
 
 def _narrowable(model: nn.Module, keep: tuple[str, ...]) -> Iterator[nn.Parameter]:
-    """The float32 parameters, without those whose names have a part in `keep` and those that the model wants so."""
+    """Yields the float32 parameters, except those named in `keep` and those the model declares as float32-only."""
     keep += tuple(f"{part}." for part in getattr(base_language_model(model), "_keep_in_fp32_modules", None) or ())
     for name, parameter in model.named_parameters():
         if parameter.dtype == torch.float32 and not any(part in f"{name}." for part in keep):
@@ -208,15 +208,15 @@ def _narrowable(model: nn.Module, keep: tuple[str, ...]) -> Iterator[nn.Paramete
 
 
 def choose_dtype(model: nn.Module, wanted: ComputeDtype) -> tuple[torch.dtype, str]:
-    """What to compute in, and why.
+    """Chooses the compute dtype and returns it with the reason.
 
-    "auto" is a function of the model and the hardware alone, never of a measurement: a run that is resumed computes as
-    it did before.
+    "auto" depends only on the model and the hardware, never on a measurement, so a resumed run computes in the same
+    dtype.
 
     Args:
-        model: its float32 parameters are what could be narrowed.
-        wanted: "float32", "bfloat16", or "auto": bfloat16 where the processor multiplies such matrices faster and the
-            model is large enough to gain.
+        model: the model whose float32 parameters would be cast.
+        wanted: "float32", "bfloat16", or "auto": bfloat16 if the processor has fast bfloat16 matrix multiplication and
+            the model is large enough to benefit.
     """
     if wanted == "float32":
         return torch.float32, "asked for"

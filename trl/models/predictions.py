@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens without their logits, and which models can do what for it: found out, not listed."""
+"""Token log-probabilities without materialising logits, and run-time checks of which models support it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, t
 
 logger = logging.getLogger(__name__)
 
-# Of packed against single sequences, root mean square in standard deviations of the logits; by the bytes of a number of
-# the weights.
-_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}  # bfloat16 alone moves the logits by a quarter, against float32 ones
+# Tolerance of packed against single sequences: RMS error over the logits' standard deviation, by bytes per weight.
+_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}  # bfloat16 alone moves logits by 0.25 relative to float32
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which tokens' log-probabilities a forward pass is asked for, in place of logits."""
+    """The tokens whose log-probabilities a forward pass returns instead of logits."""
 
-    rows: Tensor  # [N] int64: where each is predicted, in the decoder's tokens [B, T] as one row
+    rows: Tensor  # [N] int64: position that predicts each token, as an index into the flattened decoder tokens [B, T]
     tokens: Tensor  # [N] int64
     temperature: float
     entropy: bool
@@ -36,17 +35,17 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """How a model may be evaluated."""
+    """Fast evaluation paths that a model supports."""
 
-    projects: bool  # its logits are its output embedding times what that is given, and nothing else
-    packs: bool  # sequences may stand in one row
+    projects: bool  # logits are exactly the output embedding applied to its input
+    packs: bool  # several sequences can be packed into one row
 
 
-_FOUND: WeakKeyDictionary[nn.Module, tuple[Any, Abilities]] = WeakKeyDictionary()  # beside the head that was tried
+_FOUND: WeakKeyDictionary[nn.Module, tuple[Any, Abilities]] = WeakKeyDictionary()  # with the `_marks` probed
 
 
 def predict(pretrained: nn.Module, inputs: dict[str, Any], wanted: Wanted) -> tuple[Tensor, Tensor]:
-    """`[N]` float32 log-probabilities and entropies of a model that projects."""
+    """Returns `[N]` float32 log-probabilities and entropies, for a model whose `abilities` say `projects`."""
     head = base_language_model(pretrained).get_output_embeddings()
     with without_head(pretrained) as seen:
         pretrained(**inputs)
@@ -62,7 +61,7 @@ def predict(pretrained: nn.Module, inputs: dict[str, Any], wanted: Wanted) -> tu
 
 
 def abilities(model: nn.Module) -> Abilities:
-    """What a model can do: tried on a few words, once for each output embedding that it has."""
+    """Probes a model on a few tokens for its fast evaluation paths; cached per output embedding."""
     base = base_language_model(model)
     tried = _marks(base.get_output_embeddings())
     if base not in _FOUND or _FOUND[base][0] != tried:
@@ -86,14 +85,14 @@ def abilities(model: nn.Module) -> Abilities:
 
 
 def _marks(head: Any) -> tuple[Any, ...]:
-    """What tells an output embedding from one with an adapter put into it, or hooks put on it, later."""
+    """Cache key of an output embedding; changes when an adapter is injected or hooks are registered."""
     return (type(head), id(head), *getattr(head, "_forward_hooks", ()), *getattr(head, "_forward_pre_hooks", ()))
 
 
 def may_pack(model: nn.Module) -> bool:
-    """Whether sequences may stand in one row in the pass that is to come."""
+    """Whether sequences can be packed into one row in the next pass."""
     for module in base_language_model(model).modules():
-        # Activations that are computed again would be so when our attention is not chosen any more.
+        # transformers' checkpointing recomputes activations after packed attention has been deselected.
         if module.training and getattr(module, "gradient_checkpointing", False):
             return False
         if getattr(module, "_compiled_call_impl", None) is not None:
@@ -109,7 +108,7 @@ def _plain(model: Any, words: Tensor) -> dict[str, Any]:
 
 
 def _keeps_logits(model: Any) -> str | None:
-    """Why the logits of a model are more than a product; None if they are just that."""
+    """Returns why logits are more than the output projection; None if they are exactly that."""
     head = base_language_model(model).get_output_embeddings()
     if type(head) is not nn.Linear:
         return f"its output embedding is a {type(head).__name__}"
@@ -139,7 +138,7 @@ def _keeps_logits(model: Any) -> str | None:
 
 
 def _cannot_pack(model: Any) -> str | None:
-    """Why sequences must not stand in one row; None if they may."""
+    """Returns why sequences cannot be packed into one row; None if they can."""
     base = base_language_model(model)
     if is_encoder_decoder(model):
         return "it is an encoder-decoder"
@@ -165,12 +164,12 @@ def _cannot_pack(model: Any) -> str | None:
 
 
 def decoder_config(model: nn.Module) -> Any:
-    """The configuration that the layers of a decoder read."""
+    """Returns the configuration that the decoder layers read."""
     return base_language_model(model).config.get_text_config(decoder=True)
 
 
 def packed_inputs(sequences: Sequence[Tensor]) -> dict[str, Any]:
-    """Keyword arguments of a decoder's forward for sequences in one row."""
+    """Builds forward keyword arguments for sequences packed into one row."""
     positions = [torch.arange(len(sequence), device=sequence.device) for sequence in sequences]
     return {
         "input_ids": torch.cat(list(sequences))[None],

@@ -1,9 +1,8 @@
-"""How the layers of a transformers model are run in passes without a cache: again in the backward pass, or compiled.
+"""Activation checkpointing and torch.compile for the layers of a transformers model, in passes without a cache.
 
-transformers' own activation checkpointing works in training mode alone, in which dropout is on as well; policies are in
-evaluation mode unless their user says otherwise. Here the mode is left alone. A layer's `forward` is replaced on the layer
-itself, so that names of parameters and entries of state dicts stay as they are. Passes with a cache, which are those of
-sampling, run as ever.
+transformers' own activation checkpointing works only in training mode, which also turns dropout on; policies are in
+evaluation mode by default. This one works in either mode. It replaces each layer's `forward` on the instance, so
+parameter names and state dict keys do not change. Passes with a cache, as in sampling, are unaffected.
 """
 
 from __future__ import annotations
@@ -28,35 +27,35 @@ from trl.models.trunk import base_language_model
 logger = logging.getLogger(__name__)
 
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
-# Policy and reference, with and without gradients, first and later layers: each needs code of its own.
+# Recompile limit: policy and reference, with and without gradients, first and later layers each need their own code.
 _VARIANTS = 64
 
 
 class CompileError(RuntimeError):
-    """Why layers are not run compiled."""
+    """Layers cannot be compiled; the message says why."""
 
 
 @dataclass(slots=True)
 class CompiledCode:
-    """What torch.compile made of the kinds of layers of a model; switched off for good where it fails."""
+    """Compiled forward functions by layer class; switched off permanently once compilation fails."""
 
     functions: dict[type, Callable[..., Any]] = field(default_factory=dict)
     off: bool = False
 
     def switch_off(self, reason: object) -> None:
-        """Runs layers as they are from now on, and says why, once."""
+        """Runs layers uncompiled from here on, and logs the reason once."""
         if not self.off:
             self.off = True
             logger.warning("compile=True has no effect: %s", " ".join(str(reason).split())[:500])
 
 
 class LayerForward:
-    """Stands in for the `forward` of a layer. A copy of the layer gets a copy of it."""
+    """Replacement for a layer's `forward`; copied along with the layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.plain = layer.forward
-        self.recomputed: Any = None  # the configuration of the decoder, if activations are to be computed again
+        self.recomputed: Any = None  # the decoder's configuration if activations are recomputed, else None
         self.code: CompiledCode | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,10 +76,10 @@ class LayerForward:
 
 
 def _as_now(run: Callable[..., Any], config: Any) -> Callable[..., Any]:
-    """`run` with the attention and the context variables of this moment, whenever and in whatever thread it is called.
+    """Binds `run` to the current attention implementation and context variables, for any later call in any thread.
 
-    Packed attention is chosen for the length of a forward pass; the backward pass comes after it, on a GPU in a thread of
-    its own.
+    Packed attention is active only during the forward pass; recomputation happens in the backward pass, which on a GPU
+    runs in another thread.
     """
     context, attention = copy_context(), config._attn_implementation
 
@@ -102,7 +101,7 @@ def _has_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
-    """What torch.compile raises where it cannot trace, translate or build; not what a computation raises."""
+    """Returns the exceptions of torch.compile failing to trace, lower or build; not those of the computation."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
@@ -114,7 +113,7 @@ def _layers(model: nn.Module) -> list[Any]:
 
 
 def _stand_in(layer: Any) -> LayerForward:
-    """The stand-in of a layer, put there if there is none."""
+    """Returns the layer's `LayerForward`, installing one if needed."""
     found = layer.__dict__.get("forward")
     if not isinstance(found, LayerForward):
         found = LayerForward(layer)
@@ -123,15 +122,15 @@ def _stand_in(layer: Any) -> LayerForward:
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Lets every layer keep its inputs alone, and be run again in the backward pass: activation checkpointing.
+    """Turns on activation checkpointing: every layer keeps only its inputs and is recomputed in the backward pass.
 
-    The numbers are the same to the bit; random numbers (dropout) are drawn again as they were.
+    Results are bitwise identical; dropout masks are reproduced.
 
     Args:
-        model: with or without a value head, an adapter, a wrapper.
+        model: with or without a value head, adapter or wrapper.
 
     Raises:
-        ValueError: if transformers does not know how to cut this architecture into such layers.
+        ValueError: if transformers does not support activation checkpointing for this architecture.
     """
     base, layers = base_language_model(model), _layers(model)
     if not base.supports_gradient_checkpointing or not layers:
@@ -148,11 +147,11 @@ def compiled_layers(model: nn.Module, code: CompiledCode) -> None:
     """Runs every layer through torch.compile.
 
     Args:
-        model: with or without a value head, an adapter, a wrapper.
-        code: shared by all models that are switched off together.
+        model: with or without a value head, adapter or wrapper.
+        code: shared by all models that fall back to uncompiled layers together.
 
     Raises:
-        CompileError: if there is nothing that could be compiled, and why; nothing has been changed then.
+        CompileError: if the layers cannot be compiled; the model is unchanged then.
     """
     layers = _layers(model)
     if not layers:
@@ -163,10 +162,10 @@ def compiled_layers(model: nn.Module, code: CompiledCode) -> None:
         )
     if any(not isinstance(layer.__dict__.get("forward", layer), (nn.Module, LayerForward)) for layer in layers):
         raise CompileError("the layers' forward functions were replaced, as accelerate does under a device_map")
-    # Its blocks follow the lengths of a batch, for each of which there would be other code.
+    # Packed attention's blocks depend on the batch's sequence lengths; each combination would compile new code.
     AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
     for kind in {type(layer) for layer in layers} - set(code.functions):
-        # Under the shell that every such layer of transformers shares: limits on variants count by function.
+        # Unwrap the decorator shared by transformers layers: recompile limits are counted per function.
         forward = inspect.unwrap(kind.forward)
         more: dict[str, Any] = {}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:

@@ -1,4 +1,4 @@
-"""Reference models: the frozen start that a policy is kept close to."""
+"""Reference models: frozen copies of the initial policy for the KL penalty."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl.models.trunk import base_language_model, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
-# Where known architectures keep the layers of their decoder.
+# Module paths of decoder layers in known architectures.
 LAYER_PATTERNS = (
     "transformer.h.{layer}",
     "transformer.blocks.{layer}",
@@ -25,21 +25,21 @@ LAYER_PATTERNS = (
     "decoder.block.{layer}",
     "model.layers.{layer}",
 )
-# What decoders run before their first layer, by a part of its name.
+# Substrings of the names of modules that decoders run before their first layer.
 _EMBEDDING_NAMES = ("emb", "wte", "wpe", "shared", "project_in")
 
 
 def create_reference_model(model: M, num_shared_layers: int | None = None, pattern: str | None = None) -> M:
-    """A frozen copy of `model` in evaluation mode.
+    """Creates a frozen copy of `model` in evaluation mode.
 
-    With `num_shared_layers` the first layers of the decoder, and everything before them (embeddings, an
-    encoder-decoder's whole encoder), are not copied: both models hold the same tensors, and these are frozen in the
-    model that is trained, too.
+    With `num_shared_layers`, the decoder's first layers and everything before them (embeddings, an encoder-decoder's
+    whole encoder) are shared instead of copied: both models hold the same tensors, which are frozen in the trained
+    model, too.
 
     Args:
-        model: a value-head model or a transformers model, unwrapped.
-        num_shared_layers: how many layers the two share; None copies everything.
-        pattern: the name of a layer, such as "transformer.h.{layer}"; by default a known one that fits.
+        model: a value-head model or a transformers model.
+        num_shared_layers: number of layers to share; None copies everything.
+        pattern: module path of a layer, such as "transformer.h.{layer}"; by default the first known one that matches.
 
     Returns:
         A model of the same class.
@@ -61,16 +61,18 @@ def create_reference_model(model: M, num_shared_layers: int | None = None, patte
     for parameter in shared:
         parameter.requires_grad_(False)
         parameter.grad = None
-    # What stands in deepcopy's memo counts as copied already, so the copy holds the same parameters.
+    # deepcopy treats entries of its memo as already copied, so the copy holds the same parameters.
     reference: Any = copy.deepcopy(inner, {id(parameter): parameter for parameter in shared})
     return reference.requires_grad_(False).eval()
 
 
 def check_reference(reference: nn.Module, model: nn.Module) -> None:
-    """Refuses a reference that would learn with the model, whose KL to it is 0 then. Its unused value head may be shared.
+    """Checks that the reference shares no trained parameter with the model, excluding its unused value head.
+
+    A reference that is trained along with the model would keep the KL at 0.
 
     Raises:
-        ValueError: if it shares trained parameters with the model.
+        ValueError: if it shares trained parameters.
     """
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     shared = [name for name, p in reference.named_parameters() if id(p) in trained and "v_head." not in name]
@@ -82,7 +84,7 @@ def check_reference(reference: nn.Module, model: nn.Module) -> None:
 
 
 def _shared_parameters(base: nn.Module, num_shared_layers: int, pattern: str | None) -> Iterator[nn.Parameter]:
-    """Parameters of the first layers and of what runs before them."""
+    """Yields the parameters of the first layers and of everything that runs before them."""
     if isinstance(num_shared_layers, bool) or not isinstance(num_shared_layers, int) or num_shared_layers < 0:
         raise ValueError(f"num_shared_layers={num_shared_layers!r} must be a whole number >= 0")
     pattern = _find_pattern(base, pattern)
@@ -103,7 +105,7 @@ def _shared_parameters(base: nn.Module, num_shared_layers: int, pattern: str | N
 
 
 def _is_lm_head(base: Any, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is the language-model head's alone, not tied to the embeddings."""
+    """Whether a parameter belongs to the language-model head and is not tied to the embeddings."""
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return False
@@ -112,7 +114,7 @@ def _is_lm_head(base: Any, parameter: nn.Parameter) -> bool:
 
 
 def _find_pattern(base: nn.Module, pattern: str | None) -> str:
-    """`pattern`, or the known one that names layers of `base`."""
+    """Returns `pattern`, or the first known pattern that matches layers of `base`; ValueError if none does."""
     candidates = LAYER_PATTERNS if pattern is None else (pattern,)
     for candidate in candidates:
         if candidate.count("{layer}") == 1 and _depth(base, candidate):
@@ -125,7 +127,7 @@ def _find_pattern(base: nn.Module, pattern: str | None) -> str:
 
 
 def _depth(base: nn.Module, pattern: str) -> int:
-    """How many layers there are under `pattern`."""
+    """Counts the layers that match `pattern`."""
     names = {name for name, _ in base.named_modules()}
     depth = 0
     while pattern.replace("{layer}", str(depth)) in names:

@@ -1,4 +1,4 @@
-"""Writing a value-head model: a plain language model (or adapter) as everyone reads it, and the value head beside it."""
+"""Saves a value-head model: the language model (or adapter) in its standard format, the value head in its own file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ _UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision"
 
 
 def save_value_head_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-    """`save_pretrained` of a value-head model.
+    """Implements `save_pretrained` of a value-head model.
 
     Args:
         wrapper: the value-head model.
-        *args: the folder, then what else the language model's `save_pretrained` takes.
-        **kwargs: the language model's own; `state_dict` may be the wrapper's; `push_to_hub`.
+        *args: the folder, then further positional arguments of the language model's `save_pretrained`.
+        **kwargs: arguments of the language model's `save_pretrained`; `state_dict` may be the wrapper's; `push_to_hub`
+            uploads the folder.
 
     Returns:
-        What the upload returned; None without one.
+        The result of the upload; None without one.
     """
     from safetensors.torch import save_file
 
@@ -50,14 +51,14 @@ def save_value_head_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def make_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """The full id, `namespace/name`, of a hub repository, made if it does not exist; a bare name is the token's user's."""
+    """Creates a hub repository if needed and returns its id `namespace/name`; a bare name goes to the token's user."""
     from huggingface_hub import HfApi
 
     return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
 
 
 def upload_folder(folder: Any, *, repo_id: str, token: str | None = None, **kwargs: Any) -> Any:
-    """Puts a folder's files into a hub repository that is there."""
+    """Uploads a folder's files to an existing hub repository."""
     from huggingface_hub import HfApi
 
     return HfApi(token=token).upload_folder(folder_path=os.fspath(folder), repo_id=repo_id, **kwargs)

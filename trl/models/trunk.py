@@ -1,4 +1,4 @@
-"""Looking inside language models: the module under the wrappers, its decoder, what its forward accepts."""
+"""Introspection of language models: the module under the wrappers, its decoder, its forward's signature, and hooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module under DistributedDataParallel and torch.compile wrappers."""
+    """Strips DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
@@ -23,7 +23,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def base_language_model(model: nn.Module) -> Any:
-    """The plain transformers model under every wrapper: parallel, value head and PEFT."""
+    """Returns the plain transformers model under all wrappers: parallel, value head and PEFT."""
     inner: Any = unwrap(model)
     inner = unwrap(getattr(inner, "pretrained_model", inner))
     if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
@@ -32,19 +32,19 @@ def base_language_model(model: nn.Module) -> Any:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether queries go to an encoder and responses to a decoder."""
+    """Whether the model encodes queries and decodes responses."""
     return bool(getattr(base_language_model(model).config, "is_encoder_decoder", False))
 
 
 def decoder_of(model: nn.Module) -> Any:
-    """The module that returns the last hidden states [B, T, H] which the language-model head reads.
+    """Returns the module that computes the last hidden states [B, T, H], the language-model head's input.
 
     Raises:
-        ValueError: if there is none beside the head.
+        ValueError: if the model has no such module apart from its head.
     """
     base = base_language_model(model)
-    # `get_decoder` answers with the head where that is called `decoder` (ModernBERT), and with the whole model where the
-    # name of its trunk is not the one that its class gives (Llama 4).
+    # `get_decoder` returns the head if that is named `decoder` (ModernBERT), and the whole model if the trunk's
+    # attribute is not named as the class declares (Llama 4).
     for found in (base.get_decoder(), getattr(base, "base_model", None), getattr(base, "model", None)):
         if isinstance(found, nn.Module) and found is not base and found is not base.get_output_embeddings():
             return found
@@ -52,18 +52,18 @@ def decoder_of(model: nn.Module) -> Any:
 
 
 def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
-    """The parameters of the forward of the plain transformers model under `model`."""
+    """Returns the forward parameters of the plain transformers model under `model`."""
     forward = type(base_language_model(model)).forward
     return dict(inspect.signature(forward).parameters)
 
 
 def accepts(model: nn.Module, name: str) -> bool:
-    """Whether the plain transformers model names `name` among its forward's parameters."""
+    """Whether the plain transformers model's forward has a parameter `name`."""
     return name in forward_parameters(model)
 
 
 def has_lm_head(model: nn.Module, namings: list[str] | tuple[str, ...]) -> bool:
-    """Whether a language-model head is there: an output embedding, or a module with one of the names `namings`."""
+    """Whether the model has a language-model head: an output embedding, or a module named in `namings`."""
     base = base_language_model(model)
     find = getattr(base, "get_output_embeddings", None)
     if callable(find) and find() is not None:
@@ -72,7 +72,7 @@ def has_lm_head(model: nn.Module, namings: list[str] | tuple[str, ...]) -> bool:
 
 
 def trial_words(model: Any) -> list[Tensor]:
-    """Two short sequences to try a model on, from the middle of the vocabulary: special tokens stand at its ends."""
+    """Returns two short token sequences for probing a model, from mid-vocabulary: special tokens are at its ends."""
     embeddings = model.get_input_embeddings().weight
     count = embeddings.shape[0]
     word = [count // 2 + i % max(1, count // 4) for i in range(8)]
@@ -80,16 +80,16 @@ def trial_words(model: Any) -> list[Tensor]:
 
 
 class LastHiddenState:
-    """Holds what the decoder returned last."""
+    """Holds the hidden state captured in the latest forward pass."""
 
     value: Tensor | None = None
 
 
 @contextmanager
 def watch_last_hidden_state(model: nn.Module) -> Iterator[LastHiddenState]:
-    """Catches the decoder's last hidden state [B, T, H] in passing.
+    """Captures the decoder's last hidden state [B, T, H] with a hook.
 
-    Asking a model for `output_hidden_states` keeps those of every layer alive; this keeps the one that is used.
+    `output_hidden_states=True` would keep every layer's states alive; this keeps only the last.
     """
     seen = LastHiddenState()
 
@@ -113,7 +113,7 @@ def watch_last_hidden_state(model: nn.Module) -> Iterator[LastHiddenState]:
 
 @contextmanager
 def replaced_forward(modules: Sequence[Any], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Within, `forward` stands in for that of each of `modules`."""
+    """Replaces the `forward` of each of `modules` inside the `with` block."""
     before = [vars(module).get("forward") for module in modules]
     try:
         for module in modules:
@@ -128,7 +128,7 @@ def replaced_forward(modules: Sequence[Any], forward: Callable[..., Tensor]) -> 
 
 @contextmanager
 def without_head(model: nn.Module) -> Iterator[LastHiddenState]:
-    """Catches what a model projects on its vocabulary [B, T, H], and spares the projection: logits are [B, T, 0]."""
+    """Captures the output projection's input [B, T, H] and skips the projection: logits are [B, T, 0]."""
     seen = LastHiddenState()
 
     def forward(hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The critic: one linear map from a decoder's last hidden state to a value."""
+"""Value head: a linear layer from the decoder's last hidden state to a scalar value."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NESTED_NAMES = ("text_config", "decoder", "language_config", "llm_config")
 
 
 def hidden_size(config: Any) -> int:
-    """Width of the decoder's last hidden state, whatever its configuration calls it.
+    """Returns the width of the decoder's last hidden state, under whichever name the configuration stores it.
 
     Raises:
-        ValueError: if the configuration names no width.
+        ValueError: if the configuration has no known width field.
     """
     for name in _WIDTH_NAMES:
         width = getattr(config, name, None)
@@ -38,20 +38,20 @@ def hidden_size(config: Any) -> int:
 
 
 class ValueHead(nn.Module):
-    """Dropout and a linear layer from hidden states to values, in float32 whatever the trunk computes in.
+    """Dropout and a linear layer from hidden states to values; float32 regardless of the trunk's dtype.
 
-    By default the weights and the bias are normal with a standard deviation of 0.1 / sqrt(hidden size), so that a
-    normalised hidden state has a value near zero. `v_head_init_strategy="normal"` is the wider start of TRL 0.4:
-    weights normal with `v_head_initializer_range`, bias zero.
+    By default weights and bias are drawn from a normal distribution with standard deviation 0.1 / sqrt(hidden size), so
+    that the value of a normalised hidden state is near zero. `v_head_init_strategy="normal"` selects TRL 0.4's wider
+    initialisation: weights with standard deviation `v_head_initializer_range`, zero bias.
 
     Args:
-        config: the trunk's configuration; a `summary_dropout_prob` in it is honoured.
-        summary_dropout_prob: dropout before the linear layer; by default the configuration's, else 0.1.
+        config: the trunk's configuration; its `summary_dropout_prob` is used if it has one.
+        summary_dropout_prob: dropout before the linear layer; defaults to the configuration's, else 0.1.
         v_head_init_strategy: None or "normal".
-        v_head_initializer_range: standard deviation of the "normal" weights.
+        v_head_initializer_range: standard deviation of the weights under "normal".
 
     Raises:
-        ValueError: for an unknown strategy, a dropout outside [0, 1] or a range below 0.
+        ValueError: for an unknown strategy, a dropout outside [0, 1] or a negative range.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class ValueHead(nn.Module):
             nn.init.normal_(self.summary.bias, std=DEFAULT_GAIN / width**0.5)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states [B, T, H] of any dtype to float32 values [B, T, 1]."""
+        """Maps hidden states [B, T, H] of any dtype to float32 values [B, T, 1]."""
         weight = self.summary.weight
         with torch.autocast(device_type=weight.device.type, enabled=False):
             return self.summary(self.dropout(hidden_states.to(device=weight.device, dtype=weight.dtype)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueHead:
-        # `.half()`, `.bfloat16()` and `.to(dtype)` of the whole model move the head but leave its precision.
+        # `.half()`, `.bfloat16()` and `.to(dtype)` of the whole model move the head but keep its precision.
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             narrowed = tensor.is_floating_point() and result.element_size() < tensor.element_size()

@@ -1,4 +1,4 @@
-"""A transformers language model with a value head, whatever it is loaded from and however it is saved."""
+"""`PreTrainedModelWrapper`: a transformers language model with a value head, and its loading and saving."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ W = TypeVar("W", bound="PreTrainedModelWrapper")
 
 
 class _Architectures:
-    """The classes a wrapper takes as `pretrained_model`; peft's are among them once peft is imported."""
+    """Classes accepted as `pretrained_model`; includes `peft.PeftModel` once peft has been imported."""
 
     def __get__(self, instance: Any, owner: Any = None) -> tuple[type, ...]:
         import sys
@@ -45,14 +45,14 @@ class _Architectures:
 
 
 class PreTrainedModelWrapper(nn.Module):
-    """Base of the value-head models: loading, saving, adapters. Use one of its subclasses.
+    """Base class of the value-head models: loading, saving and adapters. Use one of its subclasses.
 
-    Its `state_dict` has the plain model's keys and `v_head.*`; its parameters are named `pretrained_model.*` and
-    `v_head.*`; `load_state_dict` takes either spelling.
+    `state_dict` returns the plain model's keys plus `v_head.*`; parameters are named `pretrained_model.*` and
+    `v_head.*`; `load_state_dict` accepts both spellings.
 
     Args:
-        pretrained_model: a transformers model with a language-model head, or a `peft.PeftModel` of one.
-        kwargs: the value head's arguments, see `ValueHead`.
+        pretrained_model: a transformers model with a language-model head, or a `peft.PeftModel` around one.
+        kwargs: arguments of `ValueHead`.
     """
 
     transformers_parent_class: ClassVar[Any] = None
@@ -85,8 +85,8 @@ class PreTrainedModelWrapper(nn.Module):
         self.pretrained_model = pretrained_model
         self.v_head = ValueHead(self.config, **kwargs)
         self.commits: dict[str, str | None] = {}
-        """What `from_pretrained` read: folders and hub ids, the latter with the commit that their revision was."""
-        # Reward adapter: a frozen second adapter and its score head, outside of the state dict.
+        """Sources that `from_pretrained` read: hub ids with the commit of their revision, folders with None."""
+        # Reward adapter: a frozen second adapter and its score head, not part of the state dict.
         self.reward_score: nn.Linear | None = None
         self.reward_adapter_name: str | None = None
 
@@ -103,23 +103,24 @@ class PreTrainedModelWrapper(nn.Module):
         wanted: Wanted | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Logits, the model's own loss and values; or, with `wanted`, log-probabilities, entropies and values of tokens.
+        """Returns logits, loss and values; or, with `wanted`, per-token log-probabilities, entropies and values.
 
         Args:
-            input_ids: [B, T] tokens; an encoder-decoder's queries.
-            past_key_values: a cache, for models that take one.
-            attention_mask: [B, T] True or 1 on tokens.
-            cache: `past_key_values` by the name that it has in transformers from 5.24 on; either will do.
-            float32_logits: False keeps the model's own dtype, which for half precision halves the memory.
-            wanted: `N` tokens; for models of which `trl.models.predictions.abilities` says that they project.
-            kwargs: the model's own, such as `position_ids`, `labels`, `decoder_input_ids`, `logits_to_keep`.
+            input_ids: [B, T] tokens; the queries of an encoder-decoder.
+            past_key_values: key-value cache, for models that take one.
+            attention_mask: [B, T], True or 1 on tokens.
+            cache: the name of `past_key_values` in transformers >= 5.24; pass one or the other.
+            float32_logits: False keeps the model's dtype, which halves the memory in half precision.
+            wanted: the `N` tokens to score; only for models whose `trl.models.predictions.abilities` say `projects`.
+            kwargs: forwarded to the model, such as `position_ids`, `labels`, `decoder_input_ids`, `logits_to_keep`.
 
         Returns:
-            logits [B, T, V], the loss (None without labels), float32 values [B, T]. For an encoder-decoder `T` is
-            the decoder's. `logits_to_keep` narrows the logits, never the values. With `wanted`, `[N]` float32 each.
+            logits [B, T, V], the loss (None without labels) and float32 values [B, T]. For an encoder-decoder, `T` is
+            the decoder's length. `logits_to_keep` narrows the logits but never the values. With `wanted`, three `[N]`
+            float32 tensors.
 
         Raises:
-            ValueError: if `past_key_values` and `cache` are both given.
+            ValueError: if both `past_key_values` and `cache` are given.
         """
         kwargs.pop("return_dict", None)
         if cache is not None and past_key_values is not None:
@@ -147,18 +148,21 @@ class PreTrainedModelWrapper(nn.Module):
         return logits, loss, values
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the language model; `custom_generate` runs code of a repository, with `trust_remote_code=True` only."""
+        """Calls the language model's `generate`.
+
+        `custom_generate` runs code from a repository, so it needs `trust_remote_code=True`.
+        """
         if kwargs.get("custom_generate") is not None:
             kwargs["trust_remote_code"] = trusted(kwargs)
         if args and self.is_peft_model:
-            kwargs["inputs"], args = args[0], args[1:]  # peft's takes keywords only
+            kwargs["inputs"], args = args[0], args[1:]  # peft's generate takes keywords only
         return self.pretrained_model.generate(*args, **kwargs)
 
     @contextmanager
     def watch_values(self) -> Iterator[Callable[[], Tensor]]:
-        """Gives a function that returns the float32 values [B, 1] at the last column of the forward pass just made.
+        """Yields a function that returns float32 values [B, 1] for the last column of the latest forward pass.
 
-        For passes of `pretrained_model` itself, as sampling makes them.
+        For code that calls `pretrained_model` directly, as sampling does.
         """
         with watch_last_hidden_state(self.pretrained_model) as seen:
 
@@ -175,16 +179,16 @@ class PreTrainedModelWrapper(nn.Module):
         ppo_adapter_name: str = "default",
         **kwargs: Any,
     ) -> Tensor:
-        """Scores of the reward adapter, without gradients.
+        """Scores tokens with the reward adapter, without gradients.
 
         Args:
             input_ids: [B, T] tokens.
             attention_mask: [B, T].
-            ppo_adapter_name: the adapter that is active again afterwards.
-            kwargs: the model's own.
+            ppo_adapter_name: adapter to reactivate afterwards.
+            kwargs: forwarded to the model.
 
         Returns:
-            [B, T, labels].
+            Scores [B, T, labels].
 
         Raises:
             ValueError: if no reward adapter was loaded.
@@ -211,24 +215,24 @@ class PreTrainedModelWrapper(nn.Module):
 
     @classmethod
     def from_pretrained(cls: type[W], pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> W:
-        """Makes a value-head model out of what there is.
+        """Builds a value-head model from a hub id, a folder or a model object.
 
         Args:
-            pretrained_model_name_or_path: a hub id or folder (of a language model, of a saved value-head model, of a
-                PEFT adapter), a transformers model, or a `peft.PeftModel`.
+            pretrained_model_name_or_path: hub id or folder (of a language model, a saved value-head model or a PEFT
+                adapter), a transformers model, or a `peft.PeftModel`.
             model_args: passed to transformers.
-            kwargs: the value head's arguments (see `ValueHead`); `peft_config` (a fresh adapter), `is_trainable` (go
-                on training a loaded adapter), `reward_adapter` and `reward_adapter_name` (a frozen second adapter
-                that scores), `allow_pickle` (read legacy `.bin` files, with `weights_only=True`); everything else
-                goes to transformers. The default dtype is float32; `trust_remote_code` is False unless it is given.
+            kwargs: arguments of `ValueHead`; `peft_config` (adds a new adapter), `is_trainable` (continue training a
+                loaded adapter), `reward_adapter` and `reward_adapter_name` (a frozen second adapter used for
+                scoring), `allow_pickle` (read legacy `.bin` files, with `weights_only=True`); everything else
+                goes to transformers. The dtype defaults to float32, `trust_remote_code` to False.
 
         Returns:
-            A model of this class, its value head loaded if one was saved.
+            A model of this class, with the saved value head if there is one.
 
         Raises:
-            ValueError: for a model without a language-model head, unusable arguments, weights in a pickle, or a model
-                that needs code of the checkpoint's own.
-            ImportError: for an adapter without peft.
+            ValueError: for a model without a language-model head, unusable arguments, pickled weights, or a model
+                that needs the checkpoint's own code.
+            ImportError: for an adapter when peft is not installed.
         """
         head_args = {name: kwargs.pop(name) for name in cls.supported_args or () if name in kwargs}
         peft_config = kwargs.pop("peft_config", None)
@@ -279,14 +283,14 @@ class PreTrainedModelWrapper(nn.Module):
         return wrapper
 
     def post_init(self, *args: Any, **kwargs: Any) -> None:
-        """Called by `from_pretrained` with the saved value head's entries; the subclasses' takes `state_dict`."""
+        """Called by `from_pretrained` with the saved value head's tensors; subclasses take them as `state_dict`."""
         self._place_value_head(*args, **kwargs)
 
     def _place_value_head(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Fills the value head from the `v_head.*` entries of `state_dict`, and puts it where the last layer is.
+        """Loads the value head from the `v_head.*` entries of `state_dict`; moves it to the output embeddings' device.
 
         Raises:
-            ValueError: if the entries do not fit, or if a part of the model is offloaded to CPU or disk.
+            ValueError: if the shapes do not match, or part of the model is offloaded to CPU or disk.
         """
         prefix = loading.VALUE_HEAD_PREFIX
         head = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
@@ -319,12 +323,12 @@ class PreTrainedModelWrapper(nn.Module):
 
         Args:
             adapter_model_id: folder or hub id of a LoRA adapter trained for sequence classification.
-            adapter_name: its name in the model; must contain "reward".
+            adapter_name: name to give the adapter; must contain "reward".
             allow_pickle: read `adapter_model.bin`, with `weights_only=True`.
-            hub: `revision`, `token` and the like.
+            hub: hub arguments such as `revision` and `token`.
 
         Raises:
-            ValueError: if this model has no adapter of its own, or the adapter no score head.
+            ValueError: if this model has no adapter of its own, or the reward adapter has no score head.
         """
         if not self.is_peft_model:
             raise ValueError("reward_adapter needs a model that trains an adapter itself: pass peft_config as well")
@@ -336,38 +340,38 @@ class PreTrainedModelWrapper(nn.Module):
     # -- saving -------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The plain model's entries and `v_head.*`; takes `destination`, `prefix` and `keep_vars` as torch's does."""
+        """Returns the plain model's entries plus `v_head.*`; takes torch's `destination`, `prefix` and `keep_vars`."""
         state = self.pretrained_model.state_dict(*args, **kwargs)
         kwargs |= {"destination": state, "prefix": kwargs.get("prefix", "") + loading.VALUE_HEAD_PREFIX}
         return self.v_head.state_dict(**kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Modules below find their entries by `pretrained_model.`, which `state_dict` leaves out.
+        # Submodules look up their entries under `pretrained_model.`, a prefix that `state_dict` omits.
         own = (f"{prefix}pretrained_model.", f"{prefix}v_head.", f"{prefix}reward_score.")
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
             state_dict[f"{prefix}pretrained_model.{key[len(prefix) :]}"] = state_dict.pop(key)
-        if self.reward_score is not None:  # frozen, and no part of `state_dict`
+        if self.reward_score is not None:  # frozen, not part of `state_dict`
             for name, tensor in self.reward_score.state_dict().items():
                 state_dict.setdefault(f"{prefix}reward_score.{name}", tensor)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Saves a plain language model (or the adapter) as transformers (or peft) does, and the value head beside it.
+        """Saves the language model (or adapter) in transformers' (or peft's) format, and the value head next to it.
 
         Args:
-            *args: the folder, then what else the language model's `save_pretrained` takes.
-            **kwargs: the language model's own, such as `max_shard_size`; `state_dict` may be this wrapper's;
-                `push_to_hub=True` with `repo_id` uploads the folder.
+            *args: the folder, then further positional arguments of the language model's `save_pretrained`.
+            **kwargs: arguments of the language model's `save_pretrained`, such as `max_shard_size`; `state_dict` may
+                be this wrapper's; `push_to_hub=True` with `repo_id` uploads the folder.
         """
         save_value_head_model(self, *args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Uploads what `save_pretrained` writes.
+        """Uploads the files that `save_pretrained` writes.
 
         Args:
-            *args: the repository, made if it does not exist.
-            **kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr` for the upload; others for
-                `save_pretrained`.
+            *args: the repository id; the repository is created if it does not exist.
+            **kwargs: `commit_message`, `private`, `token`, `revision` and `create_pr` apply to the upload; the rest
+                go to `save_pretrained`.
         """
         repo_id = args[0] if args else kwargs.pop("repo_id")
         with tempfile.TemporaryDirectory() as folder:
@@ -391,7 +395,7 @@ class PreTrainedModelWrapper(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the language model is."""
+        """The language model's device."""
         return self.pretrained_model.device
 
     @property
@@ -401,7 +405,7 @@ class PreTrainedModelWrapper(nn.Module):
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether queries go to an encoder and responses to a decoder."""
+        """Whether the model encodes queries and decodes responses."""
         return is_encoder_decoder(self)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -409,16 +413,16 @@ class PreTrainedModelWrapper(nn.Module):
         return base_language_model(self).get_input_embeddings()
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Changes the language model's vocabulary size."""
+        """Resizes the language model's vocabulary."""
         return self.pretrained_model.resize_token_embeddings(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Trades compute for memory: activations are computed again in the backward pass."""
+        """Trades compute for memory by recomputing activations in the backward pass."""
         base = base_language_model(self)
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs)
         if self.is_peft_model:
-            base.enable_input_require_grads()  # or no gradient reaches the adapters of checkpointed layers
+            base.enable_input_require_grads()  # otherwise adapters in checkpointed layers get no gradient
 
     def gradient_checkpointing_disable(self) -> None:
         """Undoes `gradient_checkpointing_enable`."""
@@ -430,10 +434,10 @@ class PreTrainedModelWrapper(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Turns the PEFT adapter off for the block.
+        """Disables the PEFT adapter inside the `with` block.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if the model has no adapter.
         """
         with adapters.reference_mode(self):
             yield
