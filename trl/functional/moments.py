@@ -1,4 +1,4 @@
-"""Running mean and variance as a pure state transition."""
+"""Running mean and variance, as a pure update function."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from trl.types import identity
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Mean and spread of everything seen so far."""
+    """Mean, sum of squared deviations and count of all values seen so far."""
 
     mean: float = 0.0
-    squares: float = 0.0  # sum of squared distances from the mean
+    squares: float = 0.0  # sum of squared deviations from the mean
     count: float = 0.0
 
     @property
@@ -27,11 +27,11 @@ class Moments:
 
 
 def update_moments(moments: Moments, values: Tensor, reduce: Callable[[Tensor], Tensor] = identity) -> Moments:
-    """Adds `values` to the moments by the parallel formula of Chan et al. 1979.
+    """Merges `values` into the running moments (parallel algorithm of Chan et al. 1979).
 
     Args:
-        moments: what was seen before.
-        values: any shape, of this process; computed in float64.
+        moments: moments so far.
+        values: this process's new values, any shape; computed in float64.
         reduce: sums a tensor over all processes, so that every process holds the same moments.
     """
     values = values.detach().double()
