@@ -70,7 +70,7 @@ class Tracker(Protocol):
 
 
 class Callback(Protocol):
-    """Hooks into a managed run (`PPOTrainer.train`), called on every process; subclass `trl.TrainCallback` for no-op defaults.
+    """Hooks into a managed run (`PPOTrainer.train`), called on every process; `trl.TrainCallback` has no-op defaults.
 
     A callback must not draw from the global random generators, which the run uses, nor make collective calls.
     """

@@ -115,8 +115,8 @@ def ppo_minibatches(
 ) -> Iterator[Minibatch[ActorCritic]]:
     """Yields shuffled minibatches of `size` sequences for `epochs` passes, with whitened advantages.
 
-    Advantages are whitened over the whole minibatch across all processes. A minibatch with no counted token on any process
-    is skipped: a step with zero gradients would still move the weights by their momentum.
+    Advantages are whitened over the whole minibatch across all processes. A minibatch with no counted token on any
+    process is skipped: a step with zero gradients would still move the weights by their momentum.
 
     Args:
         experience: `B` sequences, a multiple of `size`.
