@@ -132,7 +132,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 
 def clip_by_value(x: Tensor, tensor_min: Tensor | float, tensor_max: Tensor | float) -> Tensor:
-    """Clamps `x` between two bounds, each a number or a tensor broadcastable to `x`; if they cross, the lower one wins."""
+    """Clamps `x` between two bounds, numbers or tensors broadcastable to `x`; if they cross, the lower bound wins."""
     lower, upper = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (tensor_min, tensor_max))
     return torch.maximum(torch.minimum(x, upper), lower)
 

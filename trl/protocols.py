@@ -40,7 +40,7 @@ class Sandbox(Protocol):
         """Runs the Python source `program` with `text` on stdin.
 
         Returns:
-            Its stdout, possibly only the tail, even if the program failed; None if it exceeded `seconds` and was killed.
+            Its stdout, possibly only the tail, even if the program failed; None if it was killed after `seconds`.
         """
         ...
 

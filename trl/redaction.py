@@ -82,8 +82,8 @@ def remember_secrets(settings: Any) -> None:
     """Registers the secrets in `settings`, so that `redact` removes them from any later text, such as an error message.
 
     Args:
-        settings: mappings, lists, tuples and sets at any depth. Secrets are strings under a secret name and passwords in
-            URLs, of at least 8 characters.
+        settings: mappings, lists, tuples and sets at any depth. Secrets are strings under a secret name and passwords
+            in URLs, of at least 8 characters.
     """
     _remembered.update(secret for secret in _secrets_of(settings) if len(secret) >= 8)
 

@@ -26,7 +26,7 @@ class Rollout:
     tokens: Tensor  # [B, T] int64
     attention: Tensor  # [B, T] bool, False on padding
     mask: Tensor  # [B, S] bool, True where a response token is predicted and counts
-    group: Tensor = None  # type: ignore[assignment]  # [B] int64 prompt index, shared by responses to one prompt; default: one per row
+    group: Tensor = None  # type: ignore[assignment]  # [B] int64 prompt index; default: one per row
     encoder_tokens: Tensor | None = None  # [B, Q] int64, encoder-decoder queries
     encoder_attention: Tensor | None = None  # [B, Q] bool
     sampler_logprobs: Tensor | None = None  # [B, S] log-probabilities computed by the sampling engine
@@ -115,8 +115,8 @@ class Scored:
         """Summary statistics by key.
 
         For each component: `reward/<name>/mean`, `std` (population), `min` and `max` over the samples with a value (NaN
-        if there are none), and `none`, the fraction without one. `reward/errors` and `reward/excluded` are the fractions
-        of samples with an error and without a score.
+        if there are none), and `none`, the fraction without one. Overall: `reward/errors` and `reward/excluded`, the
+        fractions of samples with an error and without a score.
         """
         count = max(len(self), 1)
         found: dict[str, float] = {}

@@ -62,9 +62,9 @@ def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float
         episodes: sequences since the last update, over all processes.
 
     Returns:
-        kl_coef · (1 + clip(kl / target - 1, -0.2, 0.2) · min(episodes / horizon, 1)), a change of at most 20%. The paper
-        has no minimum; without it, more than five horizons of episodes can make the coefficient negative, which rewards
-        drift. Returns `kl_coef` unchanged if `kl` is NaN.
+        kl_coef · (1 + clip(kl / target - 1, -0.2, 0.2) · min(episodes / horizon, 1)), a change of at most 20%. Without
+        the minimum, which the paper lacks, more than five horizons of episodes could make the coefficient negative and
+        reward drift. Returns `kl_coef` unchanged if `kl` is NaN.
     """
     if math.isnan(kl):
         return kl_coef

@@ -35,7 +35,7 @@ def wide_dtype(logits: Tensor) -> torch.dtype:
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """`[N, V]` logits, `[N]` tokens -> `[N]` logprobs, `[N]` entropies, with at most two chunk-sized float32 buffers."""
+    """`[N, V]` logits, `[N]` tokens -> `[N]` logprobs, `[N]` entropies, using at most two chunk-sized buffers."""
 
     @staticmethod
     def forward(
