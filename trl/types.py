@@ -26,7 +26,7 @@ class Rollout:
     tokens: Tensor  # [B, T] int64
     attention: Tensor  # [B, T] bool, False on padding
     mask: Tensor  # [B, S] bool, True where a response token is predicted and counts
-    group: Tensor = None  # type: ignore[assignment]  # [B] int64 prompt index; default: one per row
+    group: Tensor = None  # type: ignore[assignment]  # [B] int64, same for responses to one prompt; default: all differ
     encoder_tokens: Tensor | None = None  # [B, Q] int64, encoder-decoder queries
     encoder_attention: Tensor | None = None  # [B, Q] bool
     sampler_logprobs: Tensor | None = None  # [B, S] log-probabilities computed by the sampling engine

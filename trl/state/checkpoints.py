@@ -196,7 +196,7 @@ def _free_name(folder: Path, step: int) -> Path:
 
 
 def _to_keep(listed: list[tuple[Path, dict[str, Any]]], step: int, keep_last: int) -> tuple[set[Path], Path | None]:
-    """The checkpoints to keep (the last `keep_last` and the best, up to `step`), and the best; ties go to the earliest."""
+    """Checkpoints to keep, and the best (earliest on ties), among the newest and those of steps before `step`."""
     past = [(path, m) for path, m in listed if m["step"] < step or path == listed[0][0]]
     past.sort(key=lambda entry: -entry[1]["serial"])
     rated = [(m["metric"], -m["serial"], path) for path, m in past if m["metric"] is not None]
@@ -232,7 +232,7 @@ def _discard(staging: Path) -> None:
 
 @contextmanager
 def _explained(folder: Path, step: int, size: int, complete: Path | None = None) -> Iterator[None]:
-    """Turns OSErrors into CheckpointErrors that name the step, its size, the free space and the newest checkpoint left."""
+    """Turns OSErrors into CheckpointErrors with the step, its size, the free space and the newest checkpoint left."""
     try:
         yield
     except OSError as error:

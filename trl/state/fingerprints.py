@@ -22,7 +22,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Fingerprints:
-    """Cached SHA-256 digests of weights, recomputed only for tensors that were written to or replaced."""
+    """Cached SHA-256 digests of weights, recomputed only when a tensor's storage or torch version counter changes."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], tuple[int, int, str]] = {}
