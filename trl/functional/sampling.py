@@ -78,7 +78,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         uniforms: `[B]` float64 in [0, 1).
 
     Returns:
-        `[B]` int64 words and their `[B]` log-probabilities under softmax(logits), in the dtype of `logits`.
+        `[B]` int64 words, and `[B]` their log-probabilities under softmax(logits), in the dtype of the logits.
     """
     rows, words = logits.shape
     largest = logits.amax(dim=-1, keepdim=True)

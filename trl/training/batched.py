@@ -17,7 +17,7 @@ _TOKENS_AT_ONCE = 2048
 
 
 def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, Callable[[Tensor], Tensor]]]:
-    """Yields slices of the rollout with padding trimmed, each with a function that pads results back to `[b, S, ...]`."""
+    """Yields slices of the rollout with padding trimmed, each with a function that pads results back to width `S`."""
     width = rollout.mask.shape[1]
     for start in range(0, len(rollout), batch_size):
         rows = slice(start, start + batch_size)
@@ -77,7 +77,7 @@ def evaluate_in_batches(
 ) -> Evaluation:
     """Evaluates `model` at every position of a rollout of `B` sequences, `batch_size` sequences at a time.
 
-    If logits need not be materialised, batches grow up to a fixed number of tokens, which still takes less memory than a
+    If logits need not be materialised, batches grow to a fixed number of tokens, which still takes less memory than a
     minibatch of the update.
     """
     if not return_logits:

@@ -30,7 +30,7 @@ def compile_passes(
     """Compiles the models' layers for scoring and updating, if compilation works here and matches eager results.
 
     Two short sequences are run through both versions, gradients included. If compilation fails, or if log-probabilities
-    or gradients differ by a relative error above √eps of the compute dtype, layers stay eager and the reason is logged.
+    or gradients have a relative error above √eps of the coarsest dtype, layers stay eager and the reason is logged.
 
     Args:
         policy: the trained model, wrapped for its processes.

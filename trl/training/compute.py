@@ -62,7 +62,7 @@ class Compute(Passes):
         self._copies: NarrowCopies | None = None
         self._base: list[nn.Parameter] = []  # permanently stored in bfloat16
         self._models = [model]
-        self.quick_products = accelerator.device.type == "cpu"  # see trl.kernels.linear; not with compiled layers
+        self.quick_products = accelerator.device.type == "cpu"  # fast CPU linear layers (trl.kernels.linear); off with compiled layers
         self._device_type = accelerator.device.type
         if accelerator.mixed_precision != "no":
             if wanted == "bfloat16":
@@ -122,7 +122,7 @@ class Compute(Passes):
             self._copies.refresh_changed() if counted else self._copies.refresh()
 
     def adopt_reference(self, reference: nn.Module, policy: nn.Module) -> None:
-        """Registers the reference and, if passes are bfloat16, stores it so, except parameters shared with the policy."""
+        """Adds the frozen reference; for bfloat16 passes, stores it in bfloat16 except what the policy shares."""
         self._models.append(reference)
         if self.narrow:
             narrow_for_good(reference, besides=policy)

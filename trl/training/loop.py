@@ -37,8 +37,8 @@ class UpdateMetrics:
 class Updater:
     """Backward passes and optimizer steps of one model.
 
-    Gradients are summed over microbatches and processes and clipped once. They stay in place after the step, except those
-    that `compute` held in bfloat16.
+    Gradients are summed over microbatches and processes and clipped once. They stay in place after the step, except
+    those that `compute` held in bfloat16.
     """
 
     model: nn.Module
@@ -103,7 +103,7 @@ class Updater:
         refused, without_loss = self.reduce(torch.stack([torch.full_like(finite, float(not own)), 1 - finite])).tolist()
         if refused == 0:
             if narrow:
-                # As the closure of the optimizer's own step, so that hooks and schedulers see a single step.
+                # As the closure of the optimizer's own step, which updates the rest: hooks and schedulers see one step.
                 self.optimizer.step(lambda: self._step_narrow(narrow, scale))
             else:
                 self.optimizer.step()
@@ -135,7 +135,7 @@ class Updater:
         return scale
 
     def _clip(self, narrow: Mapping[Tensor, Tensor]) -> tuple[float, float]:
-        """Clips the float32 gradients; returns the norm before clipping and the factor still to apply to `narrow` ones."""
+        """Clips gradients in `.grad`; returns the total norm before clipping and the factor for the `narrow` ones."""
         wide = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in wide if p.grad is not None]
         if not narrow and self.max_grad_norm is not None:
