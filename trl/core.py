@@ -106,7 +106,7 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
 
 
 def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scales `values` of any shape to unit variance, and to zero mean unless `shift_mean` is False."""
+    """Whitens `values` of any shape to unit variance, and to zero mean unless `shift_mean` is False."""
     return masked_whiten(values, torch.ones_like(values, dtype=torch.bool), shift_mean)
 
 

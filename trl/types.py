@@ -105,8 +105,8 @@ class Scored:
     components: dict[str, list[float | None]]  # name -> B raw values, unweighted; per-token rewards are summed
     token_rewards: list[list[float] | None]  # B lists, one number per completion token, added to the score
     seconds: list[float]  # B durations of the calls that scored each sample; 0 on a cache hit
-    errors: list[str | None]  # B one-line errors, set even if a penalty replaces the score
-    tracebacks: list[str | None] = field(default_factory=list)  # B tracebacks, where available
+    errors: list[str | None]  # B one-line errors or None, set even if a penalty replaces the score
+    tracebacks: list[str | None] = field(default_factory=list)  # B longer error details, where known
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -21,7 +21,7 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """Standard deviation with Bessel's correction; 1 while fewer than two values were seen or all were equal."""
+        """Standard deviation with Bessel's correction; 1 if fewer than two values were seen or all were equal."""
         var = self.squares / (self.count - 1) if self.count > 1 else 0.0
         return var**0.5 if var > 0 else 1.0
 

@@ -62,7 +62,7 @@ class Compute(Passes):
         self._copies: NarrowCopies | None = None
         self._base: list[nn.Parameter] = []  # permanently stored in bfloat16
         self._models = [model]
-        self.quick_products = accelerator.device.type == "cpu"  # fast CPU linear layers (trl.kernels.linear); off with compiled layers
+        self.quick_products = accelerator.device.type == "cpu"  # trl.kernels.linear; off with compiled layers
         self._device_type = accelerator.device.type
         if accelerator.mixed_precision != "no":
             if wanted == "bfloat16":
