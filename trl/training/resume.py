@@ -189,7 +189,7 @@ def _reference(trainer: RunState) -> dict[str, str] | None:
 
 
 def _identity(trainer: RunState) -> dict[str, Any]:
-    """Settings and environment to compare between a checkpoint and a trainer."""
+    """What tells one run from another."""
     return {
         "config": _settings(trainer.config),
         "processes": trainer.accelerator.num_processes,
@@ -201,7 +201,7 @@ def _identity(trainer: RunState) -> dict[str, Any]:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """Comparable settings as JSON, with secrets redacted."""
+    """What can be compared between two runs, as JSON without secrets."""
     found = {}
     for name in (f.name for f in fields(config) if f.name not in _UNSAVED_SETTINGS):
         value = getattr(config, name)
@@ -321,7 +321,7 @@ def _shaped(kind_and_shape: tuple[str, tuple[int, ...]]) -> str:
 
 
 def _harmless_differences(trainer: RunState, checkpoint: Checkpoint) -> list[str]:
-    """Remarks on differences that do not prevent resuming: changed settings, and hardware or library versions."""
+    """What may differ, in words: settings are the user's, and other machines and libraries round differently."""
     state, now, remarks = checkpoint.state, _identity(trainer), []
     changed = {
         name: (state["config"].get(name), value)
