@@ -1,6 +1,6 @@
-"""The face of TRL 0.4.6's `trl.core`: the same names and signatures, on top of `trl.functional`.
+"""TRL 0.4.6's `trl.core` API: the same names and signatures, on top of `trl.functional`.
 
-Masks may be bool, integer or floating point here: what is not 0 counts. New code calls `trl.functional` itself.
+Masks here may be bool, integer or floating point; nonzero entries count. New code should use `trl.functional` directly.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def masked_mean(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None
         axis: dimensions to average over; all if None.
 
     Returns:
-        A scalar, or `values` without `axis`. 0 where nothing counts.
+        A scalar, or a tensor reduced over `axis`; 0 where nothing counts.
     """
     return masked.masked_mean(_floating(values), _counts(mask), axis)
 
@@ -82,22 +82,22 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
         unbiased: whether to apply Bessel's correction.
 
     Returns:
-        A scalar; 0 for fewer than two counted values.
+        A scalar; 0 if fewer than two values count.
     """
     return masked.masked_var(_floating(values), _counts(mask), unbiased)
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scales `values` by the moments of those where `mask` is not 0.
+    """Whitens `values` with the mean and variance of those where `mask` is not 0.
 
     Args:
         values: any shape.
         mask: bool or numbers, broadcastable to `values`.
-        shift_mean: whether to remove the mean, or to keep it.
+        shift_mean: True removes the mean, False keeps it.
 
     Returns:
-        The shape of `values`. What stands off the mask is scaled alike, as in TRL 0.4.6; it takes no part in the
-        moments.
+        A tensor shaped like `values`. As in TRL 0.4.6, positions off the mask do not enter the moments but are scaled
+        too.
     """
     values = _floating(values)
     mean, var, _ = masked.masked_moments(values, _counts(mask))
@@ -106,7 +106,7 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
 
 
 def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scales `values` of any shape to unit variance, and to zero mean unless `shift_mean` is False."""
+    """Whitens `values` of any shape to unit variance, and to zero mean unless `shift_mean` is False."""
     return masked_whiten(values, torch.ones_like(values, dtype=torch.bool), shift_mean)
 
 
@@ -114,14 +114,14 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probabilities of chosen tokens.
 
     Args:
-        logits: `[..., V]`, where position i belongs to `labels` at i: shift before the call.
+        logits: `[..., V]`, already shifted so that position i predicts `labels` at i.
         labels: `[...]` int64.
 
     Returns:
         `[...]` in nats, at least float32.
 
     Raises:
-        ValueError: if the shapes differ before the vocabulary.
+        ValueError: if the shapes differ apart from the vocabulary dimension.
     """
     return token_logprobs(logits, labels)
 
@@ -132,7 +132,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 
 def clip_by_value(x: Tensor, tensor_min: Tensor | float, tensor_max: Tensor | float) -> Tensor:
-    """Holds `x` between two bounds, each a number or a tensor broadcastable to `x`; the lower one wins a conflict."""
+    """Clamps `x` between two bounds, numbers or tensors broadcastable to `x`; if they cross, the lower bound wins."""
     lower, upper = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (tensor_min, tensor_max))
     return torch.maximum(torch.minimum(x, upper), lower)
 
@@ -141,7 +141,7 @@ def clip_by_value(x: Tensor, tensor_min: Tensor | float, tensor_max: Tensor | fl
 
 
 def flatten_dict(nested: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
-    """Turns nested dicts into one, whose keys are the paths joined by `sep`. An empty dict leaves nothing behind.
+    """Flattens nested dicts into one, joining the keys of each path with `sep`. Empty dicts disappear.
 
     Raises:
         ValueError: if a key contains `sep`.
@@ -158,10 +158,10 @@ def flatten_dict(nested: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
 
 
 def stack_dicts(stats_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Flattens and stacks the tensors of several dicts with the same keys.
+    """Flattens and stacks, key by key, the tensors of several dicts with the same keys.
 
     Returns:
-        Per key a tensor `[len(stats_dicts), longest]`; shorter ones end in `WANDB_PADDING` (-1).
+        One `[len(stats_dicts), longest]` tensor per key; shorter rows are right-padded with `WANDB_PADDING` (-1).
 
     Raises:
         ValueError: if there is no dict, or one lacks a key.
@@ -194,12 +194,12 @@ def _columns(dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
 
 
 def add_suffix(input_dict: Mapping[str, Any], suffix: str) -> dict[str, Any]:
-    """The same values under keys that end in `suffix`."""
+    """Appends `suffix` to every key."""
     return {key + suffix: value for key, value in input_dict.items()}
 
 
 def convert_to_scalar(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns tensors and arrays that hold one number (shape `[]` or `[1]`) into Python numbers; leaves the rest."""
+    """Converts tensors and arrays of shape `[]` or `[1]` to Python numbers; other values stay as they are."""
     return {
         key: value.item() if isinstance(value, (Tensor, np.ndarray)) and tuple(value.shape) in ((), (1,)) else value
         for key, value in stats.items()
@@ -207,7 +207,7 @@ def convert_to_scalar(stats: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stats_to_np(stats_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns tensors into arrays (bfloat16 into float32) and numbers into floats; leaves the rest."""
+    """Converts tensors to numpy arrays (bfloat16 as float32) and numbers to floats; other values stay as they are."""
     arrays: dict[str, Any] = {}
     for key, value in stats_dict.items():
         if isinstance(value, Tensor):
@@ -224,10 +224,10 @@ def stats_to_np(stats_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pad_to_size(tensor: Tensor, size: int, dim: int = 1, padding: int = 50256) -> Tensor:
-    """Pads the end of dimension `dim` with `padding` until it is `size` long.
+    """Pads dimension `dim` at its end with `padding` to length `size`.
 
     Raises:
-        ValueError: if there is no such dimension, or it is longer than `size`: nothing is cut.
+        ValueError: if there is no such dimension, or it is longer than `size`; tensors are never truncated.
     """
     if not -tensor.dim() <= dim < tensor.dim():
         raise ValueError(f"dim={dim} is not a dimension of a tensor of shape {tuple(tensor.shape)}")
@@ -254,13 +254,13 @@ def build_bert_batch_from_txt(
     Args:
         text_list: `B` texts.
         tokenizer: anything with `encode(text) -> list of ids`.
-        device: where the batch shall lie.
+        device: device of the result.
 
     Returns:
         `[B, T]` int64 tokens and `[B, T]` float32 attention mask, 1 on tokens and 0 on padding.
 
     Raises:
-        ValueError: if there is no text.
+        ValueError: if `text_list` is empty.
     """
     if not text_list:
         raise ValueError("text_list is empty: at least one text is needed")
@@ -274,20 +274,20 @@ def build_bert_batch_from_txt(
 
 
 def set_seed(seed: int) -> None:
-    """Seeds the global generators of `random`, numpy and torch (every device)."""
+    """Seeds the global generators of `random`, numpy and torch (on every device)."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 class LengthSampler:
-    """Draws lengths uniformly from `min_value` up to, and without, `max_value`.
+    """Samples lengths uniformly from `[min_value, max_value)`.
 
-    The numbers come from numpy's global generator: see `set_seed`.
+    Draws from numpy's global generator; see `set_seed`.
     """
 
     def __init__(self, min_value: int, max_value: int) -> None:
-        """Fixes the range `[min_value, max_value)`.
+        """Sets the range `[min_value, max_value)`.
 
         Raises:
             ValueError: if the range is empty.
@@ -300,22 +300,22 @@ class LengthSampler:
             )
 
     def __call__(self) -> int:
-        """One length."""
+        """Samples one length."""
         return int(np.random.choice(self.values))
 
 
 class PPODecorators:
-    """Frees the accelerator's cached memory after a block or function: `with PPODecorators.empty_cuda_cache(True)`."""
+    """Empties the CUDA cache after a block or function: `with PPODecorators.empty_cuda_cache(True)`."""
 
-    optimize_cuda_cache = False  # what empty_cuda_cache() does if not told; this library never writes it
+    optimize_cuda_cache = False  # default of empty_cuda_cache(); never set by this library
 
     @classmethod
     @contextmanager
     def empty_cuda_cache(cls, enabled: bool | None = None) -> Iterator[None]:
-        """A context manager and decorator.
+        """Collects garbage and empties the CUDA cache on exit; a context manager and decorator.
 
         Args:
-            enabled: whether to do anything; `optimize_cuda_cache` of the class if None.
+            enabled: False does nothing; None uses the class attribute `optimize_cuda_cache`.
         """
         try:
             yield
@@ -335,19 +335,19 @@ def top_k_top_p_filtering(
     filter_value: float = -float("inf"),
     min_tokens_to_keep: int = 1,
 ) -> Tensor:
-    """Rules out unlikely tokens: first all but the `top_k` likeliest, then the tail beyond probability `top_p`.
+    """Filters out unlikely tokens by top-k, then by top-p (nucleus) sampling.
 
-    The token with which the sum of probabilities, likeliest first, reaches `top_p` is kept (Holtzman et al. 2020).
+    The token whose cumulative probability, most likely first, reaches `top_p` is kept (Holtzman et al. 2020).
 
     Args:
         logits: `[..., V]`.
         top_k: number of tokens to keep; 0 keeps all.
-        top_p: probability to keep; 1 keeps all.
-        filter_value: what stands in place of a ruled-out logit.
-        min_tokens_to_keep: at least this many stay.
+        top_p: probability mass to keep; 1 keeps all.
+        filter_value: replaces the logits of removed tokens.
+        min_tokens_to_keep: minimum number of tokens to keep.
 
     Returns:
-        `[..., V]`, a new tensor wherever something is ruled out.
+        `[..., V]` filtered logits; a new tensor unless both filters are off.
     """
     vocabulary = logits.shape[-1]
     if top_k > 0:
@@ -357,7 +357,7 @@ def top_k_top_p_filtering(
     if top_p < 1.0:
         ordered, indices = logits.sort(dim=-1, descending=True)
         probs = torch.softmax(ordered.float(), dim=-1)
-        tail = probs.cumsum(dim=-1) - probs >= top_p  # what stands before a token is enough without it
+        tail = probs.cumsum(dim=-1) - probs >= top_p  # the tokens before this one already reach top_p
         tail[..., :min_tokens_to_keep] = False
         logits = logits.masked_fill(tail.scatter(-1, indices, tail), filter_value)
     return logits
@@ -366,12 +366,12 @@ def top_k_top_p_filtering(
 def respond_to_batch(
     model: nn.Module, queries: Tensor, txt_len: int = 20, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
-    """Samples `txt_len` tokens after each query, at temperature 1; an end-of-sequence token does not stop it.
+    """Samples exactly `txt_len` tokens after each query at temperature 1, ignoring end-of-sequence tokens.
 
     Args:
-        model: a decoder with or without a value head, in any mode; dropout is off meanwhile.
+        model: a decoder with or without a value head, in any mode; dropout is off during sampling.
         queries: `[B, Q]` int64 without padding.
-        txt_len: tokens to sample.
+        txt_len: number of tokens to sample.
         top_k: see `top_k_top_p_filtering`.
         top_p: see `top_k_top_p_filtering`.
 
@@ -382,7 +382,7 @@ def respond_to_batch(
         ValueError: if `queries` is not `[B, Q]` with Q ≥ 1, `txt_len` is negative, the model is an encoder-decoder, or
             the tokens do not fit into its context.
     """
-    # These bring transformers, which the rest of this module does without.
+    # Imported here because they need transformers, which the rest of this module does not.
     from trl.models.trunk import forward_parameters
     from trl.training.modes import eval_mode
 
@@ -390,7 +390,7 @@ def respond_to_batch(
     tokens = queries.to(next(model.parameters()).device)
     keyword = cache_keyword(forward_parameters(model))
     cache = _empty_cache(model, keyword)
-    seen = 0  # tokens that the cache holds
+    seen = 0  # number of tokens in the cache
     with eval_mode(model), torch.no_grad():
         for _ in range(txt_len):
             inputs: dict[str, Any] = {"attention_mask": torch.ones_like(tokens)}
@@ -400,7 +400,7 @@ def respond_to_batch(
             logits = output[0] if isinstance(output, tuple) else output.logits
             probs = torch.softmax(top_k_top_p_filtering(logits[:, -1].float(), top_k, top_p), dim=-1)
             if cache is not None and cache.get_seq_length() != tokens.shape[1]:
-                cache = None  # the model leaves it empty: it is fed from the start each time
+                cache = None  # the model does not fill it: feed all tokens each time
             seen = 0 if cache is None else tokens.shape[1]
             tokens = torch.cat([tokens, torch.multinomial(probs, num_samples=1)], dim=1)
     return tokens[:, queries.shape[1] :]
@@ -417,7 +417,7 @@ def _check_room(model: nn.Module, queries: Tensor, txt_len: int) -> None:
     if is_encoder_decoder(model):
         raise ValueError("respond_to_batch continues queries with a decoder; use generate() of an encoder-decoder")
     limit = context_length(model)
-    needed = queries.shape[1] + txt_len - 1  # the last token is sampled, never fed
+    needed = queries.shape[1] + txt_len - 1  # the last sampled token is never fed back
     if limit is not None and needed > limit:
         raise ValueError(
             f"queries of {queries.shape[1]} tokens and txt_len={txt_len} need {needed} positions, "
@@ -426,7 +426,7 @@ def _check_room(model: nn.Module, queries: Tensor, txt_len: int) -> None:
 
 
 def _empty_cache(model: nn.Module, keyword: str) -> Any:
-    """An empty key-value cache for a model that takes one as `keyword`, else None."""
+    """An empty key-value cache, or None if the model does not accept one as `keyword` or cannot use one."""
     from transformers import DynamicCache
     from transformers.cache_utils import CacheLayerMixin
 
@@ -434,7 +434,7 @@ def _empty_cache(model: nn.Module, keyword: str) -> Any:
 
     adapter = getattr(getattr(model, "pretrained_model", model), "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False) or not accepts(model, keyword):
-        return None  # a learned prefix takes the cache's place
+        return None  # prompt learning passes its learned prefix as the cache
     cache = DynamicCache(config=base_language_model(model).config)
-    # Of recurrent states alone it could not say how many tokens it holds.
+    # A cache of recurrent states alone cannot report how many tokens it holds.
     return cache if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers) else None

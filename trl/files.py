@@ -1,6 +1,6 @@
-"""Files that a stopped process leaves whole. Standard library only.
+"""Crash-safe file operations. Standard library only.
 
-Everything goes through the few calls of `os` below, so that a test can stop after every single one of them.
+All writes go through the few `os` calls below, so tests can simulate a crash after each one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-STAGING = ".staging-"  # how the names of unfinished files and folders begin; what a stopped process left can be removed
-_PIECE = 8 * 2**20  # bytes per call of os.write and per update of a hash
+STAGING = ".staging-"  # name prefix of unfinished files and folders; leftovers of a dead process are safe to delete
+_PIECE = 8 * 2**20  # maximum bytes per os.write call and per hash update
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of calls that take a descriptor say which file they are about, too."""
+    """Adds the path to OSErrors from calls that take a file descriptor."""
     try:
         yield
     except OSError as error:
@@ -26,17 +26,17 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def write_file(path: str | Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Writes a new file piece by piece and waits until the disk has it.
+    """Writes a new file piece by piece and syncs it to disk.
 
     Args:
         path: must not exist.
-        pieces: its bytes, in order.
+        pieces: the file's bytes, in order.
 
     Returns:
-        Its size in bytes and its SHA-256, of what was written.
+        Size in bytes and SHA-256 of the data written.
 
     Raises:
-        OSError: with the path, as every function here.
+        OSError: naming the path, as in every function here.
     """
     path, size, digest = Path(path), 0, hashlib.sha256()
     with _naming(path):
@@ -55,7 +55,7 @@ def write_file(path: str | Path, pieces: Iterable[bytes | memoryview]) -> tuple[
 
 
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Hexadecimal SHA-256 of a file's contents."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(_PIECE):
@@ -64,9 +64,9 @@ def sha256_of(path: str | Path) -> str:
 
 
 def sync_folder(path: str | Path) -> None:
-    """Waits until the disk has a folder's names: what was made, renamed or removed in it stays so."""
+    """Syncs a folder's entries to disk, making creations, renames and removals in it durable. No-op on Windows."""
     if os.name == "nt":
-        return  # folders cannot be opened there
+        return  # Windows cannot open folders
     with _naming(Path(path)):
         file = os.open(path, os.O_RDONLY)
         try:
@@ -76,7 +76,7 @@ def sync_folder(path: str | Path) -> None:
 
 
 def make_folder(path: str | Path) -> None:
-    """Makes a folder, and those above it, if missing."""
+    """Creates a folder and any missing parents, durably."""
     path = Path(path)
     if path.is_dir():
         return
@@ -90,13 +90,13 @@ def make_folder(path: str | Path) -> None:
 
 
 def move(source: str | Path, target: str | Path) -> None:
-    """Renames a file or folder within its folder; a file that stood at `target` is replaced. Stays so."""
+    """Durably renames a file or folder within its folder, replacing any file at `target`."""
     os.replace(source, target)
     sync_folder(Path(target).parent)
 
 
 def remove(path: str | Path) -> None:
-    """Removes a file, a link (not what it leads to) or a folder with all that is in it."""
+    """Removes a file, a symlink (not its target) or a folder with its contents."""
     path = Path(path)
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         os.unlink(path)
@@ -107,37 +107,37 @@ def remove(path: str | Path) -> None:
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Puts `data` at `path`: whoever reads it, also after a crash, finds the old bytes or the new ones, whole.
+    """Writes `data` to `path` atomically: readers see all of the old contents or all of the new, even after a crash.
 
     Args:
-        path: in an existing folder; a file there is replaced.
-        data: all of it.
+        path: in an existing folder; an existing file is replaced.
+        data: the complete contents.
 
     Raises:
-        OSError: with the path; the old bytes are still there.
+        OSError: naming the path; the old contents are intact.
     """
     path = Path(path)
-    # Random, since two threads may write the same file; cut, since a name has at most 255 bytes.
+    # Random, because two threads may write the same file; truncated, because names are limited to 255 bytes.
     temporary = path.with_name(f"{STAGING}{path.name[:48]}-{os.urandom(6).hex()}")
     try:
         write_file(temporary, [data])
         move(temporary, path)
     except OSError:
-        with suppress(OSError):  # it may not have been made
+        with suppress(OSError):  # it may not exist
             os.unlink(temporary)
         raise
 
 
 def append_line(path: str | Path, text: str) -> None:
-    """Appends one line, UTF-8, and hands it to the operating system: it outlives the process, not a power cut.
+    """Appends one UTF-8 line, unbuffered but not synced: it survives a crash of the process, not a power failure.
 
     Args:
-        path: in an existing folder; made if missing.
-        text: without a line break.
+        path: in an existing folder; created if missing.
+        text: without line breaks.
 
     Raises:
-        ValueError: if `text` holds a line break.
-        OSError: with the path; what was written of the line is taken back.
+        ValueError: if `text` contains a line break.
+        OSError: naming the path; a partly written line is removed.
     """
     if "\n" in text or "\r" in text:
         raise ValueError(f"a line must not hold a line break: {text[:80]!r}")
@@ -150,7 +150,7 @@ def append_line(path: str | Path, text: str) -> None:
                 while rest:
                     rest = rest[os.write(file, rest) :]
             except OSError:
-                os.ftruncate(file, size)  # the next line would be glued to half of this one
+                os.ftruncate(file, size)  # or the next line would be appended to half of this one
                 raise
         finally:
             os.close(file)

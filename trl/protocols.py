@@ -1,4 +1,4 @@
-"""What plugs into the library, as small protocols: any object with these methods will do."""
+"""Extension points as small structural protocols: any object with these methods works."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ C = TypeVar("C", bound=Experience, contravariant=True)
 
 
 class RewardFn(Protocol):
-    """Scores finished texts."""
+    """A function that scores completions."""
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> Sequence[float | None]:
-        """One score per completion; None where there is none to be had."""
+        """Returns one score per completion; None if a completion cannot be scored."""
         ...
 
 
 class Reward(Protocol):
-    """A source of scores that knows what to do when scoring fails; `trl.rewards.as_reward` makes one of a function."""
+    """A source of scores that handles its own failures; `trl.rewards.as_reward` wraps a function as one."""
 
     def score(self, samples: Sequence[Sample]) -> Scored:
-        """Scores in the order of the samples."""
+        """Scores the samples, in order."""
         ...
 
     def close(self) -> None:
-        """Ends what runs beside the process. Scoring again starts it again."""
+        """Stops background workers; the next `score` restarts them."""
         ...
 
 
 class Sandbox(Protocol):
-    """Runs programs that nobody trusts, where they can do no harm."""
+    """Runs untrusted programs in isolation."""
 
     def run(self, program: str, text: str, *, seconds: float) -> str | None:
-        """What the Python source `program` wrote to its standard output, or the end of it, having been given `text` on
-        its standard input; None if it was stopped for taking longer than `seconds`. It may have failed.
+        """Runs the Python source `program` with `text` on stdin.
+
+        Returns:
+            Its stdout, possibly only the tail, even if the program failed; None if it was killed after `seconds`.
         """
         ...
 
@@ -56,10 +58,10 @@ class Reduce(Protocol):
 
 
 class Tracker(Protocol):
-    """Shows or keeps the statistics of a run."""
+    """Displays or records a run's statistics."""
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Takes the statistics of a step by name: numbers, and whatever else the tracker can show."""
+        """Logs one step's statistics by name: numbers, and any other values that the tracker supports."""
         ...
 
     def close(self) -> None:
@@ -68,23 +70,23 @@ class Tracker(Protocol):
 
 
 class Callback(Protocol):
-    """Watches a managed run (`PPOTrainer.train`), on every process; `trl.TrainCallback` has empty methods to start from.
+    """Hooks into a managed run (`PPOTrainer.train`), called on every process; `trl.TrainCallback` has no-op defaults.
 
-    A callback must not draw from the global random generators, which the run draws from, nor make collective calls.
+    A callback must not draw from the global random generators, which the run uses, nor make collective calls.
     """
 
     def on_start(self, trainer: Any, step: int) -> None:
-        """Before the first step of this call; `step` steps are done already."""
+        """Called before the first step of this `train` call; `step` steps are already done."""
         ...
 
     def on_step(self, trainer: Any, step: int, row: Mapping[str, Any]) -> bool | None:
-        """After a step, with its row of metrics. True ends the run here, in order."""
+        """Called after each step with its metrics. Return True to stop the run cleanly."""
         ...
 
     def on_save(self, trainer: Any, step: int, path: Path) -> None:
-        """A checkpoint is complete."""
+        """Called when a checkpoint is complete."""
         ...
 
     def on_end(self, trainer: Any, result: Any) -> None:
-        """The run is over; `result` is what `train` returns. Not called after an error or a signal."""
+        """Called when the run ends, with the return value of `train`; not after an error or a signal."""
         ...

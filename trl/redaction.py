@@ -1,4 +1,4 @@
-"""Secrets are taken out of whatever is written: settings, logs, records of a run, rows for a tracker."""
+"""Redacts secrets from everything that is written out: settings, logs, run records and tracker rows."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _SECRET_NAME = re.compile(
     r"|(?:ACCESS|ACCOUNT|AUTH|CLIENT|DEPLOY|ENCRYPTION|LICENSE|MASTER|PRIVATE|SERVICE|SESSION|SIGNING|SSH|SUBSCRIPTION)_?KEY"
     r"|(?:DB|HTTP|MAIL|PROXY|SMTP|USER)_?PASS$"
 )
-# Of a tokenizer, and of statistics per token: `_TOKEN` at the end, and no secret.
+# Names that end in `_TOKEN` but are not secrets: a tokenizer's special tokens and per-token statistics.
 _TEXT_TOKEN = re.compile(
     r"(?:^|_)(?:PAD|EOS|BOS|UNK|SEP|CLS|MASK|IMAGE|AUDIO|VIDEO|STOP|START|END|FIRST|LAST|NEXT|PER|EACH)_TOKEN$"
 )
-# Every repetition is bounded, or cannot begin inside another: a text of megabytes takes time in proportion to it.
+# Every repetition is bounded, or cannot start inside another, so matching takes linear time even on megabytes of text.
 _SECRET_TEXT = (
-    # user:password of a URL; the password may hold an @
+    # user:password in a URL; the password may contain an @
     (re.compile(r"(://)[^/\s?#\"'<>]*@"), rf"\1{REDACTED}@"),
-    # ?token=... of a URL, NAME_API_KEY=... of a shell, and headers
+    # ?token=... in a URL, NAME_API_KEY=... in a shell, and headers
     (re.compile(r"(?i)([?&](?:[\w-]{0,32}(?:token|key|secret|password)|sig|signature)=)[^&\s#\"']+"), rf"\1{REDACTED}"),
     (re.compile(r"([A-Z0-9]_(?:TOKEN|API_KEY|SECRET|PASSWORD)=)[^\s\"']+"), rf"\1{REDACTED}"),
     (re.compile(r"(?i)(\bauthorization[\"']?\s{0,4}[:=]\s{0,4}[\"']?)[^\r\n\"']+"), rf"\1{REDACTED}"),
     (re.compile(r"(?i)(\bbearer\s{1,4})[\w.~+/=-]{20,}"), rf"\1{REDACTED}"),
-    # The forms in which well-known services hand out keys.
+    # API key formats of well-known services.
     (
         re.compile(
             r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
@@ -40,15 +40,15 @@ _SECRET_TEXT = (
         REDACTED,
     ),
 )
-# Values of switches, which would be taken out of every text.
+# Values of flags, which would otherwise be redacted from every text.
 _NO_SECRET = {"true", "false", "none", "null"}
 _URL_PASSWORD = re.compile(r"://(?:[^/\s?#\"'<>:@]*:)?([^/\s?#\"'<>]+)@")
-# Secrets of settings, which belong to the process as those of its environment do.
+# Secrets found in settings; global to the process, like those of its environment.
 _remembered: set[str] = set()
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a setting or environment variable of this name holds a secret, in any case and spelling.
+    """Whether a setting or environment variable with this name, in any case style, holds a secret.
 
     True for `HF_TOKEN`, `*_TOKEN`, `token`, `*_API_KEY`, `apiKey`, `*_SECRET`, `*PASSWORD*`, `AWS_SECRET_ACCESS_KEY`,
     `Authorization`, `cookie` and the like; False for `pad_token`, `max_new_tokens`, `kl_per_token`.
@@ -58,29 +58,32 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(value: Any) -> Any:
-    """The same value with secrets replaced by `[redacted]`.
+    """Returns a copy of `value` with secrets replaced by `[redacted]`.
 
-    A secret is: what stands under a secret name (see `is_secret_name`) in a mapping; the value of an environment variable
-    of such a name, wherever it occurs in a text (as a whole word if it has 4 to 7 characters; shorter ones are not looked
-    for), and what `remember_secrets` was told, likewise; user and password of a URL, and keys in its query; what follows
-    `Bearer`; what looks like a service's key.
+    Secrets are:
+
+    - mapping values under a secret name (see `is_secret_name`);
+    - values of environment variables with such a name, and those passed to `remember_secrets`, wherever they occur in
+      text (only as whole words if 4 to 7 characters long; shorter ones are ignored);
+    - user and password of a URL, and keys in its query;
+    - anything after `Bearer`, and anything in a known service's key format.
 
     Args:
         value: text, bytes, paths, and mappings, lists, tuples and sets of them at any depth. Anything else is returned
-            as it is.
+            unchanged.
 
     Returns:
-        A copy in which mappings are dicts; `value` is not changed.
+        A copy in which mappings are dicts; `value` itself is not modified.
     """
     return _redact(value, _text_redactor())
 
 
 def remember_secrets(settings: Any) -> None:
-    """Has `redact` take the secrets of `settings` out of every text from now on, such as an error that quotes one.
+    """Registers the secrets in `settings`, so that `redact` removes them from any later text, such as an error message.
 
     Args:
-        settings: mappings, lists, tuples and sets at any depth. Secrets are the texts of at least 8 characters under a
-            secret name, and the passwords of URLs.
+        settings: mappings, lists, tuples and sets at any depth. Secrets are strings under a secret name and passwords
+            in URLs, of at least 8 characters.
     """
     _remembered.update(secret for secret in _secrets_of(settings) if len(secret) >= 8)
 
@@ -119,21 +122,21 @@ def _names_secret(key: Any) -> bool:
 
 
 def _hide(value: Any, name: str) -> Any:
-    """What stands under a secret name, unless it is a switch or a statistic: a float, or a count per token."""
+    """Redacts the value of a secret name, except None, bools, floats, and ints whose name ends in "token" (counts)."""
     is_count = isinstance(value, int) and name.upper().endswith("TOKEN")
     return value if value is None or isinstance(value, bool | float) or is_count else REDACTED
 
 
 def _spellings(secret: str) -> tuple[str, ...]:
-    """A secret as it is, in a URL, in a repr and in JSON."""
+    """A secret's spellings: verbatim, in a URL, in a repr and in JSON."""
     return secret, quote(secret, safe=""), quote(secret), repr(secret)[1:-1], json.dumps(secret)[1:-1]
 
 
 def _text_redactor() -> Callable[[str], str]:
-    """Redacts one text, knowing the environment as it is now."""
+    """Returns a function that redacts a text, using the current environment's secrets."""
     values = {value.strip() for name, value in os.environ.items() if is_secret_name(name)}
     values = {value for value in values | _remembered if len(value) >= 4 and value.lower() not in _NO_SECRET}
-    # A longer secret first: a shorter one may be its beginning.
+    # Longest first, since one secret may be a prefix of another.
     forms = sorted({form for value in values for form in _spellings(value)}, key=len, reverse=True)
     patterns = [re.escape(form) if len(form) >= 8 else rf"(?<!\w){re.escape(form)}(?!\w)" for form in forms]
     known = re.compile("|".join(patterns)) if patterns else None

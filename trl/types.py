@@ -1,9 +1,9 @@
-"""The vocabulary of the library: read this first.
+"""Core data types of the library. Read this first.
 
-Coordinates: `B` sequences, `T` tokens (query + response, padded; for an encoder-decoder the decoder's tokens),
-`S = T - 1` predictions. Column `s` of a per-token array concerns token `s + 1` given the tokens up to `s`.
+Dimensions: `B` sequences, `T` tokens (query + response, padded; decoder tokens for an encoder-decoder),
+`S = T - 1` predictions. Column `s` of a per-token array refers to token `s + 1` given tokens `0..s`.
 Per-token arrays are `[B, S]` and share one boolean `mask`, True where a response token is predicted and counts.
-What stands off the mask is unspecified: it is never read.
+Values outside the mask are unspecified and never read.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Batch = TypeVar("Batch", bound="Rollout | Experience")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """Queries with their sampled responses, padded on either side: what an engine returns."""
+    """A batch of queries and their sampled responses, padded on either side, as returned by a rollout engine."""
 
     tokens: Tensor  # [B, T] int64
     attention: Tensor  # [B, T] bool, False on padding
     mask: Tensor  # [B, S] bool, True where a response token is predicted and counts
-    group: Tensor = None  # type: ignore[assignment]  # [B] int64: rows of one number answer the same prompt; each its own if not given
-    encoder_tokens: Tensor | None = None  # [B, Q] int64, the queries of an encoder-decoder
+    group: Tensor = None  # type: ignore[assignment]  # [B] int64, same for responses to one prompt; default: all differ
+    encoder_tokens: Tensor | None = None  # [B, Q] int64, encoder-decoder queries
     encoder_attention: Tensor | None = None  # [B, Q] bool
-    sampler_logprobs: Tensor | None = None  # [B, S] as the engine that sampled saw them
-    values: Tensor | None = None  # [B, S] where the engine saw the critic's
-    policy_version: int = 0  # which weights sampled it
+    sampler_logprobs: Tensor | None = None  # [B, S] log-probabilities computed by the sampling engine
+    values: Tensor | None = None  # [B, S] critic values, if the engine computed them
+    policy_version: int = 0  # version of the weights that sampled it
 
     def __post_init__(self) -> None:
         if self.group is None:
@@ -43,23 +43,23 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What one model says about a rollout."""
+    """One model's per-token outputs on a rollout."""
 
     logprobs: Tensor  # [B, S] log p(token s + 1 | tokens up to s)
     values: Tensor | None  # [B, S] value of the state in which token s + 1 is chosen
     entropy: Tensor | None  # [B, S] of the full distribution at s, in nats
-    logits: Tensor | None = None  # [B, S, V], only where a caller asks for them
+    logits: Tensor | None = None  # [B, S, V], only on request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """A rollout with everything that any algorithm's update needs."""
+    """A rollout plus everything that every algorithm's update needs."""
 
     rollout: Rollout
     scores: Tensor  # [B] one number per sequence, from the reward source
-    old_logprobs: Tensor  # [B, S] anchor of the ratio
-    ref_logprobs: Tensor | None  # [B, S]; None where no reference was asked
-    advantages: Tensor  # [B, S] raw; whitening belongs to the update
+    old_logprobs: Tensor  # [B, S] denominator of the probability ratio
+    ref_logprobs: Tensor | None  # [B, S]; None if no reference was evaluated
+    advantages: Tensor  # [B, S] raw; the update does any whitening
 
     def __len__(self) -> int:
         return len(self.rollout)
@@ -67,11 +67,11 @@ class Experience:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorCritic(Experience):
-    """The experience of an algorithm with a critic."""
+    """Experience for an algorithm with a critic."""
 
-    old_values: Tensor  # [B, S] before the update
+    old_values: Tensor  # [B, S] critic values before the update
     rewards: Tensor  # [B, S] score on the last response token, minus kl_coef * kl
-    returns: Tensor  # [B, S] what the critic is to predict
+    returns: Tensor  # [B, S] value targets
 
 
 E = TypeVar("E", bound=Experience)
@@ -79,42 +79,44 @@ E = TypeVar("E", bound=Experience)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Minibatch(Generic[E]):
-    """What one optimizer step sees."""
+    """The data for one optimizer step."""
 
-    experience: E  # advantages as the loss is to use them
-    denominator: Tensor  # scalar: what the summed loss is divided by, the same on every process
+    experience: E  # advantages are final, e.g. whitened
+    denominator: Tensor  # scalar divisor of the summed loss, the same on every process
     means: Mapping[str, Tensor] = field(default_factory=dict)  # scalars known before the update, for its metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A finished completion, as rewards see it."""
+    """A finished completion, as passed to rewards."""
 
     prompt: str
     completion: str
-    prompt_ids: tuple[int, ...]  # the policy's tokens
+    prompt_ids: tuple[int, ...]  # in the policy's tokenization, like completion_ids
     completion_ids: tuple[int, ...]
-    columns: Mapping[str, Any]  # what else the dataset says about the prompt
+    columns: Mapping[str, Any]  # the prompt's other dataset columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """What a reward says about `B` samples, in their order."""
+    """A reward's scores for `B` samples, in sample order."""
 
-    scores: list[float | None]  # B totals; None leaves the sample out
-    components: dict[str, list[float | None]]  # by name: B raw values, before weights; the sum of a per-token reward
-    token_rewards: list[list[float] | None]  # B times one number per completion token, on top of the score
-    seconds: list[float]  # B durations of the calls that a sample was part of; 0 from a cache
-    errors: list[str | None]  # B times one line; also where a penalty stands in for the score
-    tracebacks: list[str | None] = field(default_factory=list)  # B times more about the error, where it is known
+    scores: list[float | None]  # B totals; None excludes the sample
+    components: dict[str, list[float | None]]  # name -> B raw values, unweighted; per-token rewards are summed
+    token_rewards: list[list[float] | None]  # B lists, one number per completion token, added to the score
+    seconds: list[float]  # B durations of the calls that scored each sample; 0 on a cache hit
+    errors: list[str | None]  # B one-line errors or None, set even if a penalty replaces the score
+    tracebacks: list[str | None] = field(default_factory=list)  # B longer error details, where known
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def statistics(self) -> dict[str, float]:
-        """Per component the mean, standard deviation (of the population), least and largest value over the samples that
-        have one, and the share that has none (`reward/<name>/mean`, ...); NaN over no samples. The share of samples
-        with an error (`reward/errors`) and left out (`reward/excluded`).
+        """Summary statistics by key.
+
+        For each component: `reward/<name>/mean`, `std` (population), `min` and `max` over the samples with a value (NaN
+        if there are none), and `none`, the fraction without one. Overall: `reward/errors` and `reward/excluded`, the
+        fractions of samples with an error and without a score.
         """
         count = max(len(self), 1)
         found: dict[str, float] = {}
@@ -133,7 +135,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """A sum and the number of things it sums: tallies add up, and are divided once, at the edge."""
+    """A sum and the number of its terms. Tallies add up and are divided only once, at the end."""
 
     sum: Tensor  # scalar
     count: Tensor  # scalar
@@ -147,7 +149,7 @@ class Tally:
         return Tally(self.sum + other.sum, self.count + other.count)
 
     def detach(self) -> Tally:
-        """The same numbers without their graph."""
+        """Detaches the sum from the autograd graph."""
         return Tally(self.sum.detach(), self.count)
 
     def mean(self) -> Tensor:
@@ -157,24 +159,24 @@ class Tally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """What a loss function returns for one microbatch: tallies only, so that how a batch is cut changes nothing."""
+    """A loss function's result on one microbatch: sums only, so splitting a batch differently does not change it."""
 
-    objective: Tensor  # scalar: the sum over counted tokens of what is to be minimised
-    metrics: Mapping[str, Tally]  # means over tokens, by statistics key
+    objective: Tensor  # scalar: the quantity to minimise, summed over counted tokens
+    metrics: Mapping[str, Tally]  # token means, by statistics key
     arrays: Mapping[str, Tensor] = field(default_factory=dict)  # [B, S], detached, by statistics key
 
 
 def take(batch: Batch, rows: Tensor | slice, columns: slice | None = None) -> Batch:
-    """Selects rows, and cuts padding: columns of `batch` outside `columns` (token coordinates) are dropped.
+    """Selects rows of a batch and, given `columns`, trims its padding.
 
     Args:
         batch: a Rollout or an Experience of `B` sequences.
-        rows: indices [b] or a slice of the batch dimension.
-        columns: a slice `lo:hi` of the token dimension `T`; per-token arrays keep their columns `lo:hi - 1`, and an
-            encoder's tokens those that hold a token.
+        rows: `[b]` indices or a slice of the batch dimension.
+        columns: a slice `lo:hi` of the token dimension `T` to keep. Per-token arrays keep columns `lo:hi - 1`; encoder
+            inputs are trimmed to the columns with tokens.
 
     Returns:
-        The same type with `b` sequences.
+        A batch of the same type with `b` sequences.
     """
     width = (batch if isinstance(batch, Rollout) else batch.rollout).tokens.shape[1]
     changes: dict[str, Any] = {}
@@ -195,7 +197,7 @@ def take(batch: Batch, rows: Tensor | slice, columns: slice | None = None) -> Ba
 
 
 def occupied(attention: Tensor) -> slice:
-    """The smallest slice of columns that holds every token of `attention` [B, T]."""
+    """The smallest column slice that covers every token of `attention` `[B, T]`; all columns if there are no tokens."""
     columns = attention.any(dim=0).nonzero()
     if columns.numel() == 0:
         return slice(0, attention.shape[1])
@@ -203,5 +205,5 @@ def occupied(attention: Tensor) -> slice:
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """The cross-process sum of a single process."""
+    """The `Reduce` of a single process: returns `tensor` unchanged."""
     return tensor

@@ -1,4 +1,4 @@
-"""PPO: what a minibatch is, and what its loss is."""
+"""PPO: the loss and the minibatch schedule."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Denominator = Literal["minibatch", "batch"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPOSettings:
-    """The numbers in PPO's loss."""
+    """Hyperparameters of the PPO loss."""
 
-    clip_range: float = 0.2  # ε of the ratio
-    value_clip_range: float = 0.2  # how far a value may move from its old one
+    clip_range: float = 0.2  # ε, clips the ratio to [1 - ε, 1 + ε]
+    value_clip_range: float = 0.2  # maximum distance of the clipped value from the old value
     value_coef: float = 0.1  # weight of the value loss
-    dual_clip: float | None = None  # bound c of the loss where the advantage is negative
-    importance_cap: float = 2.0  # largest weight of a token that another distribution sampled
-    temperature: float = 1.0  # of the distribution that was sampled from
+    dual_clip: float | None = None  # bounds the loss by -c · A where the advantage A is negative
+    importance_cap: float = 2.0  # upper bound of the importance weights π_old / π_sampler
+    temperature: float = 1.0  # sampling temperature
 
 
 def ppo_terms(
@@ -42,9 +42,9 @@ def ppo_terms(
     settings: PPOSettings,
     weights: Tensor | None = None,
 ) -> Loss:
-    """Policy loss + value_coef · value loss of one microbatch, and what is worth knowing about it.
+    """Policy loss + value_coef · value loss of one microbatch, with its metrics.
 
-    All arrays are `[B, S]`; `advantages` are used as they are (whitened or not), `weights` as in `policy_loss`.
+    All arrays are `[B, S]`. `advantages` are used as given (whitened or not); `weights` are as in `policy_loss`.
     """
     policy = policy_loss(
         logprobs,
@@ -77,7 +77,7 @@ def ppo_terms(
 
 
 def ppo_loss(policy: nn.Module, settings: PPOSettings) -> LossFn[ActorCritic]:
-    """The loss of `policy` on an experience: one forward pass, then `ppo_terms`."""
+    """Returns the PPO loss function of `policy`: one forward pass, then `ppo_terms`."""
 
     def loss(experience: ActorCritic) -> Loss:
         rollout = experience.rollout
@@ -113,18 +113,18 @@ def ppo_minibatches(
     denominator: Denominator = "minibatch",
     reduce: Reduce = identity,
 ) -> Iterator[Minibatch[ActorCritic]]:
-    """`epochs` passes over an experience in a new order each, `size` sequences at a time, advantages whitened.
+    """Yields shuffled minibatches of `size` sequences for `epochs` passes, with whitened advantages.
 
-    Whitening spans the whole minibatch, over all processes. A minibatch without a counted token on any process is passed
-    over: a step on a gradient of zeros would still move the weights by their momentum.
+    Advantages are whitened over the whole minibatch across all processes. A minibatch with no counted token on any
+    process is skipped: a step with zero gradients would still move the weights by their momentum.
 
     Args:
         experience: `B` sequences, a multiple of `size`.
         size: sequences per optimizer step on this process.
-        epochs: passes over the experience.
-        generator: draws the orders.
-        denominator: "minibatch" divides by the minibatch's own counted tokens, so that each minibatch weighs the same;
-            "batch" by the mean over all minibatches, so that each token of the batch does.
+        epochs: passes over the experience, each in a new random order.
+        generator: source of the random orders.
+        denominator: "minibatch" divides by the minibatch's counted tokens, weighting every minibatch equally; "batch"
+            divides by the mean count over all minibatches, weighting every token equally.
         reduce: sums a tensor over all processes.
 
     Raises:
@@ -158,7 +158,7 @@ def ppo_minibatches(
 def experience_statistics(
     *, advantages: Tensor, returns: Tensor, values: Tensor, mask: Tensor, reduce: Reduce = identity
 ) -> dict[str, Tensor]:
-    """Means and variances, over all processes, of what a minibatch is to learn; arrays are `[B, S]`."""
+    """Means and variances of a minibatch's advantages, returns and values over all processes; arrays are `[B, S]`."""
     return_mean, return_var, _ = masked_moments(returns, mask, reduce)
     value_mean, value_var, _ = masked_moments(values, mask, reduce)
     return {

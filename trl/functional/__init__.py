@@ -1,4 +1,4 @@
-"""Pure masked maths: no models, no state, torch alone."""
+"""Pure masked maths on tensors: no models, no state, no dependency but torch."""
 
 from trl.functional.advantages import gae, last_true, shape_rewards
 from trl.functional.kl import adaptive_kl_coef, exact_kl, k1, k1_abs, k2, k3

@@ -1,4 +1,4 @@
-"""From scores to rewards per token, and from rewards to advantages."""
+"""Per-token rewards from scores and KL, and advantages from rewards (GAE)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def last_true(mask: Tensor) -> Tensor:
-    """`[B]` index of the last True column of `mask` `[B, S]`; -1 in a row without one."""
+    """`[B]` index of the last True column of each row of `mask` `[B, S]`; -1 if a row has none."""
     columns = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, columns, -1).amax(dim=1) if mask.shape[1] else columns.new_full((len(mask),), -1)
 
@@ -15,18 +15,18 @@ def last_true(mask: Tensor) -> Tensor:
 def shape_rewards(
     scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, token_rewards: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Folds the KL penalty into the rewards: Ziegler et al. 2019, eq. 2, with the score on the last response token.
+    """Per-token rewards: KL penalty plus the score on the last response token (Ziegler et al. 2019, eq. 2).
 
     Args:
         scores: `[B]` one number per sequence.
-        kl: `[B, S]` KL of each token, in nats.
+        kl: `[B, S]` per-token KL, in nats.
         mask: `[B, S]` bool.
         kl_coef: weight of the KL.
-        token_rewards: `[B, S]` rewards of single tokens, added to the rest.
+        token_rewards: `[B, S]` extra per-token rewards, added to the rest.
 
     Returns:
-        `[B, S]` rewards and `[B, S]` the part that is not the score (-kl_coef · kl), both detached, floating point,
-        and 0 off the mask. The score of a row without a counted token goes nowhere.
+        `[B, S]` rewards and the `[B, S]` KL penalty (-kl_coef · kl), both detached, floating point, and 0 off the mask.
+        The score of a row without a counted token is dropped.
     """
     dtype = kl.dtype if kl.is_floating_point() else torch.float32
     penalty = (-kl_coef * kl.detach()).to(dtype).masked_fill(~mask, 0.0)
@@ -42,18 +42,18 @@ def shape_rewards(
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: Schulman et al. 2016, eq. 16, backwards over the counted tokens.
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards over the counted tokens.
 
-    A position off the mask (padding, or a tool's output inside a response) takes no part: the recursion carries over
-    it, as if the counted tokens stood side by side.
+    Positions off the mask (padding, or tool output inside a response) are skipped, as if the counted tokens were
+    adjacent.
 
     Args:
         rewards: `[B, S]`.
-        values: `[B, S]` of the state before each token.
+        values: `[B, S]` value of the state before each token.
         mask: `[B, S]` bool.
         gamma: discount in [0, 1].
-        lam: λ in [0, 1]: 0 gives the one-step TD error, 1 the rewards to go minus the value.
-        bootstrap: `[B]` value after the last counted token, for responses that were cut; 0 if None.
+        lam: λ in [0, 1]: 0 gives the one-step TD error, 1 gives reward-to-go minus value.
+        bootstrap: `[B]` value after the last counted token, for truncated responses; 0 if None.
 
     Returns:
         `[B, S]` advantages and `[B, S]` returns (advantages + values), detached, 0 off the mask.

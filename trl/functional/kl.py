@@ -1,6 +1,6 @@
-"""Estimates of KL(policy || reference), the exact value, and the coefficient that weighs it.
+"""Estimators of KL(policy || reference), the exact KL, and the adaptive KL coefficient.
 
-The estimators take log-probabilities of tokens sampled from the policy. Names after Schulman, "Approximating KL
+The estimators take log-probabilities of tokens sampled from the policy and are named after Schulman, "Approximating KL
 divergence" (2020), http://joschu.net/blog/kl-approx.html.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log p - log q: unbiased, negative for some samples. Any shape. As a loss its expected gradient is 0."""
+    """log p - log q: unbiased, but negative for some samples. Any shape. As a loss, its expected gradient is 0."""
     return logprobs - ref_logprobs
 
 
@@ -34,15 +34,15 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) over the whole vocabulary, the oracle of the estimators.
+    """Exact KL(p || q), summed over the whole vocabulary; the estimators approximate it.
 
     Args:
         logits: `[..., V]` of p.
         ref_logits: `[..., V]` of q.
-        temperature: divides both; > 0.
+        temperature: divides both logits; > 0.
 
     Returns:
-        `[...]` in nats, ≥ 0. A word that p rules out adds nothing; one that q alone rules out makes it infinite.
+        `[...]` in nats, ≥ 0. A word with p = 0 adds nothing; one with p > 0 and q = 0 makes it infinite.
     """
     log_p = torch.log_softmax(logits / temperature, dim=-1)
     log_q = torch.log_softmax(ref_logits / temperature, dim=-1)
@@ -52,19 +52,19 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) ->
 
 
 def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, episodes: int) -> float:
-    """The next coefficient of the proportional controller of Ziegler et al. 2019, section 2.2.
+    """One update of the KL coefficient by the proportional controller of Ziegler et al. 2019, section 2.2.
 
     Args:
-        kl_coef: the coefficient that was in force.
-        kl: mean KL per sequence that was measured under it, in nats.
-        target: the KL wanted, in nats; > 0.
+        kl_coef: current coefficient.
+        kl: mean KL per sequence measured under it, in nats.
+        target: target KL, in nats; > 0.
         horizon: episodes over which an error of 1 would about double the coefficient.
         episodes: sequences since the last update, over all processes.
 
     Returns:
-        kl_coef · (1 + clip(kl / target - 1, -0.2, 0.2) · min(episodes / horizon, 1)): at most a fifth up or down. Without
-        the minimum, which the paper does not have, more than five horizons of episodes make the coefficient negative, a
-        reward for drifting. `kl_coef` itself where `kl` is NaN.
+        kl_coef · (1 + clip(kl / target - 1, -0.2, 0.2) · min(episodes / horizon, 1)), a change of at most 20%. Without
+        the minimum, which the paper lacks, more than five horizons of episodes could make the coefficient negative and
+        reward drift. Returns `kl_coef` unchanged if `kl` is NaN.
     """
     if math.isnan(kl):
         return kl_coef

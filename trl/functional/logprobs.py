@@ -1,8 +1,8 @@
-"""Log-probabilities of chosen tokens and entropies of full distributions, a few rows of logits at a time.
+"""Token log-probabilities and entropies, computed over chunks of logit rows to save memory.
 
-With a vocabulary of `V` words the float32 copy, the softmax and the gradient of `[B, S, V]` logits are what fills the
-memory of a language model's update. Here each exists for `chunk_rows` positions only; the backward pass computes the
-softmax again from the logits and one number a row.
+With a vocabulary of `V` words, the float32 copy, the softmax and the gradient of `[B, S, V]` logits dominate the memory
+of a language model's update. Here the float32 buffers cover only `chunk_rows` positions at a time, and the backward
+pass recomputes the softmax from the logits and a few saved numbers per row.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Size of a chunk in float32, in bytes: on a CPU it stays in the cache, on a GPU it keeps the device busy.
+# Bytes of a float32 chunk: small enough for a CPU's cache, large enough to keep a GPU busy.
 _CHUNK_BYTES = {"cpu": 4 * 2**20, "other": 256 * 2**20}
-# Of a nat: exponentials are computed as powers of two where torch's exp takes three times as long on some CPUs.
+# Bits per nat: exp(x) is computed as exp2(x * BITS) where torch's exp takes three times as long on some CPUs.
 BITS = 1 / math.log(2)
-FLOOR = -1e30  # stands for the logit -inf where 0 * -inf would be nan
+FLOOR = -1e30  # replaces a logit of -inf where 0 * -inf would be nan
 
 
 def _rows_of_chunk(logits: Tensor, chunk_rows: int | None) -> int:
-    """Rows of `[N, V]` logits that stand in memory in float32 at a time."""
+    """Number of rows of `[N, V]` logits to hold in float32 at a time."""
     if chunk_rows is not None:
         return chunk_rows
     size = _CHUNK_BYTES.get(logits.device.type, _CHUNK_BYTES["other"])
@@ -30,12 +30,12 @@ def _rows_of_chunk(logits: Tensor, chunk_rows: int | None) -> int:
 
 
 def wide_dtype(logits: Tensor) -> torch.dtype:
-    """At least float32: the log-softmax of half-precision logits loses the tail."""
+    """Dtype to compute in, at least float32: a half-precision log-softmax loses the tail."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """[N, V] logits, [N] tokens -> [N] logprobs, [N] entropies. Two buffers of one chunk are all it takes."""
+    """`[N, V]` logits, `[N]` tokens -> `[N]` logprobs, `[N]` entropies, using at most two chunk-sized buffers."""
 
     @staticmethod
     def forward(
@@ -50,7 +50,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             x = buffers[0][: part.stop - start].copy_(logits[part])
             if temperature != 1.0:
                 x /= temperature
-            # The largest logit is taken off first: next to a large common offset the differences would lose their digits.
+            # Subtract the largest logit first: a large common offset would cost the differences their precision.
             largest = x.amax(dim=-1, keepdim=True)
             x -= largest
             picked = x.gather(-1, tokens[part, None]).squeeze(-1)
@@ -60,7 +60,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             chosen[part] = picked - log_z
             top[part], normalizer[part] = largest.squeeze(-1), log_z
             if need_entropy:
-                # A logit of -inf is a word of probability 0 and adds nothing.
+                # A logit of -inf has probability 0 and adds nothing.
                 entropy[part] = log_z - torch.bmm(weight[:, None], x.clamp_(min=FLOOR)[..., None]).flatten() / z
         ctx.save_for_backward(logits, tokens, top, normalizer, entropy)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
@@ -107,17 +107,17 @@ def token_logprobs_and_entropy(
     """Log-probabilities of `tokens` and entropies under softmax(logits / temperature).
 
     Args:
-        logits: `[..., V]`, any floating dtype; computed in float32, or in float64 if given so.
-        tokens: `[...]` int64, the token whose log-probability is wanted at each position.
-        temperature: what sampling divided the logits by; > 0.
-        chunk_rows: positions that stand in memory in float32 at a time; None is what suits the device.
-        entropy: False spares the entropy; zeros are returned in its place.
+        logits: `[..., V]`, any floating dtype; computed in float32, or in float64 for float64 logits.
+        tokens: `[...]` int64, the token to score at each position.
+        temperature: sampling temperature, > 0.
+        chunk_rows: positions to hold in float32 at a time; None picks a size for the device.
+        entropy: False skips the entropy and returns zeros instead.
 
     Returns:
         `[...]` log p(token) in nats, and `[...]` entropies in nats (≥ 0).
 
     Raises:
-        ValueError: if the shapes do not fit or the temperature is not positive.
+        ValueError: if the shapes do not match or the temperature is not positive.
     """
     if logits.shape[:-1] != tokens.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and tokens {tuple(tokens.shape)} differ before the vocabulary")

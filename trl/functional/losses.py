@@ -1,4 +1,4 @@
-"""The losses of PPO, as tallies: a sum over the counted tokens, and how many they are."""
+"""PPO's policy and value losses, as tallies over the counted tokens, and importance weights."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from trl.types import Tally
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLoss:
-    """What `policy_loss` returns."""
+    """Result of `policy_loss`."""
 
-    loss: Tally  # of the negated, clipped surrogate
-    clipped: Tally  # of tokens at which the clipped surrogate is the larger loss
+    loss: Tally  # negated clipped surrogate
+    clipped: Tally  # 1 for tokens where the clipped surrogate gives the larger loss
     ratio: Tensor  # [B, S] π / π_old, detached; 1 off the mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueLoss:
-    """What `value_loss` returns."""
+    """Result of `value_loss`."""
 
-    loss: Tally  # of half the larger squared error
-    clipped: Tally  # of tokens at which the clipped value has the larger error
-    error: Tally  # of the squared error of the unclipped value, detached
+    loss: Tally  # half the larger squared error
+    clipped: Tally  # 1 for tokens where the clipped value has the larger error
+    error: Tally  # squared error of the unclipped value, detached
 
 
 def policy_loss(
@@ -38,16 +38,16 @@ def policy_loss(
     dual_clip: float | None = None,
     weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """The clipped surrogate of Schulman et al. 2017, eq. 7, negated.
+    """Negated clipped surrogate (PPO, Schulman et al. 2017, eq. 7).
 
     Args:
-        logprobs: `[B, S]` under the policy; gradients flow here alone.
+        logprobs: `[B, S]` under the policy; the only input that receives gradients.
         old_logprobs: `[B, S]` under the policy before the update.
         advantages: `[B, S]`.
         mask: `[B, S]` bool.
         clip_range: ε: the ratio is clipped to [1 - ε, 1 + ε].
         dual_clip: c > 1 bounds the loss by -c · A where A < 0 (Ye et al. 2020, eq. 5, arXiv:1912.09729).
-        weights: `[B, S]` importance weights π_old / π_sampler that correct for another sampler; used detached.
+        weights: `[B, S]` importance weights π_old / π_sampler, correcting for a different sampler; detached.
 
     Raises:
         ValueError: if `dual_clip` is not above 1.
@@ -71,14 +71,14 @@ def policy_loss(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float) -> ValueLoss:
-    """Half the larger of two squared errors: of the value, and of the value held near its old one.
+    """Clipped value loss: half the larger squared error of the value and of the value clipped around its old one.
 
     Args:
-        values: `[B, S]` under the critic; gradients flow here alone.
+        values: `[B, S]` from the critic; the only input that receives gradients.
         old_values: `[B, S]` before the update.
         returns: `[B, S]` targets.
         mask: `[B, S]` bool.
-        clip_range: the value is held within ± this of its old one.
+        clip_range: maximum distance of the clipped value from the old value.
     """
     values = values.masked_fill(~mask, 0.0)
     old_values = old_values.detach().masked_fill(~mask, 0.0)
@@ -93,15 +93,15 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, cap: float) -> Tensor:
-    """π_old / π_sampler for tokens that another distribution sampled, truncated from above.
+    """Truncated importance weights π_old / π_sampler, for tokens sampled from another distribution.
 
-    Truncation bounds the variance at the price of a bias (Ionides 2008, "Truncated importance sampling").
+    Truncation bounds the variance at the cost of bias (Ionides 2008, "Truncated importance sampling").
 
     Args:
-        old_logprobs: `[B, S]` under the policy that is about to be updated.
-        sampler_logprobs: `[B, S]` under the distribution that was sampled from.
+        old_logprobs: `[B, S]` under the policy before the update.
+        sampler_logprobs: `[B, S]` under the sampling distribution.
         mask: `[B, S]` bool.
-        cap: the largest weight.
+        cap: upper bound of the weights.
 
     Returns:
         `[B, S]` detached weights, 1 off the mask.

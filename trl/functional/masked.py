@@ -1,6 +1,6 @@
-"""Sums, means and variances over the True positions of a mask.
+"""Masked sums, means, variances and whitening.
 
-Everything selects with `masked_fill`, never multiplies: `0 * nan` is `nan`, and what stands off the mask is unspecified.
+Masking uses `masked_fill`, never multiplication: values off the mask are unspecified, and `0 * nan` is `nan`.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ def masked_sum(values: Tensor, mask: Tensor, dim: Dim = None) -> Tensor:
 
 
 def masked_count(values: Tensor, mask: Tensor, dim: Dim = None) -> Tensor:
-    """Number of positions of `values` that `mask` (broadcast to it) counts, at least 1, in the dtype of `values`."""
+    """Number of True positions of `mask` broadcast to `values`, at least 1, in the dtype of `values`."""
     mask = mask.expand_as(values)
     count = mask.sum() if dim is None else mask.sum(dim=dim)
     return count.clamp(min=1).to(values.dtype)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: Dim = None) -> Tensor:
-    """Mean of `values` where `mask` is True; 0 where it is True nowhere."""
+    """Mean of `values` where `mask` is True; 0 if it is True nowhere."""
     return masked_sum(values, mask, dim) / masked_count(values, mask, dim)
 
 
 def masked_moments(
     values: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] = identity
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance (Bessel's correction) and count over every process.
+    """Mean, variance (with Bessel's correction) and count over all processes.
 
-    Two passes, since the difference of large squares loses all digits in float32.
+    Computed in two passes: in float32, E[x²] - E[x]² cancels catastrophically.
 
     Args:
-        values: `[B, S]` of this process.
+        values: `[B, S]` on this process.
         mask: `[B, S]` bool.
         reduce: sums a tensor over all processes.
 
@@ -56,7 +56,7 @@ def masked_moments(
     """
     count = reduce(mask.expand_as(values).sum().to(values.dtype))
     mean = reduce(masked_sum(values, mask)) / count.clamp(min=1)
-    # Masked before it is squared: behind a square, 0 * nan would come back in the gradient.
+    # Mask before squaring: masked afterwards, the gradient of the square would be 0 * nan.
     squares = reduce(((values - mean).masked_fill(~mask, 0) ** 2).sum())
     return mean, squares / (count - 1).clamp(min=1), count
 
@@ -84,7 +84,7 @@ def masked_whiten(
         mask: `[B, S]` bool.
         shift_mean: False keeps the mean (as for rewards), True removes it (as for advantages).
         reduce: sums a tensor over all processes, so that sharding does not change the result.
-        epsilon: added to the variance.
+        epsilon: added to the variance for numerical stability.
 
     Returns:
         `[B, S]`, 0 off the mask.

@@ -1,4 +1,4 @@
-"""Running mean and variance as a pure state transition."""
+"""Running mean and variance, as a pure update function."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from trl.types import identity
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Mean and spread of everything seen so far."""
+    """Mean, sum of squared deviations and count of all values seen so far."""
 
     mean: float = 0.0
-    squares: float = 0.0  # sum of squared distances from the mean
+    squares: float = 0.0  # sum of squared deviations from the mean
     count: float = 0.0
 
     @property
     def std(self) -> float:
-        """Standard deviation with Bessel's correction; 1 while fewer than two values were seen or all were equal."""
+        """Standard deviation with Bessel's correction; 1 if fewer than two values were seen or all were equal."""
         var = self.squares / (self.count - 1) if self.count > 1 else 0.0
         return var**0.5 if var > 0 else 1.0
 
 
 def update_moments(moments: Moments, values: Tensor, reduce: Callable[[Tensor], Tensor] = identity) -> Moments:
-    """Adds `values` to the moments by the parallel formula of Chan et al. 1979.
+    """Merges `values` into the running moments (parallel algorithm of Chan et al. 1979).
 
     Args:
-        moments: what was seen before.
-        values: any shape, of this process; computed in float64.
+        moments: moments so far.
+        values: this process's new values, any shape; computed in float64.
         reduce: sums a tensor over all processes, so that every process holds the same moments.
     """
     values = values.detach().double()

@@ -1,7 +1,7 @@
-"""Drawing tokens: which words may be drawn, and one of them by one random number.
+"""Token sampling: top-k, top-p and min-p filtering, and inverse-CDF draws.
 
-A cut is a threshold on the logits, so that the distribution that was sampled from is a function of the logits alone and
-can be computed again when a response is scored. Words of equal logits stay or go together.
+Each filter is a threshold on the logits, so the sampling distribution depends on the logits alone and can be recomputed
+when a response is scored. Words with equal logits are kept or removed together.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from torch import Tensor
 from trl.functional.logprobs import BITS
 
 _BLOCK = 512  # words that share one partial sum
-_HEAD = 1024  # most likely words among which the edge of a nucleus is looked for first
+_HEAD = 1024  # number of most likely words to search for the nucleus threshold first
 
 
 def cut_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """Logits with -inf for every word that may not be drawn. The cuts act one after the other: top-k, top-p, min-p.
+    """Sets the logits of excluded words to -inf, applying top-k, then top-p, then min-p.
 
     Args:
         logits: `[..., V]` float32 or float64, already divided by the temperature.
         top_k: keep the `top_k` most likely words; 0 keeps all.
-        top_p: then the smallest set of most likely words whose probability reaches `top_p` (Holtzman et al. 2020,
+        top_p: then keep the smallest set of most likely words whose probability reaches `top_p` (Holtzman et al. 2020,
             arXiv:1904.09751); 1 keeps all.
-        min_p: then the words at least `min_p` times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082);
-            0 keeps all.
+        min_p: then keep words at least `min_p` times as likely as the most likely one (Nguyen et al. 2024,
+            arXiv:2407.01082); 0 keeps all.
 
     Returns:
-        `[..., V]`: `logits` itself if nothing is cut. At least one word stays.
+        `[..., V]` logits, `logits` itself if every filter is off. At least one word is always kept.
 
     Raises:
-        ValueError: if a setting is out of its range.
+        ValueError: if a setting is out of range.
     """
     if top_k < 0:
         raise ValueError(f"top_k={top_k} must be >= 0")
@@ -51,30 +51,30 @@ def cut_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: flo
 
 
 def _nucleus_edge(logits: Tensor, top_p: float) -> Tensor:
-    """`[..., 1]` logit of the last word of the nucleus."""
+    """`[..., 1]` logit of the least likely word of the nucleus."""
     total = logits.logsumexp(dim=-1, keepdim=True)
 
     def likeliest(count: int) -> tuple[Tensor, Tensor]:
         ordered = logits.topk(count, dim=-1).values
         return ordered, (ordered - total).exp().double().cumsum(dim=-1)
 
-    # Sorting a whole vocabulary is slow, and a nucleus is rarely longer than its head.
+    # Sorting the whole vocabulary is slow, and the nucleus rarely exceeds _HEAD words.
     ordered, reached = likeliest(min(_HEAD, logits.shape[-1]))
     if not bool((reached[..., -1] >= top_p).all()):
         ordered, reached = likeliest(logits.shape[-1])
-    # A word belongs if the words before it have not reached top_p.
+    # A word is in the nucleus if the words before it do not reach top_p.
     size = (reached < top_p).sum(dim=-1, keepdim=True).clamp(max=ordered.shape[-1] - 1)
     return ordered.gather(-1, size)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws one word a row by inverting the cumulative distribution at a uniform number.
+    """Samples one word per row by inverting the CDF at a uniform random number.
 
-    One random number a row, where a draw by exponential races takes one a word: at a vocabulary of 50,000 that is most
-    of a decoding step on a CPU. The same numbers give the same words in whatever batch a row stands.
+    This needs one random number per row; exponential races need one per word, which at a vocabulary of 50,000 is most
+    of a CPU decoding step. The same uniform gives the same word whatever the rest of the batch.
 
     Args:
-        logits: `[B, V]` float32 or float64; -inf for a word that may not be drawn.
+        logits: `[B, V]` float32 or float64; -inf excludes a word.
         uniforms: `[B]` float64 in [0, 1).
 
     Returns:
@@ -91,7 +91,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     sums = weights.sum(dim=-1).double()
     reached = sums.cumsum(dim=-1)
     total = reached[:, -1:]
-    # Rounding must not carry the target beyond the last word that can be drawn.
+    # Keep rounding from pushing the target past the last word with non-zero probability.
     target = torch.minimum(uniforms[:, None].double() * total, total * (1 - 1e-15))
     block = torch.searchsorted(reached, target, right=True).clamp(max=blocks - 1)
     rest = target - (reached - sums).gather(-1, block)

@@ -1,17 +1,17 @@
-"""Checkpoints on disk: written beside what is there, checked, and put in place by one rename.
+"""Atomic, checksummed checkpoints on disk, in safetensors and JSON only.
 
-A folder of checkpoints looks like this; safetensors and JSON only:
+Layout of a checkpoint folder:
 
     latest.json            {"checkpoint": "step-00000012", "step": 12, "best": "step-00000009"}: for people and tools
     step-00000012/
-        manifest.json      format, step, versions; size and SHA-256 of every other file, and of itself
+        manifest.json      format, step, versions; size and SHA-256 of every other file; its own SHA-256
         state.json
         policy.safetensors ...
-    .staging-...           unfinished; swept by the next save
+    .staging-...           unfinished; removed by the next save
 
-A folder named `step-...` is complete, since it gets that name after its bytes are on the disk. Which of them is the
-newest follows from the number of the save in its manifest, not from the step: a run that was taken back to an earlier
-step goes on from there.
+Each checkpoint is written to a staging folder, synced, and renamed to `step-...`, so a folder with that name is always
+complete. The newest checkpoint is the one with the highest save number in its manifest, not the highest step: a run
+may be rolled back to an earlier step and continue from there.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A file of a checkpoint is not what was written."""
+    """A checkpoint file is missing or differs from what was written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint, whose tensors are read when they are asked for."""
+    """A complete checkpoint. Its tensors are read on request."""
 
     path: Path
     step: int
-    serial: int  # how many saves there were in its folder, this one included
-    metric: float | None  # what the best is chosen by: more is better
-    versions: Mapping[str, str]  # of the libraries that wrote it
+    serial: int  # save number within its folder, from 1
+    metric: float | None  # decides the best checkpoint; higher is better
+    versions: Mapping[str, str]  # library versions that wrote it
     files: Mapping[str, Mapping[str, Any]]  # "bytes" and "sha256" by file name
     state: Mapping[str, Any]
 
     def open(self, name: str) -> Any:
-        """The file `name`.safetensors, as a context with `keys()`, `get_slice(key)` and `get_tensor(key)`."""
+        """Opens `name`.safetensors as a context manager with `keys()`, `get_slice(key)` and `get_tensor(key)`."""
         from safetensors import safe_open
 
         if f"{name}.safetensors" not in self.files:
@@ -71,7 +71,7 @@ class Checkpoint:
         return safe_open(self.path / f"{name}.safetensors", framework="pt")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """All tensors of the file `name`.safetensors."""
+        """Reads all tensors of `name`.safetensors."""
         with self.open(name) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it cannot be iterated)
 
@@ -89,26 +89,26 @@ def save_checkpoint(
     metric: float | None = None,
     keep_steps: Collection[int] = (),
 ) -> Path:
-    """Adds a checkpoint to a folder, and removes those that are not needed any more.
+    """Adds a checkpoint to a folder and removes those no longer needed.
 
-    Stopped at any point, it leaves the newest complete checkpoint loadable: the one before, or this one. Kept are the
-    last `keep_last` and the best; those of later steps go, since the run was taken back to before them.
+    If interrupted at any point, a complete checkpoint remains loadable: the previous one or this one. The last
+    `keep_last` and the best are kept; checkpoints of later steps are removed, since the run was rolled back past them.
 
     Args:
-        folder: of all checkpoints of a run; made if missing. One process at a time writes there.
-        step: steps done.
-        tensors: by file name (without ending), then by name. They are not copied.
-        state: JSON.
-        keep_last: checkpoints to keep, at least 1.
-        metric: how good this one is, more being better; None or not finite: it cannot be the best.
-        keep_steps: steps whose checkpoints are kept, too.
+        folder: holds all checkpoints of a run; created if missing. Only one process may write to it at a time.
+        step: number of completed steps.
+        tensors: file name (without extension) -> tensor name -> tensor. They are not copied.
+        state: JSON-serializable.
+        keep_last: number of recent checkpoints to keep, at least 1.
+        metric: quality of this checkpoint, higher is better; if None or not finite, it is never the best.
+        keep_steps: further steps whose checkpoints to keep.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
         ValueError: if an argument cannot be stored.
-        CheckpointError: if the disk is full or read-only; the newest checkpoint is then the one before.
+        CheckpointError: if writing fails, for example on a full or read-only disk; earlier checkpoints stay usable.
     """
     folder = Path(folder)
     if keep_last < 1 or step < 0:
@@ -156,7 +156,7 @@ def save_checkpoint(
 def _write_staging(
     staging: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: bytes, head: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Every file of a checkpoint, on the disk; returns its manifest."""
+    """Writes and syncs every file of a checkpoint; returns its manifest."""
     files.make_folder(staging)
     written: dict[str, dict[str, Any]] = {}
     contents = {f"{name}.safetensors": safetensors_pieces(group) for name, group in tensors.items()}
@@ -170,7 +170,7 @@ def _write_staging(
 
 
 def versions() -> dict[str, str]:
-    """Of what a run's numbers depend on."""
+    """Versions of the libraries that a run's numbers depend on."""
     import numpy
     import torch
     import transformers
@@ -182,12 +182,12 @@ def versions() -> dict[str, str]:
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    """Of what a manifest says, however it is laid out."""
+    """SHA-256 of a manifest's content, independent of key order and formatting."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _free_name(folder: Path, step: int) -> Path:
-    """A run that was taken back comes to a step again; what was saved there stays until the new one is complete."""
+    """An unused folder name for a step; a rolled-back run may repeat a step, and the old checkpoint is removed last."""
     name, again = f"step-{step:08d}", 2
     path = folder / name
     while os.path.lexists(path):
@@ -196,7 +196,7 @@ def _free_name(folder: Path, step: int) -> Path:
 
 
 def _to_keep(listed: list[tuple[Path, dict[str, Any]]], step: int, keep_last: int) -> tuple[set[Path], Path | None]:
-    """The last ones and the best one, of those not after `step`; and which is the best (the first of equals)."""
+    """Checkpoints to keep, and the best (earliest on ties), among the newest and those of steps before `step`."""
     past = [(path, m) for path, m in listed if m["step"] < step or path == listed[0][0]]
     past.sort(key=lambda entry: -entry[1]["serial"])
     rated = [(m["metric"], -m["serial"], path) for path, m in past if m["metric"] is not None]
@@ -205,7 +205,7 @@ def _to_keep(listed: list[tuple[Path, dict[str, Any]]], step: int, keep_last: in
 
 
 def _retire(path: Path) -> None:
-    """Removes a checkpoint that is not needed: renamed first, so that a half-removed one is never taken for one."""
+    """Removes a checkpoint, renaming it first so that a half-deleted one never looks complete."""
     try:
         unwanted = path.with_name(f"{files.STAGING}{path.name}-removed-{os.getpid()}")
         files.move(path, unwanted)
@@ -216,13 +216,13 @@ def _retire(path: Path) -> None:
 
 
 def sweep(folder: str | Path) -> None:
-    """Removes what stopped saves have left."""
+    """Removes leftovers of interrupted saves."""
     for path in Path(folder).glob(f"{files.STAGING}*"):
         _discard(path)
 
 
 def _discard(staging: Path) -> None:
-    """Removes what is unfinished or retired; what cannot be removed takes room and does no other harm."""
+    """Removes a staging or retired folder; a failure is only logged, since leftovers cost nothing but disk space."""
     if os.path.lexists(staging):
         try:
             files.remove(staging)
@@ -232,7 +232,7 @@ def _discard(staging: Path) -> None:
 
 @contextmanager
 def _explained(folder: Path, step: int, size: int, complete: Path | None = None) -> Iterator[None]:
-    """OSErrors become CheckpointErrors that say what was written where, how much, and what is left."""
+    """Turns OSErrors into CheckpointErrors with the step, its size, the free space and the newest checkpoint left."""
     try:
         yield
     except OSError as error:
@@ -255,18 +255,18 @@ def _explained(folder: Path, step: int, size: int, complete: Path | None = None)
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint | None:
-    """The newest complete checkpoint whose checksums hold.
+    """Loads the newest checkpoint whose checksums match.
 
-    A damaged one is named in the log, and the one before is taken.
+    Damaged checkpoints are logged and skipped in favour of earlier ones.
 
     Args:
         folder: as for `save_checkpoint`.
 
     Returns:
-        None if nothing was ever saved there.
+        The checkpoint, or None if nothing was ever saved there.
 
     Raises:
-        CheckpointError: if there are checkpoints and none can be used, or one is of a later version of this library.
+        CheckpointError: if checkpoints exist but none is usable, or one has a newer format than this version reads.
     """
     folder = Path(folder)
     found = _folders(folder)
@@ -290,11 +290,11 @@ def load_checkpoint(folder: str | Path) -> Checkpoint | None:
 
 
 def checkpoint_of(folder: str | Path, step: int) -> Checkpoint:
-    """The checkpoint of a step: where there are several, the one that was saved last.
+    """Loads the checkpoint of a step; if there are several, the most recent.
 
     Raises:
-        DamagedCheckpoint: if a checksum of it does not hold.
-        CheckpointError: if there is none.
+        DamagedCheckpoint: if a checksum does not match.
+        CheckpointError: if that step has no checkpoint.
     """
     for path, manifest in _listed(Path(folder)):
         if manifest["step"] == step:
@@ -303,32 +303,32 @@ def checkpoint_of(folder: str | Path, step: int) -> Checkpoint:
 
 
 def best_name(folder: str | Path) -> str | None:
-    """The name of the checkpoint with the highest metric, of which nothing is read; None if none has one."""
+    """Name of the checkpoint with the highest metric, without loading it; None if none has a metric."""
     listed = _listed(Path(folder))
     best = _to_keep(listed, listed[0][1]["step"], 1)[1] if listed else None
     return best.name if best else None
 
 
 def best_checkpoint(folder: str | Path) -> Checkpoint | None:
-    """The checkpoint with the highest metric; None if none has one.
+    """Loads the checkpoint with the highest metric; None if none has a metric.
 
     Raises:
-        DamagedCheckpoint: if a checksum of it does not hold.
+        DamagedCheckpoint: if a checksum does not match.
     """
     name = best_name(folder)
     return None if name is None else read_checkpoint(Path(folder) / name)
 
 
 def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
-    """One checkpoint.
+    """Reads and verifies one checkpoint.
 
     Args:
         path: its folder.
-        verify: read every byte and compare checksums; otherwise sizes only.
+        verify: True reads every byte and compares checksums; False compares file sizes only.
 
     Raises:
-        DamagedCheckpoint: naming the file that is not what was written.
-        CheckpointError: if a later version of this library wrote it.
+        DamagedCheckpoint: naming the file that is missing or changed.
+        CheckpointError: if its format is newer than this version reads.
     """
     path = Path(path)
     manifest = _manifest(path)
@@ -380,21 +380,21 @@ def _manifest_or_error(path: Path) -> dict[str, Any] | DamagedCheckpoint:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Folders, not links, with a checkpoint's name."""
+    """Folders (not symlinks) named like a checkpoint."""
     if not folder.is_dir():
         return []
     return [p for p in folder.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
 
 
 def _listed(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Checkpoints with a readable manifest, the newest first."""
+    """Checkpoints with a readable manifest, newest first."""
     read = [(path, _manifest_or_error(path)) for path in _folders(folder)]
     listed = [(path, manifest) for path, manifest in read if isinstance(manifest, dict)]
     return sorted(listed, key=lambda entry: -entry[1]["serial"])
 
 
 def _compare_with_pointer(folder: Path, found: list[Path]) -> None:
-    """A checkpoint that was put in place and is gone since is worth a line."""
+    """Warns if latest.json is unreadable or names a checkpoint that no longer exists."""
     try:
         pointed = str(json.loads((folder / POINTER).read_bytes())["checkpoint"])
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Python state as JSON, and its tensors aside: nothing that is read back can run code."""
+"""Python state encoded as JSON, with tensors kept separately, so that decoding never executes code."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _TAGS = ("__tensor__", "__tuple__", "__float__", "__items__", "__counter__")
 
 
 def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """What `value` is in JSON, exactly.
+    """Encodes `value` as JSON losslessly, moving its tensors to `tensors`.
 
     Args:
-        value: None, booleans, numbers, strings, tensors, and lists, tuples and dicts of such.
-        place: where it stands, such as "scheduler": the name of its tensors, and of what cannot be kept.
-        tensors: takes up the tensors, by place.
+        value: None, booleans, numbers, strings, tensors, and lists, tuples and dicts of them.
+        place: path of the value, such as "scheduler"; names its tensors and appears in errors.
+        tensors: receives the tensors, by path.
 
     Raises:
-        ValueError: naming the place of anything else.
+        ValueError: if a value has another type, naming its path.
     """
     if value is None or isinstance(value, bool | str):
         return value
@@ -52,7 +52,7 @@ def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
-    """The reverse of `encode`; `tensor` finds one by its place."""
+    """Inverse of `encode`; `tensor` looks up a tensor by its path."""
     if isinstance(value, list):
         return [decode(item, tensor) for item in value]
     if not isinstance(value, dict):
@@ -72,5 +72,5 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
 
 
 def no_tensors(place: str) -> Tensor:
-    """For `decode`, where no tensor can stand."""
+    """Tensor lookup for `decode` where no tensor is allowed: always raises ValueError."""
     raise ValueError(f"a tensor is expected at {place}, where only numbers can stand")

@@ -1,4 +1,4 @@
-"""Which weights a run stands on that its checkpoints do not hold."""
+"""SHA-256 fingerprints of weights that a run depends on but its checkpoints do not store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl.state.tensorfile import tensor_bytes
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers of a model by name; what is tied together stands under its first name."""
+    """Parameters and persistent buffers of a model by name; tied ones appear once, under their first name."""
     found: dict[str, Tensor] = dict(model.named_parameters())
     transient = {
         f"{prefix}.{name}" if prefix else name
@@ -22,13 +22,13 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Fingerprints:
-    """SHA-256 of weights that should not change, computed again only for those that were written to."""
+    """Cached SHA-256 digests of weights, recomputed only when a tensor's storage or torch version counter changes."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], tuple[int, int, str]] = {}
 
     def of(self, role: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Digest of type, shape and bytes by name; `role` tells models apart that share names."""
+        """Digests of dtype, shape and bytes, by name; `role` distinguishes models with the same parameter names."""
         return {name: self._digest((role, name), tensor) for name, tensor in tensors.items()}
 
     def _digest(self, key: tuple[str, str], tensor: Tensor) -> str:

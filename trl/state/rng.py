@@ -1,4 +1,4 @@
-"""Every random number generator of a process, as JSON."""
+"""Saves and restores every random generator of a process, as JSON."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 def generators_state(device: torch.device, own: torch.Generator) -> dict[str, Any]:
-    """Python's, NumPy's and torch's generators, those of CUDA, and `own`, the order of minibatches.
+    """States of the generators of Python, NumPy, torch and CUDA, and of `own`.
 
     Args:
-        device: the process's; of several CUDA devices, only this one's generator is the process's.
-        own: a generator on the CPU.
+        device: this process's device; only its CUDA generator is saved.
+        own: CPU generator of the minibatch order.
     """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -32,7 +32,7 @@ def generators_state(device: torch.device, own: torch.Generator) -> dict[str, An
 
 
 def set_generators(state: Mapping[str, Any], device: torch.device, own: torch.Generator) -> None:
-    """Puts every generator where `generators_state` found it; CUDA's stays as it is where there was none."""
+    """Restores every generator from `generators_state`; CUDA's is left alone if its state was not saved."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -45,7 +45,7 @@ def set_generators(state: Mapping[str, Any], device: torch.device, own: torch.Ge
 
 @contextmanager
 def kept_generators(device: torch.device, own: torch.Generator) -> Iterator[None]:
-    """Whatever is drawn, seeded or restored inside: afterwards every generator is where it was."""
+    """Restores every generator on exit, whatever is drawn or seeded inside the context."""
     state = generators_state(device, own)
     try:
         yield
@@ -55,7 +55,7 @@ def kept_generators(device: torch.device, own: torch.Generator) -> Iterator[None
 
 @contextmanager
 def own_numbers(seed: int, device: torch.device, own: torch.Generator) -> Iterator[None]:
-    """The random numbers of `seed` inside, the same each time; outside, as if none had been drawn."""
+    """Seeds the global generators with `seed` inside the context and restores every generator on exit."""
     with kept_generators(device, own):
         random.seed(seed)
         np.random.seed(seed % 2**32)

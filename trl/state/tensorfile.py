@@ -1,4 +1,4 @@
-"""The safetensors format as a stream of pieces, so that a file is written without a second copy of its tensors."""
+"""Streaming writer for the safetensors format, which avoids a second copy of the tensors in memory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _NAMES = {
 
 
 def kind_of(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
-    """Data type, by its name in the format, and shape.
+    """Safetensors dtype name and shape of a tensor.
 
     Raises:
-        ValueError: if the format has no such type.
+        ValueError: if safetensors does not support the dtype.
     """
     if tensor.dtype not in _NAMES:
         raise ValueError(f"safetensors files hold no {tensor.dtype}; they hold {', '.join(map(str, _NAMES))}")
@@ -36,21 +36,21 @@ def kind_of(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The numbers of a tensor in row order; of a contiguous one on the CPU without a copy."""
+    """Raw bytes of a tensor in row-major order; no copy if it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
 def safetensors_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the file."""
+    """Size in bytes of the safetensors file that holds `tensors`."""
     return len(_header(tensors)) + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: its header, then one tensor after the other.
+    """Yields the bytes of a safetensors file: the header, then one tensor at a time.
 
     Raises:
-        ValueError: if the format has no such data type.
+        ValueError: if safetensors does not support a tensor's dtype.
     """
     yield _header(tensors)
     for name in _order(tensors):
@@ -58,7 +58,7 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
 
 
 def _order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Wide numbers first, so that each tensor begins at a multiple of its numbers' size."""
+    """Tensor names in file order: widest dtypes first, so that every tensor is aligned to its element size."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 

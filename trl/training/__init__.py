@@ -1,1 +1,1 @@
-"""The loop, and what each algorithm puts through it."""
+"""The optimisation loop and its supporting parts: compute dtype, guards, optimizers, processes, resuming."""

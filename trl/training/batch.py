@@ -1,4 +1,4 @@
-"""Queries and responses of one call of `step`, as they came and as the model takes them."""
+"""The input batch of one `step` call: queries and responses, raw and padded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Queries and responses as they came, and padded as the model takes them."""
+    """Queries and responses as given, and `inputs`, the same padded for the model."""
 
     queries: list[Tensor]
     responses: list[Tensor]
     inputs: Mapping[str, Tensor]
 
     def rows(self, rows: Tensor) -> Batch:
-        """The samples with the indices `rows` [b], padded as they are."""
+        """Selects the samples at indices `rows` `[b]`, keeping their padding."""
         some = rows.tolist()
         return Batch(
             [self.queries[i] for i in some],

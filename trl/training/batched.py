@@ -1,4 +1,4 @@
-"""What a model says about a whole batch, a few sequences at a time, outside the update."""
+"""Evaluates a model on a whole rollout in batches, outside the update."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from trl.models import RolloutAboveFrozen, abilities, evaluate, evaluate_exact_kl, frozen_depth, frozen_states
 from trl.types import Evaluation, Rollout, occupied, take
 
-# Tokens of a pass that keeps nothing for a backward pass, where a model makes no logits either.
+# Tokens per forward pass without gradients, for models that can skip materialising their logits.
 _TOKENS_AT_ONCE = 2048
 
 
 def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, Callable[[Tensor], Tensor]]]:
-    """Parts of the rollout without their padding, and for each the way back to its full width [b, S]."""
+    """Yields slices of the rollout with padding trimmed, each with a function that pads results back to width `S`."""
     width = rollout.mask.shape[1]
     for start in range(0, len(rollout), batch_size):
         rows = slice(start, start + batch_size)
@@ -32,7 +32,7 @@ def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, Callab
 
 
 def _at_once(model: nn.Module, rollout: Rollout, batch_size: int) -> int:
-    """How many sequences to score at a time, where `batch_size` are what the update takes."""
+    """Sequences per forward pass: `batch_size`, or more for a model that can skip materialising its logits."""
     return max(batch_size, _TOKENS_AT_ONCE // rollout.tokens.shape[1]) if abilities(model).projects else batch_size
 
 
@@ -43,13 +43,16 @@ def with_frozen_states(
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Rollout:
-    """The rollout with what the policy's frozen first layers make of it, if it has any; passes then begin above them.
+    """Caches the activations of the policy's frozen first layers in the rollout, so that later passes start above them.
 
     Args:
         policy: in evaluation mode.
         rollout: `B` sequences.
-        batch_size: of the update's passes.
-        autocast: what the policy's own forward is wrapped in.
+        batch_size: sequences per pass of the update.
+        autocast: context that wraps the policy's own forward.
+
+    Returns:
+        The rollout with its cached states, or `rollout` itself if no layers are frozen or the model is not supported.
     """
     if rollout.encoder_tokens is not None or not abilities(policy).projects:
         return rollout
@@ -72,10 +75,10 @@ def evaluate_in_batches(
     values: bool = True,
     return_logits: bool = False,
 ) -> Evaluation:
-    """Evaluates `model` on every position of a rollout of `B` sequences, `batch_size` of them at a time.
+    """Evaluates `model` at every position of a rollout of `B` sequences, `batch_size` sequences at a time.
 
-    More of them, up to a number of tokens, for a model whose logits need not be made: that takes less memory than a
-    minibatch of the update does.
+    If logits need not be materialised, batches grow to a fixed number of tokens, which still takes less memory than a
+    minibatch of the update.
     """
     if not return_logits:
         batch_size = _at_once(model, rollout, batch_size)
@@ -100,7 +103,7 @@ def exact_kl_of(
     batch_size: int,
     temperature: float,
 ) -> Tensor:
-    """`[B, S]` exact KL(policy || reference) at every position, for `batch_size` sequences at a time."""
+    """`[B, S]` exact KL(policy || reference) at every position, computed for `batch_size` sequences at a time."""
     return torch.cat(
         [
             widen(evaluate_exact_kl(policy, reference, piece, temperature=temperature))

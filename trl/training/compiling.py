@@ -1,4 +1,4 @@
-"""Compiled layers, tried once before they are relied on."""
+"""Compiles the models' layers after checking them once against eager execution."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ def compile_passes(
     *,
     narrow: bool,
 ) -> CompiledCode:
-    """Has scoring and updating run the models' layers compiled, if that works here and gives the same numbers.
+    """Compiles the models' layers for scoring and updating, if compilation works here and matches eager results.
 
-    Two short sequences are put through both ways of computing, gradients included. Where compiling fails, or where
-    log-probabilities or gradients differ by more than the square root of the spacing of the numbers that are computed in,
-    everything is left as it was and the reason logged.
+    Two short sequences are run through both versions, gradients included. If compilation fails, or if log-probabilities
+    or gradients have a relative error above √eps of the coarsest dtype, layers stay eager and the reason is logged.
 
     Args:
-        policy: the model that learns, wrapped for its processes.
-        reference: the frozen one, unless it is the policy with its adapter off.
-        passes: in which passes are made.
-        narrow: whether these are in bfloat16, whatever the dtype of the weights is.
+        policy: the trained model, wrapped for its processes.
+        reference: the frozen reference; None if it is the policy with its adapter off.
+        passes: context for forward and backward passes.
+        narrow: whether passes run in bfloat16, whatever the weights' dtype.
 
     Returns:
-        The code, `off` if it is not used.
+        The compiled code, switched off if unused.
     """
     code = CompiledCode()
     models = [policy] if reference is None else [policy, reference]
@@ -65,7 +64,7 @@ def compile_passes(
 
 
 def _probe(model: nn.Module) -> Rollout:
-    """Two sequences of 5 and 7 tokens."""
+    """A test rollout of two sequences, of 5 and 7 tokens."""
     device = next(model.parameters()).device
     reads, writes = vocabulary_sizes(model)
     attention = torch.tensor([[1] * 5 + [0] * 2, [1] * 7], device=device).bool()
@@ -81,14 +80,14 @@ def _probe(model: nn.Module) -> Rollout:
 
 
 def _numbers(model: nn.Module, rollout: Rollout) -> list[tuple[str, Tensor]]:
-    """Log-probabilities, and for a model that learns the gradient of their sum."""
+    """Named log-probabilities and, for a trainable model, the gradient of their sum."""
     with torch.no_grad():
         logprobs = evaluate(model, rollout).logprobs[rollout.mask]
     found = [("log-probabilities", logprobs.double())]
     trained = [p for p in model.parameters() if p.requires_grad]
     if trained:
         total = evaluate(model, rollout).logprobs[rollout.mask].sum()
-        # Not a backward pass: gradients that somebody may have left on the parameters stay as they are.
+        # autograd.grad rather than backward, which would add to any existing `.grad`.
         gradients = torch.autograd.grad(total, trained, allow_unused=True)
         found.append(("gradients", torch.cat([g.double().flatten() for g in gradients if g is not None])))
     return found

@@ -1,4 +1,4 @@
-"""In which numbers passes through a model are made, and what has to happen when its weights change."""
+"""Compute dtype of forward and backward passes, and keeping bfloat16 copies of the weights in sync."""
 
 from __future__ import annotations
 
@@ -17,51 +17,52 @@ logger = logging.getLogger(__name__)
 
 
 class Passes:
-    """Passes in the numbers that the model is in: what an `Updater` does by itself."""
+    """Runs passes in the model's own dtype: the default of an `Updater`."""
 
     def passes(self, *, gradients_in_place: bool = False) -> AbstractContextManager[Any]:
-        """Where forward and backward passes belong, with the weights as they were when it was last said that they changed.
+        """Context for forward and backward passes, using the weights as of the last `weights_changed`.
 
         Args:
-            gradients_in_place: this pass makes a step's whole gradient, and `gradients` may hold it in fewer bits.
+            gradients_in_place: this pass computes a step's whole gradient, which `gradients` may hold in bfloat16.
         """
         return nullcontext()
 
     def gradients(self) -> dict[Tensor, Tensor]:
-        """Gradients that are not in `.grad` but here, in bfloat16, by parameter: until they are stepped with, discarded, or lost
-        to the next pass.
+        """bfloat16 gradients held here instead of in `.grad`, by parameter.
+
+        They are valid until the optimizer step, `discard` or the next pass.
         """
         return {}
 
     def discard(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Forgets those of `parameters`, or all."""
+        """Drops the gradients of `parameters`, or all of them."""
 
     def narrowed(self, parameters: Iterable[Tensor]) -> None:
-        """Takes note that these weights stand, narrowed, where `gradients` were."""
+        """Notes that the buffers of these parameters' `gradients` now hold their updated weights in bfloat16."""
 
     def weights_changed(self, *, counted: bool = False) -> None:
-        """Takes note that weights were written to; `counted`: by operations that torch counts in a tensor's version."""
+        """Notes that weights changed; `counted` means only by operations that bump torch's version counter."""
 
 
 class Compute(Passes):
-    """float32 passes as they are, or bfloat16 ones on float32 weights.
+    """Runs passes in the model's own dtype, or in bfloat16 on float32 weights.
 
-    On one process narrow copies stand in for the weights, and the frozen base of an adapter is held narrow; across
-    processes, where wrappers own the parameters, it is autocast. A `mixed_precision` of accelerate's, and a model that is not
-    float32, are left as they are.
+    On one process, bfloat16 copies replace the weights during passes, and the frozen base of an adapter is stored in
+    bfloat16; across processes, where wrappers own the parameters, autocast is used instead. Accelerate's
+    `mixed_precision` and models that are not float32 are left alone.
 
     Args:
         model: the policy, on its device, wrapped for its processes.
         wanted: "auto", "float32" or "bfloat16".
-        accelerator: which wrapped it.
+        accelerator: the accelerator that wrapped it.
     """
 
     def __init__(self, model: nn.Module, wanted: ComputeDtype, accelerator: Any) -> None:
         self.dtype, reason = choose_dtype(model, wanted)
         self._copies: NarrowCopies | None = None
-        self._base: list[nn.Parameter] = []  # held in bfloat16 for good
+        self._base: list[nn.Parameter] = []  # permanently stored in bfloat16
         self._models = [model]
-        self.quick_products = accelerator.device.type == "cpu"  # see trl.kernels.linear; not with compiled layers
+        self.quick_products = accelerator.device.type == "cpu"  # trl.kernels.linear; off with compiled layers
         self._device_type = accelerator.device.type
         if accelerator.mixed_precision != "no":
             if wanted == "bfloat16":
@@ -83,7 +84,7 @@ class Compute(Passes):
 
     @property
     def narrow(self) -> bool:
-        """Whether passes are made in bfloat16 by this object."""
+        """Whether this object runs passes in bfloat16."""
         return self.dtype == torch.bfloat16
 
     def passes(self, *, gradients_in_place: bool = False) -> AbstractContextManager[Any]:
@@ -100,7 +101,7 @@ class Compute(Passes):
         return quick_products(*self._models) if self.quick_products else nullcontext()
 
     def fresh_passes(self) -> AbstractContextManager[Any]:
-        """The same for passes between which anybody may have changed the weights, in whatever way."""
+        """`passes` after refreshing the copies, for when other code may have changed the weights in any way."""
         self.weights_changed()
         return self.passes()
 
@@ -116,12 +117,12 @@ class Compute(Passes):
             self._copies.narrowed(parameters)
 
     def weights_changed(self, *, counted: bool = False) -> None:
-        """Narrows the weights anew, or those alone of which torch has counted a change."""
+        """Refreshes the bfloat16 copies: all, or if `counted` only those whose version counter changed."""
         if self._copies is not None:
             self._copies.refresh_changed() if counted else self._copies.refresh()
 
     def adopt_reference(self, reference: nn.Module, policy: nn.Module) -> None:
-        """Holds a frozen float32 reference in bfloat16; what it shares with the policy is the policy's."""
+        """Adds the frozen reference; for bfloat16 passes, stores it in bfloat16 except what the policy shares."""
         self._models.append(reference)
         if self.narrow:
             narrow_for_good(reference, besides=policy)

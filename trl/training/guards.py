@@ -1,4 +1,4 @@
-"""What keeps an update alive, and what it remembers from one update to the next."""
+"""Guards of the update: skipping non-finite steps and shrinking the microbatch when memory runs out."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """Too many optimizer steps in a row were left out, since loss or gradient was not finite."""
+    """Too many consecutive optimizer steps were skipped because the loss or gradient was not finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkippedUpdate:
-    """An optimizer step that no process took."""
+    """An optimizer step skipped by every process."""
 
-    experience: Experience | None  # this process's minibatch, advantages as the loss used them; None if not known
-    grad_norm: float  # of this process; may be finite, if the loss or another process's gradient was not
-    in_a_row: int  # skipped steps up to and with this one
+    experience: Experience | None  # this process's minibatch, advantages as the loss used them; None if unknown
+    grad_norm: float  # on this process; may be finite if the loss or another process's gradient was not
+    in_a_row: int  # consecutive skipped steps, including this one
 
 
 @dataclass(kw_only=True)
 class UpdateGuards:
     """Counts skipped steps, and remembers the largest microbatch that fits into memory."""
 
-    max_skipped: int | None = None  # skipped steps in a row at which the run ends; None: never
-    on_skip: Callable[[SkippedUpdate], None] | None = None  # told of every skipped step, on every process
+    max_skipped: int | None = None  # consecutive skipped steps that end the run; None: no limit
+    on_skip: Callable[[SkippedUpdate], None] | None = None  # called for every skipped step, on every process
     consecutive_skips: int = 0
-    largest_microbatch: int | None = None  # None until memory ran out
+    largest_microbatch: int | None = None  # None until memory runs out
 
     def stepped(self) -> None:
-        """A step was taken."""
+        """Records a completed step."""
         self.consecutive_skips = 0
 
     def skipped(self, norm: float, reason: str, experience: Experience | None, counts: bool = True) -> None:
-        """A step was left out, on every process alike.
+        """Records a step skipped on every process.
 
         Args:
-            norm: of this process's gradient.
-            reason: why.
-            experience: what the gradient is of.
-            counts: towards `max_skipped`; False where a loss scaler overflowed, which it does by design.
+            norm: gradient norm on this process.
+            reason: why it was skipped.
+            experience: the minibatch of the gradient.
+            counts: whether it counts towards `max_skipped`; False for a loss-scaler overflow, which is by design.
 
         Raises:
-            NonFiniteError: at `max_skipped` in a row.
+            NonFiniteError: at `max_skipped` skipped steps in a row.
         """
         self.consecutive_skips += int(counts)
         warnings.warn(
@@ -67,11 +67,11 @@ class UpdateGuards:
             )
 
     def microbatch(self, wanted: int) -> int:
-        """The size to use where `wanted` is configured."""
+        """Microbatch size to use: the configured size `wanted`, capped at the largest that fits."""
         return wanted if self.largest_microbatch is None else min(wanted, self.largest_microbatch)
 
     def halve_microbatch(self, size: int) -> None:
-        """`size` sequences, at least 2, did not fit."""
+        """Halves the microbatch after `size` sequences (at least 2) ran out of memory."""
         self.largest_microbatch = size // 2
         logger.warning(
             "out of memory with a microbatch of %d: from now on it is %d; what an optimizer step sees stays the same",
@@ -81,7 +81,7 @@ class UpdateGuards:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's or the machine's memory is used up."""
+    """Whether an error reports that device or host memory ran out."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error).lower()

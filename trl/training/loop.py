@@ -1,4 +1,4 @@
-"""The one optimisation loop. `.backward(` appears here and nowhere else."""
+"""The optimisation loop shared by all algorithms; the only place that calls `.backward(`."""
 
 from __future__ import annotations
 
@@ -24,51 +24,51 @@ from trl.types import E, Experience, Minibatch, Tally, identity, occupied, take
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateMetrics:
-    """What one optimizer step measured."""
+    """Metrics of one optimizer step."""
 
-    means: dict[str, float]  # over counted tokens of every process, by statistics key
-    arrays: dict[str, Tensor]  # [b, S] of this process, by statistics key
+    means: dict[str, float]  # means over the counted tokens of all processes, by statistics key
+    arrays: dict[str, Tensor]  # [b, S] on this process, by statistics key
     grad_norm: float  # before clipping
     stepped: bool  # False if a loss or gradient was not finite
-    seconds: float  # of the optimizer step
+    seconds: float  # duration of the optimizer step
 
 
 @dataclass(kw_only=True)
 class Updater:
     """Backward passes and optimizer steps of one model.
 
-    Gradients are summed over microbatches and processes and clipped once. They are left in place after the step, but for
-    those that `compute` held in fewer bits.
+    Gradients are summed over microbatches and processes and clipped once. They stay in place after the step, except
+    those that `compute` held in bfloat16.
     """
 
     model: nn.Module
     optimizer: Any
     accelerator: Any
     max_grad_norm: float | None = None
-    # Keep their values, as parameters that the optimizer does not hold do: their gradients are dropped before the norm is taken.
+    # Not updated, like parameters the optimizer does not hold: their gradients are dropped before the norm is computed.
     frozen: Sequence[nn.Parameter] = field(default_factory=tuple)
-    compute: Passes = field(default_factory=Passes)  # in which numbers forward and backward passes are made
+    compute: Passes = field(default_factory=Passes)  # dtype and context of forward and backward passes
     guards: UpdateGuards = field(default_factory=UpdateGuards)
     reduce: Reduce = identity  # sums a tensor over all processes
-    _finite: Tensor | None = field(default=None, init=False)  # were all losses since `clear`?
+    _finite: Tensor | None = field(default=None, init=False)  # whether all losses since `clear` were finite
 
     def clear(self) -> None:
-        """Forgets gradients, before the first microbatch of a minibatch."""
+        """Drops all gradients, before the first microbatch of a minibatch."""
         self.optimizer.zero_grad()
-        self.model.zero_grad()  # also of weights that the optimizer does not hold
+        self.model.zero_grad()  # also clears weights that the optimizer does not hold
         self.compute.discard()
         self._finite = None
 
     def computing(self, *, only: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward pass of a microbatch, which may be the only one of its minibatch."""
+        """Compute context of a microbatch's forward and backward pass; `only`: it is the minibatch's only one."""
         return self.compute.passes(gradients_in_place=only and can_stream(inner(self.optimizer)))
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward pass: only the last microbatch of a minibatch exchanges gradients."""
+        """Context of a forward and backward pass that all-reduces gradients only in the `last` microbatch."""
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
-        """Adds the gradient of `loss`. Only the last microbatch of a minibatch exchanges gradients.
+        """Runs the backward pass of `loss`, all-reducing gradients only in the `last` microbatch of a minibatch.
 
         Every process must call this the same number of times, even without a counted token, or the all-reduce hangs.
         """
@@ -79,16 +79,16 @@ class Updater:
             self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def step(self, experience: Experience | None = None) -> tuple[float, bool, float]:
-        """One optimizer step, or none on any process if a loss or gradient of one is not finite.
+        """Takes an optimizer step; if any process has a non-finite loss or gradient, all processes skip it.
 
         Args:
-            experience: what the gradients are of, for whoever looks into a skipped step.
+            experience: the minibatch behind the gradients, passed on to the `on_skip` hook.
 
         Returns:
-            The norm before clipping, whether the step was taken, and its seconds.
+            Gradient norm before clipping, whether the step was taken, and its duration in seconds.
 
         Raises:
-            NonFiniteError: if too many steps in a row were skipped.
+            NonFiniteError: if too many consecutive steps were skipped.
         """
         started = time.perf_counter()
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -103,11 +103,11 @@ class Updater:
         refused, without_loss = self.reduce(torch.stack([torch.full_like(finite, float(not own)), 1 - finite])).tolist()
         if refused == 0:
             if narrow:
-                # From inside the optimizer's own step, which does the rest: hooks and schedulers see one step.
+                # As the closure of the optimizer's own step, which updates the rest: hooks and schedulers see one step.
                 self.optimizer.step(lambda: self._step_narrow(narrow, scale))
             else:
                 self.optimizer.step()
-            self.compute.weights_changed(counted=bool(narrow))  # an optimizer of another make may write through `.data`
+            self.compute.weights_changed(counted=bool(narrow))  # third-party optimizers may write through `.data`
             self.guards.stepped()
             return norm, True, time.perf_counter() - started
         self.compute.discard()
@@ -123,9 +123,9 @@ class Updater:
         return norm, False, time.perf_counter() - started
 
     def _back_off(self) -> float | None:
-        """Lowers the loss scale of fp16, on every process alike, and returns what it was; None without a scaler.
+        """Lowers the fp16 loss scale on every process and returns its previous value; None without a scaler.
 
-        A scaler that unscaled gradients has to be updated before it can do so again.
+        The scaler must be updated after unscaling before it can unscale again.
         """
         scaler = self.accelerator.scaler
         if scaler is None or not scaler.is_enabled():
@@ -135,7 +135,7 @@ class Updater:
         return scale
 
     def _clip(self, narrow: Mapping[Tensor, Tensor]) -> tuple[float, float]:
-        """The norm before clipping, and what is left to multiply the `narrow` gradients by; the others are clipped."""
+        """Clips gradients in `.grad`; returns the total norm before clipping and the factor for the `narrow` ones."""
         wide = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in wide if p.grad is not None]
         if not narrow and self.max_grad_norm is not None:
@@ -154,7 +154,7 @@ class Updater:
 
 
 def means_of(tallies: Sequence[Mapping[str, Tally]], reduce: Reduce) -> dict[str, float]:
-    """Adds up the tallies of all microbatches and processes, and divides once."""
+    """Means by key: sums the tallies over all microbatches and processes, then divides once."""
     names = list(tallies[0])
     table = torch.stack(
         [
@@ -167,7 +167,7 @@ def means_of(tallies: Sequence[Mapping[str, Tally]], reduce: Reduce) -> dict[str
 
 
 def microbatches(experience: E, size: int) -> list[E]:
-    """Cuts an experience into pieces of at most `size` sequences, in order."""
+    """Splits an experience, in order, into microbatches of at most `size` sequences."""
     return [take(experience, slice(start, start + size)) for start in range(0, len(experience), size)]
 
 
@@ -183,16 +183,19 @@ def optimize(
     """Takes one optimizer step per minibatch.
 
     The loss of a minibatch is (sum over counted tokens of all its microbatches and processes) / denominator, so that
-    neither the microbatch size nor the number of processes changes the gradient. Where memory runs out, a minibatch is done
-    again in microbatches of half the size, and so are those after it.
+    neither the microbatch size nor the number of processes changes the gradient. When memory runs out, the minibatch is
+    retried with microbatches of half the size, which also applies to later minibatches.
 
     Args:
-        minibatches: what to learn from, in order; may be endless if `stop` ends it.
-        loss_fn: the loss of one microbatch, as sums.
-        updater: backward passes and steps.
+        minibatches: training data, in order; may be endless if `stop` ends the loop.
+        loss_fn: loss of one microbatch, as sums.
+        updater: runs backward passes and optimizer steps.
         microbatch_size: sequences per forward and backward pass.
         reduce: sums a tensor over all processes.
-        stop: asked after every step, with the same answer on every process.
+        stop: called after every step; True ends the loop. Must return the same value on every process.
+
+    Returns:
+        The metrics of every step.
     """
     history: list[UpdateMetrics] = []
     for minibatch in minibatches:
@@ -217,14 +220,14 @@ Measured = tuple[list[dict[str, Tally]], list[dict[str, Tensor]]]  # tallies and
 def _gradient(
     minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater, microbatch_size: int, reduce: Reduce
 ) -> Measured:
-    """The gradient of a minibatch, in microbatches that fit into the memory of every process."""
+    """Accumulates a minibatch's gradient, halving the microbatch until it fits on every process."""
     alone = updater.accelerator.num_processes == 1
     while True:
         size = min(updater.guards.microbatch(microbatch_size), len(minibatch.experience))
         updater.clear()
         measured = _gradient_in_pieces(minibatch, loss_fn, updater, size)
         if measured is None:
-            updater.clear()  # what the attempt has accumulated takes room as well
+            updater.clear()  # gradients of the failed attempt take memory too
             if minibatch.denominator.device.type == "cuda":
                 torch.cuda.empty_cache()
         if not alone:
@@ -238,7 +241,7 @@ def _gradient(
 
 
 def _gradient_in_pieces(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater, size: int) -> Measured | None:
-    """One attempt; None if this process ran out of memory, unless it cannot do with less: then the error is the caller's."""
+    """One attempt at a minibatch's gradient; None if out of memory, raising instead if a retry cannot help."""
     alone = updater.accelerator.num_processes == 1
     pieces = microbatches(minibatch.experience, size)
     tallies, arrays = [], []
@@ -251,7 +254,7 @@ def _gradient_in_pieces(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Up
                 exchanging = last and not alone
                 updater.accumulate(loss.objective / minibatch.denominator, last=last)
         except RuntimeError as error:
-            # Whoever leaves an exchange of gradients half-way leaves the other processes waiting.
+            # Leaving an all-reduce halfway would hang the other processes.
             lost = exchanging or isinstance(updater.model, FullyShardedDataParallel | FSDPModule)
             if size == 1 or lost or not is_out_of_memory(error):
                 raise
@@ -262,12 +265,12 @@ def _gradient_in_pieces(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Up
 
 
 def _stand_in(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater) -> None:
-    """Takes part in the exchange of gradients that the other processes are in or come to, with as little as there is.
+    """Joins the other processes' gradient all-reduce with a minimal pass after running out of memory.
 
-    What is exchanged is thrown away: all processes begin the minibatch anew.
+    The result is discarded: all processes restart the minibatch.
     """
     if isinstance(updater.model, DistributedDataParallel):
-        # Buffers are exchanged in the first forward pass of a minibatch, which was begun: not a second time.
+        # DDP syncs buffers in a minibatch's first forward pass, which has already started: do not sync them again.
         updater.model.require_forward_param_sync = False
     one = take(minibatch.experience, slice(0, 1))
     with updater.computing(only=False):
@@ -276,7 +279,7 @@ def _stand_in(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater) -> 
 
 
 def _widen(arrays: Mapping[str, Tensor], columns: slice, width: int) -> dict[str, Tensor]:
-    """Puts `[b, s]` arrays of the columns that were kept back into `[b, width]`, zeros elsewhere."""
+    """Pads `[b, s]` arrays of the trimmed columns back to `[b, width]` with zeros."""
     wide = {}
     for name, array in arrays.items():
         wide[name] = array.new_zeros(array.shape[0], width)

@@ -1,4 +1,4 @@
-"""Train and eval mode of a model, as a context."""
+"""Context manager for evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Dropout off inside; afterwards every submodule is back in the mode it was in."""
+    """Puts the models in evaluation mode (dropout off) and restores every submodule's mode on exit."""
     training = [module for model in models for module in model.modules() if module.training]
     for module in training:
         module.training = False

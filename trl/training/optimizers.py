@@ -1,4 +1,4 @@
-"""An optimizer's state by the names of its parameters, and a scheduler's beside it."""
+"""Creating and checking optimizers and schedulers, and saving optimizer state by parameter name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from trl.state.encoding import decode, encode
 
 
 def make_adam(parameters: Sequence[nn.Parameter], learning_rate: float, *, narrow: bool) -> Adam:
-    """Fused Adam where torch has it for these parameters; `narrow`: with bfloat16 moments.
+    """Creates Adam, fused where torch supports it for these parameters; `narrow` stores its moments in bfloat16.
 
     Raises:
-        ValueError: if moments of such parameters cannot be narrow.
+        ValueError: if `narrow` and a parameter is not float32 on a CPU or CUDA device.
     """
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     if not narrow:
@@ -35,10 +35,10 @@ def make_adam(parameters: Sequence[nn.Parameter], learning_rate: float, *, narro
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuses an optimizer that would change nothing, or wants to compute gradients itself.
+    """Rejects an optimizer that holds no trained parameter or needs a closure.
 
     Raises:
-        ValueError: if it holds none of the model's trained parameters, or its `step` needs a closure, as LBFGS's does.
+        ValueError: if it holds none of the model's trained parameters, or its `step` needs a closure, like LBFGS.
     """
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -54,16 +54,16 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 
 def unheld(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters of a model that an optimizer does not hold, by name."""
+    """Trained parameters of `model` that are missing from the optimizer, by name."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
 
 
 def check_scheduler(scheduler: LRScheduler, optimizer: torch.optim.Optimizer | None) -> None:
-    """Refuses a scheduler that cannot be stepped once per call of `step`, and warns of one that drives another optimizer.
+    """Rejects a scheduler whose `step` needs arguments, and warns if it drives another optimizer.
 
     Raises:
-        ValueError: if its `step` needs an argument, as ReduceLROnPlateau's does.
+        ValueError: if its `step` needs an argument, like ReduceLROnPlateau.
     """
     empty = inspect.Parameter.empty
     needed = [name for name, p in inspect.signature(scheduler.step).parameters.items() if p.default is empty]
@@ -81,23 +81,23 @@ def check_scheduler(scheduler: LRScheduler, optimizer: torch.optim.Optimizer | N
 
 
 def inner(wrapped: Any) -> Any:
-    """The torch optimizer or scheduler in accelerate's; anything else as it is."""
+    """Unwraps accelerate's optimizer or scheduler; returns anything else unchanged."""
     if isinstance(wrapped, AcceleratedOptimizer):
         return wrapped.optimizer
     return wrapped.scheduler if isinstance(wrapped, AcceleratedScheduler) else wrapped
 
 
-# What older checkpoints call classes of this library that have moved since.
+# Old class names in earlier checkpoints -> current names.
 _MOVED = {"trl.training.streaming.NarrowAdam": f"{NarrowAdam.__module__}.{NarrowAdam.__qualname__}"}
 
 
 def kind(value: Any) -> str | None:
-    """The full name of the class of `value`; None for None."""
+    """Fully qualified class name of `value`; None for None."""
     return None if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Each parameter group's learning rate, weight decay and so on, without its parameters."""
+    """Settings of each parameter group (learning rate, weight decay, ...), without its parameters."""
     return [
         {name: value for name, value in group.items() if name not in ("params", "param_names")}
         for group in optimizer.param_groups
@@ -111,16 +111,16 @@ def optimizer_state(
     *,
     made_with: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """JSON of an optimizer; its tensors go to `tensors` as "parameter/entry".
+    """Returns an optimizer's state as JSON and adds its tensors to `tensors` as "parameter/entry".
 
     Args:
-        optimizer: of parameters of one model.
-        named: that model's parameters.
-        tensors: takes up the tensors, not copied.
-        made_with: the settings of each group before the run's first step, from `group_settings`.
+        optimizer: holds parameters of one model.
+        named: that model's parameters, by name.
+        tensors: receives the tensors, not copied.
+        made_with: settings of each group before the run's first step, from `group_settings`.
 
     Raises:
-        ValueError: if the optimizer has a parameter that is not among them.
+        ValueError: if the optimizer holds a parameter that is not in `named`.
     """
     names = {id(parameter): name for name, parameter in named.items()}
     return {
@@ -152,7 +152,7 @@ def _names(group: Mapping[str, Any], i: int, names: Mapping[int, str]) -> list[s
 def optimizer_differences(
     saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> list[str]:
-    """Why a saved state is not this optimizer's."""
+    """Reasons why a saved state does not fit this optimizer; empty if it does."""
     before, now = _MOVED.get(saved["class"], saved["class"]), kind(optimizer)
     if before != now:
         narrow = _MOVED["trl.training.streaming.NarrowAdam"] in (before, now)
@@ -183,19 +183,19 @@ def load_optimizer(
     *,
     scheduled: bool,
 ) -> list[str]:
-    """Puts a saved state into an optimizer that fits.
+    """Loads a saved state into a matching optimizer.
 
-    A setting of a group that differs from what the group was made with when the run began, such as another learning rate, is
-    the user's wish and stays, unless a scheduler (`scheduled`) rules the learning rate.
+    A group setting that differs from the one at the start of the run, such as a new learning rate, was changed by the
+    user and is kept; with a scheduler (`scheduled`), the saved learning rate is restored anyway.
 
     Returns:
-        What is not as it was saved, in words.
+        Remarks on every setting that the user changed.
     """
     remarks = []
     ruled = {"lr", "initial_lr"} if scheduled else set()
     for i, (group, old) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
         settings = decode(old["settings"], tensor)
-        # Older checkpoints hold the optimizer's defaults alone.
+        # Older checkpoints hold only the optimizer's defaults.
         then = decode(old.get("made_with", saved["defaults"]), tensor)
         now = group if "made_with" in old else optimizer.defaults
         wishes = {name for name in then if name in now and now[name] != then[name]}
@@ -221,7 +221,7 @@ def load_optimizer(
 
 
 def _placed(key: str, value: Any, parameter: nn.Parameter, fused: bool) -> Any:
-    """A tensor where its optimizer wants it: Adam counts steps on the CPU unless it is fused."""
+    """Moves a state tensor to its parameter's device, except the step count, which unfused Adam keeps on the CPU."""
     if not isinstance(value, Tensor) or (key == "step" and not fused):
         return value
     return value.to(parameter.device)

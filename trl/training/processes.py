@@ -1,4 +1,4 @@
-"""Joining the processes of a launch, and every collective call between them."""
+"""Joins the processes of a launch, and wraps the collective calls between them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch import Tensor
 T = TypeVar("T")
 
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_LAUNCHED_ALONE = {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"}  # by `accelerate launch`, without torchrun
+_LAUNCHED_ALONE = {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"}  # set by `accelerate launch` without torchrun
 
 
 def make_accelerator(**settings: Any) -> Accelerator:
-    """An `Accelerator` that spans every process of the launch, on machines without a GPU as well.
+    """Creates an `Accelerator` that spans every process of the launch, also on machines without a GPU.
 
     Args:
-        **settings: for `accelerate.Accelerator`.
+        **settings: arguments of `accelerate.Accelerator`.
 
     Raises:
-        ValueError: if several processes were started, or asked for, and accelerate sees one.
+        ValueError: if several processes were started or requested but accelerate sees only one.
     """
     on_cpu = not torch.accelerator.is_available()
     sizes = ("WORLD_SIZE", *_MPI_SIZES) if on_cpu else ("WORLD_SIZE",)
     started = max(int(os.environ.get(name) or 1) for name in sizes)
     if on_cpu and started > 1:
-        settings = {"cpu": True} | settings  # accelerate joins processes on CPUs only when told to use CPUs
+        settings = {"cpu": True} | settings  # accelerate joins CPU processes only with cpu=True
     accelerator = Accelerator(**settings)
-    # Every schedule is per call of `step`; accelerate's default is one per process and optimizer step.
+    # Schedulers advance once per `step` call; accelerate's default is once per process at every optimizer step.
     accelerator.step_scheduler_with_optimizer = False
     if accelerator.num_processes > 1:
         return accelerator
@@ -53,21 +53,21 @@ def make_accelerator(**settings: Any) -> Accelerator:
 
 
 def sum_over_processes(accelerator: Any, tensor: Tensor) -> Tensor:
-    """The sum of `tensor`, of one shape everywhere, over all processes. Every process must call this."""
+    """Sums `tensor` over all processes. Every process must call this with the same shape."""
     return accelerator.reduce(tensor, reduction="sum") if accelerator.num_processes > 1 else tensor
 
 
 def gather_over_processes(accelerator: Any, tensor: Tensor) -> Tensor:
-    """`[n · B, ...]`: `tensor` [B, ...], of one shape everywhere, of all processes. Every process must call this."""
+    """Concatenates `[B, ...]` tensors of `n` processes to `[n · B, ...]`. Every process must call it, in one shape."""
     return accelerator.gather(tensor) if accelerator.num_processes > 1 else tensor
 
 
 @contextmanager
 def whole_gradients(accelerator: Any) -> Iterator[None]:
-    """Within, accelerate neither divides losses nor drops optimizer and scheduler steps.
+    """Turns off accelerate's gradient accumulation: it neither scales losses nor drops optimizer and scheduler steps.
 
-    How many passes it accumulates over, and whether a step is due, is one state of the whole process: a launcher's
-    `--gradient_accumulation_steps` sets it, and so does any other `Accelerator`, such as that of a reward model's training.
+    The accumulation state is global to the process: a launcher's `--gradient_accumulation_steps` sets it, and so does
+    any other `Accelerator`, such as the one of a reward model's training.
     """
     due, passes = accelerator.sync_gradients, accelerator.gradient_accumulation_steps
     accelerator.sync_gradients, accelerator.gradient_accumulation_steps = True, 1
@@ -78,7 +78,7 @@ def whole_gradients(accelerator: Any) -> Iterator[None]:
 
 
 def share_bytes(accelerator: Any, data: bytes) -> list[bytes]:
-    """What every process gave, in the order of their ranks. Every process must call this; nothing is pickled."""
+    """Gathers every process's `data`, in rank order, without pickling. Every process must call this."""
     if accelerator.num_processes == 1:
         return [data]
     device = accelerator.device
@@ -108,20 +108,23 @@ def check_same(accelerator: Any, settings: Mapping[str, Any]) -> None:
 
 
 def run_together(accelerator: Any, work: Callable[[], T], error: type[Exception] = RuntimeError) -> T:
-    """Runs `work` on every process; if it fails on one, it fails on all, and nobody waits for the one that left.
+    """Runs `work` on every process and raises on all if it fails on one, so that none hangs waiting for another.
 
     Every process must call this.
 
     Args:
-        accelerator: of all processes.
+        accelerator: spans all processes.
         work: must not make collective calls.
-        error: what is raised on the processes on which `work` did not fail.
+        error: exception type to raise on processes where `work` succeeded.
+
+    Returns:
+        The result of `work` on this process.
     """
     failure: BaseException | None = None
     result: Any = None
     try:
         result = work()
-    except BaseException as caught:  # raised below, after the others have heard of it
+    except BaseException as caught:  # raised below, after telling the other processes
         failure = caught
     said = b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()
     for rank, words in enumerate(share_bytes(accelerator, said)):

@@ -1,8 +1,8 @@
-"""What the rest of a PPO run depends on, taken out of a trainer and put into another one, exactly.
+"""Saves and restores a trainer's full state, so that a resumed PPO run continues exactly.
 
-Policy and value head, optimizer, scheduler, KL coefficient, running moments, counters, every random number generator of
-every process. Of a model with an adapter only what is trained is stored; the weights it stands on, and the reference
-model, are recognised by their SHA-256.
+The state covers policy and value head, optimizer, scheduler, KL coefficient, running moments, counters, and every
+random generator of every process. For a model with an adapter, only trained weights are stored; the base weights and
+the reference model are verified by their SHA-256.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 
 POLICY, OPTIMIZER = "policy", "optimizer"
 _HEAD = "v_head."
-# A run with another one of these is another run.
+# Settings that must not change when a run resumes.
 _FIXED_SETTINGS = ("batch_size",)
-# May hold credentials, paths and objects of trackers, and change no number that is not seen elsewhere.
+# Not saved: they may hold credentials, paths and tracker objects; whatever affects results is recorded elsewhere.
 _UNSAVED_SETTINGS = ("log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs")
 
 
-# To and from a folder ------------------------------------------------------------------------------------------------
+# Saving and loading --------------------------------------------------------------------------------------------------
 
 
 def save_training(
@@ -59,7 +59,7 @@ def save_training(
     metric: float | None = None,
     keep_steps: Collection[int] = (),
 ) -> Path:
-    """Saves a trainer, as `save_checkpoint` does; every process calls it, the main one writes, all raise together."""
+    """Saves a trainer with `save_checkpoint`. Every process must call it; the main one writes, all raise together."""
     tensors, state = capture(trainer)
     state["extra"] = dict(extra or {})
 
@@ -76,12 +76,17 @@ def save_training(
 def load_training(
     trainer: RunState, folder: str | Path, differences: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
 ) -> Checkpoint | None:
-    """Puts the newest usable checkpoint of a folder into a trainer; every process calls it, and all load the same one.
+    """Restores a trainer from the newest usable checkpoint in a folder.
+
+    Every process must call this; all load the same checkpoint.
 
     Args:
         trainer: as for `restore`.
-        folder: of the checkpoints.
-        differences: more reasons not to go on with a checkpoint, in words, beside those that the trainer gives.
+        folder: checkpoint folder.
+        differences: returns further reasons to reject a checkpoint, in addition to the trainer's own.
+
+    Returns:
+        The checkpoint, or None if nothing was ever saved in the folder.
     """
     checkpoint = _found_by_all(trainer, folder, lambda: load_checkpoint(folder))
     if checkpoint is not None:
@@ -90,7 +95,7 @@ def load_training(
 
 
 def load_step(trainer: RunState, folder: str | Path, step: int) -> Checkpoint:
-    """Puts the checkpoint of a step into a trainer; as `load_training`."""
+    """Restores a trainer from the checkpoint of a step. Every process must call it."""
     checkpoint = _found_by_all(trainer, folder, lambda: checkpoint_of(folder, step))
     assert checkpoint is not None
     restore(trainer, checkpoint)
@@ -98,7 +103,7 @@ def load_step(trainer: RunState, folder: str | Path, step: int) -> Checkpoint:
 
 
 def _found_by_all(trainer: RunState, folder: str | Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
-    """What the main process finds, on every process."""
+    """Loads the checkpoint that the main process finds, on every process; None if it finds none."""
     main = trainer.accelerator.is_main_process
     found = run_together(trainer.accelerator, lambda: find() if main else None, CheckpointError)
     name = share_bytes(trainer.accelerator, b"" if found is None else found.path.name.encode())[0].decode()
@@ -111,22 +116,22 @@ def _found_by_all(trainer: RunState, folder: str | Path, find: Callable[[], Chec
     return run_together(trainer.accelerator, read, CheckpointError)
 
 
-# Out of a trainer ----------------------------------------------------------------------------------------------------
+# Capturing a trainer's state -----------------------------------------------------------------------------------------
 
 
 def capture(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Everything that the rest of the run depends on. Every process must call this.
+    """Collects everything that the rest of the run depends on. Every process must call this.
 
     Args:
-        trainer: with `model`, `ref_model`, `optimizer`, `lr_scheduler`, `accelerator`, `config`, `tokenizer`,
-            `fingerprints`, `_generator`, and a `state_dict` of what else it carries from step to step.
+        trainer: the trainer to save; `RunState` lists what is read.
 
     Returns:
-        Tensors by file and name, which are the trainer's own and not copies: save them before the next step; and JSON.
+        Tensors by file and name, and JSON state. The tensors are the trainer's own, not copies: save them before the
+        next step.
 
     Raises:
-        ValueError: if the model is sharded over processes, or the optimizer or scheduler holds what JSON and
-            safetensors cannot.
+        ValueError: if the model is sharded over processes, or the optimizer or scheduler holds values that JSON and
+            safetensors cannot store.
     """
     _check_whole(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -165,7 +170,7 @@ def _check_whole(trainer: RunState) -> None:
 
 
 def _split(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a checkpoint holds of a model, and what it only recognises: the weights under an adapter."""
+    """Splits a model's weights into those that a checkpoint stores and the frozen adapter base it only fingerprints."""
     everything = weights(model)
     if not model.is_peft_model:
         return everything, {}
@@ -175,7 +180,7 @@ def _split(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _reference(trainer: RunState) -> dict[str, str] | None:
-    """Fingerprints of the reference model, without its value head, which nobody asks; None if it is the policy's base."""
+    """Fingerprints of the reference model, excluding its unused value head; None if it is the policy's base."""
     if trainer.ref_model is None:
         return None
     model = trainer.accelerator.unwrap_model(trainer.ref_model)
@@ -208,12 +213,12 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 def _modes(model: torch.nn.Module) -> dict[str, Any]:
-    """Whether the model is in training mode, and which modules are in the other one."""
+    """The model's training mode, and the names of modules in the opposite mode."""
     other = [name for name, module in model.named_modules() if module.training != model.training]
     return {"training": model.training, "other": other}
 
 
-# Into a trainer ------------------------------------------------------------------------------------------------------
+# Restoring a trainer -------------------------------------------------------------------------------------------------
 
 
 def restore(
@@ -221,15 +226,15 @@ def restore(
     checkpoint: Checkpoint,
     differences: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: (),
 ) -> None:
-    """Makes a trainer continue where `checkpoint` was taken. Every process must call this.
+    """Restores a trainer to the state in `checkpoint`. Every process must call this.
 
     Args:
-        trainer: made as the one that was saved.
-        checkpoint: as from `load_checkpoint`.
+        trainer: constructed like the one that was saved.
+        checkpoint: as returned by `load_checkpoint`.
         differences: see `load_training`.
 
     Raises:
-        ValueError: if the checkpoint is of another run, naming each difference; nothing was changed then.
+        ValueError: if the checkpoint belongs to another run, naming each difference; the trainer is then unchanged.
     """
     _check_whole(trainer)
     run_together(trainer.accelerator, lambda: _refuse_another_run(trainer, checkpoint, differences), ValueError)
@@ -271,7 +276,7 @@ def _refuse_another_run(trainer: RunState, checkpoint: Checkpoint, more: Callabl
 
 
 def _differences(trainer: RunState, checkpoint: Checkpoint) -> Iterator[str]:
-    """Why a checkpoint cannot be continued with this trainer."""
+    """Yields reasons why this trainer cannot resume from a checkpoint."""
     state, now = checkpoint.state, _identity(trainer)
     for name in ("processes", "tokenizer_size", "scheduler_class"):
         if state[name] != now[name]:
@@ -297,7 +302,7 @@ def _differences(trainer: RunState, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _compare(what: str, saved: Mapping[str, Any], now: Mapping[str, Any], values: str = "") -> Iterator[str]:
-    """Entries that are gone, new or changed, three of each by name."""
+    """Describes missing, new and changed entries, naming up to three of each."""
     yield from _some(f"{what} lacks", sorted(set(saved) - set(now)))
     yield from _some(f"{what} has beside what was saved", sorted(set(now) - set(saved)))
     changed = [name for name in saved if name in now and saved[name] != now[name]]
@@ -344,6 +349,6 @@ def _harmless_differences(trainer: RunState, checkpoint: Checkpoint) -> list[str
 
 
 def _new_fixed_coefficient(trainer: RunState, state: Mapping[str, Any]) -> bool:
-    """A fixed KL coefficient is a setting, and one that was changed is the user's wish."""
+    """Whether the KL coefficient is fixed and the user changed it, so that the new value overrides the saved one."""
     config, saved = trainer.config, state["config"]
     return not config.adap_kl_ctrl and decode(saved["init_kl_coef"], no_tensors) != config.init_kl_coef

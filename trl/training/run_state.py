@@ -1,4 +1,4 @@
-"""What resuming and the managed loop need of a trainer."""
+"""Protocols that a trainer implements for resuming and for the managed training loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl.types import Experience
 
 
 class RunState(Protocol):
-    """Everything that the rest of a run depends on: what `capture` saves and `restore` puts back."""
+    """Everything that the rest of a run depends on: saved by `capture`, put back by `restore`."""
 
     accelerator: Any
     config: Any
@@ -23,7 +23,7 @@ class RunState(Protocol):
     model: nn.Module
     """The policy, wrapped for its processes."""
     ref_model: Any
-    """The reference; None where it is the policy with its adapter off."""
+    """The reference model; None if it is the policy with its adapter off."""
     optimizer: Any
     lr_scheduler: Any
     tokenizer: Any
@@ -35,37 +35,37 @@ class RunState(Protocol):
     """Settings of each parameter group when the trainer was made."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the algorithm carries from step to step."""
+        """Returns what the algorithm carries from step to step."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         ...
 
 
 class PreparedBatch(Protocol):
-    """A batch that was evaluated and not yet learnt from."""
+    """An evaluated batch, ready for `learn`."""
 
     @property
     def experience(self) -> Experience:
-        """What `learn` would learn from."""
+        """The experience that `learn` trains on."""
         ...
 
     @property
     def kl(self) -> Tensor:
-        """`[B]` of each sequence to the reference, before the update."""
+        """`[B]` KL of each sequence to the reference, before the update."""
         ...
 
 
 class Learner(RunState, Protocol):
-    """What the managed loop drives."""
+    """The trainer interface that the managed loop drives."""
 
     guards: UpdateGuards
     current_device: Any
     is_encoder_decoder: bool
 
     def generate(self, query_tensor: list[Tensor], length_sampler: Any = None, **generation_kwargs: Any) -> Any:
-        """One response per query."""
+        """Samples one response per query."""
         ...
 
     def prepare(
@@ -77,11 +77,11 @@ class Learner(RunState, Protocol):
         token_rewards: list[Tensor] | None = None,
         sampler_logprobs: list[Tensor] | None = None,
     ) -> PreparedBatch:
-        """Evaluates a batch and changes nothing."""
+        """Evaluates a batch without side effects."""
         ...
 
     def learn(self, prepared: Any) -> dict[str, Any]:
-        """Learns from a batch that `prepare` made; statistics by name."""
+        """Trains on a batch from `prepare` and returns statistics by name."""
         ...
 
     def reference_kl(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
@@ -89,7 +89,7 @@ class Learner(RunState, Protocol):
         ...
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Writes the policy as a folder of transformers."""
+        """Saves the policy to a folder in transformers format."""
         ...
 
     def _stop_tokens(self) -> tuple[int, ...]: ...

@@ -1,4 +1,4 @@
-"""What happens to scores before they become rewards, in this order: missing-eos penalty, scaling, clipping."""
+"""Score shaping before scores become rewards, in order: missing-EOS penalty, scaling, clipping."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from trl.types import identity
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSettings:
-    """How scores are shaped."""
+    """Settings of `shape_scores`."""
 
-    missing_eos_penalty: float | None = None  # taken off the score of a response that does not end with a stop token
+    missing_eos_penalty: float | None = None  # subtracted from the score of a response without a final stop token
     scale: bool = False  # divide by the running standard deviation
-    center: bool = False  # with `scale`: take the running mean off first
+    center: bool = False  # with `scale`: subtract the running mean first
     clip: float | None = None  # then clamp to ± this
 
 
@@ -31,21 +31,21 @@ def shape_scores(
     reduce: Reduce = identity,
     counted: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
-    """Applies the settings to `scores` [B].
+    """Applies the missing-EOS penalty, scaling and clipping to scores.
 
     Args:
         scores: `[B]`.
-        finished: `[B]` bool, which responses end with a stop token.
-        moments: of the scores before these.
-        settings: what to do.
+        finished: `[B]` bool, True for responses that end with a stop token.
+        moments: running moments of earlier scores.
+        settings: the transformations to apply.
         reduce: sums a tensor over all processes.
-        counted: `[B]` bool, which scores the moments are to see; all if None.
+        counted: `[B]` bool, scores to include in the moments; all if None.
 
     Returns:
-        `[B]` shaped scores, and the moments with these scores in them (the same on every process).
+        `[B]` shaped scores, and the moments, updated if `settings.scale` (the same on every process).
     """
     if settings.missing_eos_penalty is not None:
-        limits = torch.finfo(scores.dtype)  # an infinite score would ruin the moments for good
+        limits = torch.finfo(scores.dtype)  # an infinite score would permanently corrupt the moments
         penalised = (scores - settings.missing_eos_penalty).clamp(limits.min, limits.max)
         scores = torch.where(finished, scores, penalised)
     if settings.scale:
@@ -57,6 +57,6 @@ def shape_scores(
 
 
 def ends_with(responses: Sequence[Tensor], stop_tokens: Sequence[int]) -> Tensor:
-    """`[B]` bool: does the last token of each response belong to `stop_tokens`?"""
+    """`[B]` bool, True for responses whose last token is in `stop_tokens`."""
     stops = set(stop_tokens)
     return torch.tensor([int(response[-1]) in stops for response in responses], dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The statistics of one step, under the names that TRL 0.4.6 gave them."""
+"""Statistics of one step, under TRL 0.4.6's key names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl.types import Tally, identity
 
 
 def stack_updates(history: Sequence[UpdateMetrics]) -> dict[str, Tensor]:
-    """Every number of every optimizer step: `[n]` per mean, `[1, n · b · S]` per array."""
+    """Stacks the metrics of `n` optimizer steps: `[n]` per mean, `[1, n · b · S]` per array."""
     stacked = {
         name: torch.tensor([metrics.means[name] for metrics in history], dtype=torch.float32)
         for name in history[0].means
@@ -30,13 +30,13 @@ def stack_updates(history: Sequence[UpdateMetrics]) -> dict[str, Tensor]:
 
 
 def pooled_mean(tally: Tally, reduce: Reduce = identity) -> Tensor:
-    """The mean over all processes of what `tally` sums on this one; 0 over nothing."""
+    """Mean of a tally pooled over all processes; 0 if the total count is 0."""
     total, count = reduce(torch.stack([tally.sum, tally.count.to(tally.sum)]))
     return total / count.clamp(min=1)
 
 
 def _mean_and_std(values: Tensor, counted: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Over all processes, of `values` [B] where `counted` [B]; Bessel's correction, and 0 for a single value."""
+    """Mean and Bessel-corrected std (0 for one value) of `values` `[B]` where `counted` `[B]`, over all processes."""
     mean, var, _ = masked_moments(values, counted, reduce)
     return mean, var.sqrt()
 
@@ -60,20 +60,20 @@ def step_statistics(
     train_stats: Mapping[str, Tensor],
     reduce: Reduce = identity,
 ) -> dict[str, Any]:
-    """What one step did, by key: numbers of all processes together, arrays of this one.
+    """Statistics of one step by key: scalars over all processes, arrays of this process.
 
-    A row without a counted token counts in the lengths alone.
+    A row without a counted token enters only the length statistics.
 
     Args:
         kl_coef: weight of the KL in this step's rewards.
-        scores: `[B]`, as they came.
+        scores: `[B]` raw scores.
         logprobs: `[B, S]` of the policy before the update.
         ref_logprobs: `[B, S]`.
         non_score_reward: `[B, S]`, -kl_coef · kl.
         mask: `[B, S]` bool.
         queries: `B` 1-D tensors.
         responses: `B` 1-D tensors.
-        train_stats: one row per optimizer step, as from `stack_updates`; their means are reported.
+        train_stats: one row per optimizer step, as from `stack_updates`; averaged over steps.
         reduce: sums a tensor over all processes.
     """
     counted = mask.any(dim=1)
