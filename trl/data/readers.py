@@ -33,7 +33,7 @@ def read_rows(source: Any, *, max_streamed: int) -> Iterator[Located]:
     if isinstance(source, str | Path):
         return _file_rows(Path(source))
     if is_hub_dataset(source):
-        return _numbered(source.with_format(None))  # Python values, whatever format was set
+        return _numbered(source.with_format(None))  # Python values, regardless of the format set on the dataset
     if isinstance(source, Mapping):
         names = ", ".join(map(str, list(source)[:8]))
         raise ValueError(
@@ -42,7 +42,7 @@ def read_rows(source: Any, *, max_streamed: int) -> Iterator[Located]:
         )
     if isinstance(source, Sized) and hasattr(source, "__getitem__") and not isinstance(source, bytes):
         return _numbered(source[index] for index in range(len(source)))
-    # Sets have no order that another process or a later run would reproduce; open files and bytes do not yield prompts.
+    # Sets have no order that another process or a later run would reproduce; open files yield lines with line endings.
     if isinstance(source, set | frozenset | bytes | IOBase) or not isinstance(source, Iterable):
         raise ValueError(
             f"prompts is of type {type(source).__name__}: expected a list, a datasets.Dataset, an iterable of rows in a fixed "

@@ -66,9 +66,9 @@ class PromptSampler:
             )
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, bool(shuffle)
         self.rank, self.world, self.remainder = rank, world, remainder
-        self.epoch = 0  # of the next prompt, from 0
-        self.position = 0  # of the next prompt in its epoch, 0 to size - 1
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # of one epoch
+        self.epoch = 0  # epoch of the next prompt, from 0
+        self.position = 0  # position of the next prompt in its epoch, 0 to size - 1
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # cached epoch number and its order
         if self._left_over:
             logger.warning("%d of %d prompts are left out of every epoch (remainder='drop')", self._left_over, size)
 
@@ -142,7 +142,7 @@ class PromptSampler:
         if self._order is None or self._order[0] != epoch:
             order = np.arange(self.size)
             if self.shuffle:
-                # Sorting by random 64-bit keys, not Generator.permutation, whose algorithm NumPy may change.
+                # Sort by random 64-bit keys: NumPy may change the algorithm of Generator.permutation.
                 bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
                 order = np.argsort(bits.random_raw(self.size), kind="stable")
             self._order = (epoch, order)

@@ -184,7 +184,7 @@ class _Run:
     # Beginning -------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Restores the newest checkpoint, if any, before any random numbers are drawn."""
+        """Prepares the run, restoring the newest checkpoint, if any, before any random numbers are drawn."""
         self.stack.push(self._note_error)
         found = None
         if self.keeper.checkpoints is not None and self.options.resume is not False:

@@ -9,7 +9,7 @@ _LONGEST = 255  # maximum bytes per path component on nearly every file system
 
 
 def run_folder(name: str | Path, root: str | Path | None = None) -> Path:
-    """Resolves the folder of a run, without creating it.
+    """Resolves the name of a run to its folder, without creating it.
 
     Args:
         name: path of the run. With `root`, it must be inside `root` after following symbolic links.

@@ -32,7 +32,7 @@ class RunDirectory:
     | `completions/step-00000012.parquet` | all samples of the step | atomically |
     | `events.log` | time-stamped events | appended line by line |
     | `summary.json` | how the run ended | atomically |
-    | `checkpoints/`, `dumps/`, `model/` | files saved by the managed loop | |
+    | `checkpoints/`, `dumps/`, `model/` | files written by the caller | |
 
     All text is UTF-8 with secrets redacted (`trl.redaction`). Atomic writes are durable when the call returns. Appended
     lines survive a crash of the process at once, and a power loss after `sync`. All writers raise `OSError` if the disk is

@@ -123,7 +123,7 @@ class SafeTracker:
     def _guarded(self, call: Callable[[], None], what: str) -> None:
         try:
             call()
-        except (Exception, SystemExit):  # whatever a tracker's client raises, the run goes on
+        except (Exception, SystemExit):  # no error of a tracker's client may stop the run
             self.failures += 1
             if self.failures == 1:
                 trace = redact(traceback.format_exc().rstrip())  # a client's error may quote its key

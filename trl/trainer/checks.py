@@ -107,7 +107,7 @@ def check_logprobs(sampler_logprobs: Sequence[Tensor]) -> None:
         ValueError: if one is above; names the element and the number.
     """
     for i, logprobs in enumerate(sampler_logprobs):
-        if float(logprobs.max()) > 1e-3:  # rounding may leave a little
+        if float(logprobs.max()) > 1e-3:  # tolerance for rounding
             raise ValueError(
                 f"sampler_logprobs[{i}] holds {float(logprobs.max()):.3g}: the logarithm of a probability is at most 0"
             )

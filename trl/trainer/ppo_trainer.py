@@ -90,7 +90,7 @@ class Prepared:
     """An evaluated batch: what `prepare` returns and `learn` takes."""
 
     batch: Batch
-    scores: list[Tensor]  # B, unshaped
+    scores: list[Tensor]  # B raw scores, as given to `step`
     experience: ActorCritic
     entropy: Tensor | None  # [B, S] policy entropy before the update
     non_score_reward: Tensor  # [B, S]
@@ -723,7 +723,7 @@ class PPOTrainer(PPOMethods):
         """
         check_lists(batch_size, queries=queries, responses=responses, scores=scores)
         reads, writes = vocabulary_sizes(self.model)
-        context = context_length(self.model)  # of the decoder
+        context = context_length(self.model)  # for an encoder-decoder, the decoder's
         check_tokens("queries", queries, vocabulary=reads)
         check_tokens("responses", responses, vocabulary=writes, least=2 if self.is_encoder_decoder else 1)
         if self.is_encoder_decoder:
