@@ -48,13 +48,13 @@ def load_prompts(
     """Reads, renders and tokenises prompts. Prompts are never truncated; one that is too long is rejected.
 
     A row is one of: a text; 1-D token ids (list, array or tensor); a chat, i.e. a list of messages with `role` and
-    `content`, which is rendered by the tokenizer's chat template with its generation prompt; a mapping that holds one of
-    these under `prompt`, `query` or `messages` (the first one present); or a `Prompt`. The other columns of a mapping are
-    passed to the reward, with None for rows that lack a column.
+    `content`, which is rendered by the tokenizer's chat template with its generation prompt; a mapping that holds one
+    of these under `prompt`, `query` or `messages` (the first one present); or a `Prompt`. The other columns of a
+    mapping are passed to the reward, with None for rows that lack a column.
 
     Args:
-        source: a list of rows; a `datasets.Dataset`; a path to a JSONL, CSV or Parquet file; or a finite stream of rows (a
-            `datasets.IterableDataset`, a generator or any other iterable), which is read to its end.
+        source: a list of rows; a `datasets.Dataset`; a path to a JSONL, CSV or Parquet file; or a finite stream of rows
+            (a `datasets.IterableDataset`, a generator or any other iterable), which is read to its end.
         tokenizer: the model's transformers tokenizer. It adds special tokens to texts, but not to rendered chats, whose
             template already includes them.
         max_tokens: maximum prompt length in tokens; None for no limit.

@@ -21,8 +21,8 @@ def read_rows(source: Any, *, max_streamed: int) -> Iterator[Located]:
     """Yields the rows of a source in order, each with its location: file and line, and the row's index from 0.
 
     Args:
-        source: a path to a JSONL, CSV (with header) or Parquet file; a `datasets.Dataset`; a sequence of rows; or a stream
-            of rows, such as an iterable dataset, a generator or any other iterable.
+        source: a path to a JSONL, CSV (with header) or Parquet file; a `datasets.Dataset`; a sequence of rows; or a
+            stream of rows, such as an iterable dataset, a generator or any other iterable.
         max_streamed: maximum number of rows in a stream.
 
     Raises:

@@ -103,8 +103,8 @@ class PromptSampler:
         """Restores the position saved in `state`. Only the number of processes may differ.
 
         Raises:
-            ValueError: if size, batch_size, seed, shuffle or remainder differ (all differences are named), or `state` is
-                invalid; the sampler is unchanged.
+            ValueError: if size, batch_size, seed, shuffle or remainder differ (all differences are named), or `state`
+                is invalid; the sampler is unchanged.
         """
         expected = {"version", "epoch", "position", *self._plan()}
         if set(state) != expected:

@@ -42,8 +42,8 @@ def evaluate_prompts(
     rows: list[tuple[float | None, float, int, bool]] = []  # score, KL, length, finished
     with own_numbers(int(trainer.config.seed or 0), trainer.accelerator.device, trainer._generator):
         for start in range(0, each, size):
-            # Every process must run the same number of forward passes, since wrapped models communicate in them. Surplus
-            # rows are computed but not counted.
+            # Every process must run the same number of forward passes, since wrapped models communicate in them.
+            # Surplus rows are computed but not counted.
             chunk = mine[start : start + size]
             drawn = draw(trainer, [prompts[i % len(prompts)] for i in chunk], generation)
             scores = totals(judge(trainer, reward, drawn, f"evaluation/{start}"))

@@ -302,7 +302,7 @@ class Keeper:
         self._run.close()
 
     def _write_model(self, folder: Path) -> None:
-        """Saves the model to `folder/model`. Folders cannot be replaced atomically, so an old one is moved aside first."""
+        """Saves the model to `folder/model`. An old one is moved aside first: folders cannot be replaced atomically."""
         from safetensors import SafetensorError
 
         staging, target = folder / f"{files.STAGING}final", folder / "model"

@@ -110,7 +110,7 @@ class TrainOptions:
         return self.save_every
 
     def generation_for(self, temperature: float, stops: Sequence[int]) -> dict[str, Any]:
-        """Keyword arguments of `PPOTrainer.generate`; the defaults sample from the distribution that the update scores."""
+        """Arguments of `PPOTrainer.generate`. The defaults sample from the distribution that the update scores."""
         settings: dict[str, Any] = {
             "do_sample": True,
             "top_k": 0,

@@ -45,7 +45,7 @@ class SignalWatch:
 
 
 def raise_for(number: int) -> None:
-    """Raises the exception for a signal: KeyboardInterrupt for SIGINT (130 in a shell), else SystemExit(128 + number)."""
+    """Raises a signal's exception: KeyboardInterrupt for SIGINT (130 in a shell), else SystemExit(128 + number)."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

@@ -18,8 +18,8 @@ class SpikeError(RuntimeError):
 class SpikeSettings:
     """Thresholds that define a spike.
 
-    A value spikes if it is not finite, exceeds an absolute bound, or exceeds a multiple of its running median. The median
-    is raised to at least a floor, so that noise around zero does not count.
+    A value spikes if it is not finite, exceeds an absolute bound, or exceeds a multiple of its running median. The
+    median is raised to at least a floor, so that noise around zero does not count.
 
     Raises:
         ValueError: if a field is out of range; the message names it.

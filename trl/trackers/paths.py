@@ -19,8 +19,8 @@ def run_folder(name: str | Path, root: str | Path | None = None) -> Path:
         The absolute path with symbolic links resolved.
 
     Raises:
-        ValueError: if `name` is empty, contains control characters or has a component longer than 255 bytes; with `root`,
-            also if it is absolute, contains `..`, is `root` itself, or leaves `root` through a symbolic link.
+        ValueError: if `name` is empty, contains control characters or has a component longer than 255 bytes; with
+            `root`, also if it is absolute, contains `..`, is `root` itself, or leaves `root` through a symbolic link.
     """
     text = str(name)
     shown = repr(text if len(text) <= 80 else text[:80] + "...")

@@ -35,8 +35,8 @@ class RunDirectory:
     | `checkpoints/`, `dumps/`, `model/` | files written by the caller | |
 
     All text is UTF-8 with secrets redacted (`trl.redaction`). Atomic writes are durable when the call returns. Appended
-    lines survive a crash of the process at once, and a power loss after `sync`. All writers raise `OSError` if the disk is
-    full or read-only, and never leave a partial line behind.
+    lines survive a crash of the process at once, and a power loss after `sync`. All writers raise `OSError` if the disk
+    is full or read-only, and never leave a partial line behind.
 
     Usable as a tracker (`log`, `close`) and as a context manager.
     """
@@ -165,8 +165,8 @@ class RunDirectory:
         """Appends the numbers of `row` to `metrics.jsonl` (see `trl.trackers.metrics.metrics_line`).
 
         Args:
-            row: statistics by name. Prefix times and speeds with `time/` and memory with `memory/`; only these may differ
-                between runs with the same seed.
+            row: statistics by name. Prefix times and speeds with `time/` and memory with `memory/`; only these may
+                differ between runs with the same seed.
             step: step number, higher than in all previous rows.
 
         Raises:

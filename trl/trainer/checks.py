@@ -114,7 +114,7 @@ def check_logprobs(sampler_logprobs: Sequence[Tensor]) -> None:
 
 
 def check_start(responses: Sequence[Tensor], start: int | None) -> None:
-    """Warns if encoder-decoder responses do not begin with the decoder's start token; the first token is not trained on."""
+    """Warns if encoder-decoder responses lack the decoder's start token: their first token is not trained on."""
     others = [int(r[0]) for r in responses if start is not None and int(r[0]) != start]
     if others:
         warnings.warn(

@@ -24,8 +24,8 @@ class LiveSettings:
 
     Args:
         config: configuration that the trainer was built with.
-        rate_is_ours: whether `config.learning_rate` is in charge, i.e. the trainer made its own optimizer and there is no
-            scheduler.
+        rate_is_ours: whether `config.learning_rate` is in charge, i.e. the trainer made its own optimizer and there is
+            no scheduler.
     """
 
     def __init__(self, config: PPOConfig, *, rate_is_ours: bool) -> None:
@@ -40,8 +40,8 @@ class LiveSettings:
         """Applies changed settings, and warns about those that no longer have an effect.
 
         Returns:
-            The KL controller to use. A changed `init_kl_coef` resets the coefficient; if only `adap_kl_ctrl` changed, the
-            current coefficient is kept.
+            The KL controller to use. A changed `init_kl_coef` resets the coefficient; if only `adap_kl_ctrl` changed,
+            the current coefficient is kept.
         """
         before, self._seen = self._seen, self._look(config)
         changed = [name for name in self._seen if self._seen[name] != before[name]]

@@ -82,8 +82,8 @@ class PPOConfig:
     target_kl: float | None = 0.1
     """KL threshold of early stopping, in nats per token."""
     push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `push_to_hub` (at least `repo_id`). If set, the model is uploaded whenever the mean score is the best
-    so far."""
+    """Arguments of `push_to_hub` (at least `repo_id`). If set, the model is uploaded whenever the mean score is the
+    best so far."""
     compare_steps: int | None = 1
     """Steps between two checks for a new best score."""
     temperature: float = 1.0
@@ -113,32 +113,32 @@ class PPOConfig:
     importance_cap: float = 2.0
     """Upper bound on the per-token importance weights that correct for `sampler_logprobs` given to `step`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype of forward passes. "auto" picks bfloat16 where the hardware is faster with it and the model is large
-    enough to benefit. Weights, optimizer, losses and value head stay float32; a float32 reference model is stored in
-    this dtype."""
+    """Compute dtype of forward passes. "auto" picks bfloat16 where the hardware is faster with it and the model is
+    large enough to benefit. Weights, optimizer, losses and value head stay float32; a float32 reference model is stored
+    in this dtype."""
 
     optimizer_state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage dtype of Adam's two moments. "bfloat16" saves 4 bytes per trained parameter; the second moment uses
-    stochastic rounding, so that small updates are not lost. Read once, when the trainer is built; requires the trainer's
-    own Adam and unsharded float32 weights."""
+    stochastic rounding, so that small updates are not lost. Read once, when the trainer is built; requires the
+    trainer's own Adam and unsharded float32 weights."""
     keep_memory: bool = True
-    """On CPU with glibc, reuse the memory freed by one step for the next instead of returning it to the system. This saves
-    page faults, which take a large part of an update's time, but resident memory stays at its peak. Affects the whole
-    process."""
+    """On CPU with glibc, reuse the memory freed by one step for the next instead of returning it to the system. This
+    saves page faults, which take a large part of an update's time, but resident memory stays at its peak. Affects the
+    whole process."""
     score_while_sampling: bool = False
     """Let `step` reuse the policy's log-probabilities and values from `generate` and skip its own scoring pass. This
-    requires that trl's own decoding loop sampled every response of the batch from the policy's unmodified distribution and
-    that no weight has changed since. In bfloat16 the results differ from the update's first pass by rounding."""
+    requires that trl's own decoding loop sampled every response of the batch from the policy's unmodified distribution
+    and that no weight has changed since. In bfloat16 the results differ from the update's first pass by rounding."""
     max_skipped_updates: int | None = None
     """Raise after this many consecutive optimizer steps with a non-finite loss or gradient. None: never."""
     gradient_checkpointing: bool = False
     """Activation checkpointing: store only the inputs of the policy's layers and recompute the layers in the backward
-    pass. Uses less memory, makes the update about a third slower, and gives the same numbers. Read once, when the trainer
-    is built."""
+    pass. Uses less memory, makes the update about a third slower, and gives the same numbers. Read once, when the
+    trainer is built."""
     compile: bool = False
-    """Run the layers of both models under torch.compile for scoring and the update, but not for sampling. Compilation is
-    tested once when the trainer is built, which can take minutes; if it fails or changes the results, the reason is logged
-    and the layers run uncompiled."""
+    """Run the layers of both models under torch.compile for scoring and the update, but not for sampling. Compilation
+    is tested once when the trainer is built, which can take minutes; if it fails or changes the results, the reason is
+    logged and the layers run uncompiled."""
 
     def __repr__(self) -> str:
         """All settings, with secrets redacted: they may be printed or appear in tracebacks."""

@@ -103,8 +103,8 @@ class PPOMethods(BaseTrainer):
             responses: `B` 1-D tensors.
 
         Returns:
-            `input_ids` and `attention_mask` [B, T] of query + response. For an encoder-decoder, those of the queries, plus
-            `decoder_input_ids` and `decoder_attention_mask` of the responses.
+            `input_ids` and `attention_mask` [B, T] of query + response. For an encoder-decoder, those of the queries,
+            plus `decoder_input_ids` and `decoder_attention_mask` of the responses.
         """
         device = self.current_device
         if self.is_encoder_decoder:
@@ -118,7 +118,7 @@ class PPOMethods(BaseTrainer):
         return BatchEncoding({name: tensor.to(device) for name, tensor in inputs.items()})
 
     def _attention(self, batch: Batch) -> Tensor:
-        """Attention mask `[B, T]` of the tokens that hold the responses (an encoder-decoder's decoder): 0 on padding."""
+        """Attention mask `[B, T]` of the sequences with the responses (the decoder's, if separate): 0 on padding."""
         return batch.inputs["decoder_attention_mask" if self.is_encoder_decoder else "attention_mask"]
 
     def _placed(self, values: Sequence[Tensor], batch: Batch) -> Tensor:

@@ -35,7 +35,7 @@ class Recall:
         logprobs: Sequence[Tensor],
         values: Sequence[Tensor],
     ) -> None:
-        """Caches per-token log-probabilities and values of each response; clears the cache first if the state changed."""
+        """Caches per-token log-probabilities and values of responses, clearing the cache if the state changed."""
         if state != self._state:
             self.forget()
             self._state = state
@@ -109,7 +109,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     factors = torch.arange(1, min(_AT_ONCE, len(bits)) + 1, device=bits.device).mul_(_FACTOR)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for part in (*bits[:whole].view(torch.int64).split(_AT_ONCE), bits[whole:].long()):
-        # Fold the high bits into the low ones first: products modulo 2 ** 64 would lose them, such as a pair of sign bits.
+        # Fold high bits into low ones first: products modulo 2 ** 64 would lose them, such as a pair of sign bits.
         mixed = (part >> 32).bitwise_xor_(part).mul_(factors[: len(part)])
         total = total * 31 + mixed.sum()
     return total
