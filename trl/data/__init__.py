@@ -1,4 +1,4 @@
-"""Prompts: where they come from, in which order they are taken; and padded batches of them."""
+"""Loading, sampling and padding of prompts."""
 
 from trl.data.collators import PadCollator, pad, place_on_columns, response_columns
 from trl.data.loader import is_hub_dataset, prompt_loader

@@ -1,4 +1,4 @@
-"""Padding, and where in a padded batch the responses stand. Everything follows from lengths, never from token ids."""
+"""Padding, and locating responses in padded batches. Based on lengths, never on token ids."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Side = Literal["left", "right"]
 
 
 def pad(sequences: Sequence[Tensor], value: int, side: Side) -> tuple[Tensor, Tensor]:
-    """Pads 1-D token sequences to one width.
+    """Pads 1-D token sequences to the length of the longest.
 
     Args:
-        sequences: `B` tensors of token ids, of any lengths.
-        value: the id that fills the rest.
-        side: where the filling goes.
+        sequences: `B` 1-D tensors of token ids.
+        value: padding token id.
+        side: side to pad on.
 
     Returns:
         `[B, T]` int64 tokens and `[B, T]` int64 attention (1 on tokens, 0 on padding).
@@ -34,13 +34,14 @@ def pad(sequences: Sequence[Tensor], value: int, side: Side) -> tuple[Tensor, Te
 
 
 def response_columns(attention: Tensor, query_lengths: Sequence[int], response_lengths: Sequence[int]) -> list[slice]:
-    """The columns of `[B, S]` at which each row's response tokens are predicted.
+    """Columns of a `[B, S]` array at which each row's response tokens are predicted.
 
     Args:
-        attention: `[B, T]` of query + response, padded on either side. For an encoder-decoder, of the decoder's tokens.
-        query_lengths: tokens before the first predicted one, per row: the query's, or 1 for the token that starts a
-            decoder.
-        response_lengths: predicted tokens per row.
+        attention: `[B, T]` attention mask of query + response, padded on either side; for an encoder-decoder, of the
+            decoder's tokens.
+        query_lengths: number of tokens before the first predicted one, per row: the query length, or 1 for a decoder's
+            start token.
+        response_lengths: number of predicted tokens per row.
     """
     starts = attention.long().argmax(dim=1).tolist()
     first = [start + query - 1 for start, query in zip(starts, query_lengths, strict=True)]
@@ -48,7 +49,7 @@ def response_columns(attention: Tensor, query_lengths: Sequence[int], response_l
 
 
 def place_on_columns(values: Sequence[Tensor], columns: Sequence[slice], like: Tensor) -> Tensor:
-    """Writes one 1-D tensor per row onto its columns of a `[B, S]` tensor of zeros with the dtype of `like`."""
+    """Writes one 1-D tensor per row into the given columns of a `[B, S]` tensor of zeros shaped and typed as `like`."""
     placed = torch.zeros_like(like)
     for row, (value, where) in enumerate(zip(values, columns, strict=True)):
         placed[row, where] = value.to(placed)
@@ -56,21 +57,21 @@ def place_on_columns(values: Sequence[Tensor], columns: Sequence[slice], like: T
 
 
 class PadCollator:
-    """Pads examples with `input_ids` on the tokenizer's side with its pad token, or with eos where it has none."""
+    """Collator that pads `input_ids` on the tokenizer's padding side, with its pad token or, failing that, its eos."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     @property
     def pad_token_id(self) -> int:
-        """The tokenizer's pad token as it is now, else its eos token, else 0: padding is masked, so any id will do."""
+        """The tokenizer's current pad token, else its eos token, else 0. Padding is masked, so any id works."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
         return 0
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """`{"input_ids": [B, T], "attention_mask": [B, T]}` of examples that hold 1-D `input_ids`."""
+        """Collates examples with 1-D `input_ids` into `{"input_ids": [B, T], "attention_mask": [B, T]}`."""
         sequences = [torch.as_tensor(example["input_ids"]) for example in examples]
         tokens, attention = pad(sequences, self.pad_token_id, self.tokenizer.padding_side)
         return {"input_ids": tokens, "attention_mask": attention}

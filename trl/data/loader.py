@@ -1,4 +1,4 @@
-"""Batches of prompts from a dataset."""
+"""DataLoader for datasets of prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 def is_hub_dataset(dataset: Any) -> bool:
-    """Whether `dataset` is a `datasets.Dataset`; does not import datasets."""
+    """Whether `dataset` is a `datasets.Dataset`, without importing datasets."""
     datasets = sys.modules.get("datasets")
     return datasets is not None and isinstance(dataset, datasets.Dataset)
 
@@ -18,16 +18,16 @@ def is_hub_dataset(dataset: Any) -> bool:
 def prompt_loader(
     dataset: Any, *, batch_size: int, collate_fn: Callable[..., Any] | None, keep: Sequence[str] | None
 ) -> DataLoader[Any]:
-    """Shuffled batches of `batch_size`, the last one dropped if it is smaller: `step` takes whole batches.
+    """DataLoader with shuffled batches, dropping an incomplete last batch, since `step` takes only full ones.
 
     Args:
         dataset: a torch dataset or a `datasets.Dataset`.
         batch_size: examples per batch.
-        collate_fn: makes a batch of a list of examples.
-        keep: for a `datasets.Dataset`, the columns to keep; None keeps all.
+        collate_fn: turns a list of examples into a batch.
+        keep: columns of a `datasets.Dataset` to keep; None keeps all.
 
     Raises:
-        ValueError: if `dataset` is neither, or holds less than one batch.
+        ValueError: if `dataset` is neither of the two, or is smaller than one batch.
     """
     if not isinstance(dataset, Dataset) and not is_hub_dataset(dataset):
         raise ValueError(f"dataset must be a torch Dataset or a datasets.Dataset, not {type(dataset).__name__}")

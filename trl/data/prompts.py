@@ -1,4 +1,4 @@
-"""Prompts as the training loop takes them: text, tokens, a name that lasts, and columns for the reward."""
+"""Loads prompts for the training loop: text, tokens, a stable id, and columns for the reward."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from trl.data.readers import read_rows
 
 _PROMPT_COLUMNS = ("prompt", "query", "messages")
 _ID_COLUMNS = ("prompt_id", "id")
-# What a reward function is called with beside the columns.
+# Reserved column names: reward functions receive these arguments from the loop.
 _TAKEN = ("prompts", "completions", "prompt_ids", "completion_ids")
-_CHUNK = 1024  # texts that are tokenised together
+_CHUNK = 1024  # texts tokenised per call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """What is asked, once as text and once as tokens."""
+    """A prompt as text and as tokens, with an id and extra columns."""
 
-    id: str  # the row's `prompt_id` or `id`, else the row's number from 0: the same in every run
-    text: str  # what `tokens` say; of chat messages, the filled-in template
+    id: str  # the row's `prompt_id` or `id`, else its index from 0; stable across runs
+    text: str  # the text of `tokens`; for chat messages, the rendered template
     tokens: Tensor  # [Q] int64
-    columns: Mapping[str, Any]  # everything else that stands in the row, for the reward
+    columns: Mapping[str, Any]  # the row's other columns, for the reward
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,32 +38,33 @@ class _Draft:
     id: str
     text: str
     tokens: Tensor | None  # None until the text is tokenised
-    templated: bool  # the chat template wrote the special tokens already
+    templated: bool  # rendered by a chat template, which already includes special tokens
     columns: dict[str, Any]
 
 
 def load_prompts(
     source: Any, tokenizer: Any, *, max_tokens: int | None = None, max_streamed: int = 1_000_000
 ) -> list[Prompt]:
-    """Reads, renders and tokenises prompts. Nothing is cut: a prompt that does not fit is refused.
+    """Reads, renders and tokenises prompts. Prompts are never truncated; one that is too long is rejected.
 
-    A row is a text; token ids (a list, an array or a tensor, 1-D); a chat, as a list of messages with `role` and `content`,
-    which the model's template renders with its generation prompt; a mapping with one of those under `prompt`, `query` or
-    `messages` (the first of them that there is); or a `Prompt`. The other columns of a mapping go to the reward; one that
-    is missing from some rows is None there.
+    A row is one of: a text; 1-D token ids (list, array or tensor); a chat, i.e. a list of messages with `role` and
+    `content`, which is rendered by the tokenizer's chat template with its generation prompt; a mapping that holds one
+    of these under `prompt`, `query` or `messages` (the first one present); or a `Prompt`. The other columns of a
+    mapping are passed to the reward, with None for rows that lack a column.
 
     Args:
-        source: a list of rows, a `datasets.Dataset`, or a path to JSONL, CSV or Parquet; or a stream of rows with an end (a
-            `datasets.IterableDataset`, a generator, any iterable), which is read to its end.
-        tokenizer: of the model, from transformers. It adds its special tokens to texts, not to rendered chats, whose
-            template has them.
-        max_tokens: longest prompt that is taken, in tokens.
-        max_streamed: most rows that a stream may have; one with more is refused, since it may have no end.
+        source: a list of rows; a `datasets.Dataset`; a path to a JSONL, CSV or Parquet file; or a finite stream of rows
+            (a `datasets.IterableDataset`, a generator or any other iterable), which is read to its end.
+        tokenizer: the model's transformers tokenizer. It adds special tokens to texts, but not to rendered chats, whose
+            template already includes them.
+        max_tokens: maximum prompt length in tokens; None for no limit.
+        max_streamed: maximum number of rows in a stream; a longer one is rejected as possibly infinite.
 
     Raises:
-        ValueError: naming the row (and the line of the file) of what is no prompt, empty, longer than `max_tokens`, or
-            has an id that another row has; if there are no rows, or more than `max_streamed` in a stream.
-        ImportError: if a Parquet file is to be read and pyarrow is missing.
+        ValueError: if a row is not a prompt, is empty, is longer than `max_tokens` or repeats another row's id (the
+            message names the row and, for files, the line); if there are no rows; or if a stream has more than
+            `max_streamed` rows.
+        ImportError: if the source is a Parquet file and pyarrow is missing.
     """
     if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1):
         raise ValueError(f"max_tokens={max_tokens!r} must be a whole number of at least 1, or None")
@@ -86,7 +87,7 @@ def load_prompts(
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """A digest of ids and tokens in their order, by which a resumed run sees that its prompts are others."""
+    """Digest of ids and tokens in order, used by a resumed run to detect different prompts."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.id, prompt.tokens.tolist()]).encode())
@@ -94,9 +95,9 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
 
 
 def column_fingerprints(prompts: Iterable[Prompt]) -> dict[str, str]:
-    """A digest of each column's values by its name, by which a resumed run sees which of them are others.
+    """Digest of each column's values, by column name, used by a resumed run to detect changed columns.
 
-    Of an object that is neither a plain value nor an array or tensor, its `repr` counts without addresses in memory.
+    Objects other than plain values, arrays and tensors enter by their `repr`, with memory addresses removed.
     """
     digests: dict[str, Any] = {}
     for prompt in prompts:
@@ -107,7 +108,7 @@ def column_fingerprints(prompts: Iterable[Prompt]) -> dict[str, str]:
 
 
 def _stable(value: Any) -> Any:
-    """JSON that is the same in another process, and another for another value."""
+    """JSON-serialisable form of a value that is the same in every process and distinguishes different values."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -167,7 +168,7 @@ def _id(where: str, columns: Mapping[str, Any], default: str) -> str:
 
 
 def _content(where: str, content: Any, tokenizer: Any) -> tuple[str, Tensor | None, bool]:
-    """Text, tokens if they are known, and whether the text came out of the chat template."""
+    """Returns the text, the tokens if already known, and whether a chat template rendered the text."""
     if isinstance(content, str):
         if not content:
             raise ValueError(f"{where} is an empty text")
@@ -181,7 +182,7 @@ def _content(where: str, content: Any, tokenizer: Any) -> tuple[str, Tensor | No
 
 
 def _rendered(where: str, messages: Sequence[Any], tokenizer: Any) -> str:
-    """A chat through the model's template, up to where the model is to speak."""
+    """Renders a chat with the tokenizer's template, up to and including the generation prompt."""
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise ValueError(f"{where} message {number} is {str(message)[:80]!r}, not a mapping with role and content")
@@ -193,7 +194,7 @@ def _rendered(where: str, messages: Sequence[Any], tokenizer: Any) -> str:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except ImportError:
         raise
-    except Exception as error:  # a template raises what it likes; the place is what is missing from it
+    except Exception as error:  # templates may raise anything; add which row it was
         raise ValueError(f"{where} was refused by the chat template: {error}") from error
     if not text:
         raise ValueError(f"{where} is an empty text after the chat template")
@@ -226,7 +227,7 @@ def _tokenise(drafts: Sequence[_Draft], tokenizer: Any) -> None:
         waiting = [draft for draft in drafts if draft.tokens is None and draft.templated == templated]
         for start in range(0, len(waiting), _CHUNK):
             chunk = waiting[start : start + _CHUNK]
-            # verbose=False: too long a prompt is refused below, with its row.
+            # verbose=False: over-long prompts are rejected later, with their row.
             ids = tokenizer([d.text for d in chunk], add_special_tokens=not templated, verbose=False)["input_ids"]
             for draft, found in zip(chunk, ids, strict=True):
                 draft.tokens = torch.tensor(found, dtype=torch.int64)

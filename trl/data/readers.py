@@ -1,4 +1,4 @@
-"""Rows of prompts from wherever they stand, each with the words that name it in an error."""
+"""Reads rows of prompts from files, datasets and streams, each with its location for error messages."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
 
 
 def read_rows(source: Any, *, max_streamed: int) -> Iterator[Located]:
-    """The rows of a source, in order, each with its place: file and line, and the row's number from 0.
+    """Yields the rows of a source in order, each with its location: file and line, and the row's index from 0.
 
     Args:
-        source: a path to JSONL, CSV (with a header) or Parquet; a `datasets.Dataset`; a sequence of rows; or a stream of
-            them: an iterable dataset, a generator, any other iterable.
-        max_streamed: most rows that a stream may have.
+        source: a path to a JSONL, CSV (with header) or Parquet file; a `datasets.Dataset`; a sequence of rows; or a
+            stream of rows, such as an iterable dataset, a generator or any other iterable.
+        max_streamed: maximum number of rows in a stream.
 
     Raises:
-        ValueError: if `source` is something else, a file does not hold what its name says (the place is named), or a stream
-            has more rows.
-        ImportError: if a Parquet file is to be read and pyarrow is missing.
+        ValueError: if `source` is of another type, a file's content does not match its suffix (the message gives the
+            location), or a stream has too many rows.
+        ImportError: if the source is a Parquet file and pyarrow is missing.
     """
     if isinstance(source, str | Path):
         return _file_rows(Path(source))
     if is_hub_dataset(source):
-        return _numbered(source.with_format(None))  # Python values, whatever format was set
+        return _numbered(source.with_format(None))  # Python values, regardless of the format set on the dataset
     if isinstance(source, Mapping):
         names = ", ".join(map(str, list(source)[:8]))
         raise ValueError(
@@ -42,7 +42,7 @@ def read_rows(source: Any, *, max_streamed: int) -> Iterator[Located]:
         )
     if isinstance(source, Sized) and hasattr(source, "__getitem__") and not isinstance(source, bytes):
         return _numbered(source[index] for index in range(len(source)))
-    # Neither has an order of rows that another process or a later run would see again; a file gives lines with their ends.
+    # Sets have no order that another process or a later run would reproduce; open files yield lines with line endings.
     if isinstance(source, set | frozenset | bytes | IOBase) or not isinstance(source, Iterable):
         raise ValueError(
             f"prompts is of type {type(source).__name__}: expected a list, a datasets.Dataset, an iterable of rows in a fixed "
@@ -81,7 +81,7 @@ def _file_rows(path: Path) -> Iterator[Located]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Located]:
-    """One JSON value per line. Lines end at a line feed alone: JSON allows other separators inside a text."""
+    """Reads one JSON value per line. Only line feeds end a line, since JSON strings may contain other separators."""
     index = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -120,7 +120,7 @@ def _csv_rows(path: Path) -> Iterator[Located]:
 
 
 def _csv_cells(path: Path, reader: Any) -> Iterator[tuple[str, list[str]]]:
-    """The line at which each record begins, and its cells: a quoted cell may run over several lines."""
+    """Yields each record's first line number and its cells; a quoted cell may span several lines."""
     while True:
         line = str(reader.line_num + 1)
         try:

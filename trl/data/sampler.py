@@ -1,4 +1,4 @@
-"""Which prompts the next step takes: seeded, sharded, and resumable at any step."""
+"""`PromptSampler`: chooses each step's prompts; seeded, sharded and resumable at any step."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ _VERSION = 1
 
 
 class PromptSampler:
-    """Endless batches of indices, epoch after epoch, each in an order of its own.
+    """Yields batches of prompt indices without end, reshuffling every epoch.
 
-    The order of an epoch is a function of `seed` and the epoch's number alone: the raw stream of NumPy's PCG64, which does
-    not change between versions, and no global generator. The prompts of a step are the same whatever the number of
-    processes: every one of them computes the batch and takes its part, so nothing has to be exchanged, and nothing can
-    hang.
+    The order of an epoch depends only on `seed` and the epoch number. It uses the raw stream of NumPy's PCG64, which is
+    stable across versions, and no global generator. A step's prompts are the same for any number of processes: each
+    process computes the whole batch and takes its share, without communication that could hang.
 
     Args:
         size: number of prompts.
-        batch_size: prompts of one step over all processes; a multiple of `world`.
-        seed: of the orders, 0 or more.
-        rank: this process.
+        batch_size: prompts per step over all processes; a multiple of `world`.
+        seed: shuffling seed, 0 or more.
+        rank: rank of this process.
         world: number of processes.
-        shuffle: False takes the prompts in the order in which they stand.
-        remainder: what to do where an epoch does not divide by `batch_size`. "carry" fills the batch from the next epoch:
-            every prompt is taken once per epoch, and `size` may be below `batch_size`. "drop" leaves the last prompts of
-            each order out, and counts them in `dropped`.
+        shuffle: False keeps the prompts in their original order.
+        remainder: what to do if `size` is not a multiple of `batch_size`. "carry" fills the last batch from the next
+            epoch, so that every prompt is used once per epoch and `size` may be smaller than `batch_size`. "drop" skips
+            the last prompts of each epoch and counts them in `dropped`.
 
     Raises:
-        ValueError: naming the argument that is out of range, or with "drop", a `size` below one batch.
+        ValueError: if an argument is out of range or, with "drop", `size` is smaller than one batch.
     """
 
     def __init__(
@@ -67,19 +66,19 @@ class PromptSampler:
             )
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, bool(shuffle)
         self.rank, self.world, self.remainder = rank, world, remainder
-        self.epoch = 0  # of the next prompt, from 0
-        self.position = 0  # of the next prompt in its epoch, 0 to size - 1
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # of one epoch
+        self.epoch = 0  # epoch of the next prompt, from 0
+        self.position = 0  # position of the next prompt in its epoch, 0 to size - 1
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # cached epoch number and its order
         if self._left_over:
             logger.warning("%d of %d prompts are left out of every epoch (remainder='drop')", self._left_over, size)
 
     @property
     def dropped(self) -> int:
-        """Prompts that were left out so far, over all processes."""
+        """Number of prompts skipped so far, over all processes."""
         return self.epoch * self._left_over
 
     def next(self) -> list[int]:
-        """The indices of this process in the next batch, `batch_size / world` of them."""
+        """This process's share of the next batch: `batch_size / world` indices."""
         batch: list[int] = []
         while len(batch) < self.batch_size:
             stop = min(self.position + self.batch_size - len(batch), self.size - self._left_over)
@@ -97,15 +96,15 @@ class PromptSampler:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins, and what that depends on: a few JSON values, the same on every process."""
+        """Position of the next batch and the settings it depends on, as JSON values; the same on every process."""
         return {"version": _VERSION, "epoch": self.epoch, "position": self.position} | self._plan()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was taken. The number of processes may differ, everything else must not.
+        """Restores the position saved in `state`. Only the number of processes may differ.
 
         Raises:
-            ValueError: naming every difference in size, batch_size, seed, shuffle or remainder, or what is wrong with
-                `state`; the sampler is unchanged then.
+            ValueError: if size, batch_size, seed, shuffle or remainder differ (all differences are named), or `state`
+                is invalid; the sampler is unchanged.
         """
         expected = {"version", "epoch", "position", *self._plan()}
         if set(state) != expected:
@@ -132,7 +131,7 @@ class PromptSampler:
 
     @property
     def _left_over(self) -> int:
-        """Prompts of every epoch that are not taken."""
+        """Number of prompts skipped in every epoch."""
         return self.size % self.batch_size if self.remainder == "drop" else 0
 
     def _plan(self) -> dict[str, Any]:
@@ -143,7 +142,7 @@ class PromptSampler:
         if self._order is None or self._order[0] != epoch:
             order = np.arange(self.size)
             if self.shuffle:
-                # Sorting by random 64-bit keys, not Generator.permutation, whose algorithm NumPy may change.
+                # Sort by random 64-bit keys: NumPy may change the algorithm of Generator.permutation.
                 bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
                 order = np.argsort(bits.random_raw(self.size), kind="stable")
             self._order = (epoch, order)

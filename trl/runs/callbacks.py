@@ -1,4 +1,4 @@
-"""What a user's callback begins with."""
+"""`TrainCallback`: base class for user callbacks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from trl.training.run_state import Learner
 
 
 class TrainCallback:
-    """A callback that does nothing: override what you need. See `trl.protocols.Callback`."""
+    """Callback base class whose methods do nothing; override those you need. See `trl.protocols.Callback`."""
 
     def on_start(self, trainer: Learner, step: int) -> None:
-        """Before the first step of a call of `train`."""
+        """Called before the first step of each `train` call."""
 
     def on_step(self, trainer: Learner, step: int, row: Mapping[str, Any]) -> bool | None:
-        """After a step; True ends the run."""
+        """Called after a step; return True to end the run."""
         return None
 
     def on_save(self, trainer: Learner, step: int, path: Path) -> None:
-        """After a checkpoint."""
+        """Called after a checkpoint is saved."""
 
     def on_end(self, trainer: Learner, result: Any) -> None:
-        """After the run."""
+        """Called after the run."""

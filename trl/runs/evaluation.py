@@ -1,4 +1,4 @@
-"""How the policy does on prompts that it does not learn from."""
+"""Evaluation of the policy on held-out prompts."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from trl.training.run_state import Learner
 def evaluate_prompts(
     trainer: Learner, prompts: Sequence[Prompt], reward: Reward, generation: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Samples and scores held-out prompts, each process its part, with the same random numbers every time.
+    """Samples and scores held-out prompts, split over the processes, with the same random numbers every time.
 
-    The run's own generators are left where they were.
+    The run's own random generators are left unchanged.
 
     Args:
         trainer: a PPOTrainer.
-        prompts: at least one; the same on every process.
-        reward: as for training.
+        prompts: at least one prompt; the same list on every process.
+        reward: the reward used in training.
         generation: keyword arguments of `PPOTrainer.generate`.
 
     Returns:
-        Over all prompts that have a score, `eval/score_mean` and `eval/score_std` (of the population); over all prompts
-        `eval/kl` (nats per response), `eval/length` (tokens), `eval/finished` (share that a stop token or string ended),
-        and `eval/excluded` (share without a score). NaN over nothing. The same on every process.
+        Metrics, identical on every process. Over the prompts with a score: `eval/score_mean` and `eval/score_std`
+        (population standard deviation), NaN if no prompt has a score. Over all prompts: `eval/kl` (nats per response),
+        `eval/length` (tokens), `eval/finished` (fraction ended by a stop token or stop string) and `eval/excluded` (fraction without a
+        score).
     """
     size, world = int(trainer.config.batch_size), trainer.accelerator.num_processes
     rank, each = trainer.accelerator.process_index, math.ceil(len(prompts) / world)
@@ -39,7 +40,8 @@ def evaluate_prompts(
     rows: list[tuple[float | None, float, int, bool]] = []  # score, KL, length, finished
     with own_numbers(int(trainer.config.seed or 0), trainer.accelerator.device, trainer._generator):
         for start in range(0, each, size):
-            # Every process makes as many forward passes: wrapped models meet in them. What is too much is not counted.
+            # Every process must run the same number of forward passes, since wrapped models communicate in them.
+            # Surplus rows are computed but not counted.
             chunk = mine[start : start + size]
             drawn = draw(trainer, [prompts[i % len(prompts)] for i in chunk], generation)
             scores = totals(judge(trainer, reward, drawn, f"evaluation/{start}"))

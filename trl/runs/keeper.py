@@ -1,4 +1,4 @@
-"""What a managed run leaves on the disk, and what happens when the disk refuses."""
+"""Writes a managed run's records and checkpoints, and handles disk errors."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from trl.types import Experience, Rollout
 
 logger = logging.getLogger(__name__)
 
-_MOST_WAITING = 1000  # rows that wait for a disk
-_MOST_DUMPS = 20  # minibatches of one call of `train` that are kept for looking at
-_SAVES_APART = 125  # times what a save takes: with the first one, which is early, under 1% of an hour
-_LONGEST_INTERVAL = 1800.0  # seconds without a checkpoint
-_FIRST_INTERVAL = 60.0  # seconds to the first one, before it is known what one takes
-_SAVED = re.compile(r"\S+ checkpoint of step (\d+) saved in ")  # the event that `save` leaves, after its time
+_MOST_WAITING = 1000  # maximum number of rows held back by disk errors
+_MOST_DUMPS = 20  # maximum number of skipped minibatches dumped per call to `train`
+_SAVES_APART = 125  # save interval in save durations; with the early first save, still under 1% of an hour
+_LONGEST_INTERVAL = 1800.0  # maximum seconds between checkpoints
+_FIRST_INTERVAL = 60.0  # seconds to the first checkpoint, while the duration of a save is still unknown
+_SAVED = re.compile(r"\S+ checkpoint of step (\d+) saved in ")  # event line that `save` writes, with its time stamp
 
 
 class Keeper:
-    """Writes a run's records and checkpoints: the main process does, and all hear whether it could.
+    """Writes a run's records and checkpoints on the main process and reports success or failure to all processes.
 
-    Without a folder it takes everything and writes nothing. Every process must call the same methods in the same order, but
-    for `event` and `dump`.
+    Without a run folder, writes nothing. Every process must call the same methods in the same order, except for `event`
+    and `dump`.
     """
 
     def __init__(self, trainer: Learner, options: TrainOptions, save_every: int | None) -> None:
@@ -51,7 +51,7 @@ class Keeper:
         self.path = None if options.run_dir is None else run_folder(options.run_dir)
         self.disk_errors = 0
         self.last_step: int | None = None
-        """Of the newest checkpoint."""
+        """Step of the newest checkpoint."""
         self._last: Path | None = None
         self._rows: list[tuple[int, Mapping[str, Any], Sequence[CompletionRecord]]] = []
         self._events: list[str] = []
@@ -77,15 +77,15 @@ class Keeper:
 
     @property
     def checkpoints(self) -> Path | None:
-        """The folder of checkpoints."""
+        """Checkpoint folder; None if the run has no folder."""
         return None if self.path is None else self.path / "checkpoints"
 
     def begin(self, step: int, found: Path | None, config: Mapping[str, Any]) -> None:
-        """Takes off records after `step`, from which the run goes on, and writes the settings down.
+        """Removes records after `step`, where the run starts or resumes, and writes the settings.
 
         Raises:
-            ValueError: if the run has records and no checkpoint, unless it was stopped before its first one and
-                `resume="auto"` may begin it again.
+            ValueError: if the run has records but no checkpoint, unless it was stopped before its first checkpoint and
+                `resume="auto"` may start it over.
         """
         self.last_step, self._last = (step if found else None), found
         run = self._run
@@ -102,7 +102,7 @@ class Keeper:
         run_together(self._trainer.accelerator, write, OSError)
 
     def _check_nothing_is_lost(self) -> None:
-        """A run without a checkpoint begins anew, which takes all of its records off."""
+        """Refuses to start a run over if that would delete records that belong to a lost checkpoint."""
         run = self._run
         if not isinstance(run, RunDirectory):
             return
@@ -121,7 +121,7 @@ class Keeper:
         )
 
     def _changed_settings(self, run: RunDirectory, config: Mapping[str, Any]) -> list[str]:
-        """Events that say what is different from the run so far."""
+        """Event lines for the settings that differ from the run so far."""
         try:
             before = run.read_config()
             if not isinstance(before, dict | None):
@@ -138,7 +138,7 @@ class Keeper:
     # Records ---------------------------------------------------------------------------------------------------------
 
     def event(self, text: str) -> None:
-        """A line for events.log. What the disk does not take now is written with the next records."""
+        """Appends a line to events.log; if the disk fails, it is written with the next records."""
         if isinstance(self._run, RunDirectory):
             self._events.append(text)
             try:
@@ -147,14 +147,14 @@ class Keeper:
                 logger.warning("an event waits for the disk: %s", error)
 
     def record(self, step: int, row: Mapping[str, Any], records: Sequence[CompletionRecord]) -> None:
-        """A row of metrics and the samples of a step.
+        """Writes the metrics row and the samples of a step.
 
         Raises:
-            OSError: if they cannot be written, and that stops the run.
+            OSError: if they cannot be written and disk errors stop the run.
         """
         self._rows.append((step, row, records))
         if len(self._rows) > _MOST_WAITING:
-            self._mode = "stop"  # memory is finite, and no row may be lost
+            self._mode = "stop"  # memory is finite, and no row may be dropped
         self._attempt(self._write_records, f"the records of step {step}")
 
     def _write_events(self) -> None:
@@ -171,10 +171,10 @@ class Keeper:
             del self._rows[0]
 
     def _attempt(self, work: Callable[[], Any], what: str) -> bool:
-        """Whether the main process could do it.
+        """Runs `work` and returns whether it succeeded, on every process.
 
         Raises:
-            OSError: if it could not, and that stops the run; or CheckpointError.
+            OSError: if it failed and disk errors stop the run; or CheckpointError.
         """
         try:
             run_together(self._trainer.accelerator, work, OSError)
@@ -189,7 +189,10 @@ class Keeper:
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after this step. By the clock, processes may disagree: the main one decides."""
+        """Whether a checkpoint is due after this step.
+
+        If saves are timed by the clock, processes may disagree; the main process decides.
+        """
         if self.path is None:
             return False
         if self._every is not None:
@@ -200,10 +203,10 @@ class Keeper:
     def save(
         self, step: int, extra: Mapping[str, Any], metric: float | None, keep_steps: Collection[int] = ()
     ) -> Path | None:
-        """Saves a checkpoint, after the records that it relies on.
+        """Writes pending records, then a checkpoint.
 
         Returns:
-            None if the disk refused, and the run goes on.
+            The checkpoint's path; None if writing failed and the run continues.
         """
         assert self.checkpoints is not None
         started = time.monotonic()
@@ -223,7 +226,7 @@ class Keeper:
             )  # fmt: skip
 
         if self._attempt(sync, f"the records up to step {step}"):
-            # It tells all processes by itself.
+            # save_training itself reports failure to all processes.
             try:
                 write()
             except CheckpointError as error:
@@ -242,7 +245,7 @@ class Keeper:
         return saved[0]
 
     def insist(self, work: Callable[[], bool], waits: Sequence[float] = (0.1, 1.0)) -> None:
-        """Does what the end of a run needs: what the disk refuses is tried again, and stops the run at last."""
+        """Runs work that the end of a run requires, retrying on disk errors; the last failure raises."""
         for wait in waits:
             if work():
                 return
@@ -252,7 +255,7 @@ class Keeper:
 
     @property
     def kept(self) -> tuple[Path | None, Path | None]:
-        """The newest checkpoint and the best one. Every process must ask."""
+        """Paths of the newest and the best checkpoint. Every process must call this."""
         if self.checkpoints is None:
             return None, None
         main = self._trainer.accelerator.is_main_process
@@ -263,9 +266,7 @@ class Keeper:
     # The end ---------------------------------------------------------------------------------------------------------
 
     def finish(self, summary: Mapping[str, Any], *, model: bool) -> None:
-        """Writes the summary, with the run's last row, and, of a run that came to its end, the model in the form of
-        transformers.
-        """
+        """Writes the summary, including the run's last row, and with `model` also the model in transformers format."""
 
         def write() -> bool:
             def all_of_it() -> None:
@@ -281,14 +282,14 @@ class Keeper:
         self.insist(write)
 
     def _last_row(self) -> Mapping[str, Any]:
-        """Of the whole run: a call of `train` that was resumed after the last step makes none."""
+        """Last metrics row on disk: a `train` call resumed after the final step adds none itself."""
         if not isinstance(self._run, RunDirectory):
             return {}
         rows = read_metrics(self._run.path)
         return rows[-1] if rows else {}
 
     def say_last(self, text: str) -> None:
-        """The run's last event, which has to be written."""
+        """Writes the run's last event, insisting that it reaches the disk."""
 
         def write() -> bool:
             return self._attempt(self._write_events, "the last event")
@@ -297,11 +298,11 @@ class Keeper:
         self.insist(write)
 
     def close(self) -> None:
-        """Lets other processes write the run."""
+        """Releases the run's write lock."""
         self._run.close()
 
     def _write_model(self, folder: Path) -> None:
-        """A folder is not replaced in one go: what was there is moved aside first."""
+        """Saves the model to `folder/model`. An old one is moved aside first: folders cannot be replaced atomically."""
         from safetensors import SafetensorError
 
         staging, target = folder / f"{files.STAGING}final", folder / "model"
@@ -309,7 +310,7 @@ class Keeper:
             files.remove(staging)
         try:
             self._trainer.save_pretrained(staging / "model")
-        except SafetensorError as error:  # what it makes of an error of the disk
+        except SafetensorError as error:  # safetensors' wrapper for disk errors
             files.remove(staging)
             raise OSError(f"the model could not be written to {folder}: {error}") from error
         except OSError:
@@ -325,7 +326,7 @@ class Keeper:
         files.remove(staging)
 
     def dump(self, step: int, skipped: SkippedUpdate) -> None:
-        """Keeps a minibatch whose loss or gradient was not finite, of this process; never stops the run."""
+        """Dumps this process's minibatch of a skipped, non-finite update for inspection; never stops the run."""
         rank, number = self._trainer.accelerator.process_index, self._dumps
         if self.path is None or number >= _MOST_DUMPS:
             return
@@ -345,7 +346,7 @@ class Keeper:
 
 
 def _tensors_of(experience: Experience) -> dict[str, Tensor]:
-    """Every tensor of an experience and its rollout, by name; not what a faster kind of rollout holds beside them."""
+    """Tensors of an experience and its rollout by name, without the extra fields of `Rollout` subclasses."""
     pairs = [(experience.rollout, fields(Rollout)), (experience, fields(experience))]
     found = {field.name: getattr(owner, field.name) for owner, names in pairs for field in names}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}

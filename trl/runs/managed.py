@@ -1,4 +1,4 @@
-"""The managed loop: prompts, samples, scores, a step; then records, an evaluation, a checkpoint. `PPOTrainer.train` is this."""
+"""The managed training loop behind `PPOTrainer.train`: sample, score, learn, record, evaluate, save."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from trl.types import Scored
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of what a checkpoint holds beside the trainer
-_MOST_EMPTY = 3  # batches in a row without a single score
+_VERSION = 1  # format version of the loop's own state in a checkpoint
+_MOST_EMPTY = 3  # consecutive batches without a single score before the run fails
 
 
 class NothingScored(RuntimeError):
-    """Batch after batch had not one sample with a score."""
+    """Raised when several consecutive batches contain no scored sample."""
 
 
 def train(trainer: Learner, options: TrainOptions) -> TrainResult:
-    """Runs `PPOTrainer.train`, which explains it."""
+    """Runs the managed loop; see `PPOTrainer.train`."""
     with SignalWatch() as signals, ExitStack() as stack:
         run = _Run(trainer, options, signals, stack)
         run.begin()
@@ -59,13 +59,13 @@ def train(trainer: Learner, options: TrainOptions) -> TrainResult:
 
 
 def _values_of(sampler: Callable[[], int] | None) -> list[int]:
-    """Every length that a sampler may draw, where it lists them as `LengthSampler.values` does; else nothing."""
+    """Lengths that a sampler may draw, if it lists them like `LengthSampler.values`; otherwise []."""
     values = getattr(sampler, "values", None)
     return values if isinstance(values, list) else []
 
 
 class _Run:
-    """A run under way. Every process has one, and all of them do the same things in the same order."""
+    """State of a run. Every process has one, and all perform the same operations in the same order."""
 
     def __init__(self, trainer: Learner, options: TrainOptions, signals: SignalWatch, stack: ExitStack) -> None:
         self.trainer, self.options, self.signals, self.stack = trainer, options, signals, stack
@@ -114,17 +114,19 @@ class _Run:
         self.reason = "steps"
 
     def _limit_skips(self) -> None:
-        """The configuration's own limit goes first."""
+        """Applies `max_skipped_updates` unless the configuration sets its own limit."""
         config, before = self.trainer.config, self.trainer.config.max_skipped_updates
         if before is None:
             config.max_skipped_updates = self.options.max_skipped_updates
             self.stack.callback(setattr, config, "max_skipped_updates", before)
 
     def _follow_stops(self) -> None:
-        """What ends a response in this run is no missing end, unless the configuration says what does.
+        """Aligns `config.stop_token_ids`, if unset, with this run's generation settings.
+
+        Otherwise responses ended by those stop tokens would get the missing-eos penalty.
 
         Raises:
-            ValueError: if a text does, which `missing_eos_penalty` would not see.
+            ValueError: if `missing_eos_penalty` is set and stop strings end responses, which it does not see.
         """
         config, model = self.trainer.config, self.accelerator.unwrap_model(self.trainer.model)
         if config.missing_eos_penalty is not None and (
@@ -141,11 +143,11 @@ class _Run:
             self.stack.callback(setattr, config, "stop_token_ids", None)
 
     def _load(self, source: Any, tokens: int) -> list[Prompt]:
-        """Prompts that leave room for responses of up to `tokens` new tokens."""
+        """Loads prompts, requiring that each leaves room for `tokens` new tokens in the context."""
         if source is None:
             return []
         model, separate = self.trainer.model, int(self.trainer.is_encoder_decoder)
-        context = context_length(model)  # of an encoder-decoder's decoder, which begins with its start token
+        context = context_length(model)  # for an encoder-decoder, the decoder's, which includes its start token
         if context is not None and context - tokens < 1:
             what = "its start token" if separate else "a prompt"
             raise ValueError(f"max_new_tokens={tokens} leave no room for {what}: the context holds {context} tokens")
@@ -158,16 +160,19 @@ class _Run:
         )
 
     def _longest_response(self) -> int:
-        """Most new tokens of a response, as far as that is known before anything is drawn."""
+        """Maximum number of new tokens per response, as far as it is known before sampling."""
         sampler = self.options.length_sampler
         if values := _values_of(sampler):
             return max(values)
         longest = self.generation["max_new_tokens"]
-        # Of another sampler nothing is known, except that its user has prompts in mind that leave room for something.
+        # The range of a custom sampler is unknown; only require that prompts leave room for some response.
         return int(longest if sampler is None else (self.options.generation or {}).get("max_new_tokens", 1))
 
     def _within_context(self, sampler: Callable[[], int] | None) -> Callable[[], int] | None:
-        """The sampler; one whose range is not known is held to the room that the longest prompt leaves, and says so once."""
+        """Returns the length sampler, capping one of unknown range to the room that the longest prompt leaves.
+
+        Logs a warning the first time the cap applies.
+        """
         context = context_length(self.trainer.model)
         if sampler is None or _values_of(sampler) or context is None:
             return sampler
@@ -189,7 +194,11 @@ class _Run:
         return bounded
 
     def _check_same_prompts(self) -> None:
-        """Each process takes its part of every batch, by number: a stream that was split between processes has another there."""
+        """Checks that all processes hold the same prompts, since each picks its share of a batch by index.
+
+        Raises:
+            ValueError: if they differ, for example because a stream was split between processes.
+        """
         digest = fingerprint([*self.prompts, *self.eval_prompts]).encode()
         if len(set(share_bytes(self.accelerator, digest))) > 1:
             raise ValueError("the prompts differ between processes: give each of them all prompts, in the same order")
@@ -197,7 +206,7 @@ class _Run:
     # Beginning -------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Takes up the newest checkpoint, if there is one, before anything random is drawn."""
+        """Prepares the run, restoring the newest checkpoint, if any, before any random numbers are drawn."""
         self.stack.push(self._note_error)
         found = None
         if self.keeper.checkpoints is not None and self.options.resume is not False:
@@ -221,7 +230,7 @@ class _Run:
         self._tell("on_start", self.step)
 
     def _differences(self, checkpoint: Checkpoint) -> list[str]:
-        """Why this run is not the one of a checkpoint, beside what its trainer says."""
+        """Reasons why a checkpoint belongs to a different run, apart from those found by the trainer."""
         state = checkpoint.state["extra"].get("run")
         if state is None or state["version"] != _VERSION:
             return ["it was not saved by this version's PPOTrainer.train"]
@@ -233,7 +242,7 @@ class _Run:
         return found
 
     def _take_up(self, checkpoint: Checkpoint) -> list[str]:
-        """Goes on with a run; returns what has changed about its data, in words."""
+        """Restores the loop's state from a checkpoint; returns messages about changed data."""
         state = checkpoint.state["extra"]["run"]
         self.sampler.load_state_dict(state["sampler"])
         for budget, seen in zip(
@@ -246,7 +255,7 @@ class _Run:
         return self._changed_data(state.get("data"))
 
     def _changed_data(self, before: Mapping[str, Any] | None) -> list[str]:
-        """What may change in a run and changes its numbers: the columns that rewards get, and what evaluations ask."""
+        """Messages about allowed changes that affect the results: reward columns and held-out prompts."""
         now, found = self._data, []
         for what in now if before is not None else ():
             old, new = (before or {})[what], now[what]
@@ -260,7 +269,7 @@ class _Run:
 
     @cached_property
     def _data(self) -> dict[str, dict[str, str]]:
-        """Digests by name of what `_changed_data` compares."""
+        """Digests by name, as compared by `_changed_data`."""
         held_out = {"ids and tokens": fingerprint(self.eval_prompts)} if self.eval_prompts else {}
         return {
             "columns of the prompts": column_fingerprints(self.prompts),
@@ -268,9 +277,9 @@ class _Run:
         }
 
     def _described(self) -> dict[str, Any]:
-        """Every option as it can be written down and as it is used; prompts by their number."""
+        """Options in effect, in a form that can be written to a file; prompts are given by their count."""
         given = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
-        for name in ("run_dir", "resume", "progress"):  # these change nothing that the run computes
+        for name in ("run_dir", "resume", "progress"):  # no effect on the results
             del given[name]
         return given | {
             "prompts": len(self.prompts),
@@ -281,8 +290,8 @@ class _Run:
         }
 
     def _extra(self) -> dict[str, Any]:
-        """What a checkpoint holds of the loop."""
-        # A traceback may show a secret, as any text.
+        """The loop's own state, for checkpoints."""
+        # Tracebacks may contain secrets.
         own = [redact(budget.state_dict()) for budget in budgets_of(self.reward)]
         return {
             "run": {
@@ -302,7 +311,7 @@ class _Run:
         return [*self.options.trackers, *logged]
 
     def _watch_updates(self) -> None:
-        """Has skipped optimizer steps kept for as long as this run lasts."""
+        """Dumps the minibatches of skipped optimizer steps for the duration of this run."""
         guards = self.trainer.guards
         before = guards.on_skip
 
@@ -317,7 +326,7 @@ class _Run:
     # A step ----------------------------------------------------------------------------------------------------------
 
     def take_step(self) -> None:
-        """One batch of prompts, from sampling to the checkpoint after it."""
+        """Processes one batch of prompts, from sampling to the checkpoint that may follow."""
         clock = Clock()
         drawn = draw(
             self.trainer,
@@ -348,7 +357,11 @@ class _Run:
         self._save_if_due()
 
     def _learn(self, drawn: Drawn, scored: Scored, everyone: Scored) -> tuple[dict[str, Any], PreparedBatch | None]:
-        """The step, unless there is nothing to learn from: its statistics, and the batch as `PPOTrainer.prepare` made it."""
+        """Updates the policy, unless no sample has a score or the batch spikes.
+
+        Returns:
+            The step's statistics, and the batch from `PPOTrainer.prepare`, or None if nothing was scored.
+        """
         left_out = everyone.scores.count(None)
         if left_out == len(everyone):
             return self._nothing_scored(everyone), None
@@ -390,7 +403,7 @@ class _Run:
         return records(self.trainer, drawn, scored, kl=prepared.kl.tolist(), advantages=advantages)
 
     def _row(self, stats: Mapping[str, Any], everyone: Scored) -> dict[str, Any]:
-        """Every number of the step under its name."""
+        """Metrics row of the step."""
         return {
             **numbers_of(stats, everyone),
             "run/epoch": self.sampler.epoch + self.sampler.position / self.sampler.size,
@@ -405,14 +418,15 @@ class _Run:
         return evaluate_prompts(self.trainer, self.eval_prompts, self.reward, self.generation)
 
     def _tell_of_step(self) -> None:
-        """Callbacks may end the run, from any process."""
+        """Calls `on_step`; a callback on any process may end the run."""
         wishes = self._tell("on_step", self.step, dict(self.row))
         if self._anywhere(any(wish is True for wish in wishes)):
             self.reason = "callback"
 
     def _tell(self, name: str, *arguments: Any) -> list[Any]:
-        """Calls this method of every callback, from which the run's random numbers are kept: a resumed run is told of
-        other things than one that was never stopped.
+        """Calls a method of every callback, isolated from the run's random generators.
+
+        A resumed run makes different calls than an uninterrupted one, so callbacks must not advance the generators.
         """
 
         def told(callback: Any) -> Any:
@@ -437,7 +451,7 @@ class _Run:
         self.spikes.after_step(self.step)
 
     def _save(self) -> bool:
-        """Saves, rated by the evaluation of this step, or where nothing is evaluated by the mean score of its batch."""
+        """Saves a checkpoint, ranked by this step's evaluation, or by its batch's mean score in a run without evaluations."""
         if self.keeper.path is None or self.keeper.last_step == self.step:
             return True
         if self.eval_every is not None:
@@ -451,14 +465,14 @@ class _Run:
         return path is not None
 
     def _anywhere(self, flag: bool) -> bool:
-        """Whether it is so on any process."""
+        """Whether `flag` is set on any process."""
         own = torch.tensor(float(flag), device=self.trainer.current_device)
         return float(sum_over_processes(self.accelerator, own)) > 0
 
     # The end ---------------------------------------------------------------------------------------------------------
 
     def stops(self) -> bool:
-        """Whether the run is over, the same on every process. A signal to one process is one to all of them.
+        """Whether the run is over; the same on every process. A signal to one process stops all of them.
 
         Raises:
             KeyboardInterrupt: after SIGINT, once the step is saved.
@@ -469,7 +483,7 @@ class _Run:
         return self.step >= self.target or self.reason == "callback"
 
     def _signalled(self) -> int:
-        """The signal that a process was sent; 0 if none was."""
+        """Signal received by any process; 0 if none."""
         own = str(self.signals.received or 0).encode()
         return max(int(part) for part in share_bytes(self.accelerator, own))
 
@@ -482,7 +496,7 @@ class _Run:
         raise_for(number)
 
     def end(self) -> TrainResult:
-        """The last checkpoint, the model and the summary."""
+        """Writes the last checkpoint, the model and the summary, and returns the result."""
         if self.step > 0:
             self.keeper.insist(self._save)
         self.keeper.finish(self._summary(self.reason), model=True)
@@ -515,7 +529,7 @@ class _Run:
         }
 
     def _note_error(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        """The events say why a run ended early; its checkpoints stay for another attempt."""
+        """Logs the exception that ended the run to the events."""
         if isinstance(error, Exception):
             self.keeper.event(f"failed in step {self.step + 1}: {type(error).__name__}: {error}")
         return False

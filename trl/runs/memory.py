@@ -1,4 +1,4 @@
-"""A checkpoint that is never written: where a run without a folder goes back to."""
+"""In-memory checkpoints: rollback targets for runs without a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trl.training.run_state import RunState
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """What can be asked of a tensor without reading it."""
+    """Dtype and shape of a tensor, in the form of a safetensors slice."""
 
     tensor: Tensor
 
@@ -32,7 +32,7 @@ class _Slice:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """The tensors of one name, in the form of an open safetensors file."""
+    """Named tensors, in the form of an open safetensors file."""
 
     tensors: Mapping[str, Tensor]
 
@@ -48,7 +48,7 @@ class _File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryCheckpoint:
-    """What `restore` takes in place of a `Checkpoint`."""
+    """In-memory stand-in for a `Checkpoint`, accepted by `restore`."""
 
     path: Path
     versions: Mapping[str, str]
@@ -57,7 +57,7 @@ class MemoryCheckpoint:
 
     @classmethod
     def of(cls, trainer: RunState) -> MemoryCheckpoint:
-        """Copies a trainer's state into the machine's memory. Every process must call this."""
+        """Copies a trainer's state to CPU memory. Every process must call this."""
         tensors, state = capture(trainer)
         copies = {
             file: {name: t.detach().to("cpu", copy=True) for name, t in group.items()}
@@ -67,5 +67,5 @@ class MemoryCheckpoint:
 
     @contextmanager
     def open(self, name: str) -> Iterator[_File]:
-        """As `Checkpoint.open`; what is read is a copy, since an optimizer takes up the tensors it is given."""
+        """Like `Checkpoint.open`, but yields copies, since an optimizer adopts the tensors it is given."""
         yield _File({key: tensor.clone() for key, tensor in self.groups[name].items()})

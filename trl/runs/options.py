@@ -1,4 +1,4 @@
-"""What a managed run is asked for, and what it comes to."""
+"""Options and result of a managed run."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ OnDiskError = Literal["stop", "go_on"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What a managed run came to."""
+    """Result of `PPOTrainer.train`."""
 
     steps: int
-    """Steps done since the run began, over all resumptions."""
+    """Total steps of the run, including those before a resumption."""
     episodes: int
-    """Samples, over all processes."""
+    """Total samples, over all processes."""
     reason: str
-    """Why it ended: "steps", or "callback"."""
+    """Why the run ended: "steps" or "callback"."""
     last: Path | None
-    """The newest checkpoint."""
+    """Newest checkpoint."""
     best: Path | None
-    """The best of the checkpoints that were kept."""
+    """Best checkpoint among those kept."""
     run_dir: Path | None
-    """The folder of the run."""
+    """Run folder."""
     seconds: float
-    """Since `train` was called."""
+    """Wall-clock seconds of this `train` call."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """The row of the last step; empty if this call made none."""
+    """Metrics row of the last step; empty if this call took no step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
-    """The arguments of `PPOTrainer.train`, which explains them, checked.
+    """Validated arguments of `PPOTrainer.train`; see there for their meaning.
 
     Raises:
-        ValueError: naming the argument, its value and what is expected.
+        ValueError: if an argument is invalid; the message names it, its value and what is expected.
     """
 
     prompts: Any
@@ -77,7 +77,7 @@ class TrainOptions:
         choices = {"on_spike": (None, *get_args(OnSpike)), "on_disk_error": get_args(OnDiskError)}
         for name, allowed in (choices | {"resume": (False, True, "auto")}).items():
             value = getattr(self, name)
-            # 0 equals False, and is none of them.
+            # Compare types, too: 0 == False, but is not a valid choice.
             if not any(value == one and type(value) is type(one) for one in allowed):
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
         if self.resume is True and self.run_dir is None:
@@ -91,23 +91,26 @@ class TrainOptions:
             raise ValueError("generation must not hold return_prompt: the loop needs responses alone")
 
     def target(self, batch_size: int) -> int:
-        """Steps of the run, of `batch_size` samples over all processes."""
+        """Total steps of the run, for steps of `batch_size` samples over all processes."""
         return self.steps if self.steps is not None else math.ceil((self.episodes or 0) / batch_size)
 
     def evaluates_every(self, batch_size: int) -> int | None:
-        """Steps from one evaluation to the next; None: never."""
+        """Steps between evaluations; None for no evaluation."""
         if self.eval_prompts is None:
             return None
         return self.eval_every or max(1, self.target(batch_size) // 20)
 
     def saves_every(self, batch_size: int) -> int | None:
-        """Steps from one checkpoint to the next; None: by the clock, which no run that rolls back may depend on."""
+        """Steps between checkpoints; None to save by the clock.
+
+        With `on_spike="rollback"` the interval is always in steps, since rollbacks must not depend on timing.
+        """
         if self.save_every is None and self.on_spike == "rollback":
             return max(1, self.target(batch_size) // 20)
         return self.save_every
 
     def generation_for(self, temperature: float, stops: Sequence[int]) -> dict[str, Any]:
-        """Keyword arguments of `PPOTrainer.generate`: by default, the distribution that the update scores."""
+        """Arguments of `PPOTrainer.generate`. The defaults sample from the distribution that the update scores."""
         settings: dict[str, Any] = {
             "do_sample": True,
             "top_k": 0,

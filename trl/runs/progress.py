@@ -1,4 +1,4 @@
-"""How far a run is, on a terminal or as plain lines. Numbers only: no text of a model comes near a terminal."""
+"""Progress display, as a bar or plain lines. Shows numbers only: model output is never written to the terminal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _BETWEEN_LINES = 10.0  # seconds between two plain lines
 
 
 class Progress(Protocol):
-    """Shows where a run is."""
+    """Displays the progress of a run."""
 
     def update(self, step: int, row: Mapping[str, Any]) -> None:
-        """A step is done."""
+        """Called after each step."""
         ...
 
     def close(self) -> None:
-        """The run is over."""
+        """Called when the run is over."""
         ...
 
 
@@ -35,13 +35,13 @@ class NoProgress:
 
 
 def progress_for(wanted: bool | None, *, done: int, target: int, stream: TextIO | None = None) -> Progress:
-    """A bar where `stream` is a terminal and rich is installed, else plain lines; nothing if `wanted` is False.
+    """Returns a progress bar if `stream` is a terminal and rich is installed, else plain lines.
 
     Args:
-        wanted: whether to show anything; None: yes.
-        done: steps that were done before.
-        target: steps of the whole run.
-        stream: where to; standard error if None.
+        wanted: False shows nothing; True and None are the same.
+        done: steps already done.
+        target: total steps of the run.
+        stream: output stream; standard error if None.
     """
     if wanted is False:
         return NoProgress()
@@ -52,7 +52,7 @@ def progress_for(wanted: bool | None, *, done: int, target: int, stream: TextIO 
 
 
 class PlainProgress:
-    """A line for the first step and the last, for each evaluation, and every ten seconds between them."""
+    """Prints a line for the first and last step, for each evaluation, and every ten seconds in between."""
 
     def __init__(self, stream: TextIO, done: int, target: int) -> None:
         self._stream, self._done, self._target = stream, done, target
@@ -60,7 +60,7 @@ class PlainProgress:
         self._shown: float | None = None
 
     def update(self, step: int, row: Mapping[str, Any]) -> None:
-        """Shows the step, if it is time."""
+        """Prints a line if one is due."""
         now = time.monotonic()
         waits = self._shown is not None and now - self._shown < _BETWEEN_LINES
         if waits and step < self._target and "eval/score_mean" not in row:
@@ -71,11 +71,11 @@ class PlainProgress:
         self._stream.flush()
 
     def close(self) -> None:
-        """Every line has ended."""
+        """Does nothing: every line is already complete."""
 
 
 class RichProgress:
-    """A bar with the time that is left, and the numbers of the last step."""
+    """Shows a progress bar with the remaining time and the last step's numbers."""
 
     def __init__(self, stream: TextIO, done: int, target: int) -> None:
         from rich.console import Console
@@ -92,16 +92,16 @@ class RichProgress:
         self._bar.start()
 
     def update(self, step: int, row: Mapping[str, Any]) -> None:
-        """Moves the bar."""
+        """Advances the bar."""
         self._bar.update(self._task, completed=step, description=numbers(row))
 
     def close(self) -> None:
-        """Leaves the last state on the screen."""
+        """Stops the bar, leaving its last state on the screen."""
         self._bar.stop()
 
 
 def numbers(row: Mapping[str, Any]) -> str:
-    """Score, KL, speed and evaluation of a row."""
+    """Formats a row's score, KL, evaluation score and speed."""
     shown = {"score": "score/mean", "KL": "objective/kl", "eval": "eval/score_mean"}
     words = [f"{word} {_number(row[key])}" for word, key in shown.items() if key in row]
     if "time/tokens_per_second" in row:
@@ -110,7 +110,7 @@ def numbers(row: Mapping[str, Any]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 0:07, 1:02:03."""
+    """Formats seconds as minutes or hours: 0:07, 1:02:03."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

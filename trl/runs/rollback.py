@@ -1,4 +1,4 @@
-"""What a managed run does about spikes: says so, leaves the batch alone, or goes back to where it was."""
+"""Spike handling in a managed run: warn, skip the batch, or roll back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 class SpikePolicy:
-    """Looks at the KL before an update and at the loss after it, with the same answer on every process.
+    """Checks the KL before an update and the loss after it, and applies `on_spike`; the same on every process.
 
-    A run that rolls back goes on with the next prompts and the next random numbers, from the weights of its anchor: the
-    newest checkpoint of a step that is a multiple of `every`. Others do not count, so that a run that was stopped and resumed
-    in between goes back to where the run without an interruption does.
+    A rollback restores the weights of the anchor, which is the newest checkpoint at a multiple of `every` steps, and
+    continues with the next prompts and random numbers. Checkpoints at other steps are never anchors, so that a run that
+    was stopped and resumed rolls back to the same step as an uninterrupted one.
 
     Args:
         trainer: a PPOTrainer.
-        options: of the run.
-        keeper: of its checkpoints; where it has no folder, the anchor is in memory.
-        every: steps between two anchors.
+        options: options of the run.
+        keeper: writer of the run's checkpoints; if it has no folder, the anchor is kept in memory.
+        every: steps between anchors.
     """
 
     def __init__(self, trainer: Learner, options: TrainOptions, keeper: Keeper, every: int) -> None:
@@ -41,15 +41,15 @@ class SpikePolicy:
         self._watch = SpikeWatch(options.spike or SpikeSettings())
         self._anchor = 0
         self._memory: MemoryCheckpoint | None = None
-        self._previous = 0  # the anchor before, should the save of this one fail
-        self._why: str | None = None  # the last batch's KL is a spike
+        self._previous = 0  # previous anchor, in case saving the current one fails
+        self._why: str | None = None  # why the last batch's KL is a spike, if it is
         self._mean_kl = 0.0
         self.rollbacks = 0
         self.went_back = False
         """Whether the last batch's policy was discarded: its scores are not those of the weights now."""
 
     def begin(self, step: int, extra: Callable[[], Mapping[str, Any]]) -> None:
-        """Makes the first anchor, where the run begins."""
+        """Creates the first anchor, at the start of the run."""
         if self._policy != "rollback":
             return
         if self._keeper.checkpoints is None:
@@ -58,11 +58,11 @@ class SpikePolicy:
             self._keeper.save(0, extra(), None)
 
     def refuse(self, kl: Tensor, counted: Tensor) -> str | None:
-        """Why a batch is not to be learnt from, before anything was changed; None if it is.
+        """Reason to skip a batch because of its KL, checked before the update; None to learn from it.
 
         Args:
-            kl: `[B]` of each sequence to the reference.
-            counted: `[B]` bool: which of them count.
+            kl: `[B]` KL of each sequence to the reference.
+            counted: `[B]` bool, which sequences count.
         """
         self.went_back = False
         sums = torch.stack([kl[counted].sum(), counted.sum().to(kl)])
@@ -74,10 +74,10 @@ class SpikePolicy:
         return None if self._policy == "warn" else why
 
     def declined(self, step: int, why: str) -> dict[str, float]:
-        """The batch was left alone; returns what is known of it.
+        """Handles a skipped batch, rolling back if so configured; returns its known statistics.
 
         Raises:
-            SpikeError: if there were too many in a row.
+            SpikeError: after too many spikes in a row.
         """
         self._say(step, f"{why}: the batch is not learnt from")
         self._watch.count(why)
@@ -86,17 +86,17 @@ class SpikePolicy:
         return {"objective/kl": self._mean_kl}
 
     def after_update(self, step: int, stats: Mapping[str, Any]) -> None:
-        """Looks at the loss of an update that was made.
+        """Checks the loss of a completed update.
 
         Raises:
-            SpikeError: if there were too many rollbacks in a row.
+            SpikeError: after too many rollbacks in a row.
         """
         if self._policy is None:
             return
         if self._why is not None:
             self._say(step, self._why)
         loss = float(stats["ppo/loss/total"])
-        # A loss that is not finite was not learnt from, and is counted elsewhere.
+        # A non-finite loss was never applied; the update guards count it.
         why = self._watch.look("loss", loss) if loss - loss == 0 else None
         if why is None or self._policy != "rollback":
             self._watch.remember("loss", loss)
@@ -114,7 +114,7 @@ class SpikePolicy:
         self._keeper.event(f"spike in step {step}: {text}")
 
     def _go_back(self, step: int) -> None:
-        """The next random numbers are the run's: the same ones again would make the same samples of other prompts."""
+        """Restores the weights but keeps the random generators: replaying them would reuse the same draws."""
         trainer, folder = self._trainer, self._keeper.checkpoints
         with kept_generators(trainer.accelerator.device, trainer._generator):
             if folder is not None:
@@ -130,16 +130,16 @@ class SpikePolicy:
 
     @property
     def kept_steps(self) -> Collection[int]:
-        """Steps whose checkpoints have to stay."""
+        """Steps whose checkpoints must not be deleted."""
         return (self._anchor,) if self._policy == "rollback" else ()
 
     def will_save(self, step: int) -> None:
-        """A checkpoint of `step` is about to be made, and says where its run goes back to."""
+        """Moves the anchor to `step`, if due, before its checkpoint is saved, so that the checkpoint records it."""
         if self._policy == "rollback" and step % self._every == 0:
             self._previous, self._anchor = self._anchor, step
 
     def after_step(self, step: int) -> None:
-        """Without a folder, the anchor is renewed here; with one, it is where the last save worked."""
+        """Renews an in-memory anchor; with a folder, reverts to the previous anchor if the save failed."""
         if self._policy != "rollback" or step % self._every:
             return
         if self._keeper.checkpoints is None:
@@ -148,12 +148,12 @@ class SpikePolicy:
             self._anchor = self._previous
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: JSON."""
-        anchor = self._anchor if self._policy == "rollback" else None  # other runs have none
+        """JSON-serialisable state, for checkpoints."""
+        anchor = self._anchor if self._policy == "rollback" else None  # only runs that roll back have one
         return {"watch": self._watch.state_dict(), "rollbacks": self.rollbacks, "anchor": anchor}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Goes on from `state_dict`, which was saved at `step`: the anchor of a run that did not roll back until then."""
+        """Restores a `state_dict` saved at `step`, which becomes the anchor if the state has none."""
         self._watch.load_state_dict(state["watch"])
         self.rollbacks = state["rollbacks"]
         self._anchor = step if state["anchor"] is None else state["anchor"]

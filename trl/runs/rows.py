@@ -1,4 +1,4 @@
-"""A step as a row of numbers."""
+"""Metrics rows of a managed run, and the timing of its steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from trl.types import Scored
 
 
 def numbers_of(stats: Mapping[str, Any], scored: Scored) -> dict[str, Any]:
-    """Every number that a step and its rewards have; what is a time stands under `time/`.
+    """Collects the scalars of a step and its rewards into a row; timings get the prefix `time/`.
 
     Args:
-        stats: as from `PPOTrainer.step`; arrays are left out.
-        scored: of the samples of all processes.
+        stats: statistics from `PPOTrainer.step`; arrays are dropped.
+        scored: scores of the samples of all processes.
     """
     known = [total for total in totals(scored) if total is not None]
     mean = math.fsum(known) / len(known) if known else math.nan
@@ -31,32 +31,32 @@ def numbers_of(stats: Mapping[str, Any], scored: Scored) -> dict[str, Any]:
 
 
 class Clock:
-    """Seconds of the parts of a step."""
+    """Times the parts of a step, in seconds."""
 
     def __init__(self) -> None:
         self._last = self._started = time.perf_counter()
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """The part `name` ends here."""
+        """Ends the part `name` and records its duration."""
         now = time.perf_counter()
         self.laps[f"time/{name}"], self._last = now - self._last, now
 
     def total(self) -> float:
-        """Seconds since the step began."""
+        """Seconds since the step began; also recorded as `time/step`."""
         self.laps["time/step"] = time.perf_counter() - self._started
         return self.laps["time/step"]
 
 
 class Logged:
-    """The trackers of `PPOConfig.log_with`, which are accelerate's."""
+    """Tracker that forwards to accelerate's trackers, as selected by `PPOConfig.log_with`."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Passes a row on."""
+        """Forwards a row."""
         self._accelerator.log(dict(row), step=step)
 
     def close(self) -> None:
-        """They belong to the trainer, which may go on."""
+        """Does nothing: the trackers belong to the trainer, which may still use them."""

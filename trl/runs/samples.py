@@ -1,4 +1,4 @@
-"""Samples of a managed run: drawn, scored, told to every process, and recorded."""
+"""Sampling, scoring, gathering and recording the completions of a managed run."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from trl.types import Sample, Scored
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """Prompts of this process with what the policy said to them."""
+    """This process's prompts and the policy's responses to them."""
 
     prompts: list[Prompt]
-    responses: list[Tensor]  # as `step` takes them: an encoder-decoder's begin with the decoder's start token
-    samples: list[Sample]  # as rewards take them
-    finished: list[bool]  # whether a stop token or a stop string ended the response
+    responses: list[Tensor]  # in the form `step` takes: an encoder-decoder's begin with the decoder's start token
+    samples: list[Sample]  # in the form rewards take
+    finished: list[bool]  # whether a stop token or stop string ended the response
 
     @property
     def queries(self) -> list[Tensor]:
-        """1-D token ids of the prompts."""
+        """Prompts as 1-D tensors of token ids."""
         return [prompt.tokens for prompt in self.prompts]
 
 
@@ -72,10 +72,10 @@ def _holds_one(strings: Sequence[str], tokenizer: Any, tokens: Sequence[int]) ->
 
 
 def judge(trainer: Learner, reward: Reward, drawn: Drawn, numbers: str) -> Scored:
-    """Scores samples; if that fails on one process, it fails on all.
+    """Scores samples; a failure on one process fails on all.
 
-    The reward neither takes the run's random numbers nor changes them: what it draws follows from the run's seed, the
-    process and `numbers`, such as "step/12".
+    The reward has its own random streams, isolated from the run's generators and seeded by the run's seed, the process
+    rank and `numbers` (such as "step/12").
     """
     stream = f"{trainer.config.seed or 0}/{numbers}/{trainer.accelerator.process_index}"
     seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:7], "big")
@@ -88,7 +88,7 @@ def judge(trainer: Learner, reward: Reward, drawn: Drawn, numbers: str) -> Score
 
 
 def totals(scored: Scored) -> list[float | None]:
-    """Per sample the score and the sum of the rewards of its tokens; None for one that is left out."""
+    """Total per sample: the score plus the sum of its token rewards; None for a sample without a score."""
     return [
         None if score is None else score + math.fsum(tokens or ())
         for score, tokens in zip(scored.scores, scored.token_rewards, strict=True)
@@ -98,14 +98,14 @@ def totals(scored: Scored) -> list[float | None]:
 def arguments_of_step(
     drawn: Drawn, scored: Scored, *, leaves_out: bool, token_rewards: bool, offset: int
 ) -> dict[str, Any]:
-    """`step`'s arguments. A sample without a score is masked: it counts for nothing, and the batch keeps its size.
+    """Builds the arguments of `step`. A sample without a score is masked out, so that the batch keeps its size.
 
     Args:
         drawn: the samples.
-        scored: what they got.
-        leaves_out: whether a sample of any process has no score.
-        token_rewards: whether a sample of any process has rewards of tokens.
-        offset: tokens at the start of a response that were not sampled: 1 for an encoder-decoder.
+        scored: their scores.
+        leaves_out: whether any sample on any process has no score.
+        token_rewards: whether any sample on any process has token rewards.
+        offset: number of unsampled tokens at the start of a response: 1 for an encoder-decoder, else 0.
     """
     found: dict[str, Any] = {
         "queries": drawn.queries,
@@ -128,7 +128,7 @@ def arguments_of_step(
 
 
 def told_to_all(trainer: Learner, scored: Scored) -> Scored:
-    """What the rewards of all processes said, in the order of their ranks, on every process."""
+    """Gathers every rank's `Scored`, concatenated in rank order, on every process."""
     parts = [json.loads(part) for part in share_bytes(trainer.accelerator, json.dumps(asdict(scored)).encode())]
     names = list(dict.fromkeys(name for part in parts for name in part["components"]))
     absent = [[None] * len(part["scores"]) for part in parts]
@@ -152,14 +152,14 @@ def records(
     kl: Sequence[float] | None = None,
     advantages: Sequence[float] | None = None,
 ) -> list[CompletionRecord]:
-    """A record of every sample of every process, on the main one.
+    """Gathers a record of every sample of every process. Every process must call this.
 
     Args:
-        trainer: of this process.
-        drawn: its samples.
-        scored: what they got.
-        kl: of each to the reference, summed over tokens; None if it is not known.
-        advantages: of each, the mean over tokens.
+        trainer: this process's trainer.
+        drawn: this process's samples.
+        scored: their scores.
+        kl: KL to the reference per sample, summed over tokens; None if unknown.
+        advantages: advantage per sample, averaged over tokens; None if unknown.
     """
     own = [
         {

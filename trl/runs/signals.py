@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish that the loop grants between two steps."""
+"""Defers SIGTERM and SIGINT so that the loop can stop cleanly between two steps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
 class SignalWatch:
-    """Notes the first SIGTERM or SIGINT while it is entered; a second SIGINT raises KeyboardInterrupt at once.
+    """Context manager that records the first SIGTERM or SIGINT; a later SIGINT raises KeyboardInterrupt at once.
 
-    Signals can be watched by the main thread alone: in another one nothing is changed, and `received` stays None.
+    Python handles signals only in the main thread: in any other, this does nothing and `received` stays None.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class SignalWatch:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            # None: set by another language than Python, which cannot be put back from here.
+            # None: the handler was not installed from Python and cannot be restored from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
@@ -45,7 +45,7 @@ class SignalWatch:
 
 
 def raise_for(number: int) -> None:
-    """Ends the program as its signal asks: KeyboardInterrupt for SIGINT (130 in a shell), else SystemExit(128 + number)."""
+    """Raises a signal's exception: KeyboardInterrupt for SIGINT (130 in a shell), else SystemExit(128 + number)."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

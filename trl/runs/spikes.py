@@ -1,4 +1,4 @@
-"""Numbers of a step that are far above those of the steps before it."""
+"""Detection of spikes in KL and loss relative to recent steps."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from typing import Any
 
 
 class SpikeError(RuntimeError):
-    """Spikes came one after the other, whatever was done about them."""
+    """Raised when too many consecutive batches spike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpikeSettings:
-    """What counts as a spike. A number is one if it is not finite, above an absolute bound, or above a multiple of its
-    running median, which is taken for at least a floor: noise around nothing is no spike.
+    """Thresholds that define a spike.
+
+    A value spikes if it is not finite, exceeds an absolute bound, or exceeds a multiple of its running median. The
+    median is raised to at least a floor, so that noise around zero does not count.
 
     Raises:
-        ValueError: naming the field that is out of range.
+        ValueError: if a field is out of range; the message names it.
     """
 
     kl: float | None = 10.0
-    """`objective/kl`, before the update: multiple of its median; None: no such bound."""
+    """Bound on `objective/kl`, checked before the update, as a multiple of its median. None: no such bound."""
     kl_floor: float = 1.0
-    """Least median of the KL, in nats per sequence."""
+    """Minimum used for the median KL, in nats per sequence."""
     kl_above: float | None = None
-    """Absolute bound of the KL, in nats per sequence."""
+    """Absolute bound on the KL, in nats per sequence. None: no such bound."""
     loss: float | None = 10.0
-    """|`ppo/loss/total`|, after the update: multiple of its median."""
+    """Bound on |`ppo/loss/total`|, checked after the update, as a multiple of its median. None: no such bound."""
     loss_floor: float = 0.1
-    """Least median of the loss."""
+    """Minimum used for the median of the absolute loss."""
     loss_above: float | None = None
-    """Absolute bound of the loss."""
+    """Absolute bound on the loss. None: no such bound."""
     window: int = 50
-    """Steps that the median is of."""
+    """Number of recent steps in the median."""
     least: int = 10
-    """Steps that must have been seen before a multiple of their median is a bound."""
+    """Number of steps to observe before the median bounds apply."""
     most_in_a_row: int = 3
-    """Batches in a row that may be skipped, or rolled back from, before the run ends with an error."""
+    """Consecutive batches that may be skipped or rolled back before the run ends with an error."""
 
     def __post_init__(self) -> None:
         for name in ("kl", "loss"):
@@ -58,15 +60,15 @@ class SpikeSettings:
 
 
 class SpikeWatch:
-    """Compares a step's numbers with those of the steps before it, the same ones on every process."""
+    """Compares a step's KL and loss with those of recent steps. Its inputs must be the same on every process."""
 
     def __init__(self, settings: SpikeSettings) -> None:
         self.settings = settings
-        self.in_a_row = 0  # batches that were skipped or rolled back from, up to now
+        self.in_a_row = 0  # consecutive batches skipped or rolled back so far
         self._seen = {name: deque[float](maxlen=settings.window) for name in ("kl", "loss")}
 
     def look(self, name: str, value: float) -> str | None:
-        """Why `value` is a spike of "kl" or "loss"; None if it is not."""
+        """Reason why `value` of "kl" or "loss" is a spike; None if it is not."""
         settings, seen = self.settings, self._seen[name]
         factor, above = getattr(settings, name), getattr(settings, f"{name}_above")
         value = abs(value) if name == "loss" else value
@@ -81,15 +83,15 @@ class SpikeWatch:
         return None
 
     def remember(self, name: str, value: float) -> None:
-        """`value` belongs to the run from now on."""
+        """Adds `value` to the history that the median is computed from."""
         if math.isfinite(value):
             self._seen[name].append(abs(value) if name == "loss" else value)
 
     def count(self, why: str) -> None:
-        """A batch was skipped or rolled back from.
+        """Counts a batch that was skipped or rolled back.
 
         Raises:
-            SpikeError: if there were too many in a row.
+            SpikeError: if there are too many in a row.
         """
         self.in_a_row += 1
         if self.in_a_row > self.settings.most_in_a_row:
@@ -99,11 +101,11 @@ class SpikeWatch:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: JSON."""
+        """JSON-serialisable state, for checkpoints."""
         return {"in_a_row": self.in_a_row, **{name: list(seen) for name, seen in self._seen.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict`."""
+        """Restores the state returned by `state_dict`."""
         self.in_a_row = state["in_a_row"]
         for name, seen in self._seen.items():
             seen.clear()

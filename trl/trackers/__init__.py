@@ -1,4 +1,4 @@
-"""Where statistics and completions go."""
+"""Run directories and trackers: where statistics and completions are written."""
 
 from trl.trackers.completions import completions_table
 from trl.trackers.lock import RunLocked

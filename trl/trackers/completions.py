@@ -1,4 +1,4 @@
-"""A table of completions in the form a tracker can show."""
+"""Tables of completions for trackers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from trl.redaction import redact
 def completions_table(
     tracker: str | None, columns: Sequence[str], rows: Sequence[Sequence[str | float]]
 ) -> dict[str, Any]:
-    """`{"game_log": table}`, without secrets, for trackers that show tables or text, else `{}`.
+    """Builds `{"game_log": table}`, with secrets redacted, for trackers that show tables or text; `{}` for others.
 
     Args:
-        tracker: "wandb" gets its own table, "tensorboard" Markdown in which the texts are escaped.
-        columns: names.
-        rows: one per completion, in the order of `columns`.
+        tracker: "wandb" gets a `wandb.Table`, "tensorboard" a Markdown table with escaped texts.
+        columns: column names.
+        rows: one row per completion, in the order of `columns`.
 
     Raises:
-        ImportError: if the tracker is not installed.
+        ImportError: if `tracker` is "wandb" and wandb is not installed.
     """
     rows = redact(list(rows))
     if tracker == "wandb":

@@ -1,4 +1,4 @@
-"""What a run ran on. Environment variables, names of people and of machines stay out."""
+"""Software versions and hardware of a run, without environment variables, user names or host names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("trl", "torch", "transformers", "accelerate", "peft", "numpy", "saf
 
 
 def environment() -> dict[str, Any]:
-    """Versions (None for what is not installed), the git commit of the working directory, and the machine."""
+    """Package versions (None if not installed), git commit of the working directory, and hardware."""
     from trl import __version__
 
     packages = {name: _version(name) for name in _PACKAGES} | {"trl": __version__}
@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """What changed between two environments, such as "packages.torch: 2.12 -> 2.13"."""
+    """Lists the changes between two environments, such as "packages.torch: 2.12 -> 2.13"."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*before, *now])
         return [
@@ -38,7 +38,7 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit, and whether tracked files differ from it; None outside a checkout or without git."""
+    """Git commit and whether tracked files have changed; None outside a checkout or without git."""
     commit = _output("git", "rev-parse", "HEAD")
     if commit is None:
         return None
@@ -59,7 +59,7 @@ def _output(*command: str) -> str | None:
 def _machine() -> dict[str, Any]:
     import torch
 
-    # Only a process that uses CUDA already is asked for its devices: asking starts CUDA, and nothing could fork then.
+    # Query GPUs only if CUDA is already initialised: the query would initialise it, which makes forking unsafe.
     on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "system": f"{platform.system()} {platform.release()}",

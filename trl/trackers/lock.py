@@ -1,4 +1,4 @@
-"""One writer per run."""
+"""File lock that ensures a single writer per run."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ logger = logging.getLogger(__name__)
 
 
 class RunLocked(RuntimeError):
-    """Another process writes this run."""
+    """Raised when another process is writing this run."""
 
 
 class RunLock:
-    """Holds a lock on a file until `release`, or until this process is gone, however it went.
+    """Exclusive lock on a file, held until `release` or until the process ends for any reason.
 
-    The lock is the kernel's (`flock`), so that what a killed process held is free at once; the process id in the file
-    only tells people who holds it. A forked child does not inherit it.
+    Uses the kernel's `flock`, so a killed process releases its lock at once; the process id in the file is only for
+    people to read. Forked children do not inherit the lock.
 
     Args:
-        path: of the lock file; made if missing, and left in place for good, since removing it would let two processes
-            lock two files of the same name.
+        path: lock file; created if missing and never removed, since otherwise two processes could lock two files of the
+            same name.
 
     Raises:
-        RunLocked: if another process, or another `RunLock` of this one, holds it; names the process.
+        RunLocked: if another process, or another `RunLock` in this process, holds the lock; names the holder.
     """
 
     def __init__(self, path: Path) -> None:
         self.left_by: str | None = None
-        """The process that held the lock last, if it ended without releasing it."""
+        """Previous holder of the lock, if it ended without releasing it."""
         self._descriptor: int | None = None
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -45,18 +45,18 @@ class RunLock:
             self._close()
             raise
         if hasattr(os, "register_at_fork"):
-            # The child's copy of the descriptor would keep the lock of a parent that is gone.
+            # A child's copy of the descriptor would keep the lock after the parent has ended.
             mine = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: _forget(mine()))
 
     def release(self) -> None:
-        """Lets others write; a second call does nothing."""
+        """Releases the lock; further calls do nothing."""
         if self._descriptor is not None:
             os.ftruncate(self._descriptor, 0)
             self._close()
 
     def __del__(self) -> None:
-        self._close()  # a run that was forgotten can be opened again in the same process
+        self._close()  # an unreferenced run can be reopened in the same process
 
     def _close(self) -> None:
         if self._descriptor is not None:

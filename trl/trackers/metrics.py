@@ -1,4 +1,4 @@
-"""metrics.jsonl: one row of numbers per step, and how to read and cut it."""
+"""Reading and writing metrics.jsonl, which has one row of numbers per step."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from trl.redaction import redact
 from trl.trackers.plain import as_number
 
 OF_THE_MACHINE = ("time/", "memory/")
-"""Keys that begin with these hold times, speeds and memory. They alone may differ between two runs of one seed."""
+"""Key prefixes of times, speeds and memory, the only values that may differ between two runs with the same seed."""
 
 _RESERVED = ("step", "nonfinite")
 
 
 def metrics_line(row: Mapping[str, Any], step: int) -> str:
-    """A row as a line of JSON: `step`, then every number of `row` in its order.
+    """Serialises a row as a line of JSON: `step`, then the numbers of `row` in order.
 
-    A number that is not finite is written as null, and its key listed under `nonfinite`, so that it is not mistaken for one
-    that was not measured. What is no number (texts, arrays, tables) is left out. Floats are written so that they read back
-    to the same bits.
+    Non-finite numbers are written as null and their keys listed under `nonfinite`, to tell them from missing
+    measurements. Values that are not numbers (strings, arrays, tables) are left out. Floats round-trip exactly.
 
     Raises:
-        ValueError: if `row` has a key that the line itself needs, or `step` is no step.
+        ValueError: if `row` has a reserved key, or `step` is not a non-negative integer.
     """
     for name in _RESERVED:
         if name in row and (name != "step" or row[name] != step):
@@ -33,7 +32,7 @@ def metrics_line(row: Mapping[str, Any], step: int) -> str:
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError(f"step={step!r} must be a whole number of at least 0")
     values = {str(key): as_number(value) for key, value in row.items() if key != "step"}
-    names = redact(list(values))  # of the keys alone: what stands under them is numbers
+    names = redact(list(values))  # keys only: the values are numbers
     measured = {name: value for name, value in zip(names, values.values(), strict=True) if value is not None}
     nonfinite = [key for key, value in measured.items() if not math.isfinite(value)]
     line = {"step": step} | {key: None if key in nonfinite else value for key, value in measured.items()}
@@ -41,20 +40,20 @@ def metrics_line(row: Mapping[str, Any], step: int) -> str:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The complete rows of a run, in order; safe while the run is being written.
+    """Reads the complete rows of a run, in order; safe while the run is being written.
 
     Args:
-        folder: of the run.
+        folder: run folder.
 
     Raises:
-        ValueError: naming file and line of what is no row although rows follow it.
+        ValueError: if an invalid line is followed by rows; names file and line.
     """
     path = Path(folder) / "metrics.jsonl"
     return [row for row, _ in complete_rows(path, path.read_bytes() if path.exists() else b"")]
 
 
 def complete_rows(path: Path, data: bytes) -> list[tuple[dict[str, Any], int]]:
-    """Every row with the offset of the byte after its line, up to a tail that a killed or powerless machine left."""
+    """Rows with the byte offset after each one's line, ignoring a damaged tail left by a crash or power loss."""
     rows: list[tuple[dict[str, Any], int]] = []
     broken: int | None = None
     start, number = 0, 0
@@ -72,7 +71,7 @@ def complete_rows(path: Path, data: bytes) -> list[tuple[dict[str, Any], int]]:
 
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row without times and memory: what a resumed run and an uninterrupted one have in common, to the bit."""
+    """Drops times and memory from a row; the rest is bit-identical in a resumed and an uninterrupted run."""
     kept = {key: value for key, value in row.items() if not key.startswith(OF_THE_MACHINE)}
     nonfinite = [key for key in kept.pop("nonfinite", ()) if not key.startswith(OF_THE_MACHINE)]
     return kept | ({"nonfinite": nonfinite} if nonfinite else {})
@@ -81,7 +80,7 @@ def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:  # also what is not UTF-8
+    except ValueError:  # includes invalid UTF-8
         return None
     is_row = isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
     return row if is_row else None

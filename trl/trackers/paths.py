@@ -1,26 +1,26 @@
-"""Names of runs become folders, and never one outside their root."""
+"""Resolves run names to folders and rejects paths that escape their root."""
 
 from __future__ import annotations
 
 import unicodedata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-_LONGEST = 255  # bytes of one part of a path, on nearly every file system
+_LONGEST = 255  # maximum bytes per path component on nearly every file system
 
 
 def run_folder(name: str | Path, root: str | Path | None = None) -> Path:
-    """The folder of a run; nothing is made.
+    """Resolves the name of a run to its folder, without creating it.
 
     Args:
-        name: a path. With `root`, it must lie inside of it, symbolic links followed.
-        root: where runs live; None takes `name` as any path.
+        name: path of the run. With `root`, it must be inside `root` after following symbolic links.
+        root: parent folder of all runs; None allows any path.
 
     Returns:
-        An absolute path, its symbolic links resolved.
+        The absolute path with symbolic links resolved.
 
     Raises:
-        ValueError: if `name` is empty, holds control characters or a part of more than 255 bytes; with `root`, also if it
-            is absolute, has a `..`, is `root` itself, or leads out of it through a symbolic link.
+        ValueError: if `name` is empty, contains control characters or has a component longer than 255 bytes; with
+            `root`, also if it is absolute, contains `..`, is `root` itself, or leaves `root` through a symbolic link.
     """
     text = str(name)
     shown = repr(text if len(text) <= 80 else text[:80] + "...")
@@ -48,5 +48,5 @@ def run_folder(name: str | Path, root: str | Path | None = None) -> Path:
 def _resolved(path: Path, shown: str) -> Path:
     try:
         return path.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of symbolic links, or too long a path
+    except (OSError, RuntimeError) as error:  # symbolic link loop, or path too long
         raise ValueError(f"run name {shown} cannot be resolved: {error}") from error

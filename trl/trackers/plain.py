@@ -1,4 +1,4 @@
-"""Anything as plain data: what YAML and JSON can hold, without secrets."""
+"""Conversion of arbitrary values to plain data for YAML and JSON, with secrets redacted."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 
 from trl.redaction import redact
 
-_MANY = 64  # elements of an array that is written out
+_MANY = 64  # maximum number of elements of an array that is written out
 
 
 def plain(value: Any) -> Any:
-    """Dictionaries with text keys, lists, texts, numbers, booleans and None; secrets are redacted.
+    """Converts a value to dicts with string keys, lists, strings, numbers, booleans and None, with secrets redacted.
 
-    Dataclasses become mappings of their fields; sets are sorted; functions and classes become `module:name`; small arrays
-    become lists. Of anything else the type is named, never an address in memory: the same settings give the same text.
+    Dataclasses become dicts of their fields, sets sorted lists, functions and classes `module:name`, and small arrays
+    lists. Anything else becomes its type name, never a memory address, so equal settings give equal text.
     """
     return redact(_plain(value))
 
 
 def as_number(value: Any) -> int | float | None:
-    """A Python number, if `value` is one, of whatever kind, or an array or tensor of a single element."""
+    """Converts a number of any type, or an array or tensor with a single element, to a Python number; else None."""
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
@@ -38,15 +38,15 @@ def as_number(value: Any) -> int | float | None:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Plain data as JSON of ASCII characters alone; numbers that are not finite become null.
+    """Serialises a value as ASCII-only JSON; non-finite numbers become null.
 
-    ASCII, since some readers of JSON lines take U+2028 and its like for the end of a line.
+    ASCII-only because some JSON Lines readers treat U+2028 and similar characters as line ends.
     """
     return json.dumps(_finite(plain(value)), indent=indent, allow_nan=False)
 
 
 def clean_text(text: str) -> str:
-    """The text as valid UTF-8: halves of surrogate pairs, which a broken decoder leaves, are spelt out."""
+    """Makes a text valid UTF-8 by escaping lone surrogates, which faulty decoders leave behind."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -1,4 +1,4 @@
-"""completions/step-00000012.parquet: every sample of a step, one row each."""
+"""Completion files, such as completions/step-00000012.parquet, with one row per sample of a step."""
 
 from __future__ import annotations
 
@@ -22,36 +22,39 @@ _REWARD = "reward/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRecord:
-    """What became of one prompt in one step. None is what was not measured."""
+    """One sample of one step. None marks values that were not measured."""
 
     prompt_id: str
     prompt: str
     completion: str
     rewards: Mapping[str, float | None] = field(default_factory=dict)
-    """By the name of the component, before weights; None where it could not score."""
+    """Unweighted reward by component name; None where the component could not score the sample."""
     score: float | None = None
-    """What the step was given: the score, and the sum of the rewards of tokens."""
+    """Total used by the step: the score plus the sum of the token rewards."""
     advantage: float | None = None
-    """Mean over the response's tokens."""
+    """Mean advantage over the response's tokens."""
     kl: float | None = None
-    """Sum over the response's tokens of log p - log p_ref, in nats."""
+    """log p - log p_ref summed over the response's tokens, in nats."""
     length: int = 0
-    """Response tokens."""
+    """Number of response tokens."""
     finish_reason: str = ""
-    """Such as "stop" or "length"."""
+    """Why the response ended, such as "stop" or "length"."""
     reward_seconds: float | None = None
     error: str | None = None
-    """Why there is no score."""
+    """Error that prevented scoring."""
 
 
 def write_records(folder: Path, step: int, records: Sequence[CompletionRecord]) -> Path:
-    """Writes the samples of a step into `folder`: Parquet, or JSON lines where pyarrow is missing.
+    """Writes the samples of a step into `folder`, as Parquet, or as JSON lines if pyarrow is missing.
 
     Columns: step, prompt_id, prompt, completion, reward/NAME for every component, score, advantage, kl, length,
-    finish_reason, time/reward (seconds) and error. A number that is not finite becomes null.
+    finish_reason, time/reward (seconds) and error. Non-finite numbers become null.
+
+    Returns:
+        Path of the file.
     """
     kinds = _columns(sorted({name for record in records for name in record.rewards}))
-    # Lists, not mappings: a component named "password" holds a number like any other.
+    # Redact lists rather than mappings: a component named "password" still holds ordinary numbers.
     names, *rows = redact([list(kinds), *([_cell(record, step, name) for name in kinds] for record in records)])
     if parquet_is_there():
         path, data = folder / f"step-{step:08d}.parquet", _parquet(dict(zip(names, kinds.values(), strict=True)), rows)
@@ -64,15 +67,15 @@ def write_records(folder: Path, step: int, records: Sequence[CompletionRecord]) 
 
 
 def read_completions(folder: str | Path, step: int) -> list[dict[str, Any]]:
-    """The samples of a step, a mapping by column each.
+    """Reads the samples of a step, each as a dict of its columns.
 
     Args:
-        folder: of the run.
-        step: its number.
+        folder: run folder.
+        step: step number.
 
     Raises:
-        ValueError: if the run has no samples of that step.
-        ImportError: if they are in a Parquet file and pyarrow is missing.
+        ValueError: if the run has no samples for that step.
+        ImportError: if the file is Parquet and pyarrow is missing.
     """
     path = Path(folder) / "completions" / f"step-{step:08d}.parquet"
     if path.exists():
@@ -89,18 +92,18 @@ def read_completions(folder: str | Path, step: int) -> list[dict[str, Any]]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step whose samples a file holds; None for another file."""
+    """Step number of a completion file; None for any other file."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def parquet_is_there() -> bool:
-    """Whether pyarrow can be imported now."""
+    """Whether pyarrow is installed."""
     return importlib.util.find_spec("pyarrow") is not None
 
 
 def _columns(components: Sequence[str]) -> dict[str, type]:
-    """The kind of every column, spelt out, since one of nulls alone has no type to be guessed."""
+    """Type of every column, given explicitly because a column of nulls has no type to infer."""
     return {
         "step": int,
         "prompt_id": str,

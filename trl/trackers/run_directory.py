@@ -1,4 +1,4 @@
-"""One folder per run: what it was made of, what it measured, what it wrote, and what happened."""
+"""`RunDirectory`: the folder with a run's settings, environment, metrics, completions and events."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ logger = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """The record of a run, and its only writer. Made by `create` or `open`, never directly.
+    """Folder that records a run, open for writing by a single writer. Use `create` or `open` to obtain one.
 
-    | file | what is in it | how it is written |
+    | file | content | written |
     | --- | --- | --- |
-    | `config.resolved.yaml` | every setting | whole or not at all |
-    | `environment.json` | versions, git commit, machine | whole or not at all |
-    | `metrics.jsonl` | a row of numbers per step | appended, a line at a time |
-    | `completions/step-00000012.parquet` | every sample of the step | whole or not at all |
-    | `events.log` | what happened, with times | appended, a line at a time |
-    | `summary.json` | how it ended | whole or not at all |
-    | `checkpoints/`, `dumps/`, `model/` | made by whoever saves | |
+    | `config.resolved.yaml` | all settings | atomically |
+    | `environment.json` | versions, git commit, machine | atomically |
+    | `metrics.jsonl` | one row of numbers per step | appended line by line |
+    | `completions/step-00000012.parquet` | all samples of the step | atomically |
+    | `events.log` | time-stamped events | appended line by line |
+    | `summary.json` | how the run ended | atomically |
+    | `checkpoints/`, `dumps/`, `model/` | files written by the caller | |
 
-    Everything is UTF-8 and without secrets (`trl.redaction`). What is written whole is durable when the call returns; an
-    appended line outlives the process at once, and a power cut after `sync`. All writers raise `OSError` where the disk is
-    full or read-only, and leave no half of a line behind.
+    All text is UTF-8 with secrets redacted (`trl.redaction`). Atomic writes are durable when the call returns. Appended
+    lines survive a crash of the process at once, and a power loss after `sync`. All writers raise `OSError` if the disk
+    is full or read-only, and never leave a partial line behind.
 
-    It is a tracker (`log`, `close`) and a context manager.
+    Usable as a tracker (`log`, `close`) and as a context manager.
     """
 
     def __init__(self, path: Path, lock: RunLock) -> None:
@@ -51,14 +51,14 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, root: str | Path | None = None) -> RunDirectory:
-        """Starts a run in a new folder, or in an empty one.
+        """Starts a run in a new or empty folder.
 
         Args:
-            path: of the folder; folders above it are made.
-            root: if given, `path` is a name inside of it (see `trl.trackers.paths.run_folder`).
+            path: run folder; missing parents are created.
+            root: if given, `path` must be inside it (see `trl.trackers.paths.run_folder`).
 
         Raises:
-            ValueError: if there is something in the folder already, or `path` is not allowed.
+            ValueError: if the folder is not empty, or `path` is not allowed.
             RunLocked: if another process is starting a run there.
         """
         folder = run_folder(path, root)
@@ -82,15 +82,17 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path, root: str | Path | None = None) -> RunDirectory:
-        """Goes on with a run. What a killed process left half-written is taken off; follow with `truncate_after`.
+        """Opens an existing run to continue it, removing partial writes of a killed process.
+
+        Call `truncate_after` next.
 
         Args:
-            path: of the folder.
-            root: as in `create`; what is in the folder must then lie inside of it, too.
+            path: run folder.
+            root: as in `create`; entries of the run folder must not be symbolic links that lead out of it, either.
 
         Raises:
             ValueError: if there is no run, or `path` is not allowed.
-            RunLocked: if another process writes it.
+            RunLocked: if another process is writing the run.
         """
         folder = run_folder(path, root)
         if not cls.exists(folder):
@@ -115,17 +117,17 @@ class RunDirectory:
 
     @staticmethod
     def exists(path: str | Path, root: str | Path | None = None) -> bool:
-        """Whether there is a run to `open`."""
+        """Whether `path` holds a run that can be opened."""
         return (run_folder(path, root) / "events.log").is_file()
 
     @property
     def checkpoints(self) -> Path:
-        """The folder for checkpoints."""
+        """Checkpoint folder."""
         return self.path / "checkpoints"
 
     @property
     def last_step(self) -> int | None:
-        """The step of the last row of metrics; None if there is no row."""
+        """Step of the last metrics row; None if there is none."""
         return self._last_step
 
     # Writing ---------------------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ class RunDirectory:
         """Writes `config.resolved.yaml`.
 
         Args:
-            config: a dataclass or a mapping; see `trl.trackers.plain.plain` for what becomes of its values.
+            config: a dataclass or mapping; its values are converted by `trl.trackers.plain.plain`.
         """
         import yaml
 
@@ -142,10 +144,10 @@ class RunDirectory:
         write_atomic(self.path / "config.resolved.yaml", text.encode("utf-8"))
 
     def read_config(self) -> Any:
-        """What `write_config` wrote, as plain data; None if it has not been called.
+        """Reads back `config.resolved.yaml` as plain data; None if it does not exist.
 
         Raises:
-            ValueError: if the file is no YAML, naming it and the place.
+            ValueError: if the file is not valid YAML; names the file and the position.
         """
         import yaml
 
@@ -156,19 +158,19 @@ class RunDirectory:
             raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Writes `summary.json`: what the run came to."""
+        """Writes `summary.json`, the outcome of the run."""
         write_atomic(self.path / "summary.json", (to_json(summary, indent=2) + "\n").encode())
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
         """Appends the numbers of `row` to `metrics.jsonl` (see `trl.trackers.metrics.metrics_line`).
 
         Args:
-            row: statistics by name. Times and speeds stand under `time/`, memory under `memory/`: they alone may differ in a run
-                of the same seed.
-            step: higher than that of every row before.
+            row: statistics by name. Prefix times and speeds with `time/` and memory with `memory/`; only these may
+                differ between runs with the same seed.
+            step: step number, higher than in all previous rows.
 
         Raises:
-            ValueError: if there is a row of this step or a later one already.
+            ValueError: if there already is a row for this or a later step.
         """
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"metrics.jsonl has a row of step {self._last_step} already; step {step} is not after it")
@@ -176,7 +178,7 @@ class RunDirectory:
         self._last_step = step
 
     def log_completions(self, records: Sequence[CompletionRecord], step: int) -> None:
-        """Writes every sample of a step into `completions/` (see `trl.trackers.records.write_records`)."""
+        """Writes the samples of a step into `completions/` (see `trl.trackers.records.write_records`)."""
         if not self._warned_parquet and not parquet_is_there():
             self._warned_parquet = True
             logger.warning("pyarrow is not installed: completions are written as .jsonl (pip install pyarrow)")
@@ -185,11 +187,11 @@ class RunDirectory:
         write_records(self.path / "completions", step, records)
 
     def event(self, text: str) -> None:
-        """Appends a line to `events.log`: UTC time and text (see `trl.trackers.events.event_line`)."""
+        """Appends a UTC time stamp and text to `events.log` (see `trl.trackers.events.event_line`)."""
         append_line(self.path / "events.log", event_line(text))
 
     def sync(self) -> None:
-        """Makes every appended line durable: call it before a checkpoint is published that relies on them."""
+        """Flushes all appended lines to disk. Call it before publishing a checkpoint that relies on them."""
         for name in ("metrics.jsonl", "events.log"):
             descriptor = os.open(self.path / name, os.O_RDWR)
             try:
@@ -200,18 +202,18 @@ class RunDirectory:
     # Resuming and closing --------------------------------------------------------------------------------------------
 
     def truncate_after(self, step: int) -> tuple[int, int]:
-        """Takes off what was recorded after a step, so that a resumed run records it once.
+        """Removes everything recorded after a step, so that a resumed run does not record it twice.
 
-        Rows up to `step` stay as they are, to the byte. The summary goes, too: the run is not over.
+        Rows up to `step` stay byte-identical. The summary is removed as well, since the run is not over.
 
         Args:
-            step: the last that counts, that of the checkpoint; -1 takes off everything.
+            step: last step to keep, i.e. that of the checkpoint; -1 removes everything.
 
         Returns:
-            Rows of metrics and files of completions that were taken off.
+            Numbers of metrics rows and completion files removed.
 
         Raises:
-            ValueError: if `metrics.jsonl` is damaged before its end; line and file are named.
+            ValueError: if `metrics.jsonl` is damaged before its end; names file and line.
         """
         path = self.path / "metrics.jsonl"
         data = path.read_bytes() if path.exists() else b""
@@ -234,7 +236,7 @@ class RunDirectory:
         return taken, len(files)
 
     def close(self) -> None:
-        """Lets other processes write the run; a second call does nothing."""
+        """Releases the write lock; further calls do nothing."""
         self._lock.release()
 
     def __enter__(self) -> RunDirectory:
@@ -244,9 +246,9 @@ class RunDirectory:
         self.close()
 
     def _make_again(self, name: str) -> None:
-        """Makes a folder of the run that somebody has removed, and says that what was in it is gone."""
+        """Recreates a subfolder that was deleted, and logs that its content is lost."""
         if not (self.path / name).is_dir():
-            (self.path / name).mkdir()  # not the folder of the run itself: without it, that is an error
+            (self.path / name).mkdir()  # no parents: a missing run folder is an error
             sync_folder(self.path)
             text = f"{name}/ was removed, with what was in it, and is made again"
             logger.warning("%s: %s", self.path, text)
@@ -257,14 +259,14 @@ class RunDirectory:
         return sorted(entry for entry in folder.iterdir() if step_of(entry) is not None) if folder.is_dir() else []
 
     def _sweep(self) -> None:
-        """Removes what a killed process left unfinished: the files of `write_atomic`, and a model on its way."""
+        """Removes temporary files of a killed process, left by `write_atomic` or by saving a model."""
         for folder in (self.path, self.path / "completions", self.path / "dumps"):
             if folder.is_dir():
                 for entry in folder.glob(f"{STAGING}*"):
                     remove(entry)
 
     def _mend(self) -> None:
-        """Takes the half of a last line off what is appended to, and finds the last step."""
+        """Removes incomplete last lines from the appended files and determines the last step."""
         metrics, events = self.path / "metrics.jsonl", self.path / "events.log"
         data = metrics.read_bytes() if metrics.exists() else b""
         rows = complete_rows(metrics, data)
@@ -278,7 +280,7 @@ class RunDirectory:
             write_atomic(events, data[:whole])
 
     def _note_environment(self) -> None:
-        """Writes `environment.json` anew, and what changed into the events."""
+        """Rewrites `environment.json` and logs the changes as events."""
         path, now = self.path / "environment.json", to_json(environment(), indent=2) + "\n"
         try:
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -295,7 +297,7 @@ class RunDirectory:
 
 
 class NullRunDirectory:
-    """Takes everything that a `RunDirectory` takes, and writes nothing: without a run directory, and on other ranks."""
+    """`RunDirectory` stand-in that writes nothing, for runs without a folder and for ranks other than the main one."""
 
     def write_config(self, config: Any) -> None:
         """Does nothing."""
@@ -316,7 +318,7 @@ class NullRunDirectory:
         """Does nothing."""
 
     def truncate_after(self, step: int) -> tuple[int, int]:
-        """Takes nothing off."""
+        """Removes nothing; returns (0, 0)."""
         return 0, 0
 
     def close(self) -> None:
@@ -324,7 +326,11 @@ class NullRunDirectory:
 
 
 def _check_new(folder: Path) -> None:
-    """What a process leaves that is killed before its first event is no run yet; anything else is not written over."""
+    """Checks that a folder is empty, apart from leftovers of a `create` that was killed before its first event.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
     if found := sorted(entry.name for entry in folder.iterdir() if not _is_leftover(entry)):
         what = (
             "holds a run already: resume it" if "events.log" in found else f"is not empty ({found[0]}, ...): empty it"
@@ -333,7 +339,7 @@ def _check_new(folder: Path) -> None:
 
 
 def _is_leftover(entry: Path) -> bool:
-    """Whether a killed `create` may have left it: it has no event then."""
+    """Whether `entry` may be left over from a `create` that was killed before its first event."""
     if entry.name == ".lock" or entry.name.startswith(STAGING):
         return True
     if entry.name in ("completions", "checkpoints"):

@@ -1,4 +1,4 @@
-"""A tracker that cannot hurt the run: dead, slow or full, it costs a step next to nothing."""
+"""`SafeTracker`: isolates the run from trackers that fail, hang or fall behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class NullTracker:
-    """Takes rows and forgets them."""
+    """Discards all rows."""
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
         """Does nothing."""
@@ -31,20 +31,20 @@ class NullTracker:
 
 
 class SafeTracker:
-    """Runs a tracker on a thread of its own, behind a queue of limited length.
+    """Runs a tracker on its own thread, behind a bounded queue.
 
-    `log` never waits and never raises. An exception of the tracker is logged once and counted in `failures`; a row that
-    finds the queue full, or that the tracker had not taken when time was up, is counted in `dropped`. Rows arrive in their
-    order, without secrets. The tracker must not draw from the global random generators: the run does, too.
+    `log` never blocks and never raises. The tracker's first exception is logged and all are counted in `failures`; rows
+    dropped because the queue was full or `close` timed out are counted in `dropped`. Rows arrive in order, with secrets
+    redacted. The tracker must not draw from the global random generators, since the run uses them.
 
     Args:
         tracker: anything with `log(row, step)` and `close()`.
-        name: of the tracker, in messages; its class if None.
-        capacity: most rows that wait.
-        close_timeout: most seconds that `close` waits for the tracker to take what is left.
+        name: name used in messages; the tracker's class name if None.
+        capacity: maximum number of queued rows.
+        close_timeout: maximum seconds that `close` waits for the tracker to take the remaining rows.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if `capacity` or `close_timeout` is out of range.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class SafeTracker:
         self._rows: deque[tuple[dict[str, Any], int]] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        # A daemon: an interpreter that ends does not wait for a tracker that hangs.
+        # A daemon thread, so that a hanging tracker does not keep the interpreter from exiting.
         self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
         self._thread.start()
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Hands a row to the tracker's thread. The mapping is copied, arrays in it are not."""
+        """Queues a row for the tracker's thread. The mapping is copied; arrays in it are not."""
         with self._changed:
             full = self._closing or len(self._rows) >= self._capacity
             if full:
@@ -82,7 +82,7 @@ class SafeTracker:
             logger.warning("tracker %s %s: rows are dropped, from step %d on", self.name, reason, step)
 
     def close(self) -> None:
-        """Waits for the tracker at most `close_timeout` seconds, and gives up what it has not taken then."""
+        """Waits up to `close_timeout` seconds for the tracker, then drops the rows it has not taken."""
         deadline = time.monotonic() + self._close_timeout
         with self._changed:
             self._closing = True
@@ -115,7 +115,7 @@ class SafeTracker:
         self._tracker.log(numbers | redact(others), step)
 
     def _next(self) -> tuple[dict[str, Any], int] | None:
-        """The oldest row, as soon as there is one; None when it is closed and nothing is left."""
+        """Waits for the oldest row; None once closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._rows or self._closing)
             return self._rows.popleft() if self._rows else None
@@ -123,7 +123,7 @@ class SafeTracker:
     def _guarded(self, call: Callable[[], None], what: str) -> None:
         try:
             call()
-        except (Exception, SystemExit):  # whatever a tracker's client raises, the run goes on
+        except (Exception, SystemExit):  # no error of a tracker's client may stop the run
             self.failures += 1
             if self.failures == 1:
                 trace = redact(traceback.format_exc().rstrip())  # a client's error may quote its key

@@ -1,4 +1,4 @@
-"""The public face: configurations and trainers."""
+"""Public trainers and their configurations."""
 
 from trl.runs.callbacks import TrainCallback
 from trl.runs.options import TrainResult

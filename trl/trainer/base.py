@@ -1,4 +1,4 @@
-"""What every trainer of this library can do with its model: save it, describe it, upload it."""
+"""`BaseTrainer`: saving the model, writing its card and uploading it to the Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class BaseTrainer:
-    """A trainer with a `model`, a `tokenizer` and an `accelerator`."""
+    """Base class of trainers with a `model`, a `tokenizer` and an `accelerator`."""
 
     config: Any
     model: Any
@@ -27,23 +27,23 @@ class BaseTrainer:
         self.config = config
 
     def step(self, *args: Any) -> Any:
-        """One step of optimisation."""
+        """Runs one optimisation step."""
         raise NotImplementedError(f"{type(self).__name__} has no step")
 
     def loss(self, *args: Any) -> Any:
-        """What a step makes smaller."""
+        """Computes the loss that a step minimises."""
         raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def compute_rewards(self, *args: Any) -> Any:
-        """Rewards of single tokens."""
+        """Computes per-token rewards."""
         raise NotImplementedError(f"{type(self).__name__} has no compute_rewards")
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes model, value head, tokenizer and model card to a folder, on the main process.
+        """Saves model, value head, tokenizer and model card to a folder, on the main process.
 
         Args:
-            save_directory: is made if missing.
-            **kwargs: for the model's `save_pretrained`, such as `max_shard_size`.
+            save_directory: target folder; created if missing.
+            **kwargs: arguments of the model's `save_pretrained`, such as `max_shard_size`.
         """
         if not self.accelerator.is_main_process:
             return
@@ -54,14 +54,14 @@ class BaseTrainer:
         self.create_model_card(str(path))
 
     def create_model_card(self, path: str, model_name: str | None = "TRL Model") -> None:
-        """Writes `README.md` into the folder `path`.
+        """Writes a model card to `README.md` in the folder `path`.
 
-        The card says what was trained from what, with which settings, and how to load it. Nothing is looked up online.
+        The card names the base model and the training settings and shows how to load the model. Needs no network.
 
         Args:
-            path: an existing folder.
-            model_name: the card's title. Where it is a hub id, `user/name`, that is what the card's code loads, else the
-                folder.
+            path: existing folder.
+            model_name: title of the card. If it is a hub id (`user/name`), the card's example code loads that id;
+                otherwise it loads the folder.
         """
         is_id = model_name is not None and "/" in model_name and HUB_ID.fullmatch(model_name)
         card = model_card(
@@ -75,16 +75,16 @@ class BaseTrainer:
         (Path(path) / "README.md").write_text(card, encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs: Any) -> Any:
-        """Saves to a temporary folder and uploads that to the Hugging Face hub.
+        """Saves the model to a temporary folder and uploads it to the Hugging Face Hub, on the main process.
 
         Args:
-            repo_id: `user/name`, or `name` in the namespace of the token's user; made if missing.
-            private: whether a new repository is private.
-            token: the hub's token; that of the machine's login if None.
-            **kwargs: for `huggingface_hub.HfApi.upload_folder`, such as `commit_message`.
+            repo_id: `user/name`, or `name` in the namespace of the token's user; created if missing.
+            private: whether a newly created repository is private.
+            token: Hub token; None uses the machine's login.
+            **kwargs: arguments of `huggingface_hub.HfApi.upload_folder`, such as `commit_message`.
 
         Returns:
-            What the upload returned; None on other processes than the main one.
+            The result of the upload; None on processes other than the main one.
         """
         if not self.accelerator.is_main_process:
             return None
@@ -96,7 +96,7 @@ class BaseTrainer:
             return upload_folder(folder, repo_id=repo_id, token=token, **kwargs)
 
     def _fetch_card_of_base(self, token: str | None) -> None:
-        """Puts the base model's card, which names its licence, into the download cache, if it can be had."""
+        """Tries to download the base model's card, which names the licence, into the local cache."""
         source = base_model_of(self.accelerator.unwrap_model(self.model))
         if HUB_ID.fullmatch(source):
             try:

@@ -1,4 +1,4 @@
-"""The model card: what was trained from what, how, and the code that loads it."""
+"""Model cards: base model, training settings and example code for loading."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl.redaction import redact
 from trl.trackers.plain import plain
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
-# Of the run, not of the algorithm; and what may hold paths.
+# Settings left out of the card: they describe the run rather than the algorithm, or may contain paths.
 _NOT_SHOWN = (
     "task_name", "model_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "tracker_project_name",
     "push_to_hub_if_best_kwargs", "compare_steps",
@@ -63,15 +63,15 @@ All other settings are the defaults. Versions: {versions}.
 def model_card(
     model: PreTrainedModelWrapper, config: Any, *, title: str | None, repo_id: str | None, steps: int, samples: int
 ) -> str:
-    """A card in Markdown, with the hub's metadata at its head, without secrets.
+    """Renders a model card in Markdown with the Hub's metadata header, secrets redacted.
 
     Args:
-        model: what is saved, unwrapped.
+        model: the saved model, unwrapped.
         config: the trainer's settings, a dataclass.
-        title: of the card.
-        repo_id: the hub id that the card's code loads; None for a folder.
-        steps: calls of `step` so far.
-        samples: of one step, over all processes.
+        title: title of the card.
+        repo_id: hub id that the example code loads; None to load the card's own folder.
+        steps: calls to `step` so far.
+        samples: samples per step, over all processes.
     """
     import yaml
 
@@ -103,7 +103,7 @@ def model_card(
 
 
 def base_model_of(model: PreTrainedModelWrapper) -> str:
-    """The folder or hub id that the language model under every wrapper was loaded from; "" if none."""
+    """Folder or hub id that the wrapped language model was loaded from; "" if unknown."""
     return str(getattr(model.config, "_name_or_path", "") or "")
 
 
@@ -111,7 +111,7 @@ def _metadata(model: PreTrainedModelWrapper) -> dict[str, Any]:
     metadata: dict[str, Any] = {"library_name": "peft" if model.is_peft_model else "transformers"}
     source = base_model_of(model)
     inherited = _front_matter(source)
-    # A folder's path means nothing to others: what it was made from itself is the base.
+    # A local path means nothing to others, so use the base model that the folder's own card names.
     base = source if HUB_ID.fullmatch(source) and not Path(source).exists() else inherited.get("base_model")
     names = [base] if isinstance(base, str) else base if isinstance(base, list) else []
     if names and all(isinstance(name, str) and HUB_ID.fullmatch(name) for name in names):
@@ -124,12 +124,12 @@ def _metadata(model: PreTrainedModelWrapper) -> dict[str, Any]:
 
 
 def _front_matter(source: str) -> dict[str, Any]:
-    """The metadata of the card in a folder, or of a hub id's in the download cache; {} if there are none."""
+    """Metadata of the model card in a folder, or in the download cache for a hub id; {} if there is no card."""
     import yaml
 
     try:
         path = find_file(source, "README.md", {"local_files_only": True}) if source else None
-    except (OSError, ValueError):  # a folder that is gone, a name that is none
+    except (OSError, ValueError):  # folder no longer exists, or invalid name
         path = None
     if path is None:
         return {}
@@ -142,7 +142,7 @@ def _front_matter(source: str) -> dict[str, Any]:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """The learning rate, and the settings that are not the defaults."""
+    """The learning rate and all settings that differ from their defaults."""
     found = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_SHOWN}
     defaults = {f.name: _default(f) for f in fields(config)}
     return plain({name: value for name, value in found.items() if name == "learning_rate" or value != defaults[name]})

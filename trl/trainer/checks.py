@@ -1,4 +1,4 @@
-"""What `PPOTrainer.step` was given, checked before anything is touched."""
+"""Argument validation for `PPOTrainer.step`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def check_lists(batch_size: int | None, **lists: Any) -> None:
-    """Every argument must be a list of `batch_size` tensors.
+    """Checks that every argument is a list of `batch_size` tensors (of any length if None).
 
     Raises:
-        ValueError: naming the argument, what it is and what is expected.
+        ValueError: if one is not; names the argument, what it is and what is expected.
     """
     for name, values in lists.items():
         if not isinstance(values, list):
@@ -27,10 +27,10 @@ def check_lists(batch_size: int | None, **lists: Any) -> None:
 
 
 def check_tokens(name: str, sequences: Sequence[Tensor], *, vocabulary: int | None, least: int = 1) -> None:
-    """Every sequence must be 1-D, of whole numbers, not too short, and within the vocabulary.
+    """Checks that every sequence is a 1-D integer tensor of at least `least` token ids within the vocabulary.
 
     Raises:
-        ValueError: naming the sequence and what is wrong with it.
+        ValueError: if one is not; names the sequence and the problem.
     """
     for i, tokens in enumerate(sequences):
         if tokens.dim() != 1:
@@ -49,10 +49,10 @@ def check_tokens(name: str, sequences: Sequence[Tensor], *, vocabulary: int | No
 
 
 def check_room(lengths: Sequence[int], context: int | None, what: str) -> None:
-    """No sequence may be longer than the model's context.
+    """Checks that no sequence is longer than the model's context.
 
     Raises:
-        ValueError: naming the sequence, its length and the context's.
+        ValueError: if one is; names the sequence, its length and the context length.
     """
     if context is None:
         return
@@ -64,13 +64,13 @@ def check_room(lengths: Sequence[int], context: int | None, what: str) -> None:
 
 
 def check_scores(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Scores must be one finite number each, 0-D or 1-D.
+    """Checks that every score is a single finite number, 0-D or 1-D.
 
     Returns:
-        The same as 0-D float32 tensors.
+        The scores as 0-D float32 tensors.
 
     Raises:
-        ValueError: naming the score and what is wrong with it.
+        ValueError: if one is not; names the score and the problem.
     """
     flat = []
     for i, score in enumerate(scores):
@@ -86,10 +86,10 @@ def check_scores(scores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_per_token(name: str, values: Sequence[Tensor], responses: Sequence[Tensor]) -> None:
-    """One real number per response token, finite as the float32 that it becomes.
+    """Checks that every tensor holds one real number per response token, finite in float32.
 
     Raises:
-        ValueError: naming the element and both lengths.
+        ValueError: if one does not; names the element and the problem.
     """
     for i, (value, response) in enumerate(zip(values, responses, strict=True)):
         if value.shape != response.shape:
@@ -101,20 +101,20 @@ def check_per_token(name: str, values: Sequence[Tensor], responses: Sequence[Ten
 
 
 def check_logprobs(sampler_logprobs: Sequence[Tensor]) -> None:
-    """No probability is above 1.
+    """Checks that log-probabilities are at most 0, up to rounding.
 
     Raises:
-        ValueError: naming the element and the number.
+        ValueError: if one is above; names the element and the number.
     """
     for i, logprobs in enumerate(sampler_logprobs):
-        if float(logprobs.max()) > 1e-3:  # rounding may leave a little
+        if float(logprobs.max()) > 1e-3:  # tolerance for rounding
             raise ValueError(
                 f"sampler_logprobs[{i}] holds {float(logprobs.max()):.3g}: the logarithm of a probability is at most 0"
             )
 
 
 def check_start(responses: Sequence[Tensor], start: int | None) -> None:
-    """Warns of an encoder-decoder's responses that do not begin with the decoder's start token, which is not trained on."""
+    """Warns if encoder-decoder responses lack the decoder's start token: their first token is not trained on."""
     others = [int(r[0]) for r in responses if start is not None and int(r[0]) != start]
     if others:
         warnings.warn(

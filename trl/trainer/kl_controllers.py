@@ -1,4 +1,4 @@
-"""The weight of the KL penalty over a run."""
+"""Adaptive and fixed KL penalty coefficients."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from trl.trainer.ppo_config import PPOConfig
 
 
 class AdaptiveKLController:
-    """Steers the KL per sequence to a target: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593).
+    """Adapts the KL coefficient to reach a target KL: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593).
 
     Args:
-        init_kl_coef: the first coefficient.
-        target: KL wanted, in nats per sequence.
-        horizon: samples over which it reacts.
+        init_kl_coef: initial coefficient.
+        target: target KL in nats per sequence.
+        horizon: time scale of the adaptation, in samples.
     """
 
     def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
@@ -23,22 +23,22 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, current: float, n_steps: int) -> None:
-        """Adapts `value` to a measured KL of `current` nats over `n_steps` samples (those of every process)."""
+        """Adapts `value`, given a KL of `current` nats measured over `n_steps` samples (over all processes)."""
         self.value = adaptive_kl_coef(
             self.value, float(current), target=self.target, horizon=self.horizon, episodes=n_steps
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The coefficient, for checkpoints."""
         return {"value": float(self.value)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a saved coefficient."""
+        """Restores a saved coefficient."""
         self.value = state["value"]
 
 
 class FixedKLController:
-    """Keeps the coefficient.
+    """Constant KL coefficient.
 
     Args:
         kl_coef: the coefficient.
@@ -51,16 +51,16 @@ class FixedKLController:
         """Does nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The coefficient, for checkpoints."""
         return {"value": float(self.value)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a saved coefficient."""
+        """Restores a saved coefficient."""
         self.value = state["value"]
 
 
 def controller_for(config: PPOConfig) -> AdaptiveKLController | FixedKLController:
-    """The controller that a configuration asks for."""
+    """Builds the KL controller that a configuration selects."""
     first = float(config.init_kl_coef or 0)
     if not config.adap_kl_ctrl:
         return FixedKLController(first)

@@ -1,4 +1,4 @@
-"""Changes of a configuration after the trainer was made, passed on to the optimizer and the KL controller."""
+"""Propagates changes made to a live `PPOConfig` to the optimizer and the KL controller."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController, controller_for
 from trl.trainer.ppo_config import PPOConfig
 
-# Settings that other objects hold once the trainer is made; the rest is read from the configuration at every call.
+# Settings that other objects copy when the trainer is built; all others are read from the configuration at every call.
 _PASSED_ON = ("learning_rate", "init_kl_coef", "adap_kl_ctrl", "target", "horizon")
 _READ_ONCE = (
     "seed", "log_with", "tracker_kwargs", "tracker_project_name", "project_kwargs", "accelerator_kwargs", "dtype",
@@ -20,11 +20,12 @@ KLController = AdaptiveKLController | FixedKLController
 
 
 class LiveSettings:
-    """Sees which settings were changed since it last looked.
+    """Detects settings that changed since the last call and propagates them.
 
     Args:
-        config: as the trainer was made with it.
-        rate_is_ours: whether `learning_rate` rules: the optimizer is the trainer's own, without a scheduler.
+        config: configuration that the trainer was built with.
+        rate_is_ours: whether `config.learning_rate` is in charge, i.e. the trainer made its own optimizer and there is
+            no scheduler.
     """
 
     def __init__(self, config: PPOConfig, *, rate_is_ours: bool) -> None:
@@ -36,11 +37,11 @@ class LiveSettings:
         return {name: copy.copy(getattr(config, name)) for name in (*_PASSED_ON, *_READ_ONCE)}
 
     def follow(self, config: PPOConfig, optimizer: Any, controller: KLController) -> KLController:
-        """Passes changes on, and warns of those that come too late.
+        """Applies changed settings, and warns about those that no longer have an effect.
 
         Returns:
-            The KL controller to use from now on. A new `init_kl_coef` is its coefficient; where `adap_kl_ctrl` alone has
-            changed, the coefficient stays what it had become.
+            The KL controller to use. A changed `init_kl_coef` resets the coefficient; if only `adap_kl_ctrl` changed,
+            the current coefficient is kept.
         """
         before, self._seen = self._seen, self._look(config)
         changed = [name for name in self._seen if self._seen[name] != before[name]]

@@ -1,4 +1,4 @@
-"""The settings of `PPOTrainer`."""
+"""`PPOConfig`: hyperparameters and runtime settings of `PPOTrainer`."""
 
 from __future__ import annotations
 
@@ -19,122 +19,131 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 @dataclass
 class PPOConfig:
-    """Settings of a run. A value that is changed after the trainer was made counts from the next call on, or gives a warning."""
+    """Settings of `PPOTrainer`.
+
+    Changes made after the trainer is built apply from its next call; settings that are read only once warn instead.
+    """
 
     task_name: str | None = None
-    """Name of the task, for trackers."""
+    """Task name, reported to trackers."""
     model_name: str | None = None
-    """Name of the model, for scripts and trackers."""
+    """Model name, for your script and for trackers."""
     steps: int | None = 20000
-    """Samples the run is planned for; `total_ppo_epochs` follows from it, nothing else."""
+    """Planned number of samples. Used only to compute `total_ppo_epochs`."""
     learning_rate: float | None = 1e-5
-    """Of the default optimizer, Adam."""
+    """Learning rate of the default optimizer, Adam."""
     adap_kl_ctrl: bool | None = True
-    """Adapt the KL coefficient to `target`; otherwise it stays at `init_kl_coef`."""
+    """Adapt the KL coefficient to reach `target`; if False, keep it at `init_kl_coef`."""
     init_kl_coef: float | None = 0.2
-    """First (or fixed) weight of the KL penalty."""
+    """Initial (or fixed) KL penalty coefficient."""
     target: float | None = 6
-    """KL per sequence that the adaptive controller steers to, in nats."""
+    """Target KL of the adaptive controller, in nats per sequence."""
     horizon: float | None = 10000
-    """Samples over which the adaptive controller reacts."""
+    """Time scale of the adaptive controller, in samples."""
     gamma: float | None = 1
-    """Discount, 0 to 1."""
+    """Discount factor, 0 to 1."""
     lam: float | None = 0.95
     """λ of generalised advantage estimation, 0 to 1."""
     cliprange: float | None = 0.2
-    """The policy's ratio is clipped to 1 ± this."""
+    """Clip the probability ratio of the policy loss to 1 ± this."""
     cliprange_value: float | None = 0.2
-    """A value is held within ± this of its old one."""
+    """Clip new values to within ± this of the old ones in the value loss."""
     vf_coef: float | None = 0.1
     """Weight of the value loss."""
     batch_size: int | None = 256
-    """Samples per call of `step`, on each process."""
+    """Samples per call to `step`, on each process."""
     forward_batch_size: int | None = None
-    """The old name of `mini_batch_size`."""
+    """Deprecated name of `mini_batch_size`."""
     mini_batch_size: int | None = 1
     """Samples per forward and backward pass."""
     gradient_accumulation_steps: int | None = 1
-    """Passes per optimizer step: it sees `mini_batch_size * gradient_accumulation_steps` samples, however they are cut."""
+    """Forward and backward passes per optimizer step. A step covers `mini_batch_size * gradient_accumulation_steps`
+    samples; how these are split between the two settings does not change the gradient."""
     ppo_epochs: int | None = 4
     """Optimisation passes over each batch."""
     remove_unused_columns: bool | None = True
-    """Drop the columns of a `datasets.Dataset` that neither the model nor the trainer names."""
+    """Drop the columns of a `datasets.Dataset` that neither the model's `forward` nor the trainer uses."""
     log_with: str | None = None
-    """A tracker that accelerate knows: "wandb", "tensorboard", ..."""
+    """Tracker supported by accelerate: "wandb", "tensorboard", ..."""
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)
-    """For the tracker."""
+    """Keyword arguments for the tracker (accelerate's `init_kwargs`)."""
     accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
-    """For `accelerate.Accelerator`."""
+    """Keyword arguments for `accelerate.Accelerator`."""
     project_kwargs: dict[str, Any] = field(default_factory=dict)
-    """For `accelerate.utils.ProjectConfiguration`, such as `logging_dir`."""
+    """Keyword arguments for `accelerate.utils.ProjectConfiguration`, such as `logging_dir`."""
     tracker_project_name: str = "trl"
-    """Name of the project at the tracker."""
+    """Project name reported to the tracker."""
     max_grad_norm: float | None = None
-    """Clip the gradient's norm to this, once per optimizer step."""
+    """Clip the gradient norm to this, once per optimizer step."""
     seed: int | None = 0
-    """Of Python's, NumPy's and torch's generators and of the order of minibatches."""
+    """Seed of the Python, NumPy and torch generators and of the minibatch order."""
     optimize_cuda_cache: bool = False
-    """Empty the accelerator's cache at the end of each step of this trainer."""
+    """Empty the accelerator's memory cache at the end of each step."""
     early_stopping: bool = False
-    """End a batch's optimisation once `ppo/policy/policykl` exceeds 1.5 `target_kl`."""
+    """Stop optimising on a batch once `ppo/policy/policykl` exceeds 1.5 times `target_kl`."""
     target_kl: float | None = 0.1
-    """For early stopping, in nats per token."""
+    """KL threshold of early stopping, in nats per token."""
     push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `push_to_hub` (at least `repo_id`): upload whenever the mean score is the best so far."""
+    """Arguments of `push_to_hub` (at least `repo_id`). If set, the model is uploaded whenever the mean score is the
+    best so far."""
     compare_steps: int | None = 1
-    """Steps between two looks at whether the score is the best so far."""
+    """Steps between two checks for a new best score."""
     temperature: float = 1.0
-    """What the sampler divides the logits by; the update divides policy's and reference's by the same."""
+    """Sampling temperature. The update divides the logits of policy and reference by it as well."""
     kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = "kl"
-    """KL of a token: "kl" log p - log q, "abs" its absolute value, "mse" half its square, "k3" an estimate that is
-    never negative, "full" exact over the vocabulary (two more forward passes)."""
+    """Per-token KL estimator: "kl" is log p - log q, "abs" its absolute value, "mse" half its square, "k3" the
+    non-negative k3 estimator, "full" the exact KL over the vocabulary (two extra forward passes)."""
     whiten_rewards: bool = False
-    """Scale the rewards of a batch to unit variance, keeping their mean."""
+    """Scale each batch's rewards to unit variance, keeping their mean."""
     use_score_scaling: bool = False
     """Divide scores by their running standard deviation."""
     use_score_norm: bool = False
-    """With `use_score_scaling`, also take off their running mean."""
+    """Also subtract the running mean of the scores; requires `use_score_scaling`."""
     score_clip: float | None = None
-    """Then clamp scores to ± this."""
+    """Clamp scores to ± this, after any scaling."""
     missing_eos_penalty: float | None = None
-    """Taken off the score of a response that does not end with a stop token."""
+    """Subtracted from the score of a response that does not end with a stop token."""
     stop_token_ids: Sequence[int] | None = None
-    """Every token that ends a response; if None, the tokenizer's eos and those of the model's generation config."""
+    """Tokens that end a response. None: the tokenizer's eos and those in the model's generation config."""
     dual_clip: float | None = None
-    """Bound the loss at this multiple (> 1) of -advantage where the advantage is negative."""
+    """Dual-clip PPO: where the advantage is negative, cap the loss at this multiple (> 1) of -advantage."""
     value_warmup_steps: int = 0
-    """Calls of `step`, from the first, in which the value head alone learns."""
+    """Number of initial calls to `step` that train only the value head."""
     loss_denominator: Literal["minibatch", "batch"] = "minibatch"
-    """"minibatch": mean over each optimizer step's response tokens; "batch": every token of the batch weighs the same."""
+    """"minibatch" averages over the response tokens of each optimizer step; "batch" gives every token of the batch the
+    same weight."""
     importance_cap: float = 2.0
-    """Largest correction of a token for which `sampler_logprobs` are given to `step`."""
+    """Upper bound on the per-token importance weights that correct for `sampler_logprobs` given to `step`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What passes through the models compute in. "auto": bfloat16 where the hardware is faster with it and the model is
-    large enough to gain. Weights, optimizer, losses and value head are float32 all the same; a float32 reference is held
+    """Compute dtype of forward passes. "auto" picks bfloat16 where the hardware is faster with it and the model is
+    large enough to benefit. Weights, optimizer, losses and value head stay float32; a float32 reference model is stored
     in this dtype."""
 
     optimizer_state_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What Adam's two moments are held in. "bfloat16" takes 4 bytes a trained parameter less; the second moment is rounded at
-    random, so that it still moves. Read when the trainer is made; for its own Adam, on unsharded float32 weights."""
+    """Storage dtype of Adam's two moments. "bfloat16" saves 4 bytes per trained parameter; the second moment uses
+    stochastic rounding, so that small updates are not lost. Read once, when the trainer is built; requires the
+    trainer's own Adam and unsharded float32 weights."""
     keep_memory: bool = True
-    """On a CPU under glibc: keep the memory that a step frees for the next one, in the whole process. Faulting it in again
-    costs a large part of an update's time; resident memory stays at its peak."""
+    """On CPU with glibc, reuse the memory freed by one step for the next instead of returning it to the system. This
+    saves page faults, which take a large part of an update's time, but resident memory stays at its peak. Affects the
+    whole process."""
     score_while_sampling: bool = False
-    """Have `step` take the policy's log-probabilities and values from the pass in which `generate` drew the tokens, in place
-    of a pass of its own: where our own loop sampled all responses of a batch from the policy's plain distribution and no
-    weight has changed since. In bfloat16 they differ from those of the update's first pass by rounding."""
+    """Let `step` reuse the policy's log-probabilities and values from `generate` and skip its own scoring pass. This
+    requires that trl's own decoding loop sampled every response of the batch from the policy's unmodified distribution
+    and that no weight has changed since. In bfloat16 the results differ from the update's first pass by rounding."""
     max_skipped_updates: int | None = None
-    """End the run after this many optimizer steps in a row whose loss or gradient was not finite; None: go on."""
+    """Raise after this many consecutive optimizer steps with a non-finite loss or gradient. None: never."""
     gradient_checkpointing: bool = False
-    """Keep only the inputs of the policy's layers for the backward pass and run the layers again there (activation
-    checkpointing): less memory, about a third more time in the update, the same numbers. Read when the trainer is made."""
+    """Activation checkpointing: store only the inputs of the policy's layers and recompute the layers in the backward
+    pass. Uses less memory, makes the update about a third slower, and gives the same numbers. Read once, when the
+    trainer is built."""
     compile: bool = False
-    """Run the layers of both models through torch.compile in scoring and in the update, not in sampling. Tried once when
-    the trainer is made, which takes up to minutes; where it fails or gives other numbers the log says why, and layers run as
-    they are."""
+    """Run the layers of both models under torch.compile for scoring and the update, but not for sampling. Compilation
+    is tested once when the trainer is built, which can take minutes; if it fails or changes the results, the reason is
+    logged and the layers run uncompiled."""
 
     def __repr__(self) -> str:
-        """Without secrets: settings are printed, and stand in tracebacks."""
+        """All settings, with secrets redacted: they may be printed or appear in tracebacks."""
         settings = plain({f.name: getattr(self, f.name) for f in fields(self)})
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
@@ -148,19 +157,19 @@ class PPOConfig:
 
     @property
     def total_ppo_epochs(self) -> int:
-        """Calls of `step` in a run of `steps` samples."""
+        """Number of calls to `step` that a run of `steps` samples takes."""
         return math.ceil((self.steps or 0) / (self.batch_size or 1))
 
     @property
     def samples_per_update(self) -> int:
-        """Samples that one optimizer step sees on one process."""
+        """Samples per optimizer step on each process."""
         return int(self.mini_batch_size or 1) * int(self.gradient_accumulation_steps or 1)
 
     def validate(self) -> None:
-        """Checks every number.
+        """Checks every setting.
 
         Raises:
-            ValueError: naming the field, its value and what is expected.
+            ValueError: if a setting is out of range; the message names the field, its value and what is expected.
         """
         for name, value in vars(self).items():
             if isinstance(value, np.generic):  # as a search over settings draws them
@@ -223,7 +232,7 @@ class PPOConfig:
                 raise ValueError(f"set gradient_accumulation_steps on PPOConfig, not {name} in accelerator_kwargs")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting by name, with `total_ppo_epochs`; nested dictionaries are flattened with "/"."""
+        """Settings by name, including `total_ppo_epochs`, with nested dictionaries flattened by "/"."""
         from trl.core import flatten_dict
 
         settings = {f.name: getattr(self, f.name) for f in fields(self)}

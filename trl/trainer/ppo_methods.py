@@ -1,8 +1,8 @@
-"""The pieces of a PPO step as public methods, with the names and contracts of TRL 0.4.6.
+"""Public building blocks of a PPO step, with the names and contracts of TRL 0.4.6.
 
-`PPOTrainer.step` is built on the same functions. A subclass that overrides one of them is heard: `step` calls
-`prepare_model_inputs`, `compute_rewards`, `record_step_stats` and `gather_stats` always, and `batched_forward_pass`,
-`loss` and `train_minibatch` where a subclass has its own.
+`PPOTrainer.step` is built on the same functions, and overrides in a subclass take effect: `step` always calls
+`prepare_model_inputs`, `compute_rewards`, `record_step_stats` and `gather_stats`, and calls `batched_forward_pass`,
+`loss` and `train_minibatch` if they are overridden.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _TRAINER_COLUMNS = ("label", "query", "response")
 
 @dataclass(kw_only=True)
 class _Minibatch:
-    """What `loss` and `train_minibatch` are not told, since TRL 0.4.6's signatures have no room for it."""
+    """Context of the current minibatch that TRL 0.4.6's signatures of `loss` and `train_minibatch` cannot carry."""
 
-    batch_tokens: Tensor | None  # scalar: mean tokens of a minibatch over all processes, for loss_denominator="batch"
-    weights: Tensor | None  # [b, S] of the policy loss, where another distribution sampled
-    weighted: bool = False  # whether a loss has used them
+    batch_tokens: Tensor | None  # scalar: mean tokens per minibatch over all processes, for loss_denominator="batch"
+    weights: Tensor | None  # [b, S] importance weights of the policy loss, if sampler_logprobs were given
+    weighted: bool = False  # whether `loss` has applied the weights
 
 
 class PPOMethods(BaseTrainer):
-    """What `PPOTrainer.step` is made of."""
+    """Building blocks of `PPOTrainer.step`."""
 
     config: PPOConfig
     optimizer: Any
@@ -72,20 +72,21 @@ class PPOMethods(BaseTrainer):
     _steps_done: int
     _generator: torch.Generator
     guards: UpdateGuards
-    _minibatch: _Minibatch | None = None  # the one under way in `step`
-    _scores_of_step: tuple[Tensor, Tensor] | None = None  # [B] of this process and [n · B] of all
+    _minibatch: _Minibatch | None = None  # the current one, during `step`
+    _scores_of_step: tuple[Tensor, Tensor] | None = None  # [B] of this process and [n · B] of all n processes
 
     # Batches ---------------------------------------------------------------------------------------------------------
 
     def prepare_dataloader(self, dataset: Any, data_collator: Callable[..., Any] | None = None) -> DataLoader[Any]:
-        """Shuffled batches of `config.batch_size`; the last one is dropped if it is smaller.
+        """DataLoader with shuffled batches of `config.batch_size`, dropping an incomplete last batch.
 
         Args:
-            dataset: a torch dataset or a `datasets.Dataset`, whose unused columns go if `config.remove_unused_columns`.
-            data_collator: makes a batch of a list of examples.
+            dataset: a torch dataset, or a `datasets.Dataset`, whose unused columns are removed if
+                `config.remove_unused_columns`.
+            data_collator: turns a list of examples into a batch.
 
         Raises:
-            ValueError: if `dataset` is neither, or holds less than one batch.
+            ValueError: if `dataset` is neither of the two, or is smaller than one batch.
         """
         keep = (*self._forward_columns, *_TRAINER_COLUMNS) if self.config.remove_unused_columns else None
         return prompt_loader(dataset, batch_size=int(self.config.batch_size or 1), collate_fn=data_collator, keep=keep)
@@ -95,15 +96,15 @@ class PPOMethods(BaseTrainer):
         return {"input_ids": tokens, "attention_mask": attention}
 
     def prepare_model_inputs(self, queries: list[Tensor], responses: list[Tensor]) -> BatchEncoding:
-        """Pads queries and responses, on the tokenizer's side, into what the model takes.
+        """Pads queries and responses into model inputs, on the tokenizer's padding side.
 
         Args:
             queries: `B` 1-D tensors.
             responses: `B` 1-D tensors.
 
         Returns:
-            `input_ids` and `attention_mask` [B, T] of query + response; for an encoder-decoder of the queries, beside
-            `decoder_input_ids` and `decoder_attention_mask` of the responses.
+            `input_ids` and `attention_mask` [B, T] of query + response. For an encoder-decoder, those of the queries,
+            plus `decoder_input_ids` and `decoder_attention_mask` of the responses.
         """
         device = self.current_device
         if self.is_encoder_decoder:
@@ -117,13 +118,13 @@ class PPOMethods(BaseTrainer):
         return BatchEncoding({name: tensor.to(device) for name, tensor in inputs.items()})
 
     def _attention(self, batch: Batch) -> Tensor:
-        """`[B, T]`: 1 on the tokens whose predictions are trained on or given, 0 on padding."""
+        """Attention mask `[B, T]` of the sequences with the responses (the decoder's, if separate): 0 on padding."""
         return batch.inputs["decoder_attention_mask" if self.is_encoder_decoder else "attention_mask"]
 
     def _placed(self, values: Sequence[Tensor], batch: Batch) -> Tensor:
-        """One number per response token -> `[B, S]` float32, 0 elsewhere.
+        """Places one number per response token in a `[B, S]` float32 tensor of zeros.
 
-        A decoder's start token is given, not sampled: its number goes nowhere.
+        The number of an encoder-decoder's start token is dropped, since that token is given, not predicted.
         """
         attention = self._attention(batch)
         given = [1] * len(values) if self.is_encoder_decoder else [len(q) for q in batch.queries]
@@ -132,7 +133,7 @@ class PPOMethods(BaseTrainer):
         return place_on_columns(sampled, columns, attention[:, 1:].float())
 
     def _rollout(self, batch: Batch) -> Rollout:
-        """The batch as the functions of this library know it; its mask follows from lengths."""
+        """Converts the batch to a `Rollout`; its mask comes from the lengths."""
         attention = self._attention(batch).bool()
         lengths = [len(r) for r in batch.responses]
         if not self.is_encoder_decoder:
@@ -161,14 +162,14 @@ class PPOMethods(BaseTrainer):
         model_inputs: Mapping[str, Tensor],
         return_logits: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Evaluates a model on a batch, `config.mini_batch_size` sequences at a time; gradients flow.
+        """Evaluates a model on a batch, `config.mini_batch_size` sequences at a time. Differentiable.
 
         Args:
-            model: with a value head.
+            model: model with a value head.
             queries: `B` 1-D tensors.
             responses: `B` 1-D tensors.
-            model_inputs: as from `prepare_model_inputs`, padded on either side.
-            return_logits: also return the logits, which take `B · S · V` numbers.
+            model_inputs: output of `prepare_model_inputs`, padded on either side.
+            return_logits: also return the logits, which hold `B · S · V` numbers.
 
         Returns:
             logprobs [B, S]; logits [B, S, V], divided by the temperature, or None; values [B, S]; masks [B, S] int64,
@@ -195,21 +196,21 @@ class PPOMethods(BaseTrainer):
         kl: Tensor | None = None,
         token_rewards: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Rewards per token: the score on the last response token, minus the KL penalty on each.
+        """Per-token rewards: the score on the last response token, minus the KL penalty on every token.
 
         Args:
             scores: `B` scores.
-            logprobs: `[B, S]` of the policy.
-            ref_logprobs: `[B, S]` of the reference.
-            masks: `[B, S]`, not 0 where a response token is predicted.
-            kl: `[B, S]` KL of each token; `config.kl_penalty`'s estimate if None.
-            token_rewards: `[B, S]`, added.
+            logprobs: `[B, S]` log-probabilities under the policy.
+            ref_logprobs: `[B, S]` log-probabilities under the reference.
+            masks: `[B, S]`, non-zero where a response token is predicted.
+            kl: `[B, S]` per-token KL; estimated according to `config.kl_penalty` if None.
+            token_rewards: `[B, S]` rewards to add.
 
         Returns:
-            `[B, S]` rewards, and `[B, S]` their part that is not score; 0 off the mask.
+            Rewards `[B, S]` and their non-score part `[B, S]`; both 0 off the mask.
 
         Raises:
-            ValueError: if the exact KL is configured and not given.
+            ValueError: if `config.kl_penalty` is "full" and `kl` is not given.
         """
         if kl is None:
             if self.config.kl_penalty == "full":
@@ -259,20 +260,20 @@ class PPOMethods(BaseTrainer):
         logprobs: Tensor,
         mask: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """PPO's loss of one minibatch, advantages and their whitening included.
+        """PPO loss of one minibatch; computes and whitens the advantages itself.
 
         Args:
-            old_logprobs: `[B, S]` before the update.
-            values: `[B, S]` before the update.
-            rewards: `[B, S]`.
-            logits: `[B, S, V]`, for the entropy alone.
-            vpreds: `[B, S]` values now.
-            logprobs: `[B, S]` now.
-            mask: `[B, S]`, not 0 where a response token is predicted.
+            old_logprobs: `[B, S]` log-probabilities before the update.
+            values: `[B, S]` values before the update.
+            rewards: `[B, S]` per-token rewards.
+            logits: `[B, S, V]` current logits, used only for the entropy.
+            vpreds: `[B, S]` current values.
+            logprobs: `[B, S]` current log-probabilities.
+            mask: `[B, S]`, non-zero where a response token is predicted.
 
         Returns:
-            The policy loss and vf_coef · the value loss, means over this process's tokens (scalars with gradients), and
-            statistics by name, their numbers over all processes.
+            The policy loss and `vf_coef` times the value loss, as differentiable scalars averaged over this process's
+            tokens, and statistics by name, whose scalars cover all processes.
         """
         counted = mask.bool()
         advantages, returns = gae(
@@ -316,16 +317,17 @@ class PPOMethods(BaseTrainer):
         vpreds: Tensor,
         mask: Tensor,
     ) -> dict[str, Tensor]:
-        """One optimizer step on a minibatch whose forward pass has been made; arguments as for `loss`.
+        """Takes one optimizer step on a minibatch after its forward pass. Arguments as for `loss`.
 
-        The gradient is that of all processes' tokens together, divided as `config.loss_denominator` says. A method of your
-        own in its place that calls `backward` itself gets the mean over processes of their gradients.
+        The gradient is that of the loss over the tokens of all processes, normalised according to
+        `config.loss_denominator`. An override that calls `backward` itself gets the per-process gradients averaged over
+        processes instead.
 
         Returns:
-            The statistics of `loss`, `grad_norm` and the seconds of the optimizer step.
+            The statistics of `loss`, plus `grad_norm`, `skipped_updates` and the seconds of the optimizer step.
 
         Raises:
-            RuntimeError: if `step` was given sampler_logprobs, and a `loss` of your own leaves them out.
+            RuntimeError: if `step` was given `sampler_logprobs` and an overridden `loss` ignores them.
         """
         policy_loss, value_loss, stats = self.loss(old_logprobs, values, rewards, logits, vpreds, logprobs, mask)
         self._check_weighted()
@@ -342,24 +344,24 @@ class PPOMethods(BaseTrainer):
         }
 
     def _summed(self, mean: Tensor, logprobs: Tensor, vpreds: Tensor, counted: Tensor) -> Tensor:
-        """This process's part of the loss of all processes: `mean` over its counted tokens becomes sum / all that count.
+        """Rescales a mean over this process's tokens to its share of the mean over the tokens of all processes.
 
         Args:
-            mean: scalar.
-            logprobs: `[B, S]`, and with `vpreds` what every weight's gradient goes through.
+            mean: scalar loss, averaged over this process's counted tokens.
+            logprobs: `[B, S]`; together with `vpreds` it connects every weight to the backward pass.
             vpreds: `[B, S]`.
-            counted: `[B, S]` bool.
+            counted: `[B, S]` bool, the tokens that count.
         """
         local_tokens = counted.sum().float()
         all_tokens = None if self._minibatch is None else self._minibatch.batch_tokens
         if all_tokens is None:
             all_tokens = self._reduce(local_tokens)
-        if local_tokens == 0:  # a mean over nothing may be NaN, and every process has to take part in the backward pass
+        if local_tokens == 0:  # the mean may be NaN, yet every process must take part in the backward pass
             return masked_sum(logprobs, counted) + masked_sum(vpreds, counted)
         return mean * (local_tokens / all_tokens.clamp(min=1))
 
     def _weights(self, counted: Tensor) -> Tensor | None:
-        """`[B, S]` importance weights of the minibatch that `step` is at; None if there are none."""
+        """Importance weights `[B, S]` of the current minibatch, or None."""
         if self._minibatch is None or self._minibatch.weights is None:
             return None
         if self._minibatch.weights.shape != counted.shape:
@@ -378,7 +380,10 @@ class PPOMethods(BaseTrainer):
             )
 
     def _optimize_by_methods(self, experience: ActorCritic, batch: Batch) -> dict[str, Tensor]:
-        """The update through this object's public methods, for a subclass that overrides them: more memory, no trimming."""
+        """Runs the update through the public methods, for subclasses that override them.
+
+        Needs more memory than the default path and does not trim padding.
+        """
         try:
             return _stacked(self._history_by_methods(experience, batch))
         finally:
@@ -419,10 +424,10 @@ class PPOMethods(BaseTrainer):
         return history
 
     def _pooled(self, stats: dict[str, Tensor], counted: Tensor) -> dict[str, Tensor]:
-        """Numbers that are means over this process's counted tokens [B, S] become those over the tokens of all."""
+        """Turns scalars averaged over this process's counted tokens [B, S] into averages over all processes' tokens."""
         if not self.is_distributed:
             return stats
-        # An array may hold a single number, on one process.
+        # Select by dimension, not size: an array may happen to hold a single number on one process.
         names = [name for name, value in stats.items() if value.dim() == 0]
         tokens = counted.sum().double()
         values = torch.stack([stats[name].to(tokens) for name in names] + [torch.ones_like(tokens)])
@@ -430,24 +435,24 @@ class PPOMethods(BaseTrainer):
         return stats | dict(zip(names, sums[:-1] / sums[-1], strict=True))
 
     def _stops_early(self, policy_kl: float) -> bool:
-        """Whether the policy has moved too far for more passes over this batch."""
+        """Whether early stopping ends the passes over this batch."""
         return self.config.early_stopping and policy_kl > 1.5 * float(self.config.target_kl or 0)
 
     # Statistics ------------------------------------------------------------------------------------------------------
 
     def _reduce(self, tensor: Tensor) -> Tensor:
-        """Sums over processes."""
+        """Sums a tensor over processes."""
         return sum_over_processes(self.accelerator, tensor)
 
     def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
-        """The statistics of a step.
+        """Computes the statistics of a step. Every process must call this.
 
         Args:
-            kl_coef: weight of the KL in this step's rewards.
+            kl_coef: KL coefficient used in this step's rewards.
             **data: scores, logprobs, ref_logprobs, non_score_reward, masks [B, S], queries, responses, train_stats.
 
         Returns:
-            Numbers of all processes together, and arrays of this one. Every process must call this.
+            Statistics by name: scalars cover all processes, arrays only this one.
         """
         scores = data["scores"]
         return step_statistics(
@@ -464,7 +469,7 @@ class PPOMethods(BaseTrainer):
         )
 
     def gather_stats(self, stats: dict[str, Any]) -> dict[str, Any]:
-        """Averages scalars over processes, such as your own in `record_step_stats`; arrays stay those of this process."""
+        """Averages scalar tensors over processes, such as those you add in `record_step_stats`; arrays stay local."""
         if not self.is_distributed:
             return stats
         names = [k for k, v in stats.items() if isinstance(v, Tensor) and v.dim() == 0]
@@ -479,16 +484,16 @@ class PPOMethods(BaseTrainer):
         rewards: Sequence[Tensor] | Tensor,
         columns_to_log: Sequence[str] = ("query", "response"),
     ) -> None:
-        """Sends statistics, the scores' moments and a table of completions to the tracker, on the main process.
+        """Logs statistics, score moments and a table of completions to the tracker, on the main process.
 
-        Where `rewards` are the scores that `step` was last given, `env/reward_*` are of the scores of all processes. The
-        table shows those of the main process.
+        If `rewards` are the scores passed to the last `step`, `env/reward_*` cover all processes. The table shows only
+        the main process's completions.
 
         Args:
-            stats: as from `step`.
-            batch: texts by column name, at least those of `columns_to_log`; else a warning, and no table.
+            stats: statistics returned by `step`.
+            batch: texts by column name. If a column of `columns_to_log` is missing, warns and logs no table.
             rewards: `B` scores.
-            columns_to_log: what the table shows beside the score.
+            columns_to_log: columns shown in the table next to the score.
         """
         if not self.accelerator.is_main_process:
             return
@@ -507,9 +512,9 @@ class PPOMethods(BaseTrainer):
         self.accelerator.log(logs, step=self.current_step)
 
     def _of_all_processes(self, scores: Tensor) -> Tensor:
-        """`[n · B]` scores of all processes, of which `scores` [B] are this one's, as `step` has gathered them.
+        """Scores of all processes `[n · B]`, given this process's `scores` [B], as gathered by `step`.
 
-        Gathering them here would wait for ever where a script calls `log_stats` on the main process alone.
+        Gathering here would hang if a script calls `log_stats` only on the main process.
         """
         if not self.is_distributed:
             return scores
@@ -523,7 +528,7 @@ class PPOMethods(BaseTrainer):
 
 
 def _stacked(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """As `stack_updates`, of dicts of tensors."""
+    """Like `stack_updates`, for dicts of tensors."""
     stacked = {}
     for name in history[0]:
         column = [stats[name] for stats in history]

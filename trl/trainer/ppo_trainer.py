@@ -82,51 +82,52 @@ from trl.types import ActorCritic, Evaluation, Rollout, Tally
 
 logger = logging.getLogger(__name__)
 _UNKNOWN = object()
-# Settings that processes may have each their own of: names, and the seed of a loop that deals with it.
+# Settings that may differ between processes: names, and the seed of a loop of the user's own.
 _MAY_DIFFER = ("seed", "task_name", "model_name", "tracker_project_name")
-# Of `prepare_model_inputs`: what passes read, and what collators for language models add.
+# Keys that `prepare_model_inputs` may return: those that forward passes read, and what language-model collators add.
 _INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A batch between the two halves of `step`: evaluated, and not yet learnt from."""
+    """An evaluated batch: what `prepare` returns and `learn` takes."""
 
     batch: Batch
-    scores: list[Tensor]  # B, as they came
+    scores: list[Tensor]  # B raw scores, as given to `step`
     experience: ActorCritic
-    entropy: Tensor | None  # [B, S] of the policy before the update
+    entropy: Tensor | None  # [B, S] policy entropy before the update
     non_score_reward: Tensor  # [B, S]
-    score_moments: Moments  # this batch's scores included
-    counted: list[bool]  # B: which samples have not been left out
+    score_moments: Moments  # running moments, including this batch's scores
+    counted: list[bool]  # B: False where an all-zero response mask excludes the sample
     rows: int  # samples that count, over all processes
-    kl: Tensor  # [B] to the reference, before the update
+    kl: Tensor  # [B] KL to the reference before the update
     timing: dict[str, float]  # seconds by statistics key
-    seconds: float  # in all
+    seconds: float  # total time of `prepare`
 
 
 class PPOTrainer(PPOMethods):
-    """Trains a language model with a value head by proximal policy optimisation.
+    """Trains a language model with a value head using proximal policy optimisation (PPO).
 
-    The algorithm is that of Ziegler et al. 2019 (arXiv:1909.08593): PPO (Schulman et al. 2017, arXiv:1707.06347) on
-    scores of whole responses, minus a penalty for drifting away from a reference model.
+    Follows Ziegler et al. 2019 (arXiv:1909.08593): PPO (Schulman et al. 2017, arXiv:1707.06347) on one score per
+    response, minus a KL penalty that keeps the policy close to a reference model.
 
     Args:
-        config: the settings. It stays live: what is changed on it counts from the next call on, but for what a trainer is
-            made of (seed, trackers, accelerator, dtype, memory, compile), of which a warning tells.
-        model: the policy with its value head; for a PEFT model only the adapter and the head are trained.
-        ref_model: the frozen reference. If None: the same model with its adapter off for a PEFT model that starts at
-            its base, else a frozen copy of `model`.
-        tokenizer: of the model. Without a pad token, eos pads: padding is masked by lengths.
-        dataset: prompts, batched by `self.dataloader`; optional.
-        optimizer: Adam at `config.learning_rate` if None.
-        data_collator: makes a batch of a list of `dataset`'s examples.
-        num_shared_layers: layers that policy and reference share, frozen in both.
-        lr_scheduler: stepped once per call of `step`, without an argument.
+        config: settings. Changes to it apply from the next call, except for what the trainer is built from (seed,
+            trackers, accelerator, dtype, memory, compile); changing those has no effect and warns.
+        model: policy with a value head. For a PEFT model, only the adapter and the value head are trained.
+        ref_model: frozen reference model. If None: for a PEFT model whose adapter starts at zero, the model with the
+            adapter disabled; otherwise a frozen copy of `model`.
+        tokenizer: the model's tokenizer. Without a pad token, eos is used for padding; this is safe because masks come
+            from lengths.
+        dataset: optional prompts, batched by `self.dataloader`.
+        optimizer: defaults to Adam at `config.learning_rate`.
+        data_collator: turns a list of examples from `dataset` into a batch.
+        num_shared_layers: number of layers shared by policy and reference, frozen in both.
+        lr_scheduler: learning-rate scheduler, stepped once per call to `step`, without arguments.
 
     Raises:
-        ValueError: if an argument is of the wrong type, the settings of two processes differ (beside seed and names), `optimizer`
-            holds none of the model's trained parameters, or `lr_scheduler` needs a number at each step.
+        ValueError: if an argument has the wrong type, if settings other than seed and names differ between processes, if
+            `optimizer` holds none of the model's trainable parameters, or if `lr_scheduler` needs a metric at each step.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class PPOTrainer(PPOMethods):
             model, optimizer, loader, lr_scheduler
         )
         self._optimizer_made_with = group_settings(inner(self.optimizer))
-        self._left_out = dict(unheld(self.optimizer, self.model))  # their owner knows of them
+        self._left_out = dict(unheld(self.optimizer, self.model))  # known to the caller, so no warning
         self.compute = Compute(self.model, config.dtype, self.accelerator)
         if reference is not None:
             self.compute.adopt_reference(reference, model)
@@ -236,10 +237,10 @@ class PPOTrainer(PPOMethods):
         self._steps_done = 0
         self.guards = UpdateGuards()
         self.last_experience: ActorCritic | None = None
-        """What the last call of `step` learnt from: rewards, values and advantages per token, as they were before it."""
+        """Experience of the last `step`: per-token rewards, values and advantages from before its update."""
         self.fingerprints = Fingerprints()
         self._warned_sampling: set[tuple[str, ...]] = set()
-        self._obstacle: Any = _UNKNOWN  # what keeps our own decoding loop from driving the model: text, or None
+        self._obstacle: Any = _UNKNOWN  # why our own decoding loop cannot run this model, or None
         self._reasons: set[str] = set()
         self._recall = Recall()
 
@@ -253,25 +254,26 @@ class PPOTrainer(PPOMethods):
         return_prompt: bool = True,
         **generation_kwargs: Any,
     ) -> Tensor | list[Tensor]:
-        """Samples responses: with our own decoding loop, or with `transformers`' generate where that cannot do it.
+        """Samples responses with trl's own decoding loop, falling back to transformers' `generate` where needed.
 
-        One random number is drawn for each token, from a generator that torch's global one seeds: `set_seed` gives the
-        same responses again, whatever the batch size is.
+        Each token uses one random number from a generator seeded by torch's global one, so `set_seed` reproduces the
+        responses whatever the batch size.
 
         Args:
             query_tensor: one query [Q], or a list of them.
-            length_sampler: draws `max_new_tokens`, once for each `batch_size` queries.
-            batch_size: queries that are sampled together; more, where that takes little memory.
-            return_prompt: put the query before the response (decoders).
-            **generation_kwargs: for `generate`. Those that reshape the distribution are named in a warning.
+            length_sampler: draws `max_new_tokens`, once per `batch_size` queries.
+            batch_size: queries sampled together; our own loop may take more where memory allows.
+            return_prompt: prepend the query to the response (decoder-only models).
+            **generation_kwargs: arguments of transformers' `generate`. Those that change the sampling distribution
+                trigger a warning.
 
         Returns:
-            `[1, R]` for one query, else a list of 1-D responses. A sampled stop token stays at the end; an
+            `[1, R]` for a single query, else a list of 1-D responses. A sampled stop token is kept; an
             encoder-decoder's response begins with the decoder's start token.
 
         Raises:
-            ValueError: if a query is not a 1-D tensor of the model's token ids, if query and response may not fit into the
-                model's context, or if the arguments do not ask for one response per query.
+            ValueError: if a query is not a 1-D tensor of valid token ids, if query and response might not fit into the
+                model's context, or if the arguments do not ask for exactly one response per query.
         """
         queries = [query_tensor] if isinstance(query_tensor, Tensor) else query_tensor
         check_lists(None, query_tensor=queries)
@@ -300,7 +302,7 @@ class PPOTrainer(PPOMethods):
                 is_encoder_decoder=self.is_encoder_decoder,
             )
         self._warn_of_reshaped_sampling(model.generation_config, kwargs)
-        lengths = {} if length_sampler is None else {"max_new_tokens": 1}  # the sampler's own numbers count
+        lengths = {} if length_sampler is None else {"max_new_tokens": 1}  # overridden by the sampler's limits
         asked = self._own_sampling(model, kwargs | lengths)
         sampled: Sampled | None = None
         by_transformers = isinstance(asked, str) or limits is None
@@ -337,16 +339,16 @@ class PPOTrainer(PPOMethods):
         return responses[0].unsqueeze(0) if isinstance(query_tensor, Tensor) else responses
 
     def _can_recall(self, model: PreTrainedModelWrapper, sampling: Sampling, kwargs: Mapping[str, Any]) -> bool:
-        """Whether what is sampled so is to be remembered: log-probabilities are those that a scoring pass would give."""
+        """Whether to cache this sampling's log-probabilities: enabled, and equal to those of a scoring pass."""
         plain = not sampling.greedy and not unseen_by_scoring(model.generation_config, kwargs, self.config.temperature)
         return self.config.score_while_sampling and plain
 
     def _state_of(self, model: PreTrainedModelWrapper) -> State:
-        """What log-probabilities and values are a function of, besides their tokens."""
+        """Cache key of the policy: everything besides the tokens that log-probabilities and values depend on."""
         return float(self.config.temperature), state_of(model)
 
     def _recalled(self, batch: Batch) -> Evaluation | None:
-        """What was computed about the responses while they were sampled; None if not of all, on every process."""
+        """Log-probabilities and values cached by `generate`; None unless every process has them for its whole batch."""
         if not self.config.score_while_sampling:
             return None
         model = self.accelerator.unwrap_model(self.model)
@@ -360,7 +362,7 @@ class PPOTrainer(PPOMethods):
                     "not sample from the policy's plain distribution since its weights changed last"
                 )
             return None
-        # A decoder's start token is given, not sampled.
+        # The decoder's start token was not sampled, so it has no log-probability or value.
         start = [v.new_zeros(1) for v in found[0]] if self.is_encoder_decoder else None
         placed = [
             self._placed(part if start is None else [torch.cat(pair) for pair in zip(start, part, strict=True)], batch)
@@ -369,7 +371,7 @@ class PPOTrainer(PPOMethods):
         return Evaluation(logprobs=placed[0], values=placed[1], entropy=None)
 
     def _own_sampling(self, model: PreTrainedModelWrapper, kwargs: Mapping[str, Any]) -> Any:
-        """What our own loop is to draw from, or why it is not used: logged once for each reason."""
+        """Sampling settings for our own loop, or the reason (a string, logged once) why it cannot be used."""
         asked = own_sampling(model.generation_config, kwargs)
         if self._obstacle is _UNKNOWN:
             with eval_mode(model):
@@ -381,13 +383,16 @@ class PPOTrainer(PPOMethods):
         return reason or asked
 
     def _sampling_generator(self) -> torch.Generator:
-        """A generator for one call: seeded by torch's global one, and another on each process."""
+        """Fresh generator for one call, seeded from torch's global one and the process rank."""
         seed = int(torch.randint(2**62, (), dtype=torch.int64))
         return torch.Generator().manual_seed(seed + self.accelerator.process_index)
 
     @contextmanager
     def _ranks_apart(self, by_transformers: bool) -> Iterator[None]:
-        """transformers' generate draws from torch's global generator, which is seeded alike on every process."""
+        """Gives each rank its own random numbers in transformers' `generate`.
+
+        It draws from torch's global generator, which has the same seed on every process.
+        """
         rank = self.accelerator.process_index
         if rank == 0 or not by_transformers:
             yield
@@ -408,26 +413,28 @@ class PPOTrainer(PPOMethods):
         token_rewards: list[Tensor] | None = None,
         sampler_logprobs: list[Tensor] | None = None,
     ) -> dict[str, Any]:
-        """Learns from one batch: evaluates policy and reference, makes advantages, optimises `ppo_epochs` times.
+        """Runs one PPO step: evaluates policy and reference, computes advantages, optimises for `ppo_epochs` epochs.
 
         Args:
             queries: `batch_size` 1-D tensors of token ids.
-            responses: `batch_size` 1-D tensors of at least one token; for an encoder-decoder, of the decoder's start
-                token and at least one more.
-            scores: `batch_size` tensors of one number each.
-            response_masks: per response, 1 where a token is the policy's own and 0 where it came from elsewhere (a
-                tool's output): those are context and are not trained on. All 0: the sample is left out, of the update, of
-                every moment and of every statistic but the lengths. Given on every process or on none.
-            token_rewards: per response, a reward for each token, on top of the score.
-            sampler_logprobs: per response, log p of each token under the distribution that it was sampled from, if
-                that was another than the policy's: its loss is weighted by min(π_old / π_sampler, importance_cap).
+            responses: `batch_size` 1-D tensors of at least one token; for an encoder-decoder, the decoder's start token
+                and at least one more.
+            scores: `batch_size` single-element tensors.
+            response_masks: one mask per response: 1 for tokens generated by the policy, 0 for tokens from elsewhere,
+                such as tool output, which serve as context but are not trained on. An all-zero mask excludes the sample
+                from the update, the running moments and all statistics except the lengths. Pass it on every process or
+                on none.
+            token_rewards: one tensor per response with a reward for each token, added to the score.
+            sampler_logprobs: one tensor per response with the log-probability of each token under the distribution that
+                sampled it, if that was not the policy. The policy loss is then weighted by
+                min(π_old / π_sampler, importance_cap).
 
         Returns:
             Statistics by name: floats, and arrays for distributions (docs/ppo.md lists them).
 
         Raises:
-            ValueError: naming what is wrong with an argument; nothing has been changed then.
-            NonFiniteError: after `config.max_skipped_updates` optimizer steps in a row that were not finite.
+            ValueError: if an argument is invalid; nothing has been changed.
+            NonFiniteError: after `config.max_skipped_updates` consecutive non-finite optimizer steps.
         """
         return self.learn(self.prepare(queries, responses, scores, response_masks, token_rewards, sampler_logprobs))
 
@@ -440,9 +447,9 @@ class PPOTrainer(PPOMethods):
         token_rewards: list[Tensor] | None = None,
         sampler_logprobs: list[Tensor] | None = None,
     ) -> Prepared:
-        """The first half of `step`: evaluates policy and reference and makes advantages, and changes nothing.
+        """First half of `step`: evaluates policy and reference and computes advantages, without updating anything.
 
-        Arguments and errors are those of `step`. What `learn` is not given is a batch that was not learnt from.
+        Takes the arguments of `step` and raises the same errors. To skip a batch, do not pass the result to `learn`.
         """
         self.config.validate()
         self.kl_ctl = self._live_settings.follow(self.config, self.optimizer, self.kl_ctl)
@@ -485,7 +492,7 @@ class PPOTrainer(PPOMethods):
         )
 
     def learn(self, prepared: Prepared) -> dict[str, Any]:
-        """The second half of `step`: optimises on a batch that `prepare` made, and returns the statistics of the step."""
+        """Second half of `step`: optimises on a batch from `prepare` and returns the step's statistics."""
         with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache), whole_gradients(self.accelerator):
             started = time.perf_counter()
             batch, experience, timing = prepared.batch, prepared.experience, dict(prepared.timing)
@@ -525,13 +532,15 @@ class PPOTrainer(PPOMethods):
             return stats | timing | memory_statistics(self.current_device)
 
     def _evaluate(self, rollout: Rollout, batch: Batch) -> tuple[Rollout, Evaluation, Tensor, Tensor | None]:
-        """What the policy and, as logprobs [B, S], the reference say before the update; and their exact KL [B, S].
+        """Evaluates policy and reference before the update.
 
-        First comes the rollout, with what frozen layers make of it.
+        Returns:
+            The rollout, with cached states of the frozen layers where these apply; the policy's evaluation; the
+            reference's logprobs [B, S]; and the exact KL [B, S] for `kl_penalty="full"`, else None.
         """
         size, temperature = int(self.config.mini_batch_size or 1), self.config.temperature
         overridden = self._is_overridden("batched_forward_pass")
-        theirs: list[Tensor] = []  # masks of a subclass's own forward passes, the policy's first
+        theirs: list[Tensor] = []  # masks returned by an overridden batched_forward_pass, the policy's first
         if not overridden and (unread := sorted(set(batch.inputs) - _INPUTS)):
             raise ValueError(
                 f"prepare_model_inputs returned {', '.join(unread)}, which passes do not read: override batched_forward_pass as "
@@ -550,7 +559,7 @@ class PPOTrainer(PPOMethods):
             )
 
         exact = None
-        # Where a subclass has the update go through its own methods, passes use the weights as they are held, here and there.
+        # If the update runs through overridden methods, evaluation uses the weights as stored, as the update does.
         own_way = self._is_overridden("loss", "train_minibatch", "batched_forward_pass")
         recalled = None if overridden or own_way else self._recalled(batch)
         passes = nullcontext() if own_way else self.compute.fresh_passes()
@@ -568,12 +577,15 @@ class PPOTrainer(PPOMethods):
                 with self.accelerator.autocast():
                     exact = exact_kl_of(self.model, self._reference, common, batch_size=size, temperature=temperature)
         if theirs:
-            foreign = self._rollout(batch).mask & ~rollout.mask  # by response_masks
+            foreign = self._rollout(batch).mask & ~rollout.mask  # masked out by response_masks
             rollout = replace(rollout, mask=theirs[0] & ~foreign)
         return rollout, old, ref_logprobs, exact
 
     def reference_kl(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
-        """`[B]`: the sum over each response's tokens of log p - log p_ref, in nats; takes what `step` takes, and changes nothing."""
+        """KL to the reference, `[B]`: log p - log p_ref in nats, summed over each response's tokens.
+
+        Takes queries and responses as `step` does and updates nothing.
+        """
         local = [[t.to(self.current_device) for t in tokens] for tokens in (queries, responses)]
         batch = Batch(local[0], local[1], self.prepare_model_inputs(local[0], local[1]))
         rollout, old, ref_logprobs, _ = self._evaluate(self._rollout(batch), batch)
@@ -588,9 +600,10 @@ class PPOTrainer(PPOMethods):
         responses: list[Tensor],
         per_token: Mapping[str, Tensor],
     ) -> tuple[ActorCritic, Tensor, Moments]:
-        """Scores become rewards, rewards advantages.
+        """Turns scores into rewards and rewards into advantages.
 
-        Also returns the part of the rewards [B, S] that is not score, and the scores' running moments with this batch.
+        Returns:
+            The experience, the non-score part of the rewards [B, S], and the score moments including this batch.
         """
         assert old.values is not None
         config = self.config
@@ -632,7 +645,7 @@ class PPOTrainer(PPOMethods):
         experience: ActorCritic,
         batch: Batch,
     ) -> dict[str, Tensor]:
-        """Updates the policy; returns its statistics, a row per optimizer step."""
+        """Updates the policy; returns the training statistics, one row per optimizer step."""
         config = self.config
         alone = config.samples_per_update == 1 < len(experience) and not self.is_distributed
         if alone and int(experience.rollout.mask.sum(dim=1).max()) == 1:
@@ -663,13 +676,13 @@ class PPOTrainer(PPOMethods):
     # What a step needs to know ---------------------------------------------------------------------------------------
 
     def _is_overridden(self, *names: str) -> bool:
-        """Whether a subclass, or this very object, has its own."""
+        """Whether a subclass or this instance overrides any of these methods."""
         return any(name in vars(self) or getattr(type(self), name) is not getattr(PPOMethods, name) for name in names)
 
     def _make_reference(
         self, model: PreTrainedModelWrapper, ref_model: Any, num_shared_layers: int | None
     ) -> PreTrainedModelWrapper | None:
-        """The model whose logprobs anchor the KL; None where that is `model` with its adapter off."""
+        """Reference model for the KL; None if it is `model` with its adapter disabled."""
         if ref_model is not None:
             if not isinstance(ref_model, PreTrainedModelWrapper):
                 raise ValueError(
@@ -703,7 +716,7 @@ class PPOTrainer(PPOMethods):
         return nullcontext(self.ref_model)
 
     def _stop_tokens(self) -> tuple[int, ...]:
-        """Every token that ends a response."""
+        """Tokens that end a response: `config.stop_token_ids`, or those of the model and tokenizer."""
         if self.config.stop_token_ids is not None:
             return tuple(self.config.stop_token_ids)
         model = self.accelerator.unwrap_model(self.model)
@@ -715,14 +728,14 @@ class PPOTrainer(PPOMethods):
     def _step_safety_checker(
         self, batch_size: int | None, queries: list[Tensor], responses: list[Tensor], scores: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Checks what `step` was given, and puts it on the model's device.
+        """Validates the arguments of `step` and moves them to the model's device.
 
         Raises:
-            ValueError: naming the argument, its value and what is expected.
+            ValueError: if an argument is invalid; the message names it, its value and what is expected.
         """
         check_lists(batch_size, queries=queries, responses=responses, scores=scores)
         reads, writes = vocabulary_sizes(self.model)
-        context = context_length(self.model)  # of the decoder
+        context = context_length(self.model)  # for an encoder-decoder, the decoder's
         check_tokens("queries", queries, vocabulary=reads)
         check_tokens("responses", responses, vocabulary=writes, least=2 if self.is_encoder_decoder else 1)
         if self.is_encoder_decoder:
@@ -753,15 +766,15 @@ class PPOTrainer(PPOMethods):
                 check_per_token(name, values, responses)
         check_logprobs(sampler_logprobs or [])
         for i, mask in enumerate(response_masks or []):
-            # A mask of zeros leaves the sample out; a token that is not predicted is none to train on.
+            # All zeros excludes the sample; but a mask that keeps only the start token leaves nothing to train on.
             if mask.any() and not mask[int(self.is_encoder_decoder) :].any():
                 raise ValueError(f"response_masks[{i}] leaves the decoder's start token alone, which is not trained on")
 
     def _rows_that_count(self, counted: Sequence[bool], anything_masked: bool) -> int:
-        """How many samples count, over all processes.
+        """Number of samples that count, over all processes.
 
         Raises:
-            ValueError: if none does.
+            ValueError: if none counts.
         """
         if not anything_masked:
             return len(counted) * self.accelerator.num_processes
@@ -777,7 +790,7 @@ class PPOTrainer(PPOMethods):
         response_masks: list[Tensor] | None,
         sampler_logprobs: list[Tensor] | None,
     ) -> Rollout:
-        """The rollout with foreign tokens off its mask, and with what the sampler saw."""
+        """Applies `response_masks` to the rollout's mask and attaches `sampler_logprobs`."""
         if response_masks is not None:
             own = self._placed([m != 0 for m in response_masks], batch)
             rollout = replace(rollout, mask=rollout.mask & own.bool())
@@ -787,7 +800,7 @@ class PPOTrainer(PPOMethods):
         return rollout
 
     def _extra_stats(self, experience: ActorCritic, entropy: Tensor | None) -> dict[str, Tensor]:
-        """Statistics that TRL 0.4.6 did not have, of all processes together; `entropy` [B, S] before the update."""
+        """Statistics beyond those of TRL 0.4.6, over all processes; `entropy` is [B, S], before the update."""
         stats, mask, seen = {}, experience.rollout.mask, experience.rollout.sampler_logprobs
         if entropy is not None:
             total = Tally(masked_sum(entropy, mask), mask.any(dim=1).sum())
@@ -810,7 +823,7 @@ class PPOTrainer(PPOMethods):
             )
 
     def _warn_of_unheld(self) -> None:
-        """Says which parameters came to be trained after the optimizer was made."""
+        """Warns about parameters that became trainable after the optimizer was built."""
         now = unheld(self.optimizer, self.model)
         if new := [name for name, p in now.items() if self._left_out.get(name) is not p]:
             warnings.warn(
@@ -825,7 +838,7 @@ class PPOTrainer(PPOMethods):
         if not kwargs:
             return
         if self._compared % int(self.config.compare_steps or 1) == 0:
-            # In float64: a sum of scores that float32 holds can be more than it holds.
+            # float64, since the sum of finite float32 scores may overflow float32.
             total = torch.tensor([sum(map(float, scores)), len(scores)], dtype=torch.float64)
             mean = float(pooled_mean(Tally(*total.to(self.current_device)), self._reduce))
             if mean > self._highest_score:
@@ -859,43 +872,46 @@ class PPOTrainer(PPOMethods):
         trackers: Sequence[Tracker] = (),
         progress: bool | None = None,
     ) -> TrainResult:
-        """Samples, scores and learns until the run is done; keeps records and checkpoints of it in a folder.
+        """Runs the full training loop (sample, score, learn), keeping records and checkpoints in a run folder.
 
-        Every step takes `config.batch_size` prompts on each process. docs/runs.md says what is in the folder and what
-        survives what.
+        Each step takes `config.batch_size` prompts per process. docs/runs.md describes the folder and which failures a
+        run survives.
 
         Args:
-            prompts: anything that `trl.data.load_prompts` takes.
-            reward: anything that `trl.rewards.as_reward` takes. A sample without a score is left out of the update.
-            steps: of the whole run, those before a resumption included.
-            episodes: samples over all processes, in place of `steps`; rounded up to whole steps.
-            run_dir: the folder of the run; None writes nothing.
-            resume: "auto": go on with the run in `run_dir`, or begin one; True: it must be there; False: it must not. A run
-                with records whose checkpoints were removed is refused.
-            generation: for `generate`; by default up to 64 new tokens of the distribution that the update scores.
-            length_sampler: draws the most new tokens, as for `generate`.
-            eval_prompts: held-out prompts, sampled and scored as the others with the same random numbers each time.
-            eval_every: steps between two evaluations; by default 20 of them in a run. The last step is always evaluated.
-            save_every: steps between two checkpoints. None: as often as costs less than 1% of the time, at the latest after
-                half an hour, after an evaluation that is the best so far; the last step is always saved.
-            keep_last: checkpoints that are kept.
-            keep_best: keep the best one, too: by `eval/score_mean`, or without `eval_prompts` by `score/mean`.
-            on_spike: of KL or loss: "warn"; "skip" the batch, which works for the KL, known before the update; "rollback" to
-                the newest checkpoint of `save_every` (by default 20 in a run) and go on with the next prompts; None.
-            spike: what a spike is.
-            max_skipped_updates: optimizer steps in a row that may be not finite; `config.max_skipped_updates` goes first.
-            on_disk_error: "stop", or "go_on": what could not be written is written later.
+            prompts: anything `trl.data.load_prompts` accepts.
+            reward: anything `trl.rewards.as_reward` accepts. Samples without a score are excluded from the update.
+            steps: total steps of the run, including those before a resumption.
+            episodes: total samples over all processes, as an alternative to `steps`; rounded up to whole steps.
+            run_dir: run folder; None writes nothing.
+            resume: "auto" resumes the run in `run_dir` or starts a new one; True requires an existing run; False
+                requires that there is none. A run whose checkpoints were deleted cannot be resumed.
+            generation: arguments of `generate`. By default, up to 64 new tokens from the distribution that the update
+                scores.
+            length_sampler: draws `max_new_tokens`, as in `generate`.
+            eval_prompts: held-out prompts, sampled and scored like the others, with the same random numbers each time.
+            eval_every: steps between evaluations; by default 20 evaluations per run. The last step is always evaluated.
+            save_every: steps between checkpoints. None saves as often as keeps the cost below 1% of the run time, at
+                least every half hour, and after each new best evaluation. The last step is always saved.
+            keep_last: number of recent checkpoints to keep.
+            keep_best: also keep the best checkpoint, by `eval/score_mean`, or by `score/mean` without `eval_prompts`.
+            on_spike: response to a spike in KL or loss. "warn" logs it; "skip" skips the batch (KL only, which is known
+                before the update); "rollback" returns to the newest checkpoint due by `save_every` (by default 20 per
+                run) and continues with the next prompts; None ignores it.
+            spike: thresholds that define a spike.
+            max_skipped_updates: consecutive non-finite optimizer steps before the run fails;
+                `config.max_skipped_updates`, if set, takes precedence.
+            on_disk_error: "stop" ends the run; "go_on" retries failed writes later.
             callbacks: see `trl.protocols.Callback`.
-            trackers: see `trl.protocols.Tracker`; one that fails or hangs costs its rows and nothing else.
-            progress: None: a bar on a terminal (with rich), else plain lines; False: nothing.
+            trackers: see `trl.protocols.Tracker`. A tracker that fails or hangs loses its rows but never stops the run.
+            progress: None shows a bar on a terminal (with rich) and plain lines elsewhere; False shows nothing.
 
         Raises:
-            ValueError: if an argument is wrong, or the run in `run_dir` is another one.
+            ValueError: if an argument is invalid, or `run_dir` holds a different run.
             CheckpointError: if no checkpoint can be read, or one cannot be written.
             OSError: if a record cannot be written.
-            NonFiniteError: after `max_skipped_updates`.
-            SpikeError: if spikes go on through three batches that were skipped or rolled back.
-            KeyboardInterrupt: on SIGINT, when the step has been finished and saved; a second one raises at once.
+            NonFiniteError: after `max_skipped_updates` consecutive non-finite optimizer steps.
+            SpikeError: if spikes persist after three consecutive batches were skipped or rolled back.
+            KeyboardInterrupt: on SIGINT, after the current step is finished and saved; a second SIGINT raises at once.
             SystemExit: on SIGTERM, likewise, with status 143.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
@@ -909,7 +925,7 @@ class PPOTrainer(PPOMethods):
     # State -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What PPO itself carries from step to step, beside model, optimizer and scheduler."""
+        """State that PPO carries between steps, apart from model, optimizer and scheduler."""
         return {
             "kl_ctl": self.kl_ctl.state_dict(),
             "score_moments": asdict(self.score_moments),
@@ -923,7 +939,7 @@ class PPOTrainer(PPOMethods):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` returned."""
+        """Restores the state returned by `state_dict`."""
         self.kl_ctl.load_state_dict(state["kl_ctl"])
         self.score_moments = Moments(**state["score_moments"])
         self._generator.set_state(state["minibatch_order"])
@@ -942,34 +958,35 @@ class PPOTrainer(PPOMethods):
         keep_last: int = 2,
         metric: float | None = None,
     ) -> Path:
-        """Writes everything that the rest of the run depends on, between two calls of `step`. Every process calls this.
+        """Saves everything needed to resume training. Call it on every process, between two calls to `step`.
 
         Args:
-            folder: of this run's checkpoints; every process must see the same one.
-            extra: JSON of your own, such as a position in the data; `load_checkpoint` returns it in `.state["extra"]`.
-            keep_last: checkpoints to keep, beside the one with the highest metric.
-            metric: how good this one is.
+            folder: checkpoint folder of this run; must be shared by all processes.
+            extra: your own JSON-serialisable data, such as a position in the dataset; `load_checkpoint` returns it in
+                `.state["extra"]`.
+            keep_last: number of recent checkpoints to keep, besides the one with the highest metric.
+            metric: quality of this checkpoint; higher is better.
 
         Returns:
-            The new checkpoint's folder.
+            Path of the new checkpoint.
 
         Raises:
-            CheckpointError: if it could not be written; the one before is still there.
+            CheckpointError: if the checkpoint could not be written; the previous one is intact.
         """
         return save_training(self, folder, step=self._steps_done, extra=extra, keep_last=keep_last, metric=metric)
 
     def load_checkpoint(self, folder: str | Path) -> Checkpoint | None:
-        """Takes up the newest checkpoint of a folder that is whole. Every process calls this, before anything else.
+        """Restores the newest intact checkpoint in a folder. Call it on every process, before anything else.
 
-        On the same machine with the same libraries and settings, what follows is what would have followed without the
-        interruption, bit for bit in float32 on a CPU (docs/runs.md states it exactly).
+        On the same machine with the same libraries and settings, training continues exactly as it would have without
+        the interruption: bit for bit in float32 on a CPU (docs/runs.md gives the exact guarantee).
 
         Returns:
-            None, with nothing changed, if nothing was ever saved there.
+            The checkpoint, or None, with nothing changed, if the folder holds no checkpoint.
 
         Raises:
-            ValueError: if the checkpoint is of another run: each difference is named, and nothing was changed.
-            CheckpointError: if there are checkpoints, and none can be read.
+            ValueError: if the checkpoint belongs to a different run; each difference is named and nothing is changed.
+            CheckpointError: if there are checkpoints but none can be read.
         """
         return load_training(self, folder)
 

@@ -1,4 +1,4 @@
-"""What sampling computed about the tokens that it drew, kept for the step that learns from them."""
+"""Cache of the log-probabilities and values computed during sampling, so that `step` need not recompute them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Responses that are remembered; the oldest are forgotten first.
+# Maximum number of cached responses; the oldest are evicted first.
 _MOST = 2**14
 
-# Of a checksum: numbers of 8 bytes that are looked at together, and an odd factor without a pattern (2 ** 64 over the golden
-# ratio).
+# Checksum parameters: chunk size in 8-byte words, and an odd multiplier with well-mixed bits (2 ** 64 / golden ratio).
 _AT_ONCE = 2**18
 _FACTOR = -7046029254386353131
 
@@ -22,7 +21,7 @@ State = tuple[float | str, ...]
 
 
 class Recall:
-    """Log-probabilities and values of sampled responses, as long as what they are a function of stays as it is."""
+    """Cache of log-probabilities and values of sampled responses, valid for a single model state."""
 
     def __init__(self) -> None:
         self._found: dict[bytes, tuple[Tensor, Tensor]] = {}
@@ -36,7 +35,7 @@ class Recall:
         logprobs: Sequence[Tensor],
         values: Sequence[Tensor],
     ) -> None:
-        """Remembers a number of each kind for every token of every response, and forgets those of another state."""
+        """Caches per-token log-probabilities and values of responses, clearing the cache if the state changed."""
         if state != self._state:
             self.forget()
             self._state = state
@@ -48,7 +47,7 @@ class Recall:
     def find(
         self, state: State, queries: Sequence[Tensor], responses: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Log-probabilities and values of all of these responses in this state; None if one of them is not remembered."""
+        """Cached log-probabilities and values of these responses; None if any is missing or the state has changed."""
         if state != self._state:
             return None
         found = [self._found.get(_key(q, r)) for q, r in zip(queries, responses, strict=True)]
@@ -56,23 +55,23 @@ class Recall:
         return ([n[0] for n in known], [n[1] for n in known]) if len(known) == len(found) else None
 
     def forget(self) -> None:
-        """Of the weights that an update is about to change."""
+        """Clears the cache; called before an update changes the weights."""
         self._found.clear()
 
 
 def state_of(model: nn.Module) -> str:
-    """A digest of what a forward pass in evaluation mode is a function of, besides its inputs.
+    """Digest of everything that an evaluation-mode forward pass depends on besides its inputs.
 
-    All of the weights and buffers are read: no count of changes sees what is written through `.data`, by fused optimizers or
-    by other code's kernels. Attributes of modules and of their configurations count where they are numbers, text, tensors or
-    containers of them; other objects, such as hooks, by their identity.
+    Reads all weights and buffers, because version counters miss writes through `.data`, by fused optimizers or by
+    third-party kernels. Attributes of modules and their configurations are included by value if they are numbers, text,
+    tensors or containers of these; other objects, such as hooks, by identity.
     """
     sums: list[Tensor] = []
     seen: set[int] = set()
 
     def described(value: Any) -> Any:
         if isinstance(value, Tensor):
-            if hasattr(type(value), "__tensor_flatten__"):  # quantised or sharded: of several tensors
+            if hasattr(type(value), "__tensor_flatten__"):  # quantised or sharded: made of several tensors
                 return [described(getattr(value, name)) for name in value.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
             if value.device.type != "meta":
                 sums.append(_checksum(value))
@@ -101,7 +100,7 @@ def state_of(model: nn.Module) -> str:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """`[]` int64 of a tensor's bits, on its device: changes with any number, and where numbers change places."""
+    """Scalar int64 checksum of a tensor's bits, on its device; sensitive to every element and to their order."""
     flat = tensor.detach().contiguous().view(-1)
     if flat.data_ptr() % 8:
         flat = flat.clone()
@@ -110,7 +109,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     factors = torch.arange(1, min(_AT_ONCE, len(bits)) + 1, device=bits.device).mul_(_FACTOR)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for part in (*bits[:whole].view(torch.int64).split(_AT_ONCE), bits[whole:].long()):
-        # Products are known modulo 2 ** 64, which would lose the highest bits, two signs for example: they go into low ones first.
+        # Fold high bits into low ones first: products modulo 2 ** 64 would lose them, such as a pair of sign bits.
         mixed = (part >> 32).bitwise_xor_(part).mul_(factors[: len(part)])
         total = total * 31 + mixed.sum()
     return total

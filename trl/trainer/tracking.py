@@ -1,4 +1,4 @@
-"""The trackers that `PPOConfig.log_with` names: whether they are installed, and the settings that they are told."""
+"""Checks the trackers named in `PPOConfig.log_with` and prepares the settings they record."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from trl.trainer.ppo_config import PPOConfig
 
 
 def check_trackers(config: PPOConfig) -> None:
-    """Refuses a tracker that accelerate would leave out with a warning, before anything is started.
+    """Rejects up front a tracker that accelerate would merely skip with a warning.
 
     Raises:
-        ImportError: if the package of a tracker is not installed.
-        ValueError: if accelerate knows no tracker of that name, or it needs a folder and has none.
+        ImportError: if a tracker's package is not installed.
+        ValueError: if accelerate does not support the tracker, or it needs a logging folder and none is set.
     """
     given = config.log_with
     names = [str(getattr(t, "value", t)) for t in _as_list(given) if not isinstance(t, GeneralTracker)]
@@ -43,6 +43,6 @@ def _as_list(given: Any) -> list[Any]:
 
 
 def settings_to_track(config: PPOConfig) -> dict[str, Any]:
-    """The settings as trackers take them: numbers and texts by name, nested ones under `outer/inner`, without secrets."""
+    """Settings for trackers: numbers and strings by name, flattened as `outer/inner`, with secrets redacted."""
     settings = {**vars(config), "total_ppo_epochs": config.total_ppo_epochs}
     return {k: v for k, v in flatten_dict(plain(settings)).items() if isinstance(v, int | float | str)}
