@@ -68,7 +68,7 @@ slow: $(READY)  ## tests of ten seconds and more
 	$(PY) -m pytest -m slow -q $(ARGS)
 
 faults: $(READY)  ## runs that are killed, starved and corrupted: the full set, with a table at its end
-	$(PY) -m pytest -m 'slow or not slow' -q tests/faults $(ARGS)
+	$(PY) -m pytest -m 'slow or not slow' -q -o faulthandler_timeout=1800 tests/faults $(ARGS)
 
 real: $(READY)  ## tests on real models and reviews (scripts/fetch_assets.py)
 	$(PY) -m pytest -m real -q $(ARGS)

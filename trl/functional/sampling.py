@@ -78,8 +78,8 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         uniforms: `[B]` float64 in [0, 1).
 
     Returns:
-        `[B]` int64 words, and `[B]` their log-probabilities under softmax(logits), in the dtype of the logits: NaN where the
-        logits of a row are no distribution.
+        `[B]` int64 tokens, and `[B]` their log-probabilities under softmax(logits) in the logits' dtype: NaN for a row whose
+        logits are not finite.
     """
     rows, words = logits.shape
     largest = logits.amax(dim=-1, keepdim=True)

@@ -76,7 +76,7 @@ def _tried(model: Any) -> _Trial:
 
 
 def _counts_from_elsewhere(model: Any, words: Tensor) -> str | None:
-    """How a pass differs from one that is given no positions; None if it does not, as it does in RoBERTa's kin."""
+    """Describes how explicit positions change the logits, as in the RoBERTa family; None if they do not."""
     if not accepts(model, "position_ids") or is_encoder_decoder(model):
         return None
     inputs = forward_inputs(model, words[None], torch.ones_like(words[None]).bool())

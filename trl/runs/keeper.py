@@ -332,7 +332,7 @@ class Keeper:
             return
         self._dumps += 1
         name = f"step-{step:08d}-process-{rank}-{skipped.in_a_row}.safetensors"
-        text = f"an optimizer step of step {step} was skipped, the {skipped.in_a_row}. in a row; gradient norm {skipped.grad_norm}"
+        text = f"step {step}: optimizer step skipped ({skipped.in_a_row} in a row), gradient norm {skipped.grad_norm}"
         if skipped.experience is not None:
             try:
                 files.make_folder(self.path / "dumps")

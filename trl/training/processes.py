@@ -91,7 +91,7 @@ def share_bytes(accelerator: Any, data: bytes) -> list[bytes]:
 
 
 def check_same(accelerator: Any, settings: Mapping[str, Any]) -> None:
-    """Refuses settings, JSON by name, that are not the same on every process. Every process must call this.
+    """Rejects settings (JSON by name) that differ between processes. Every process must call this.
 
     Raises:
         ValueError: on every process, naming each difference.

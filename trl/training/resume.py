@@ -189,7 +189,7 @@ def _reference(trainer: RunState) -> dict[str, str] | None:
 
 
 def _identity(trainer: RunState) -> dict[str, Any]:
-    """What tells one run from another."""
+    """Settings and environment to compare between a checkpoint and a trainer."""
     return {
         "config": settings_of(trainer.config),
         "processes": trainer.accelerator.num_processes,
@@ -201,7 +201,7 @@ def _identity(trainer: RunState) -> dict[str, Any]:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """What can be compared between two runs, as JSON without secrets."""
+    """Comparable settings as JSON, with secrets redacted."""
     found = {}
     for name in (f.name for f in fields(config) if f.name not in _UNSAVED_SETTINGS):
         value = getattr(config, name)
@@ -321,7 +321,7 @@ def _shaped(kind_and_shape: tuple[str, tuple[int, ...]]) -> str:
 
 
 def _harmless_differences(trainer: RunState, checkpoint: Checkpoint) -> list[str]:
-    """What may differ, in words: settings are the user's, and other machines and libraries round differently.
+    """Remarks on differences that do not prevent resuming: changed settings, and hardware or library versions.
 
     Called after the optimizer was loaded: of learning rates, the optimizer's counts.
     """
