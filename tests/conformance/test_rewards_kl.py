@@ -215,7 +215,8 @@ def test_17_running_moments_are_the_same_on_every_rank() -> None:
         moments, shaped = Moments(), torch.empty(0)
         for scores in stream:
             part = scores.split(cuts)[i]
-            shaped, moments = shape_scores(part, torch.ones_like(part).bool(), moments, settings, reduce)
+            shaped, own = shape_scores(part, torch.ones_like(part).bool(), moments, settings, reduce)
+            moments += own
         return shaped, moments
 
     results = Ranks(3).run(rank)

@@ -161,6 +161,35 @@ def test_a_batch_that_is_prepared_and_not_learnt_from_changes_nothing(make_train
     assert all(torch.equal(weight, results[1][2][name]) for name, weight in results[0][2].items())
 
 
+def test_batches_that_are_learnt_later_count_as_if_alone(make_trainer: Any, make_batch: Any) -> None:
+    """Prepared one after another and learnt in another order, each keeps the coefficient and the scores it came with."""
+    trainer = make_trainer(use_score_scaling=True, horizon=20)
+    batches = [make_batch(seed=seed) for seed in (1, 2)]
+    coefficient = trainer.kl_ctl.value
+    prepared = [trainer.prepare(*batch) for batch in batches]
+    stats = [trainer.learn(one) for one in reversed(prepared)]
+    assert trainer.kl_ctl.value != coefficient
+    assert [s["objective/kl_coef"] for s in stats] == [coefficient] * 2
+    scores = np.array([float(score) for batch in batches for score in batch[2]])
+    moments = trainer.score_moments
+    assert_close([moments.count, moments.mean, moments.std], [len(scores), scores.mean(), scores.std(ddof=1)])
+
+
+def test_settings_changed_between_prepare_and_learn_count(make_trainer: Any, make_batch: Any) -> None:
+    trainer = make_trainer()
+    prepared = trainer.prepare(*make_batch())
+    before = weights_of(trainer)
+    trainer.config.temperature = 0.5  # old log-probabilities at 1 and new ones at 0.5 would make a ratio
+    with pytest.raises(ValueError, match="temperature=0.5 was 1.0 when the batch was prepared"):
+        trainer.learn(prepared)
+    trainer.config.temperature, trainer.config.learning_rate = 1.0, 0.0
+    assert trainer.learn(prepared)["ppo/learning_rate"] == 0.0
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
+    trainer.config.mini_batch_size = 3
+    with pytest.raises(ValueError, match="batch_size=4 is not a multiple of mini_batch_size=3"):
+        trainer.learn(prepared)
+
+
 def test_train_refuses_a_step_that_it_would_not_call(make_trainer: Any) -> None:
     class Own(PPOTrainer):
         def step(self, *args: Any, **kwargs: Any) -> Any:

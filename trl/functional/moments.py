@@ -25,9 +25,20 @@ class Moments:
         var = self.squares / (self.count - 1) if self.count > 1 else 0.0
         return var**0.5 if var > 0 else 1.0
 
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of the values of both (parallel algorithm of Chan et al. 1979)."""
+        if other.count == 0:
+            return self
+        delta, count = other.mean - self.mean, self.count + other.count
+        return Moments(
+            mean=self.mean + delta * other.count / count,
+            squares=self.squares + other.squares + delta**2 * self.count * other.count / count,
+            count=count,
+        )
+
 
 def update_moments(moments: Moments, values: Tensor, reduce: Callable[[Tensor], Tensor] = identity) -> Moments:
-    """Merges `values` into the running moments (parallel algorithm of Chan et al. 1979).
+    """Merges `values` into the running moments.
 
     Args:
         moments: moments so far.
@@ -40,10 +51,4 @@ def update_moments(moments: Moments, values: Tensor, reduce: Callable[[Tensor], 
     if n == 0:
         return moments
     mean = float(totals[0]) / n
-    squares = float(reduce(((values - mean) ** 2).sum()))
-    delta, count = mean - moments.mean, moments.count + n
-    return Moments(
-        mean=moments.mean + delta * n / count,
-        squares=moments.squares + squares + delta**2 * moments.count * n / count,
-        count=count,
-    )
+    return moments + Moments(mean=mean, squares=float(reduce(((values - mean) ** 2).sum())), count=n)

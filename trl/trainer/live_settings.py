@@ -50,7 +50,7 @@ class LiveSettings:
             reason = " (the given optimizer or scheduler rules it)" if "learning_rate" in late else ""
             warnings.warn(
                 f"changing {', '.join(late)}{reason} on the configuration after the trainer was made has no effect",
-                stacklevel=3,
+                stacklevel=4,
             )
         if "learning_rate" in changed and self._rate_is_ours:
             for group in optimizer.param_groups:

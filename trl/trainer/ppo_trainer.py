@@ -97,7 +97,9 @@ class Prepared:
     experience: ActorCritic
     entropy: Tensor | None  # [B, S] policy entropy before the update
     non_score_reward: Tensor  # [B, S]
-    score_moments: Moments  # running moments, including this batch's scores
+    score_moments: Moments  # of this batch's scores alone
+    kl_coef: float  # KL coefficient in the rewards
+    temperature: float  # of the log-probabilities
     counted: list[bool]  # B: False where an all-zero response mask excludes the sample
     rows: int  # samples that count, over all processes
     kl: Tensor  # [B] KL to the reference before the update
@@ -451,11 +453,7 @@ class PPOTrainer(PPOMethods):
 
         Takes the arguments of `step` and raises the same errors. To skip a batch, do not pass the result to `learn`.
         """
-        self.config.validate()
-        self.kl_ctl = self._live_settings.follow(self.config, self.optimizer, self.kl_ctl)
-        self._warn_of_unheld()
-        if self.is_peft_model:
-            check_adapters_on(self.model)
+        self._begin_call()
         started = time.perf_counter()
         timing: dict[str, float] = {}
         queries, responses, scores = self._step_safety_checker(
@@ -474,6 +472,7 @@ class PPOTrainer(PPOMethods):
             per_token = {} if exact_kl is None else {"kl": exact_kl}
             if token_rewards is not None:
                 per_token["token_rewards"] = self._placed(token_rewards, batch)
+            kl_coef = self.kl_ctl.value
             experience, non_score_reward, moments = self._experience(
                 rollout, old, ref_logprobs, scores, responses, per_token
             )
@@ -484,6 +483,8 @@ class PPOTrainer(PPOMethods):
             entropy=old.entropy,
             non_score_reward=non_score_reward,
             score_moments=moments,
+            kl_coef=kl_coef,
+            temperature=self.config.temperature,
             counted=counted,
             rows=rows,
             kl=masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1),
@@ -492,12 +493,25 @@ class PPOTrainer(PPOMethods):
         )
 
     def learn(self, prepared: Prepared) -> dict[str, Any]:
-        """Second half of `step`: optimises on a batch from `prepare` and returns the step's statistics."""
+        """Second half of `step`: optimises on a batch from `prepare` and returns the step's statistics.
+
+        Batches may be learnt later and in any order: rewards and advantages stay those of `prepare`.
+
+        Raises:
+            ValueError: if a setting is invalid, or `config.temperature` is not that of `prepare`.
+            NonFiniteError: as `step`.
+        """
+        self._begin_call()
+        if prepared.temperature != self.config.temperature:
+            raise ValueError(
+                f"temperature={self.config.temperature} was {prepared.temperature} when the batch was prepared, and so are its "
+                "log-probabilities: prepare it again"
+            )
         with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache), whole_gradients(self.accelerator):
             started = time.perf_counter()
             batch, experience, timing = prepared.batch, prepared.experience, dict(prepared.timing)
             self._push_if_best([score for score, keep in zip(prepared.scores, prepared.counted, strict=True) if keep])
-            self.score_moments = prepared.score_moments
+            self.score_moments += prepared.score_moments
             with _timed(timing, "time/ppo/optimize_step"):
                 self._recall.forget()
                 train_stats = self._optimize(experience, batch)
@@ -507,7 +521,7 @@ class PPOTrainer(PPOMethods):
             self.last_experience = replace(experience, rollout=rollout)
             with _timed(timing, "time/ppo/calc_stats"):
                 stats = self.record_step_stats(
-                    kl_coef=self.kl_ctl.value,
+                    kl_coef=prepared.kl_coef,
                     scores=prepared.scores,
                     logprobs=experience.old_logprobs,
                     ref_logprobs=experience.ref_logprobs,
@@ -530,6 +544,14 @@ class PPOTrainer(PPOMethods):
             self._steps_done += 1
             timing["time/ppo/total"] = prepared.seconds + time.perf_counter() - started
             return stats | timing | memory_statistics(self.current_device)
+
+    def _begin_call(self) -> None:
+        """Takes up changed settings, and checks that the model can be trained as it is now."""
+        self.config.validate()
+        self.kl_ctl = self._live_settings.follow(self.config, self.optimizer, self.kl_ctl)
+        self._warn_of_unheld()
+        if self.is_peft_model:
+            check_adapters_on(self.model)
 
     def _evaluate(self, rollout: Rollout, batch: Batch) -> tuple[Rollout, Evaluation, Tensor, Tensor | None]:
         """Evaluates policy and reference before the update.
@@ -603,7 +625,7 @@ class PPOTrainer(PPOMethods):
         """Turns scores into rewards and rewards into advantages.
 
         Returns:
-            The experience, the non-score part of the rewards [B, S], and the score moments including this batch.
+            The experience, the non-score part of the rewards [B, S], and the moments of this batch's scores alone.
         """
         assert old.values is not None
         config = self.config
@@ -829,7 +851,7 @@ class PPOTrainer(PPOMethods):
             warnings.warn(
                 f"{len(new)} parameters, such as {new[0]}, are to be trained since the trainer was made, but its optimizer does "
                 "not hold them: they stay as they are. Make a new trainer, or trainer.optimizer.add_param_group",
-                stacklevel=3,
+                stacklevel=4,
             )
         self._left_out = now
 

@@ -42,18 +42,21 @@ def shape_scores(
         counted: `[B]` bool, scores to include in the moments; all if None.
 
     Returns:
-        `[B]` shaped scores, and the moments, updated if `settings.scale` (the same on every process).
+        `[B]` shaped scores, and the moments of these scores alone, empty unless `settings.scale` (the same on every
+        process): add them to the running ones.
     """
+    own = Moments()
     if settings.missing_eos_penalty is not None:
         limits = torch.finfo(scores.dtype)  # an infinite score would permanently corrupt the moments
         penalised = (scores - settings.missing_eos_penalty).clamp(limits.min, limits.max)
         scores = torch.where(finished, scores, penalised)
     if settings.scale:
-        moments = update_moments(moments, scores if counted is None else scores[counted], reduce)
+        own = update_moments(own, scores if counted is None else scores[counted], reduce)
+        moments += own
         scores = (scores - moments.mean if settings.center else scores) / moments.std
     if settings.clip is not None:
         scores = scores.clamp(-settings.clip, settings.clip)
-    return scores, moments
+    return scores, own
 
 
 def ends_with(responses: Sequence[Tensor], stop_tokens: Sequence[int]) -> Tensor:
