@@ -495,7 +495,8 @@ class PPOTrainer(PPOMethods):
     def learn(self, prepared: Prepared) -> dict[str, Any]:
         """Second half of `step`: optimises on a batch from `prepare` and returns the step's statistics.
 
-        Batches may be learnt later and in any order: rewards and advantages stay those of `prepare`.
+        Batches may be learnt later and in any order: rewards and advantages stay those of `prepare`, except where an
+        overridden `loss` computes advantages of its own.
 
         Raises:
             ValueError: if a setting is invalid, or `config.temperature` is not that of `prepare`.
@@ -750,7 +751,7 @@ class PPOTrainer(PPOMethods):
     def _step_safety_checker(
         self, batch_size: int | None, queries: list[Tensor], responses: list[Tensor], scores: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Validates the arguments of `step` and moves them to the model's device.
+        """Validates the arguments of `step` and copies them to the model's device.
 
         Raises:
             ValueError: if an argument is invalid; the message names it, its value and what is expected.
@@ -768,8 +769,9 @@ class PPOTrainer(PPOMethods):
             lengths = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
             check_room(lengths, context, "query + response")
         flat = check_scores(scores)
-        device = self.current_device
-        return [q.to(device) for q in queries], [r.to(device) for r in responses], [s.to(device) for s in flat]
+        device = self.current_device  # copies: a prepared batch outlives buffers that the caller fills anew
+        q, r, s = ([tensor.to(device, copy=True) for tensor in given] for given in (queries, responses, flat))
+        return q, r, s
 
     def _check_extras(
         self,
