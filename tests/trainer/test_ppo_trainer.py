@@ -179,12 +179,37 @@ def test_batches_that_are_learnt_later_count_as_if_alone(make_trainer: Any, make
     assert_close([moments.count, moments.mean, moments.std], [len(scores), scores.mean(), scores.std(ddof=1)])
 
 
+def test_layers_that_were_frozen_at_prepare_alone_learn(make_trainer: Any, make_batch: Any) -> None:
+    """Passes begin above frozen layers, at the states that `prepare` found: those of other weights, or trained ones, won't do."""
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), summary_dropout_prob=0.0)
+    below = [model.pretrained_model.transformer.wte, model.pretrained_model.transformer.wpe]
+    below.append(model.pretrained_model.transformer.h[0])
+    for module in below:
+        module.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = make_trainer(model=model, optimizer=optimizer, ppo_epochs=1, mini_batch_size=4)
+    batch = make_batch()
+    prepared, kept = trainer.prepare(*batch), trainer.prepare(*batch)
+    with torch.no_grad():
+        below[-1].mlp.c_fc.weight.mul_(30)
+        now, _, _, mask = trainer.batched_forward_pass(
+            trainer.model, *batch[:2], trainer.prepare_model_inputs(*batch[:2])
+        )
+    drift = (kept.experience.old_logprobs - now)[mask.bool()].mean()
+    assert abs(drift) > 1e-3
+    assert_close(trainer.learn(prepared)["ppo/policy/policykl"], drift)
+    prepared, before = trainer.prepare(*batch), weights_of(trainer)
+    below[-1].requires_grad_(True)
+    trainer.learn(prepared)
+    assert not torch.equal(below[-1].mlp.c_fc.weight, before["pretrained_model.transformer.h.0.mlp.c_fc.weight"])
+
+
 def test_settings_changed_between_prepare_and_learn_count(make_trainer: Any, make_batch: Any) -> None:
     trainer = make_trainer()
     prepared = trainer.prepare(*make_batch())
     before = weights_of(trainer)
     trainer.config.temperature = 0.5  # old log-probabilities at 1 and new ones at 0.5 would make a ratio
-    with pytest.raises(ValueError, match="temperature=0.5 was 1.0 when the batch was prepared"):
+    with pytest.raises(ValueError, match=r"temperature=0\.5 was 1\.0 when the batch was prepared"):
         trainer.learn(prepared)
     trainer.config.temperature, trainer.config.learning_rate = 1.0, 0.0
     assert trainer.learn(prepared)["ppo/learning_rate"] == 0.0

@@ -100,6 +100,7 @@ class Prepared:
     score_moments: Moments  # of this batch's scores alone
     kl_coef: float  # KL coefficient in the rewards
     temperature: float  # of the log-probabilities
+    frozen: list[tuple[int, int]]  # identity and version of each frozen parameter, behind cached states of layers
     counted: list[bool]  # B: False where an all-zero response mask excludes the sample
     rows: int  # samples that count, over all processes
     kl: Tensor  # [B] KL to the reference before the update
@@ -485,6 +486,7 @@ class PPOTrainer(PPOMethods):
             score_moments=moments,
             kl_coef=kl_coef,
             temperature=self.config.temperature,
+            frozen=self._frozen_versions(),
             counted=counted,
             rows=rows,
             kl=masked_sum(old.logprobs - ref_logprobs, rollout.mask, dim=1),
@@ -511,14 +513,16 @@ class PPOTrainer(PPOMethods):
         with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache), whole_gradients(self.accelerator):
             started = time.perf_counter()
             batch, experience, timing = prepared.batch, prepared.experience, dict(prepared.timing)
+            rollout = experience.rollout
+            if isinstance(rollout, RolloutAboveFrozen):
+                rollout = rollout.without_states()
+            if prepared.frozen != self._frozen_versions():  # cached states of layers that have changed, or learn now
+                experience = replace(experience, rollout=rollout)
             self._push_if_best([score for score, keep in zip(prepared.scores, prepared.counted, strict=True) if keep])
             self.score_moments += prepared.score_moments
             with _timed(timing, "time/ppo/optimize_step"):
                 self._recall.forget()
                 train_stats = self._optimize(experience, batch)
-            rollout = experience.rollout
-            if isinstance(rollout, RolloutAboveFrozen):
-                rollout = rollout.without_states()
             self.last_experience = replace(experience, rollout=rollout)
             with _timed(timing, "time/ppo/calc_stats"):
                 stats = self.record_step_stats(
@@ -545,6 +549,9 @@ class PPOTrainer(PPOMethods):
             self._steps_done += 1
             timing["time/ppo/total"] = prepared.seconds + time.perf_counter() - started
             return stats | timing | memory_statistics(self.current_device)
+
+    def _frozen_versions(self) -> list[tuple[int, int]]:
+        return [(id(p), p._version) for p in self.model.parameters() if not p.requires_grad]
 
     def _begin_call(self) -> None:
         """Takes up changed settings, and checks that the model can be trained as it is now."""
