@@ -225,13 +225,15 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
+    from trl.kernels.products import processor
+
     name = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists():
         lines = [line.partition(":") for line in info.read_text().splitlines()]
         about = {key.strip(): value.strip() for key, _, value in lines}
         parts = (about.get("model name", name), *(f"{k} {about[k]}" for k in ("cpu family", "model") if k in about))
         name = ", ".join(parts)
-    able = [k for k, v in torch.cpu.get_capabilities().items() if v is True and k in ("amx_bf16", "avx512_bf16")]
+    able = [k for k, v in processor().items() if v is True and k in ("amx_bf16", "avx512_bf16")]
     return {
         "cpu": name,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trl.kernels import products
 from trl.kernels.allocator import keep_freed_memory
-from trl.kernels.products import can_be_packed, packed, packed_linear
+from trl.kernels.products import can_be_packed, packed, packed_linear, processor
 
 # Rows, columns that are read, columns that are made.
 SHAPES = [(16, 576, 1536), (64, 576, 1536), (224, 576, 1536), (16, 160, 640), (64, 160, 640), (768, 160, 640)]
@@ -66,9 +66,7 @@ def main() -> None:
     kinds = [kind for kind in (torch.float32, torch.bfloat16) if can_be_packed(torch.zeros(640, 160, dtype=kind))]
     with torch.no_grad():
         of_new_shapes = {kind: new_shapes(kind) for kind in kinds}
-    print(
-        f"{torch.cpu.get_capabilities().get('cpu_name')}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-    )
+    print(f"{processor().get('cpu_name')}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| dtype | rows | in | out | torch's, TFLOP/s | oneDNN | oneDNN, packed | packed is |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for dtype in (torch.float32, torch.bfloat16):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -177,4 +178,4 @@ def test_how_it_was_trained(make_trainer: Any, make_batch: Any, tmp_path: Path) 
     assert rows == {
         "learning_rate": "0.001", "batch_size": "4", "mini_batch_size": "2", "kl_penalty": "k3", "stop_token_ids": "[1, 2]",
     }  # fmt: skip
-    assert f"torch {torch.__version__}" in card
+    assert f"torch {importlib.metadata.version('torch')}" in card

@@ -159,7 +159,7 @@ def test_automatic_choice() -> None:
 
 @pytest.mark.parametrize(("flag", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_automatic_choice_of_a_large_model(flag: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": flag, "amx_bf16": False})
+    monkeypatch.setattr("trl.models.precision.has_bfloat16", lambda: flag)
     assert choose_dtype(torch.nn.Linear(3200, 3200), "auto")[0] == dtype
 
 

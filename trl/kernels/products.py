@@ -28,7 +28,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @cache
-def _processor() -> dict[str, Any]:
+def processor() -> dict[str, Any]:
     """Returns the CPU's name and instruction set flags; empty if torch does not report them."""
     return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
 
@@ -38,18 +38,19 @@ def _has_onednn() -> bool:
     """Whether torch has the oneDNN linear ops that its compiler uses, and the CPU has AVX2, which makes them fast."""
     names = ("_linear_pointwise", "_reorder_linear_weight")
     there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
-    return there and bool(_processor().get("avx2"))
+    return there and bool(processor().get("avx2"))
 
 
 @cache
-def _has_bfloat16() -> bool:
-    return bool(_processor().get("avx512_bf16") or _processor().get("amx_bf16"))
+def has_bfloat16() -> bool:
+    """Whether the CPU has bfloat16 instructions; False where torch does not report them (torch 2.10)."""
+    return bool(processor().get("avx512_bf16") or processor().get("amx_bf16"))
 
 
 @cache
 def _mkl_is_slow() -> bool:
     """Whether torch uses MKL for float32 products on an AMD processor, where it is slow."""
-    return torch.backends.mkl.is_available() and "AMD" in str(_processor().get("cpu_name"))
+    return torch.backends.mkl.is_available() and "AMD" in str(processor().get("cpu_name"))
 
 
 def can_be_packed(weight: Tensor) -> bool:
@@ -57,7 +58,7 @@ def can_be_packed(weight: Tensor) -> bool:
     if type(weight) not in _PLAIN or weight.device.type != "cpu" or min(weight.shape) < _LEAST_SIDE:
         return False
     fits = weight.dtype in (torch.float32, torch.bfloat16)
-    return fits and _has_onednn() and (weight.dtype == torch.float32 or _has_bfloat16())
+    return fits and _has_onednn() and (weight.dtype == torch.float32 or has_bfloat16())
 
 
 def packed(weight: Tensor, rows: int) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from trl.kernels.products import has_bfloat16
 from trl.models.adapters import stands_on_frozen_base
 from trl.models.trunk import base_language_model
 
@@ -235,8 +236,7 @@ def choose_dtype(model: nn.Module, wanted: ComputeDtype) -> tuple[torch.dtype, s
             (torch.bfloat16, "the GPU has bfloat16 units") if fast else (torch.float32, "the GPU has no bfloat16 units")
         )
     if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        if able.get("amx_bf16") or able.get("avx512_bf16"):
+        if has_bfloat16():
             return torch.bfloat16, "the CPU has bfloat16 instructions"
-        return torch.float32, "the CPU has no bfloat16 instructions"
+        return torch.float32, "the CPU has no bfloat16 instructions, or this torch does not report them"
     return torch.float32, f"bfloat16 on {device.type} is not chosen automatically"
