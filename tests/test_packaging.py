@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trl"
 MEBIBYTE = 1 << 20
 EXTRAS_RUN = ("peft", "datasets", "runs", "tensorboard")  # those that the suite installs
-PYTHONS_RUN = ("3.11",)
+PYTHONS_RUN = ("3.10", "3.11", "3.13")
 
 
 def shipped_files() -> set[str]:
