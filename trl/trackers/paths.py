@@ -47,6 +47,10 @@ def run_folder(name: str | Path, root: str | Path | None = None) -> Path:
 
 def _resolved(path: Path, shown: str) -> Path:
     try:
-        return path.resolve()
+        resolved = path.resolve()
     except (OSError, RuntimeError) as error:  # symbolic link loop, or path too long
         raise ValueError(f"run name {shown} cannot be resolved: {error}") from error
+    # From Python 3.13 on a loop raises nothing: it is left in the path as it is.
+    if any(part.is_symlink() for part in (resolved, *resolved.parents)):
+        raise ValueError(f"run name {shown} cannot be resolved: {resolved} holds a loop of symbolic links")
+    return resolved
