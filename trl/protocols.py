@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from trl.types import Experience, Loss, Sample, Scored
+from trl.types import Experience, Loss, Minibatch, Rollout, Sample, Scored
 
 C = TypeVar("C", bound=Experience, contravariant=True)
 
@@ -49,6 +49,22 @@ class LossFn(Protocol[C]):
     """The loss of one microbatch, as sums over its counted tokens."""
 
     def __call__(self, experience: C) -> Loss: ...
+
+
+class Algorithm(Protocol):
+    """A way to learn from scored rollouts: everything between sampling and the optimizer."""
+
+    def experience(self, rollout: Rollout, scored: Scored) -> Any:
+        """Evaluates the rollout and turns its scores into advantages: an `Experience`. Changes nothing."""
+        ...
+
+    def minibatches(self, experience: Any) -> Iterator[Minibatch[Any]]:
+        """Yields the data of one optimizer step after another."""
+        ...
+
+    def loss(self, experience: Any) -> Loss:
+        """The loss of one microbatch: a forward pass of the policy, and sums over the counted tokens."""
+        ...
 
 
 class Reduce(Protocol):

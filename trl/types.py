@@ -51,6 +51,32 @@ class Evaluation:
     logits: Tensor | None = None  # [B, S, V], only on request
 
 
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean, sum of squared deviations and count of all values seen so far."""
+
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared deviations from the mean
+    count: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation with Bessel's correction; 1 if fewer than two values were seen or all were equal."""
+        var = self.squares / (self.count - 1) if self.count > 1 else 0.0
+        return var**0.5 if var > 0 else 1.0
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of the values of both (parallel algorithm of Chan et al. 1979)."""
+        if other.count == 0:
+            return self
+        delta, count = other.mean - self.mean, self.count + other.count
+        return Moments(
+            mean=self.mean + delta * other.count / count,
+            squares=self.squares + other.squares + delta**2 * self.count * other.count / count,
+            count=count,
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
     """A rollout plus everything that every algorithm's update needs."""
@@ -60,9 +86,22 @@ class Experience:
     old_logprobs: Tensor  # [B, S] denominator of the probability ratio
     ref_logprobs: Tensor | None  # [B, S]; None if no reference was evaluated
     advantages: Tensor  # [B, S] raw; the update does any whitening
+    entropy: Tensor | None = None  # [B, S] of the policy before the update, in nats; None if unknown
 
     def __len__(self) -> int:
         return len(self.rollout)
+
+    @property
+    def counted(self) -> Tensor:
+        """`[B]` bool, False for a sequence without a counted token."""
+        return self.rollout.mask.any(dim=1)
+
+    @property
+    def kl(self) -> Tensor | None:
+        """`[B]` KL of each sequence to the reference, before the update: log p - log q, summed over counted tokens."""
+        if self.ref_logprobs is None:
+            return None
+        return (self.old_logprobs - self.ref_logprobs).masked_fill(~self.rollout.mask, 0).sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +110,9 @@ class ActorCritic(Experience):
 
     old_values: Tensor  # [B, S] critic values before the update
     rewards: Tensor  # [B, S] score on the last response token, minus kl_coef * kl
+    non_score_reward: Tensor  # [B, S] the rewards' KL penalty alone
     returns: Tensor  # [B, S] value targets
+    score_moments: Moments = field(default_factory=Moments)  # of this batch's scores, if scores are scaled
 
 
 E = TypeVar("E", bound=Experience)

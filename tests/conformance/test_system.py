@@ -592,6 +592,7 @@ def _experience(rows: slice = slice(None), shift: float = 0.0) -> ActorCritic:
         ref_logprobs=old.logprobs,
         old_values=old.values,
         rewards=torch.zeros(8, width),
+        non_score_reward=torch.zeros(8, width),
         advantages=torch.randn(8, width, generator=generator),
         returns=torch.randn(8, width, generator=generator),
     )

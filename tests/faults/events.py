@@ -177,11 +177,11 @@ def _count_model(events: Events) -> None:
 
 
 def _spoil_losses(events: Events) -> None:
-    from trl.algorithms import ppo
+    from trl.algorithms.ppo import ppo_loss
     from trl.types import Loss
 
     def spoilt(policy: Any, settings: Any) -> Any:
-        loss = ppo.ppo_loss(policy, settings)
+        loss = ppo_loss(policy, settings)
 
         def of(experience: Any) -> Any:
             order = events.asked("loss", "losses")
@@ -194,4 +194,4 @@ def _spoil_losses(events: Events) -> None:
 
         return of
 
-    patch("trl.trainer.ppo_trainer.ppo_loss", spoilt).start()
+    patch("trl.algorithms.ppo.ppo_loss", spoilt).start()

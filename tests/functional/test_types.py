@@ -18,7 +18,7 @@ def rollout(**changes: torch.Tensor | None) -> Rollout:
 
 def experience() -> ActorCritic:
     arrays = {name: torch.arange(15.0).view(3, 5) + 100 * i for i, name in enumerate(
-        ("old_logprobs", "ref_logprobs", "old_values", "rewards", "advantages", "returns"), start=1
+        ("old_logprobs", "ref_logprobs", "old_values", "rewards", "advantages", "returns", "non_score_reward"), start=1
     )}  # fmt: skip
     return ActorCritic(rollout=rollout(), scores=torch.tensor([1.0, 2.0, 3.0]), **arrays)
 

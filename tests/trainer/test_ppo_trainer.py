@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from tests.helpers import assert_close, tiny_gpt2, tiny_tokenizer
 from tests.trainer.conftest import weights_of
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
-from trl.trainer import ppo_trainer
+from trl.training import evaluator
 from trl.types import Rollout
 
 
@@ -249,19 +250,20 @@ def test_a_token_weighs_the_same_in_every_minibatch_of_a_batch(make_trainer: Any
         )
         seen: list[tuple[int, float]] = []
         from trl.algorithms import ppo
+        from trl.training import setup
 
         experience_of: list[Any] = []
-        original = ppo.take
+        original = setup.take
 
         def spy(batch: Any, rows: Any, columns: Any = None, original: Any = original, kept: Any = experience_of) -> Any:
             kept.append(batch)
             return original(batch, rows, columns)
 
-        ppo.take = spy  # type: ignore[assignment]
+        setup.take = spy  # type: ignore[assignment]
         try:
             trainer.step(queries, responses, scores)
         finally:
-            ppo.take = original
+            setup.take = original
         for minibatch in ppo.ppo_minibatches(
             experience_of[0], size=1, epochs=1, generator=torch.Generator().manual_seed(0), denominator=denominator
         ):
@@ -531,9 +533,11 @@ def test_the_best_model_is_that_of_all_processes(make_trainer: Any, monkeypatch:
     monkeypatch.setattr(
         trainer, "_reduce", lambda tensor: tensor + torch.tensor([30.0, 3.0])
     )  # another's sum and count
-    trainer._push_if_best([torch.tensor(2.0)])
+    of_this_process = SimpleNamespace(scores=torch.tensor([2.0, 9.0]), counted=torch.tensor([True, False]))
+    trainer._push_if_best(of_this_process)
     assert trainer._highest_score == 32 / 4
-    trainer._push_if_best([])  # all of this process's are left out
+    of_this_process.counted[0] = False  # all of this process's are left out
+    trainer._push_if_best(of_this_process)
     assert trainer._highest_score == 30 / 3
 
 
@@ -606,7 +610,7 @@ def test_frozen_layers_are_run_once_for_a_batch(
     found = []
     for once in (True, False):
         if not once:
-            monkeypatch.setattr(ppo_trainer, "with_frozen_states", lambda policy, rollout, **more: rollout)
+            monkeypatch.setattr(evaluator, "with_frozen_states", lambda policy, rollout, **more: rollout)
         model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), summary_dropout_prob=0.0)
         reference = create_reference_model(model, num_shared_layers=1)
         settings = {"batch_size": 4, "mini_batch_size": 2, "learning_rate": 1e-3, "dtype": dtype, "ppo_epochs": 3}

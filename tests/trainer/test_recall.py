@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.helpers import tiny_gpt2, tiny_llama
 from tests.models.lora import lora, stir
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from trl.trainer import ppo_trainer
 from trl.trainer.recall import Recall, state_of
+from trl.training import evaluator
 
 SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6}
 
@@ -21,13 +21,13 @@ SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6}
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of every scoring pass, whether it is one of the policy."""
     made: list[bool] = []
-    plain = ppo_trainer.evaluate_in_batches
+    plain = evaluator.evaluate_in_batches
 
     def score(*args: Any, **kwargs: Any) -> Any:
         made.append(kwargs["values"])
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(ppo_trainer, "evaluate_in_batches", score)
+    monkeypatch.setattr(evaluator, "evaluate_in_batches", score)
     return made
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tests.trainer.managed import HELD_OUT, PROMPTS, bits, events, fresh, recorded, run, words
 from tests.training.disks import Disk
 from trl import CheckpointError, NonFiniteError, SpikeError, SpikeSettings, TrainCallback
-from trl.algorithms import ppo
+from trl.algorithms.ppo import ppo_loss
 from trl.rewards import as_reward
 from trl.runs import keeper as keeper_module
 from trl.runs.keeper import Keeper
@@ -255,10 +255,10 @@ class Losses:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> None:
         self.count, self.factors = 0, factors
-        monkeypatch.setattr("trl.trainer.ppo_trainer.ppo_loss", self.loss)
+        monkeypatch.setattr("trl.algorithms.ppo.ppo_loss", self.loss)
 
     def loss(self, policy: Any, settings: Any) -> Any:
-        real = ppo.ppo_loss(policy, settings)
+        real = ppo_loss(policy, settings)
 
         def of(experience: Any) -> Any:
             self.count += 1
@@ -387,17 +387,20 @@ def test_a_batch_whose_kl_spikes_is_skipped_before_it_changes_anything(
 ) -> None:
     trainer = plain()
     ends: dict[int, Any] = {}
-    real = trainer._evaluate
+    real = trainer._evaluation
 
     class Watch(TrainCallback):
         def on_step(self, trainer: Any, step: int, row: Any) -> None:
             ends[step] = bits(trainer)
 
     def drifted(*arguments: Any) -> Any:
-        rollout, old, ref, exact = real(*arguments)
-        return rollout, old, (ref - 100.0 if len(ends) == 2 else ref), exact
+        def evaluate(rollout: Any) -> Any:
+            evaluated = real(*arguments)(rollout)
+            return replace(evaluated, ref_logprobs=evaluated.ref_logprobs - 100.0) if len(ends) == 2 else evaluated
 
-    monkeypatch.setattr(trainer, "_evaluate", drifted)
+        return evaluate
+
+    monkeypatch.setattr(trainer, "_evaluation", drifted)
     spike = SpikeSettings(kl=3.0, kl_floor=1.0, least=2, loss=None)
     run(trainer, run_dir=tmp_path / "run", steps=4, on_spike="skip", spike=spike, callbacks=[Watch()])
     rows = read_metrics(tmp_path / "run")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tests.training.runs import advance, begin, build, fingerprint
-from trl.algorithms import ppo
+from trl.algorithms.ppo import ppo_loss
 from trl.state.checkpoints import CheckpointError
 from trl.types import Experience, Loss
 
@@ -61,7 +61,7 @@ def troubles(rank: int, accumulation: int) -> dict[str, Any]:
     calls = iter(range(1000))
 
     def troubled(policy: Any, settings: Any) -> Any:
-        loss = ppo.ppo_loss(policy, settings)
+        loss = ppo_loss(policy, settings)
 
         def of(experience: Experience) -> Loss:
             found = loss(experience)  # the forward pass, in which processes meet as well
@@ -76,7 +76,7 @@ def troubles(rank: int, accumulation: int) -> dict[str, Any]:
     trainer = begin("full", gradient_accumulation_steps=accumulation)
     own_generators(rank)
     rows = []
-    with patch("trl.trainer.ppo_trainer.ppo_loss", troubled):
+    with patch("trl.algorithms.ppo.ppo_loss", troubled):
         rows += advance(trainer, 1)
     rows += advance(trainer, 1)
     return {

@@ -48,6 +48,7 @@ def minibatch(rows: int = 8) -> Minibatch:
         rollout=Rollout(tokens=tokens, attention=torch.ones(rows, 2).bool(), mask=ones.bool()),
         scores=torch.arange(1.0, rows + 1),
         old_logprobs=ones, ref_logprobs=ones, old_values=ones, rewards=ones, advantages=ones, returns=ones,
+        non_score_reward=ones,
     )  # fmt: skip
     return Minibatch(experience=experience, denominator=torch.tensor(float(rows)))
 
@@ -346,10 +347,10 @@ def test_r15_ranks_agree_on_the_microbatch() -> None:
 def test_r15_through_the_trainer_and_its_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: Any
 ) -> None:
-    from trl.algorithms import ppo
+    from trl.algorithms.ppo import ppo_loss
 
     def with_little_room(policy: nn.Module, settings: Any) -> Any:
-        loss = ppo.ppo_loss(policy, settings)
+        loss = ppo_loss(policy, settings)
 
         def limited(experience: ActorCritic) -> Loss:
             if len(experience) > 3:
@@ -361,7 +362,7 @@ def test_r15_through_the_trainer_and_its_checkpoint(
     plenty, tight = trainer(max_grad_norm=0.5), trainer(max_grad_norm=0.5)
     expected = [plenty.step(*batch(i)) for i in range(2)]
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr("trl.trainer.ppo_trainer.ppo_loss", with_little_room)
+        patch.setattr("trl.algorithms.ppo.ppo_loss", with_little_room)
         found = [tight.step(*batch(i)) for i in range(2)]
     assert caplog.text.count("out of memory with a microbatch") == 2  # 8, then 4
     for name in ("ppo/loss/total", "ppo/grad_norm", "objective/kl", "ppo/policy/entropy"):

@@ -1,20 +1,19 @@
-"""PPO: the loss and the minibatch schedule."""
+"""PPO: experience, minibatches and loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from trl.functional import importance_weights, masked_moments, masked_whiten, policy_loss, value_loss
+from trl.functional import Moments, gae, importance_weights, masked_moments, masked_whiten, policy_loss, value_loss
 from trl.models import evaluate
 from trl.protocols import LossFn, Reduce
-from trl.types import ActorCritic, Loss, Minibatch, Tally, identity, take
-
-Denominator = Literal["minibatch", "batch"]
+from trl.training.scores import ScoreSettings, ends_with, scores_of, shape_scores
+from trl.training.setup import Denominator, Setup, shuffled
+from trl.types import ActorCritic, Loss, Minibatch, Rollout, Scored, Tally, identity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +26,88 @@ class PPOSettings:
     dual_clip: float | None = None  # bounds the loss by -c · A where the advantage A is negative
     importance_cap: float = 2.0  # upper bound of the importance weights π_old / π_sampler
     temperature: float = 1.0  # sampling temperature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSettings:
+    """How scores become advantages."""
+
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # λ of generalised advantage estimation
+    whiten: bool = False  # scale rewards to unit variance, keeping their mean
+    scores: ScoreSettings = field(default_factory=ScoreSettings)
+    moments: Moments = field(default_factory=Moments)  # running moments of earlier scores
+    stops: Sequence[int] = ()  # tokens that end a response
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPO:
+    """Proximal policy optimisation (Schulman et al. 2017) on one score per response and a KL penalty.
+
+    `rewards` maps shaped scores `[B]`, the log-probabilities of policy and reference and the mask (int64), all `[B, S]`,
+    and the keywords `kl` and `token_rewards` to per-token rewards and their KL penalty, both `[B, S]`.
+    """
+
+    setup: Setup
+    rewards: Callable[..., tuple[Tensor, Tensor]]
+    shaping: RewardSettings = field(default_factory=RewardSettings)
+    settings: PPOSettings = field(default_factory=PPOSettings)
+
+    def experience(self, rollout: Rollout, scored: Scored) -> ActorCritic:
+        """Evaluates policy and reference, turns scores into rewards, and rewards into advantages."""
+        shaping, reduce = self.shaping, self.setup.reduce
+        rollout, scores, token_rewards = scores_of(rollout, scored)
+        evaluated = self.setup.evaluate(rollout)
+        rollout, policy, ref_logprobs = evaluated.rollout, evaluated.policy, evaluated.ref_logprobs
+        assert policy.values is not None and ref_logprobs is not None
+        shaped, moments = shape_scores(
+            scores.to(policy.logprobs),
+            ends_with(rollout, shaping.stops),
+            shaping.moments,
+            shaping.scores,
+            reduce,
+            rollout.mask.any(dim=1),
+        )
+        per_token = {"kl": evaluated.exact_kl, "token_rewards": token_rewards}
+        rewards, penalty = self.rewards(
+            shaped,
+            policy.logprobs,
+            ref_logprobs,
+            rollout.mask.long(),
+            **{name: given for name, given in per_token.items() if given is not None},
+        )
+        if shaping.whiten:
+            rewards = masked_whiten(rewards, rollout.mask, shift_mean=False, reduce=reduce)
+        advantages, returns = gae(rewards, policy.values, rollout.mask, gamma=shaping.gamma, lam=shaping.lam)
+        return ActorCritic(
+            rollout=rollout,
+            scores=scores,
+            old_logprobs=policy.logprobs,
+            ref_logprobs=ref_logprobs,
+            entropy=policy.entropy,
+            old_values=policy.values,
+            rewards=rewards,
+            non_score_reward=penalty,
+            advantages=advantages,
+            returns=returns,
+            score_moments=moments,
+        )
+
+    def minibatches(self, experience: ActorCritic) -> Iterator[Minibatch[ActorCritic]]:
+        """Shuffled minibatches with whitened advantages, for every epoch."""
+        setup = self.setup
+        return ppo_minibatches(
+            experience,
+            size=setup.size,
+            epochs=setup.epochs,
+            generator=setup.generator,
+            denominator=setup.denominator,
+            reduce=setup.reduce,
+        )
+
+    def loss(self, experience: ActorCritic) -> Loss:
+        """Policy and value loss of one microbatch."""
+        return ppo_loss(self.setup.policy, self.settings)(experience)
 
 
 def ppo_terms(
@@ -135,24 +216,21 @@ def ppo_minibatches(
     if all_tokens == 0:
         raise ValueError("no response token counts, on any process: there is nothing to learn from")
     mean_tokens, some_empty = all_tokens * size / count, bool(empty_rows > 0)
-    for _ in range(epochs):
-        order = torch.randperm(count, generator=generator).to(experience.scores.device)
-        for start in range(0, count, size):
-            part = take(experience, order[start : start + size])
-            mask = part.rollout.mask
-            own_tokens = mean_tokens if denominator == "batch" and not some_empty else reduce(mask.sum().float())
-            if some_empty and own_tokens == 0:
-                continue
-            tokens = mean_tokens if denominator == "batch" else own_tokens
-            white = masked_whiten(part.advantages, mask, reduce=reduce)
-            part = replace(part, advantages=white)
-            yield Minibatch(
-                experience=part,
-                denominator=tokens,
-                means=experience_statistics(
-                    advantages=white, returns=part.returns, values=part.old_values, mask=mask, reduce=reduce
-                ),
-            )
+    for part in shuffled(experience, size=size, epochs=epochs, generator=generator):
+        mask = part.rollout.mask
+        counted_tokens = mean_tokens if denominator == "batch" and not some_empty else reduce(mask.sum().float())
+        if some_empty and counted_tokens == 0:
+            continue
+        tokens = mean_tokens if denominator == "batch" else counted_tokens
+        white = masked_whiten(part.advantages, mask, reduce=reduce)
+        part = replace(part, advantages=white)
+        yield Minibatch(
+            experience=part,
+            denominator=tokens,
+            means=experience_statistics(
+                advantages=white, returns=part.returns, values=part.old_values, mask=mask, reduce=reduce
+            ),
+        )
 
 
 def experience_statistics(

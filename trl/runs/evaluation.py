@@ -30,8 +30,8 @@ def evaluate_prompts(
 
     Returns:
         Metrics, identical on every process. Over the prompts with a score: `eval/score_mean` and `eval/score_std`
-        (population standard deviation), NaN if no prompt has a score. Over all prompts: `eval/kl` (nats per response),
-        `eval/length` (tokens), `eval/finished` (fraction ended by a stop token or stop string) and `eval/excluded` (fraction without a
+        (population standard deviation), NaN if no prompt has a score. Over all prompts: `eval/kl` (nats per response;
+        NaN without a reference), `eval/length` (tokens), `eval/finished` (fraction ended by a stop token or stop string) and `eval/excluded` (fraction without a
         score).
     """
     size, world = int(trainer.config.batch_size), trainer.accelerator.num_processes
@@ -46,14 +46,10 @@ def evaluate_prompts(
             drawn = draw(trainer, [prompts[i % len(prompts)] for i in chunk], generation)
             scores = totals(judge(trainer, reward, drawn, f"evaluation/{start}"))
             lengths = [len(sample.completion_ids) for sample in drawn.samples]
-            found = zip(
-                scores,
-                trainer.reference_kl(drawn.queries, drawn.responses).tolist(),
-                lengths,
-                drawn.finished,
-                strict=True,
-            )
-            rows += [row for i, row in zip(chunk, found, strict=True) if i < len(prompts)]
+            kl = trainer.reference_kl(drawn.queries, drawn.responses)
+            kls = [math.nan] * len(lengths) if kl is None else kl.tolist()
+            chunk_rows = zip(scores, kls, lengths, drawn.finished, strict=True)
+            rows += [row for i, row in zip(chunk, chunk_rows, strict=True) if i < len(prompts)]
     told = share_bytes(trainer.accelerator, json.dumps(rows).encode())
     return _summary([tuple(row) for part in told for row in json.loads(part)])
 

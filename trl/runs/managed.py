@@ -32,11 +32,11 @@ from trl.runs.samples import Drawn, arguments_of_step, draw, judge, records, tol
 from trl.runs.signals import SignalWatch, raise_for
 from trl.state.checkpoints import Checkpoint
 from trl.state.rng import kept_generators
-from trl.trackers import SafeTracker
+from trl.trackers import CompletionRecord, SafeTracker
 from trl.training.processes import check_same, run_together, share_bytes, sum_over_processes
 from trl.training.resume import load_training
 from trl.training.run_state import Learner, PreparedBatch
-from trl.types import Scored
+from trl.types import Experience, Scored
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class _Run:
         self._limit_skips()
         self.started = time.monotonic()
         self.batch_size = int(trainer.config.batch_size) * self.accelerator.num_processes
+        self.group_size = int(trainer.config.group_size)
         self.target = options.target(self.batch_size)
         self.generation = options.generation_for(trainer.config.temperature, trainer._stop_tokens())
         self._follow_stops()
@@ -82,7 +83,7 @@ class _Run:
         self.length_sampler = self._within_context(options.length_sampler)
         self.sampler = PromptSampler(
             len(self.prompts),
-            batch_size=self.batch_size,
+            batch_size=self.batch_size // self.group_size,
             seed=int(trainer.config.seed or 0),
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
@@ -330,7 +331,7 @@ class _Run:
         clock = Clock()
         drawn = draw(
             self.trainer,
-            [self.prompts[index] for index in self.sampler.next()],
+            [self.prompts[index] for index in self.sampler.next() for _ in range(self.group_size)],
             self.generation,
             self.length_sampler,
         )
@@ -341,7 +342,8 @@ class _Run:
         stats, prepared = self._learn(drawn, scored, everyone)
         clock.lap("learn")
         self.step += 1
-        samples = self._records(drawn, scored, prepared, learnt="objective/kl_dist" in stats)
+        learnt = f"{self.trainer.name}/loss/total" in stats
+        samples = self._records(drawn, scored, None if prepared is None else prepared.experience, learnt=learnt)
         evaluation = self._evaluate()
         clock.lap("eval")
         speed = {
@@ -372,14 +374,15 @@ class _Run:
             leaves_out=left_out > 0,
             token_rewards=any(tokens is not None for tokens in everyone.token_rewards),
             offset=int(self.trainer.is_encoder_decoder),
+            group_size=self.group_size,
         )
         prepared = self.trainer.prepare(**arguments)
-        why = self.spikes.refuse(prepared.kl, prepared.experience.rollout.mask.any(dim=1))
+        why = self.spikes.refuse(prepared.experience)
         if why is not None:
             self.counts["skipped_batches"] += 1
             return self.spikes.declined(self.step + 1, why), prepared
         stats: dict[str, Any] = self.trainer.learn(prepared)
-        self.spikes.after_update(self.step + 1, stats)
+        self.spikes.after_update(self.step + 1, float(stats[f"{self.trainer.name}/loss/total"]))
         return stats, prepared
 
     def _nothing_scored(self, everyone: Scored) -> dict[str, Any]:
@@ -395,12 +398,14 @@ class _Run:
             )
         return {}
 
-    def _records(self, drawn: Drawn, scored: Scored, prepared: PreparedBatch | None, *, learnt: bool) -> list[Any]:
-        if prepared is None:
+    def _records(
+        self, drawn: Drawn, scored: Scored, experience: Experience | None, *, learnt: bool
+    ) -> list[CompletionRecord]:
+        if experience is None:
             return records(self.trainer, drawn, scored)
-        experience = prepared.experience
+        kl = None if experience.kl is None else experience.kl.tolist()
         advantages = masked_mean(experience.advantages, experience.rollout.mask, dim=1).tolist() if learnt else None
-        return records(self.trainer, drawn, scored, kl=prepared.kl.tolist(), advantages=advantages)
+        return records(self.trainer, drawn, scored, kl=kl, advantages=advantages)
 
     def _row(self, stats: Mapping[str, Any], everyone: Scored) -> dict[str, Any]:
         """Metrics row of the step."""

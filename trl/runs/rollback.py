@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trl.runs.keeper import Keeper
 from trl.runs.memory import MemoryCheckpoint
@@ -17,6 +17,7 @@ from trl.state.rng import kept_generators
 from trl.training.processes import sum_over_processes
 from trl.training.resume import load_step, restore
 from trl.training.run_state import Learner
+from trl.types import Experience
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +58,14 @@ class SpikePolicy:
         elif self._keeper.last_step is None:
             self._keeper.save(0, extra(), None)
 
-    def refuse(self, kl: Tensor, counted: Tensor) -> str | None:
-        """Reason to skip a batch because of its KL, checked before the update; None to learn from it.
-
-        Args:
-            kl: `[B]` KL of each sequence to the reference.
-            counted: `[B]` bool, which sequences count.
-        """
+    def refuse(self, experience: Experience) -> str | None:
+        """Reason to skip a batch because of its KL, checked before the update; None to learn from it."""
         self.went_back = False
-        sums = torch.stack([kl[counted].sum(), counted.sum().to(kl)])
+        if experience.kl is None:  # the algorithm has no reference
+            self._why, self._mean_kl = None, math.nan
+            return None
+        counted = experience.counted
+        sums = torch.stack([experience.kl[counted].sum(), counted.sum().to(experience.kl)])
         total, count = sum_over_processes(self._trainer.accelerator, sums).tolist()
         self._mean_kl = mean = total / max(count, 1)
         self._why = why = None if self._policy is None else self._watch.look("kl", mean)
@@ -85,8 +85,8 @@ class SpikePolicy:
             self._go_back(step)
         return {"objective/kl": self._mean_kl}
 
-    def after_update(self, step: int, stats: Mapping[str, Any]) -> None:
-        """Checks the loss of a completed update.
+    def after_update(self, step: int, loss: float) -> None:
+        """Checks the mean loss of a completed update.
 
         Raises:
             SpikeError: after too many rollbacks in a row.
@@ -95,7 +95,6 @@ class SpikePolicy:
             return
         if self._why is not None:
             self._say(step, self._why)
-        loss = float(stats["ppo/loss/total"])
         # A non-finite loss was never applied; the update guards count it.
         why = self._watch.look("loss", loss) if loss - loss == 0 else None
         if why is None or self._policy != "rollback":

@@ -96,9 +96,9 @@ def totals(scored: Scored) -> list[float | None]:
 
 
 def arguments_of_step(
-    drawn: Drawn, scored: Scored, *, leaves_out: bool, token_rewards: bool, offset: int
+    drawn: Drawn, scored: Scored, *, leaves_out: bool, token_rewards: bool, offset: int, group_size: int
 ) -> dict[str, Any]:
-    """Builds the arguments of `step`. A sample without a score is masked out, so that the batch keeps its size.
+    """Builds the arguments of `prepare`. A sample without a score is masked out, so that the batch keeps its size.
 
     Args:
         drawn: the samples.
@@ -106,6 +106,7 @@ def arguments_of_step(
         leaves_out: whether any sample on any process has no score.
         token_rewards: whether any sample on any process has token rewards.
         offset: number of unsampled tokens at the start of a response: 1 for an encoder-decoder, else 0.
+        group_size: successive samples that answer the same prompt.
     """
     found: dict[str, Any] = {
         "queries": drawn.queries,
@@ -113,6 +114,7 @@ def arguments_of_step(
         "scores": [
             torch.tensor(0.0 if score is None else float(score), dtype=torch.float32) for score in scored.scores
         ],
+        "group": [i // group_size for i in range(len(drawn.responses))],
     }
     if leaves_out:
         found["response_masks"] = [

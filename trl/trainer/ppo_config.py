@@ -133,6 +133,9 @@ class PPOConfig:
     and that no weight has changed since. In bfloat16 the results differ from the update's first pass by rounding."""
     max_skipped_updates: int | None = None
     """Raise after this many consecutive optimizer steps with a non-finite loss or gradient. None: never."""
+    group_size: int = 1
+    """Responses sampled for each prompt in `train`; `batch_size` counts responses. Algorithms that compare the responses to
+    one prompt need several."""
     gradient_checkpointing: bool = False
     """Activation checkpointing: store only the inputs of the policy's layers and recompute the layers in the backward
     pass. Uses less memory, makes the update about a third slower, and gives the same numbers. Read once, when the
@@ -174,7 +177,9 @@ class PPOConfig:
         for name, value in vars(self).items():
             if isinstance(value, np.generic):  # as a search over settings draws them
                 setattr(self, name, value.item())
-        for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps"):
+        for name in (
+            "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps", "group_size",
+        ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
@@ -224,6 +229,11 @@ class PPOConfig:
                 f"batch_size={self.batch_size} is not a multiple of mini_batch_size={self.mini_batch_size} x "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.samples_per_update}: the rest of the "
                 "batch would be lost"
+            )
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of group_size={self.group_size}: the last prompt would have "
+                "fewer responses than the others"
             )
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ValueError("push_to_hub_if_best_kwargs needs a repo_id to push to")

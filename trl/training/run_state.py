@@ -51,15 +51,12 @@ class PreparedBatch(Protocol):
         """The experience that `learn` trains on."""
         ...
 
-    @property
-    def kl(self) -> Tensor:
-        """`[B]` KL of each sequence to the reference, before the update."""
-        ...
-
 
 class Learner(RunState, Protocol):
     """The trainer interface that the managed loop drives."""
 
+    name: str
+    """Prefix of the statistics."""
     guards: UpdateGuards
     current_device: Any
     is_encoder_decoder: bool
@@ -76,6 +73,8 @@ class Learner(RunState, Protocol):
         response_masks: list[Tensor] | None = None,
         token_rewards: list[Tensor] | None = None,
         sampler_logprobs: list[Tensor] | None = None,
+        *,
+        group: Sequence[int] | None = None,
     ) -> PreparedBatch:
         """Evaluates a batch without side effects."""
         ...
@@ -84,8 +83,8 @@ class Learner(RunState, Protocol):
         """Trains on a batch from `prepare` and returns statistics by name."""
         ...
 
-    def reference_kl(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
-        """`[B]` KL of each response to the reference."""
+    def reference_kl(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor | None:
+        """`[B]` KL of each response to the reference; None without one."""
         ...
 
     def save_pretrained(self, save_directory: str | Path) -> None:

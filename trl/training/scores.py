@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trl.functional import Moments, update_moments
 from trl.protocols import Reduce
-from trl.types import identity
+from trl.types import Rollout, Scored, identity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,36 @@ def shape_scores(
     return scores, own
 
 
-def ends_with(responses: Sequence[Tensor], stop_tokens: Sequence[int]) -> Tensor:
+def ends_with(rollout: Rollout, stop_tokens: Sequence[int]) -> Tensor:
     """`[B]` bool, True for responses whose last token is in `stop_tokens`."""
-    stops = set(stop_tokens)
-    return torch.tensor([int(response[-1]) in stops for response in responses], dtype=torch.bool)
+    attention = rollout.attention.bool()
+    columns = torch.arange(attention.shape[1], device=attention.device)
+    last = torch.where(attention, columns, 0).amax(dim=1, keepdim=True)
+    tokens = rollout.tokens.gather(1, last).squeeze(1)
+    return torch.isin(tokens, torch.tensor(sorted(stop_tokens), dtype=tokens.dtype, device=tokens.device))
+
+
+def scores_of(rollout: Rollout, scored: Scored) -> tuple[Rollout, Tensor, Tensor | None]:
+    """Turns a reward's answer into tensors.
+
+    Args:
+        rollout: `B` sequences.
+        scored: their scores, in order.
+
+    Returns:
+        The rollout without counted tokens in samples that have no score; float32 scores `[B]`, 0 where there is none;
+        and per-token rewards `[B, S]`, or None if there are none.
+    """
+    device = rollout.tokens.device
+    given = torch.tensor([score is not None for score in scored.scores], device=device)
+    if not bool(given.all()):
+        rollout = replace(rollout, mask=rollout.mask & given[:, None])
+    scores = torch.tensor([score or 0.0 for score in scored.scores], dtype=torch.float32, device=device)
+    if all(tokens is None for tokens in scored.token_rewards):
+        return rollout, scores, None
+    rewards = torch.zeros(rollout.mask.shape, dtype=torch.float32, device=device)
+    for row, (tokens, attended) in enumerate(zip(scored.token_rewards, rollout.attention.bool(), strict=True)):
+        if tokens:  # the last attended tokens are the response; column s predicts token s + 1
+            columns = attended.nonzero().squeeze(1)[-len(tokens) :] - 1
+            rewards[row, columns] = torch.tensor(tokens, dtype=torch.float32, device=device)
+    return rollout, scores, rewards

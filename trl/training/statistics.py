@@ -49,11 +49,12 @@ def _lengths(name: str, sequences: Sequence[Tensor], device: torch.device, reduc
 
 def step_statistics(
     *,
-    kl_coef: float,
+    name: str = "ppo",
+    kl_coef: float | None,
     scores: Tensor,
     logprobs: Tensor,
-    ref_logprobs: Tensor,
-    non_score_reward: Tensor,
+    ref_logprobs: Tensor | None,
+    non_score_reward: Tensor | None,
     mask: Tensor,
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
@@ -65,11 +66,12 @@ def step_statistics(
     A row without a counted token enters only the length statistics.
 
     Args:
-        kl_coef: weight of the KL in this step's rewards.
+        name: prefix of the algorithm's own statistics.
+        kl_coef: weight of the KL in this step's rewards; None if they hold none.
         scores: `[B]` raw scores.
         logprobs: `[B, S]` of the policy before the update.
-        ref_logprobs: `[B, S]`.
-        non_score_reward: `[B, S]`, -kl_coef · kl.
+        ref_logprobs: `[B, S]`, or None without a reference: then there are no statistics of the KL.
+        non_score_reward: `[B, S]`, -kl_coef · kl; None if the rewards hold no KL.
         mask: `[B, S]` bool.
         queries: `B` 1-D tensors.
         responses: `B` 1-D tensors.
@@ -78,29 +80,39 @@ def step_statistics(
     """
     counted = mask.any(dim=1)
     rows, scores = counted.sum(), scores.to(mask.device)
+    mean_score, std_score = _mean_and_std(scores, counted, reduce)
+    stats: dict[str, Any] = {}
+    if ref_logprobs is not None:
+        stats |= _kl_statistics(logprobs, ref_logprobs, mask, rows, reduce)
+    if kl_coef is not None:
+        stats["objective/kl_coef"] = kl_coef
+    stats |= {
+        "objective/logprobs": logprobs,
+        "objective/entropy": pooled_mean(Tally(-masked_sum(logprobs, mask), rows), reduce),
+        f"{name}/mean_scores": mean_score,
+        f"{name}/std_scores": std_score,
+        **_lengths("queries", queries, mask.device, reduce),
+        **_lengths("responses", responses, mask.device, reduce),
+    }
+    if non_score_reward is not None:
+        stats[f"{name}/mean_non_score_reward"] = pooled_mean(Tally.of(non_score_reward, mask), reduce)
+    stats |= {f"{name}/{key}": values.mean(dim=0) for key, values in train_stats.items()}
+    if "val/error" in train_stats:
+        error, spread = stats[f"{name}/val/error"], stats[f"{name}/returns/var"]
+        stats[f"{name}/val/var_explained"] = 1 - error / spread if spread > 0 else torch.zeros_like(error)
+    return stats
+
+
+def _kl_statistics(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, rows: Tensor, reduce: Reduce
+) -> dict[str, Tensor]:
+    """KL to the reference, per sequence; warns if its mean is clearly negative."""
     kl = masked_sum(logprobs - ref_logprobs, mask, dim=1)
     mean_kl = pooled_mean(Tally(kl.sum(), rows), reduce)
-    mean_score, std_score = _mean_and_std(scores, counted, reduce)
     if mean_kl.item() < -1.0:
         warnings.warn(
             f"objective/kl is {mean_kl.item():.2f}: it should not be negative. Were the responses sampled with settings that "
             "reshape the distribution (top_k, top_p, min_length, repetition_penalty, another temperature)?",
-            stacklevel=3,
+            stacklevel=4,
         )
-    stats: dict[str, Any] = {
-        "objective/kl": mean_kl,
-        "objective/kl_dist": kl,
-        "objective/logprobs": logprobs,
-        "objective/ref_logprobs": ref_logprobs,
-        "objective/kl_coef": kl_coef,
-        "objective/entropy": pooled_mean(Tally(-masked_sum(logprobs, mask), rows), reduce),
-        "ppo/mean_non_score_reward": pooled_mean(Tally.of(non_score_reward, mask), reduce),
-        "ppo/mean_scores": mean_score,
-        "ppo/std_scores": std_score,
-        **_lengths("queries", queries, mask.device, reduce),
-        **_lengths("responses", responses, mask.device, reduce),
-    }
-    stats |= {f"ppo/{name}": values.mean(dim=0) for name, values in train_stats.items()}
-    error, spread = stats["ppo/val/error"], stats["ppo/returns/var"]
-    stats["ppo/val/var_explained"] = 1 - error / spread if spread > 0 else torch.zeros_like(error)
-    return stats
+    return {"objective/kl": mean_kl, "objective/kl_dist": kl, "objective/ref_logprobs": ref_logprobs}

@@ -1,0 +1,175 @@
+"""Critic-free policy gradients, composed of one pure function per choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trl.functional import importance_weights, masked_moments
+from trl.functional.policy_gradients import clipped_surrogate, per_token, token_ratio
+from trl.models import evaluate
+from trl.training.scores import scores_of
+from trl.training.setup import Setup, shuffled
+from trl.types import Experience, Loss, Minibatch, Rollout, Scored, Tally
+
+Advantages = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Scores `[B]`, group `[B]` and counted `[B]` to one advantage per sequence, `[B]`."""
+Ratio = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Log-probabilities, old ones and mask, all `[B, S]`, to the probability ratio `[B, S]`."""
+Surrogate = Callable[[Tensor, Tensor], Tensor]
+"""Ratio and advantages `[B, S]` to the objective of each token `[B, S]`, to be maximised."""
+Aggregate = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Mask `[B, S]` to the weight of each token `[B, S]` and the sum of the weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KLPenalty:
+    """A KL penalty in the loss."""
+
+    estimator: Callable[[Tensor, Tensor], Tensor]  # log-probabilities of policy and reference, per token
+    coef: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyGradient:
+    """The choices that make a critic-free algorithm; `policy_gradient` has their defaults."""
+
+    name: str
+    advantages: Advantages
+    ratio: Ratio
+    surrogate: Surrogate
+    aggregate: Aggregate
+    kl: KLPenalty | None
+    importance_cap: float
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the KL to a reference is penalised."""
+        return self.kl is not None
+
+    def bind(self, setup: Setup) -> CriticFree:
+        """Returns the algorithm, working on a trainer's models."""
+        return CriticFree(setup=setup, choices=self)
+
+
+def policy_gradient(
+    name: str = "policy_gradient",
+    *,
+    advantages: Advantages,
+    ratio: Ratio = token_ratio,
+    surrogate: Surrogate = clipped_surrogate,
+    aggregate: Aggregate = per_token,
+    kl: KLPenalty | None = None,
+    importance_cap: float = 2.0,
+) -> PolicyGradient:
+    """Composes a critic-free policy gradient.
+
+    Args:
+        name: prefix of its statistics.
+        advantages: one advantage per sequence, from the scores of its group.
+        ratio: probability ratio of each token.
+        surrogate: objective of each token.
+        aggregate: weight of each token.
+        kl: penalty in the loss; None needs no reference model.
+        importance_cap: upper bound of the importance weights π_old / π_sampler, where the sampler's log-probabilities
+            are given.
+    """
+    return PolicyGradient(
+        name=name,
+        advantages=advantages,
+        ratio=ratio,
+        surrogate=surrogate,
+        aggregate=aggregate,
+        kl=kl,
+        importance_cap=importance_cap,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticFree:
+    """A policy gradient at work: one score per sequence, no critic, no whitening."""
+
+    setup: Setup
+    choices: PolicyGradient
+
+    def experience(self, rollout: Rollout, scored: Scored) -> Experience:
+        """Evaluates the rollout and compares the scores of each group.
+
+        Raises:
+            ValueError: if the reward gave rewards for single tokens, which would be lost.
+        """
+        rollout, scores, token_rewards = scores_of(rollout, scored)
+        if token_rewards is not None:
+            raise ValueError(f"{self.choices.name} learns from one score per response: token rewards are not used")
+        evaluated = self.setup.evaluate(rollout)
+        counted = rollout.mask.any(dim=1)
+        advantages = self.choices.advantages(scores, rollout.group, counted)  # [B]
+        return Experience(
+            rollout=evaluated.rollout,
+            scores=scores,
+            old_logprobs=evaluated.policy.logprobs,
+            ref_logprobs=evaluated.ref_logprobs,
+            entropy=evaluated.policy.entropy,
+            advantages=advantages[:, None].expand(rollout.mask.shape).masked_fill(~rollout.mask, 0.0),
+        )
+
+    def minibatches(self, experience: Experience) -> Iterator[Minibatch[Experience]]:
+        """Shuffled minibatches, for every epoch; each is divided by the sum of its tokens' weights."""
+        setup, counted = self.setup, False
+        for part in shuffled(experience, size=setup.size, epochs=setup.epochs, generator=setup.generator):
+            mask = part.rollout.mask
+            total = setup.reduce(self.choices.aggregate(mask)[1].float())
+            if total == 0:  # a step with zero gradients would still move the weights by their momentum
+                continue
+            counted = True
+            mean, var, _ = masked_moments(part.advantages, mask, setup.reduce)
+            means = {"policy/advantages_mean": mean, "policy/advantages_std": var.sqrt()}
+            yield Minibatch(experience=part, denominator=total, means=means)
+        if not counted:
+            raise ValueError("no response token counts, on any process: there is nothing to learn from")
+
+    def loss(self, experience: Experience) -> Loss:
+        """Negated objective of one microbatch, plus its KL penalty."""
+        setup, choices, rollout = self.setup, self.choices, experience.rollout
+        mask = rollout.mask
+        now = evaluate(
+            setup.policy, rollout, temperature=setup.temperature, entropy=True, values=False, response_only=True
+        )
+        assert now.entropy is not None
+        # Select before any function of these: the gradient of a value that is masked afterwards would be 0 * nan.
+        logprobs = now.logprobs.masked_fill(~mask, 0.0)
+        old_logprobs = experience.old_logprobs.masked_fill(~mask, 0.0)
+        ratio = choices.ratio(logprobs, old_logprobs, mask)
+        surrogate = choices.surrogate(ratio, experience.advantages)
+        clipped = surrogate.detach() < ratio.detach() * experience.advantages
+        if rollout.sampler_logprobs is not None:
+            surrogate = surrogate * importance_weights(
+                old_logprobs, rollout.sampler_logprobs, mask, cap=choices.importance_cap
+            )
+        weights, total = choices.aggregate(mask)
+
+        def weighted(values: Tensor) -> Tally:
+            return Tally((weights * values.masked_fill(~mask, 0.0)).sum(), total)
+
+        terms = {"loss/policy": weighted(-surrogate)}
+        objective = terms["loss/policy"].sum
+        if choices.kl is not None:
+            assert experience.ref_logprobs is not None
+            kl = choices.kl.estimator(logprobs, experience.ref_logprobs.masked_fill(~mask, 0.0))
+            terms["loss/kl"] = weighted(choices.kl.coef * kl)
+            objective = objective + terms["loss/kl"].sum
+        drift = (logprobs - old_logprobs).detach()
+        return Loss(
+            objective=objective,
+            metrics={
+                **terms,
+                "loss/total": Tally(objective, total),
+                "policy/entropy": Tally.of(now.entropy.detach(), mask),
+                "policy/approxkl": Tally.of(0.5 * drift**2, mask),
+                "policy/policykl": Tally.of(-drift, mask),
+                "policy/clipfrac": Tally.of(clipped.float(), mask),
+            },
+            arrays={"policy/ratio": ratio.detach(), "policy/advantages": experience.advantages},
+        )

@@ -1,0 +1,99 @@
+"""Checks what a caller gives to `step`, and converts it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from trl.models.limits import context_length, decoder_start, vocabulary_sizes
+from trl.trainer.checks import (
+    check_lists,
+    check_logprobs,
+    check_per_token,
+    check_room,
+    check_scores,
+    check_start,
+    check_tokens,
+)
+from trl.types import Scored
+
+
+def check_batch(
+    model: nn.Module,
+    batch_size: int | None,
+    queries: list[Tensor],
+    responses: list[Tensor],
+    scores: list[Tensor],
+    *,
+    is_encoder_decoder: bool,
+    device: torch.device,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Checks queries, responses and scores for `model`, and copies them to `device`.
+
+    Raises:
+        ValueError: if an argument is invalid; the message names it, its value and what is expected.
+    """
+    check_lists(batch_size, queries=queries, responses=responses, scores=scores)
+    reads, writes = vocabulary_sizes(model)
+    context = context_length(model)  # for an encoder-decoder, the decoder's
+    check_tokens("queries", queries, vocabulary=reads)
+    check_tokens("responses", responses, vocabulary=writes, least=2 if is_encoder_decoder else 1)
+    if is_encoder_decoder:
+        check_start(responses, decoder_start(model))
+        check_room([len(q) for q in queries], context_length(model, encoder=True), "the query")
+        check_room([len(r) for r in responses], context, "the response")
+    else:
+        lengths = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
+        check_room(lengths, context, "query + response")
+    flat = check_scores(scores)
+    # Copies: a prepared batch outlives buffers that the caller fills anew.
+    q, r, s = ([tensor.to(device, copy=True) for tensor in given] for given in (queries, responses, flat))
+    return q, r, s
+
+
+def check_extras(
+    responses: list[Tensor],
+    response_masks: list[Tensor] | None,
+    token_rewards: list[Tensor] | None,
+    sampler_logprobs: list[Tensor] | None,
+    *,
+    is_encoder_decoder: bool,
+) -> None:
+    """Checks the optional arguments of `step`, one tensor per response each.
+
+    Raises:
+        ValueError: if an argument is invalid; the message names it, its value and what is expected.
+    """
+    for name, values in (
+        ("response_masks", response_masks),
+        ("token_rewards", token_rewards),
+        ("sampler_logprobs", sampler_logprobs),
+    ):
+        if values is not None:
+            check_lists(len(responses), **{name: values})
+            check_per_token(name, values, responses)
+    check_logprobs(sampler_logprobs or [])
+    for i, mask in enumerate(response_masks or []):
+        # All zeros excludes the sample; but a mask that keeps only the start token leaves nothing to train on.
+        if mask.any() and not mask[int(is_encoder_decoder) :].any():
+            raise ValueError(f"response_masks[{i}] leaves the decoder's start token alone, which is not trained on")
+
+
+def scored_by_caller(scores: Sequence[Tensor], token_rewards: Sequence[Tensor] | None, *, skip: int) -> Scored:
+    """Converts the scores given to `step`.
+
+    Args:
+        scores: `B` single-element tensors.
+        token_rewards: one number per response token, or None.
+        skip: number of tokens at the start of a response that were not sampled: 1 for an encoder-decoder, else 0.
+    """
+    count = len(scores)
+    return Scored(
+        scores=torch.stack(list(scores)).tolist(),
+        components={},
+        token_rewards=[None] * count if token_rewards is None else [r[skip:].tolist() for r in token_rewards],
+        seconds=[0.0] * count,
+        errors=[None] * count,
+    )

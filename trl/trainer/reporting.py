@@ -1,0 +1,144 @@
+"""`ReportingTrainer`: a step's statistics, over all processes, and what trackers see of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.core import convert_to_scalar, stats_to_np
+from trl.functional import masked_sum
+from trl.trackers import completions_table
+from trl.trainer.base import BaseTrainer
+from trl.training.batch import Batch
+from trl.training.processes import gather_over_processes, sum_over_processes
+from trl.training.statistics import pooled_mean, step_statistics
+from trl.types import ActorCritic, Experience, Tally
+
+
+class ReportingTrainer(BaseTrainer):
+    """A trainer that reports statistics under the key names of TRL 0.4.6."""
+
+    name = "ppo"
+    """Prefix of the statistics."""
+    is_distributed: bool
+    current_device: torch.device
+    current_step = 0
+    """Number of calls to `log_stats`."""
+    _scores_of_step: tuple[Tensor, Tensor] | None = None  # [B] of this process and [n · B] of all n processes
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor over processes."""
+        return sum_over_processes(self.accelerator, tensor)
+
+    def _statistics(
+        self, experience: Experience, batch: Batch, kl_coef: float | None, train_stats: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Statistics of a step as numbers and arrays. Every process must call this."""
+        mask, sampler_logprobs = experience.rollout.mask, experience.rollout.sampler_logprobs
+        stats = self.record_step_stats(
+            kl_coef=kl_coef,
+            scores=list(experience.scores),
+            logprobs=experience.old_logprobs,
+            ref_logprobs=experience.ref_logprobs,
+            non_score_reward=experience.non_score_reward if isinstance(experience, ActorCritic) else None,
+            train_stats=train_stats,
+            masks=mask,
+            queries=batch.queries,
+            responses=batch.responses,
+        )
+        if experience.entropy is not None:
+            total = Tally(masked_sum(experience.entropy, mask), experience.counted.sum())
+            stats["objective/full_entropy"] = pooled_mean(total, self._reduce)
+        if sampler_logprobs is not None:
+            gap = (experience.old_logprobs - sampler_logprobs).abs()
+            stats["objective/sampler_gap"] = pooled_mean(Tally.of(gap, mask), self._reduce)
+        everyone = gather_over_processes(self.accelerator, experience.scores)
+        self._scores_of_step = (experience.scores.cpu(), everyone.cpu())
+        return stats_to_np(convert_to_scalar(self.gather_stats(stats)))
+
+    def record_step_stats(self, kl_coef: float | None, **data: Any) -> dict[str, Any]:
+        """Computes the statistics of a step. Every process must call this.
+
+        Args:
+            kl_coef: KL coefficient used in this step's rewards; None if they hold no KL.
+            **data: scores, logprobs, ref_logprobs, non_score_reward, masks [B, S], queries, responses, train_stats.
+
+        Returns:
+            Statistics by name: scalars cover all processes, arrays only this one.
+        """
+        scores = data["scores"]
+        return step_statistics(
+            name=self.name,
+            kl_coef=kl_coef,
+            scores=scores if isinstance(scores, Tensor) else torch.stack(list(scores)).float(),
+            logprobs=data["logprobs"],
+            ref_logprobs=data["ref_logprobs"],
+            non_score_reward=data["non_score_reward"],
+            mask=data["masks"].bool(),
+            queries=data["queries"],
+            responses=data["responses"],
+            train_stats=data["train_stats"],
+            reduce=self._reduce,
+        )
+
+    def gather_stats(self, stats: dict[str, Any]) -> dict[str, Any]:
+        """Averages scalar tensors over processes, such as those you add in `record_step_stats`; arrays stay local."""
+        if not self.is_distributed:
+            return stats
+        names = [k for k, v in stats.items() if isinstance(v, Tensor) and v.dim() == 0]
+        packed = torch.stack([stats[name].to(self.current_device).float() for name in names])
+        means = self._reduce(packed) / self.accelerator.num_processes
+        return stats | dict(zip(names, means, strict=True))
+
+    def log_stats(
+        self,
+        stats: dict[str, Any],
+        batch: Mapping[str, Any],
+        rewards: Sequence[Tensor] | Tensor,
+        columns_to_log: Sequence[str] = ("query", "response"),
+    ) -> None:
+        """Logs statistics, score moments and a table of completions to the tracker, on the main process.
+
+        If `rewards` are the scores passed to the last `step`, `env/reward_*` cover all processes. The table shows only
+        the main process's completions.
+
+        Args:
+            stats: statistics returned by `step`.
+            batch: texts by column name. If a column of `columns_to_log` is missing, warns and logs no table.
+            rewards: `B` scores.
+            columns_to_log: columns shown in the table next to the score.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        flat = torch.as_tensor([float(r) for r in rewards])
+        logs = dict(stats)
+        if missing := [c for c in columns_to_log if c not in batch]:
+            warnings.warn(f"the batch has no {missing}: no table of completions is logged", stacklevel=2)
+        else:
+            rows = list(zip(*(batch[c] for c in columns_to_log), flat.tolist(), strict=True))
+            logs |= completions_table(self.config.log_with, [*columns_to_log, "reward"], rows)
+        flat = self._of_all_processes(flat)
+        logs["env/reward_mean"] = flat.mean().item()
+        logs["env/reward_std"] = flat.std().item() if len(flat) > 1 else 0.0
+        logs["env/reward_dist"] = flat.numpy()
+        self.current_step += 1
+        self.accelerator.log(logs, step=self.current_step)
+
+    def _of_all_processes(self, scores: Tensor) -> Tensor:
+        """Scores of all processes `[n · B]`, given this process's `scores` [B], as gathered by `step`.
+
+        Gathering here would hang if a script calls `log_stats` only on the main process.
+        """
+        if not self.is_distributed:
+            return scores
+        if self._scores_of_step is not None and torch.equal(scores, self._scores_of_step[0]):
+            return self._scores_of_step[1]
+        warnings.warn(
+            "log_stats was given other rewards than step's scores: env/reward_* are of the main process alone",
+            stacklevel=3,
+        )
+        return scores

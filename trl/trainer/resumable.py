@@ -1,0 +1,180 @@
+"""`ResumableTrainer`: managed runs, checkpoints, and the state that they carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trl.functional import Moments
+from trl.protocols import Callback, Tracker
+from trl.runs.managed import train
+from trl.runs.options import OnDiskError, OnSpike, TrainOptions, TrainResult
+from trl.runs.spikes import SpikeSettings
+from trl.state.checkpoints import Checkpoint
+from trl.state.fingerprints import Fingerprints
+from trl.trainer.ppo_config import PPOConfig
+from trl.trainer.reporting import ReportingTrainer
+from trl.training.guards import UpdateGuards
+from trl.training.resume import load_training, save_training
+
+
+class ResumableTrainer(ReportingTrainer):
+    """A trainer whose runs can be managed, saved and resumed: a `trl.training.run_state.RunState`."""
+
+    config: PPOConfig
+    optimizer: Any
+    lr_scheduler: Any
+    ref_model: Any
+    kl_ctl: Any
+    score_moments: Moments
+    guards: UpdateGuards
+    fingerprints: Fingerprints
+    _generator: torch.Generator
+    _optimizer_made_with: list[dict[str, Any]]
+    _highest_score: float
+    _compared: int
+
+    def train(
+        self,
+        prompts: Any,
+        *,
+        reward: Any,
+        steps: int | None = None,
+        episodes: int | None = None,
+        run_dir: str | Path | None = None,
+        resume: bool | Literal["auto"] = False,
+        generation: Mapping[str, Any] | None = None,
+        length_sampler: Callable[[], int] | None = None,
+        eval_prompts: Any = None,
+        eval_every: int | None = None,
+        save_every: int | None = None,
+        keep_last: int = 2,
+        keep_best: bool = True,
+        on_spike: OnSpike | None = "warn",
+        spike: SpikeSettings | None = None,
+        max_skipped_updates: int | None = 3,
+        on_disk_error: OnDiskError = "stop",
+        callbacks: Sequence[Callback] = (),
+        trackers: Sequence[Tracker] = (),
+        progress: bool | None = None,
+    ) -> TrainResult:
+        """Runs the full training loop (sample, score, learn), keeping records and checkpoints in a run folder.
+
+        Each step takes `config.batch_size` prompts per process. docs/runs.md describes the folder and which failures a
+        run survives.
+
+        Args:
+            prompts: anything `trl.data.load_prompts` accepts.
+            reward: anything `trl.rewards.as_reward` accepts. Samples without a score are excluded from the update.
+            steps: total steps of the run, including those before a resumption.
+            episodes: total samples over all processes, as an alternative to `steps`; rounded up to whole steps.
+            run_dir: run folder; None writes nothing.
+            resume: "auto" resumes the run in `run_dir` or starts a new one; True requires an existing run; False
+                requires that there is none. A run whose checkpoints were deleted cannot be resumed.
+            generation: arguments of `generate`. By default, up to 64 new tokens from the distribution that the update
+                scores.
+            length_sampler: draws `max_new_tokens`, as in `generate`.
+            eval_prompts: held-out prompts, sampled and scored like the others, with the same random numbers each time.
+            eval_every: steps between evaluations; by default 20 evaluations per run. The last step is always evaluated.
+            save_every: steps between checkpoints. None saves as often as keeps the cost below 1% of the run time, at
+                least every half hour, and after each new best evaluation. The last step is always saved.
+            keep_last: number of recent checkpoints to keep.
+            keep_best: also keep the best checkpoint, by `eval/score_mean`, or by `score/mean` without `eval_prompts`.
+            on_spike: response to a spike in KL or loss. "warn" logs it; "skip" skips the batch (KL only, which is known
+                before the update); "rollback" returns to the newest checkpoint due by `save_every` (by default 20 per
+                run) and continues with the next prompts; None ignores it.
+            spike: thresholds that define a spike.
+            max_skipped_updates: consecutive non-finite optimizer steps before the run fails;
+                `config.max_skipped_updates`, if set, takes precedence.
+            on_disk_error: "stop" ends the run; "go_on" retries failed writes later.
+            callbacks: see `trl.protocols.Callback`.
+            trackers: see `trl.protocols.Tracker`. A tracker that fails or hangs loses its rows but never stops the run.
+            progress: None shows a bar on a terminal (with rich) and plain lines elsewhere; False shows nothing.
+
+        Raises:
+            ValueError: if an argument is invalid, or `run_dir` holds a different run.
+            CheckpointError: if no checkpoint can be read, or one cannot be written.
+            OSError: if a record cannot be written.
+            NonFiniteError: after `max_skipped_updates` consecutive non-finite optimizer steps.
+            SpikeError: if spikes persist after three consecutive batches were skipped or rolled back.
+            KeyboardInterrupt: on SIGINT, after the current step is finished and saved; a second SIGINT raises at once.
+            SystemExit: on SIGTERM, likewise, with status 143.
+        """
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        self._check_trainable()
+        return train(self, TrainOptions(**arguments))  # type: ignore[arg-type]  # a Learner, by its subclasses
+
+    def _check_trainable(self) -> None:
+        """Raises ValueError if a subclass defines what a managed run would not call."""
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that a run carries between steps, apart from model, optimizer and scheduler."""
+        return {
+            "kl_ctl": self.kl_ctl.state_dict(),
+            "score_moments": asdict(self.score_moments),
+            "minibatch_order": self._generator.get_state(),
+            "steps_done": self._steps_done,
+            "logged_steps": self.current_step,
+            "highest_score": self._highest_score,
+            "compared": self._compared,
+            "consecutive_skips": self.guards.consecutive_skips,
+            "largest_microbatch": self.guards.largest_microbatch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the state returned by `state_dict`."""
+        self.kl_ctl.load_state_dict(state["kl_ctl"])
+        self.score_moments = Moments(**state["score_moments"])
+        self._generator.set_state(state["minibatch_order"])
+        self._steps_done = state["steps_done"]
+        self.current_step = state["logged_steps"]
+        self._highest_score = state["highest_score"]
+        self._compared = state["compared"]
+        self.guards.consecutive_skips = state["consecutive_skips"]
+        self.guards.largest_microbatch = state["largest_microbatch"]
+
+    def save_checkpoint(
+        self,
+        folder: str | Path,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        keep_last: int = 2,
+        metric: float | None = None,
+    ) -> Path:
+        """Saves everything needed to resume training. Call it on every process, between two calls to `step`.
+
+        Args:
+            folder: checkpoint folder of this run; must be shared by all processes.
+            extra: your own JSON-serialisable data, such as a position in the dataset; `load_checkpoint` returns it in
+                `.state["extra"]`.
+            keep_last: number of recent checkpoints to keep, besides the one with the highest metric.
+            metric: quality of this checkpoint; higher is better.
+
+        Returns:
+            Path of the new checkpoint.
+
+        Raises:
+            CheckpointError: if the checkpoint could not be written; the previous one is intact.
+        """
+        return save_training(self, folder, step=self._steps_done, extra=extra, keep_last=keep_last, metric=metric)
+
+    def load_checkpoint(self, folder: str | Path) -> Checkpoint | None:
+        """Restores the newest intact checkpoint in a folder. Call it on every process, before anything else.
+
+        On the same machine with the same libraries and settings, training continues exactly as it would have without
+        the interruption: bit for bit in float32 on a CPU (docs/runs.md gives the exact guarantee).
+
+        Returns:
+            The checkpoint, or None, with nothing changed, if the folder holds no checkpoint.
+
+        Raises:
+            ValueError: if the checkpoint belongs to a different run; each difference is named and nothing is changed.
+            CheckpointError: if there are checkpoints but none can be read.
+        """
+        return load_training(self, folder)

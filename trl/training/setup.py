@@ -1,0 +1,56 @@
+"""What a trainer lends to an algorithm: models to evaluate and update, and the schedule of minibatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from trl.protocols import Algorithm, Reduce
+from trl.training.evaluator import Evaluated
+from trl.types import E, Rollout, identity, take
+
+Denominator = Literal["minibatch", "batch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Models and schedule of one step."""
+
+    policy: nn.Module
+    evaluate: Callable[[Rollout], Evaluated]  # policy and reference, before the update
+    generator: torch.Generator  # draws the order of minibatches
+    temperature: float = 1.0  # sampling temperature
+    size: int = 1  # sequences per optimizer step, on each process
+    epochs: int = 1  # passes over an experience
+    denominator: Denominator = "minibatch"
+    reduce: Reduce = identity  # sums a tensor over all processes
+
+
+class Recipe(Protocol):
+    """The choices that make an algorithm, before it has models to work on."""
+
+    @property
+    def name(self) -> str:
+        """Prefix of the statistics, such as "grpo"."""
+        ...
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a reference model is needed."""
+        ...
+
+    def bind(self, setup: Setup) -> Algorithm:
+        """Returns the algorithm, working on these models."""
+        ...
+
+
+def shuffled(experience: E, *, size: int, epochs: int, generator: torch.Generator) -> Iterator[E]:
+    """Yields parts of `size` sequences, `epochs` times over the experience, each time in a new random order."""
+    for _ in range(epochs):
+        order = torch.randperm(len(experience), generator=generator).to(experience.scores.device)
+        for rows in order.split(size):
+            yield take(experience, rows)
