@@ -24,6 +24,7 @@ _HOMES = {
         "AdaptiveKLController",
         "BaseTrainer",
         "FixedKLController",
+        "OnlineTrainer",
         "PPOConfig",
         "PPOTrainer",
         "TrainCallback",
@@ -34,7 +35,7 @@ _HOMES = {
     "trl.runs.spikes": ("SpikeError", "SpikeSettings"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SUBMODULES = ("core", "functional", "import_utils", "models", "protocols", "trainer", "types")
+_SUBMODULES = ("algorithms", "core", "functional", "import_utils", "models", "protocols", "trainer", "types")
 _NOT_YET = (
     "BestOfNSampler",
     "ConstantLengthDataset",
@@ -54,6 +55,7 @@ __all__ = [
     "CheckpointError",
     "FixedKLController",
     "NonFiniteError",
+    "OnlineTrainer",
     "PPOConfig",
     "PPOTrainer",
     "PreTrainedModelWrapper",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
         AdaptiveKLController,
         BaseTrainer,
         FixedKLController,
+        OnlineTrainer,
         PPOConfig,
         PPOTrainer,
         TrainCallback,

@@ -23,7 +23,7 @@ def numbers_of(stats: Mapping[str, Any], scored: Scored) -> dict[str, Any]:
     mean = math.fsum(known) / len(known) if known else math.nan
     spread = math.sqrt(math.fsum((total - mean) ** 2 for total in known) / len(known)) if known else math.nan
     row = {
-        (key.removeprefix("ppo/") if key.startswith("ppo/time/") else key): number
+        (rest if (rest := key.partition("/")[2]).startswith("time/") else key): number
         for key, value in stats.items()
         if (number := as_number(value)) is not None
     }

@@ -39,7 +39,7 @@ class BaseTrainer:
         raise NotImplementedError(f"{type(self).__name__} has no compute_rewards")
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Saves model, value head, tokenizer and model card to a folder, on the main process.
+        """Saves model (with its value head, if trained), tokenizer and model card to a folder, on the main process.
 
         Args:
             save_directory: target folder; created if missing.
@@ -49,9 +49,13 @@ class BaseTrainer:
             return
         path = Path(save_directory)
         path.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(path, **kwargs)
+        self._saved_model().save_pretrained(path, **kwargs)
         self.tokenizer.save_pretrained(path)
         self.create_model_card(str(path))
+
+    def _saved_model(self) -> Any:
+        """The model that `save_pretrained` saves."""
+        return self.accelerator.unwrap_model(self.model)
 
     def create_model_card(self, path: str, model_name: str | None = "TRL Model") -> None:
         """Writes a model card to `README.md` in the folder `path`.

@@ -672,6 +672,10 @@ class OnlineTrainer(ResumableTrainer):
         assert evaluated.ref_logprobs is not None
         return masked_sum(evaluated.policy.logprobs - evaluated.ref_logprobs, evaluated.rollout.mask, dim=1)
 
+    def _saved_model(self) -> Any:
+        model = super()._saved_model()
+        return model if self.recipe is None else model.pretrained_model  # its value head takes no part
+
     def _begin_call(self) -> None:
         """Takes up changed settings, and checks that the model can be trained as it is now."""
         self.config.validate()

@@ -96,7 +96,8 @@ def step_statistics(
     }
     if non_score_reward is not None:
         stats[f"{name}/mean_non_score_reward"] = pooled_mean(Tally.of(non_score_reward, mask), reduce)
-    stats |= {f"{name}/{key}": values.mean(dim=0) for key, values in train_stats.items()}
+    for key, values in train_stats.items():
+        stats[f"{name}/{key.replace('time/ppo/', f'time/{name}/')}"] = values.mean(dim=0)
     if "val/error" in train_stats:
         error, spread = stats[f"{name}/val/error"], stats[f"{name}/returns/var"]
         stats[f"{name}/val/var_explained"] = 1 - error / spread if spread > 0 else torch.zeros_like(error)
