@@ -56,7 +56,7 @@ def test_token_ids_up_to_the_vocabulary_pass() -> None:
         (IDS[:1], {"least": 2}, r"q\[0\] has 1 token; expected at least 2 \(the decoder's start token"),
         (torch.tensor([7, 5]), {}, r"q\[0\] contains token id 7; expected ids from 0 to 6"),
         (torch.tensor([5, -1]), {}, r"q\[0\] contains token id -1; expected ids from 0 to 6"),
-        (torch.tensor([-1]), {"vocabulary": None}, r"q\[0\] contains token id -1; expected ids from 0 up"),
+        (torch.tensor([-1]), {"vocabulary": None}, r"q\[0\] contains token id -1; expected ids of at least 0"),
     ],
 )
 def test_tokens_that_are_refused(tokens: Any, settings: dict[str, Any], reason: str) -> None:

@@ -123,8 +123,8 @@ class PromptSampler:
         epoch, position = state["epoch"], state["position"]
         for name, value, end in (("epoch", epoch, None), ("position", position, self.size - self._skipped_per_epoch)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0 or (end is not None and value >= end):
-                limit = " up" if end is None else f" to {end - 1}"
-                raise ValueError(f"the sampler's state has {name}={value!r}; expected an integer from 0{limit}")
+                allowed = "of at least 0" if end is None else f"from 0 to {end - 1}"
+                raise ValueError(f"the sampler's state has {name}={value!r}; expected an integer {allowed}")
         if self.remainder == "drop" and position % self.batch_size:
             raise ValueError(
                 f"the sampler's state has position={position}, which is not a multiple of batch_size={self.batch_size}"

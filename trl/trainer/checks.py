@@ -45,8 +45,8 @@ def check_tokens(name: str, sequences: Sequence[Tensor], *, vocabulary: int | No
             )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
-            limit = " up" if vocabulary is None else f" to {vocabulary - 1}"
-            raise ValueError(f"{name}[{i}] contains token id {low if low < 0 else high}; expected ids from 0{limit}")
+            allowed = "of at least 0" if vocabulary is None else f"from 0 to {vocabulary - 1}"
+            raise ValueError(f"{name}[{i}] contains token id {low if low < 0 else high}; expected ids {allowed}")
 
 
 def check_room(lengths: Sequence[int], context: int | None, what: str) -> None:
