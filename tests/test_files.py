@@ -99,7 +99,7 @@ def test_append_line(tmp_path: Path) -> None:
     append_line(str(path), "zweite é")
     assert path.read_bytes() == "first\nzweite é\n".encode()
     for text in ("two\nlines", "two\rlines"):
-        with pytest.raises(ValueError, match="must not hold a line break"):
+        with pytest.raises(ValueError, match="must not contain a line break"):
             append_line(path, text)
 
 

@@ -186,7 +186,7 @@ def average_torch_dicts(list_of_dicts: Sequence[Mapping[str, Tensor]]) -> dict[s
 
 def _columns(dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
     if not dicts:
-        raise ValueError("no dict given: at least one is needed")
+        raise ValueError("expected at least one dict, got none")
     for i, d in enumerate(dicts):
         if missing := sorted(set(dicts[0]) - set(d)):
             raise ValueError(f"dict {i} lacks {missing}, which dict 0 has")
@@ -231,13 +231,13 @@ def pad_to_size(tensor: Tensor, size: int, dim: int = 1, padding: int = 50256) -
     """
     if not -tensor.dim() <= dim < tensor.dim():
         raise ValueError(f"dim={dim} is not a dimension of a tensor of shape {tuple(tensor.shape)}")
-    missing = size - tensor.shape[dim]
-    if missing < 0:
+    padding_length = size - tensor.shape[dim]
+    if padding_length < 0:
         raise ValueError(f"dimension {dim} of shape {tuple(tensor.shape)} is longer than size={size}")
-    if missing == 0:
+    if padding_length == 0:
         return tensor
     shape = list(tensor.shape)
-    shape[dim] = missing
+    shape[dim] = padding_length
     return torch.cat([tensor, tensor.new_full(shape, padding)], dim=dim)
 
 
@@ -263,7 +263,7 @@ def build_bert_batch_from_txt(
         ValueError: if `text_list` is empty.
     """
     if not text_list:
-        raise ValueError("text_list is empty: at least one text is needed")
+        raise ValueError("text_list is empty; expected at least one text")
     rows = [torch.tensor(tokenizer.encode(text), dtype=torch.int64) for text in text_list]
     tokens = pad_sequence(rows, batch_first=True, padding_value=0)
     attention = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True, padding_value=0.0)
@@ -295,7 +295,7 @@ class LengthSampler:
         self.values = list(range(min_value, max_value))
         if not self.values:
             raise ValueError(
-                f"no length from min_value={min_value} up to, and without, max_value={max_value}: "
+                f"the range from min_value={min_value} to max_value={max_value} (exclusive) is empty: "
                 "max_value must be larger than min_value"
             )
 
@@ -351,8 +351,8 @@ def top_k_top_p_filtering(
     """
     vocabulary = logits.shape[-1]
     if top_k > 0:
-        kept = min(max(top_k, min_tokens_to_keep), vocabulary)
-        threshold = logits.topk(kept, dim=-1).values[..., -1:]
+        count = min(max(top_k, min_tokens_to_keep), vocabulary)
+        threshold = logits.topk(count, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, filter_value)
     if top_p < 1.0:
         ordered, indices = logits.sort(dim=-1, descending=True)
@@ -390,18 +390,18 @@ def respond_to_batch(
     tokens = queries.to(next(model.parameters()).device)
     keyword = cache_keyword(forward_parameters(model))
     cache = _empty_cache(model, keyword)
-    seen = 0  # number of tokens in the cache
+    cached_tokens = 0  # number of tokens in the cache
     with eval_mode(model), torch.no_grad():
         for _ in range(txt_len):
             inputs: dict[str, Any] = {"attention_mask": torch.ones_like(tokens)}
             if cache is not None:
                 inputs |= {keyword: cache, "use_cache": True}
-            output = model(input_ids=tokens[:, seen:], **inputs)
+            output = model(input_ids=tokens[:, cached_tokens:], **inputs)
             logits = output[0] if isinstance(output, tuple) else output.logits
             probs = torch.softmax(top_k_top_p_filtering(logits[:, -1].float(), top_k, top_p), dim=-1)
             if cache is not None and cache.get_seq_length() != tokens.shape[1]:
                 cache = None  # the model does not fill it: feed all tokens each time
-            seen = 0 if cache is None else tokens.shape[1]
+            cached_tokens = 0 if cache is None else tokens.shape[1]
             tokens = torch.cat([tokens, torch.multinomial(probs, num_samples=1)], dim=1)
     return tokens[:, queries.shape[1] :]
 
@@ -415,13 +415,13 @@ def _check_room(model: nn.Module, queries: Tensor, txt_len: int) -> None:
     if txt_len < 0:
         raise ValueError(f"txt_len={txt_len} must be at least 0")
     if is_encoder_decoder(model):
-        raise ValueError("respond_to_batch continues queries with a decoder; use generate() of an encoder-decoder")
-    limit = context_length(model)
-    needed = queries.shape[1] + txt_len - 1  # the last sampled token is never fed back
-    if limit is not None and needed > limit:
+        raise ValueError("respond_to_batch supports decoders only; use generate() for an encoder-decoder")
+    context = context_length(model)
+    positions = queries.shape[1] + txt_len - 1  # the last sampled token is never fed back
+    if context is not None and positions > context:
         raise ValueError(
-            f"queries of {queries.shape[1]} tokens and txt_len={txt_len} need {needed} positions, "
-            f"but the model has {limit}: shorten the queries or lower txt_len"
+            f"queries of {queries.shape[1]} tokens and txt_len={txt_len} need {positions} positions, "
+            f"but the model has {context}: shorten the queries or lower txt_len"
         )
 
 

@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STAGING = ".staging-"  # name prefix of unfinished files and folders; leftovers of a dead process are safe to delete
-_PIECE = 8 * 2**20  # maximum bytes per os.write call and per hash update
+_CHUNK_BYTES = 8 * 2**20  # maximum bytes per os.write call and per hash update
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _with_path(path: Path) -> Iterator[None]:
     """Adds the path to OSErrors from calls that take a file descriptor."""
     try:
         yield
@@ -39,15 +39,15 @@ def write_file(path: str | Path, pieces: Iterable[bytes | memoryview]) -> tuple[
         OSError: naming the path, as in every function here.
     """
     path, size, digest = Path(path), 0, hashlib.sha256()
-    with _naming(path):
+    with _with_path(path):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
             for piece in pieces:
-                rest = memoryview(piece).cast("B")
-                while rest:
-                    written = os.write(file, rest[:_PIECE])
-                    digest.update(rest[:written])
-                    size, rest = size + written, rest[written:]
+                remaining = memoryview(piece).cast("B")
+                while remaining:
+                    written = os.write(file, remaining[:_CHUNK_BYTES])
+                    digest.update(remaining[:written])
+                    size, remaining = size + written, remaining[written:]
             os.fsync(file)
         finally:
             os.close(file)
@@ -58,7 +58,7 @@ def sha256_of(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's contents."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
+        while piece := file.read(_CHUNK_BYTES):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -67,7 +67,7 @@ def sync_folder(path: str | Path) -> None:
     """Syncs a folder's entries to disk, making creations, renames and removals in it durable. No-op on Windows."""
     if os.name == "nt":
         return  # Windows cannot open folders
-    with _naming(Path(path)):
+    with _with_path(Path(path)):
         file = os.open(path, os.O_RDONLY)
         try:
             os.fsync(file)
@@ -101,8 +101,8 @@ def remove(path: str | Path) -> None:
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         os.unlink(path)
         return
-    for inner in sorted(path.iterdir()):
-        remove(inner)
+    for entry in sorted(path.iterdir()):
+        remove(entry)
     os.rmdir(path)
 
 
@@ -140,15 +140,15 @@ def append_line(path: str | Path, text: str) -> None:
         OSError: naming the path; a partly written line is removed.
     """
     if "\n" in text or "\r" in text:
-        raise ValueError(f"a line must not hold a line break: {text[:80]!r}")
-    with _naming(Path(path)):
+        raise ValueError(f"a line must not contain a line break: {text[:80]!r}")
+    with _with_path(Path(path)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
         try:
             size = os.fstat(file).st_size
             try:
-                rest = memoryview((text + "\n").encode("utf-8"))
-                while rest:
-                    rest = rest[os.write(file, rest) :]
+                remaining = memoryview((text + "\n").encode("utf-8"))
+                while remaining:
+                    remaining = remaining[os.write(file, remaining) :]
             except OSError:
                 os.ftruncate(file, size)  # or the next line would be appended to half of this one
                 raise

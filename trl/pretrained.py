@@ -39,8 +39,8 @@ def find_file(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
 
 def commit_of(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
     """Returns the commit that a hub id's revision resolved to when its file `name` was read; None for a folder."""
-    where = {key: value for key, value in hub.items() if key != "force_download"} | {"local_files_only": True}
-    match = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", find_file(source, name, where) or "")
+    cached_hub = {key: value for key, value in hub.items() if key != "force_download"} | {"local_files_only": True}
+    match = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", find_file(source, name, cached_hub) or "")
     return match[1] if match else None
 
 
@@ -59,7 +59,7 @@ def load_model(parent: Any, source: str, *args: Any, allow_pickle: bool = False,
             and `trust_remote_code` is not True.
     """
     if kwargs.pop("weights_only", True) is not True:
-        raise ValueError("weights_only=False would run code out of a pickle; only weights_only=True is supported")
+        raise ValueError("weights_only=False would run code from a pickle; only weights_only=True is supported")
     if not allow_pickle:
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False reads a pickle: pass allow_pickle=True as well")
@@ -86,12 +86,12 @@ def check_adapter_format(source: str, hub: Mapping[str, Any], *, allow_pickle: b
     config = find_file(source, ADAPTER_CONFIG, hub)
     if config is not None and json.loads(Path(config).read_text(encoding="utf-8")).get("megatron_config"):
         raise ValueError(
-            f"the PEFT adapter {source!r} has a megatron_config, with which peft imports a module that it names"
+            f"the PEFT adapter {source!r} has a megatron_config, which makes peft import a module of its choice: remove it"
         )
     if find_file(source, ADAPTER_SAFE_FILE, hub) is not None:
         return
     if find_file(source, ADAPTER_PICKLE_FILE, hub) is None:
-        raise ValueError(f"the PEFT adapter {source!r} holds no {ADAPTER_SAFE_FILE}")
+        raise ValueError(f"the PEFT adapter {source!r} contains no {ADAPTER_SAFE_FILE}")
     if not allow_pickle:
         raise ValueError(pickle_refused(source, ADAPTER_PICKLE_FILE, ADAPTER_SAFE_FILE))
 
@@ -100,9 +100,9 @@ def load_tokenizer(source: str, **kwargs: Any) -> Any:
     """Loads the tokenizer of a folder or hub id; runs the checkpoint's own code only with `trust_remote_code=True`."""
     from transformers import AutoTokenizer
 
-    trust = trusted(kwargs)
+    trust_remote_code = trusted(kwargs)
     kwargs.pop("trust_remote_code", None)
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **kwargs)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
 
 
 def trusted(kwargs: Mapping[str, Any]) -> bool:
@@ -113,7 +113,7 @@ def trusted(kwargs: Mapping[str, Any]) -> bool:
 def pickle_refused(source: str, name: str, safe_name: str) -> str:
     """Returns the error message for `source` having the pickle `name` but not `safe_name`."""
     return (
-        f"{source!r} holds {name}, a pickle, and no {safe_name}: pass allow_pickle=True to read it "
+        f"{source!r} contains {name}, a pickle, but no {safe_name}: pass allow_pickle=True to read it "
         "(with weights_only=True), or convert it to safetensors"
     )
 

@@ -78,7 +78,7 @@ def test_an_iterable_dataset_of_the_hub() -> None:
 
 
 def test_an_endless_stream_is_refused() -> None:
-    reason = r"a stream \(repeat\) of more than 1000 rows, which may have no end.*itertools\.islice"
+    reason = r"a stream \(repeat\) of more than max_streamed=1000 rows and may be infinite.*itertools\.islice"
     with pytest.raises(ValueError, match=reason):
         load(itertools.repeat("w5"), max_streamed=1000)
     assert len(load(itertools.repeat("w5", 1000), max_streamed=1000)) == 1000
@@ -143,7 +143,9 @@ def test_dataset_in_whatever_format() -> None:
     dataset.set_format("torch", columns=["input_ids"])
     first, second = load(dataset)
     assert second.text == "w6 w7" and second.columns == {"label": 0, "input_ids": [6, 7]}
-    with pytest.raises(ValueError, match="a DatasetDict of train, not a list of rows: give one of its splits"):
+    with pytest.raises(
+        ValueError, match="a DatasetDict with the keys train, not a list of rows: pass one of its splits"
+    ):
         load(datasets.DatasetDict(train=dataset))
 
 
@@ -174,8 +176,8 @@ def test_separators_within_a_json_text_do_not_end_a_line(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("p.jsonl", b'{"prompt": "w5"}\n\n{"prompt": }\n', r"p\.jsonl:3 \(row 1\) is not JSON: .* at column 12"),
-        ("p.jsonl", b'"w5"\n"\xff"\n', r"p\.jsonl:2 \(row 1\) is not UTF-8"),
+        ("p.jsonl", b'{"prompt": "w5"}\n\n{"prompt": }\n', r"p\.jsonl:3 \(row 1\) is not valid JSON: .* at column 12"),
+        ("p.jsonl", b'"w5"\n"\xff"\n', r"p\.jsonl:2 \(row 1\) is not valid UTF-8"),
         ("p.jsonl", b'"w5"\n' + b"[" * 100_000 + b"\n", r"p\.jsonl:2 \(row 1\) is nested too deeply"),
         (
             "p.jsonl",
@@ -186,12 +188,12 @@ def test_separators_within_a_json_text_do_not_end_a_line(tmp_path: Path) -> None
         ("p.jsonl", b'"w5"\n17\n', r"p\.jsonl:2 \(row 1\) is of type int"),
         ("p.jsonl", b"\n", "there are no prompts"),
         ("p.csv", b"", "there are no prompts"),
-        ("p.csv", b"prompt,a\nw5,1\nw6\n", r"p\.csv:3 \(row 1\) has 1 cells and the header 2: prompt, a"),
-        ("p.csv", b"prompt,prompt\nw5,1\n", r"p\.csv:1 names a column twice"),
-        ("p.csv", b'prompt,a\n"w5\nw5",1\nw6,"1"2\n', r"p\.csv:4 is not CSV"),
-        ("p.csv", b"prompt\nw5\n\xff\n", r"p\.csv:\d+ or a line soon after it is not UTF-8"),
-        ("p.csv", b"prompt,a\nw5,1\n,2\n", r"p\.csv:3 \(row 1\), column 'prompt', is an empty text"),
-        ("p.parquet", b"PAR1 no", r"p\.parquet is not Parquet"),
+        ("p.csv", b"prompt,a\nw5,1\nw6\n", r"p\.csv:3 \(row 1\) has 1 cells, but the header has 2: prompt, a"),
+        ("p.csv", b"prompt,prompt\nw5,1\n", r"p\.csv:1 has duplicate column names: prompt, prompt"),
+        ("p.csv", b'prompt,a\n"w5\nw5",1\nw6,"1"2\n', r"p\.csv:4 is not valid CSV"),
+        ("p.csv", b"prompt\nw5\n\xff\n", r"p\.csv:\d+ or a line shortly after it is not valid UTF-8"),
+        ("p.csv", b"prompt,a\nw5,1\n,2\n", r"p\.csv:3 \(row 1\), column 'prompt', is an empty string"),
+        ("p.parquet", b"PAR1 no", r"p\.parquet is not a valid Parquet file"),
         ("p.txt", b"w5\n", r"is not a path to one of \.jsonl"),
     ],
 )
@@ -205,32 +207,38 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, reason: str) -> No
     ("source", "reason"),
     [
         ([], "there are no prompts"),
-        ("w5 w6", "a single prompt goes into a list"),
-        ("gone.jsonl", "'gone.jsonl' is no file"),
+        ("w5 w6", "pass a single prompt in a list"),
+        ("gone.jsonl", "'gone.jsonl' does not exist or is not a file"),
         ("p\0.jsonl", "NUL"),
         (None, "of type NoneType"),
         ({"w5"}, "of type set"),
         (b"w5", "of type bytes"),
         (5, "of type int"),
         (io.StringIO("w5\nw6\n"), "of type StringIO"),
-        (iter([]), "an iterator gives its rows once"),
-        ({"prompt": ["w5"]}, "a dict of prompt, not a list of rows"),
-        (["w5", ""], r"prompts\[1\] is an empty text"),
+        (iter([]), "an iterator yields its rows only once"),
+        ({"prompt": ["w5"]}, "a dict with the keys prompt, not a list of rows"),
+        (["w5", ""], r"prompts\[1\] is an empty string"),
         ([[]], r"prompts\[0\] is empty"),
         ([[1.5]], r"prompts\[0\] holds torch.float32 values"),
         ([[True]], r"prompts\[0\] holds torch.bool values"),
-        ([[5, 61]], r"prompts\[0\] holds token 61; the tokenizer knows 0 to 60"),
-        ([{"prompt": "w5", "prompt_ids": [7]}], "has a column 'prompt_ids', which a reward gets from the loop"),
-        ([[5, -1]], r"prompts\[0\] holds token -1"),
+        ([[5, 61]], r"prompts\[0\] contains token id 61; the tokenizer has ids 0 to 60"),
+        (
+            [{"prompt": "w5", "prompt_ids": [7]}],
+            "has a column 'prompt_ids', a name reserved for an argument of reward functions",
+        ),
+        ([[5, -1]], r"prompts\[0\] contains token id -1"),
         ([[[5]]], r"prompts\[0\] is of type list and shape \[1, 1\]"),
         ([["w5", "w6"]], r"prompts\[0\] is \['w5', 'w6'\]: expected a text, token ids or chat messages"),
         ([{"prompt": "w5", 3: 1}], "a column named 3"),
-        ([{"prompt": "w5", "completions": 1}], "column 'completions', which a reward gets"),
-        (user("w5"), "one chat is a list of messages in the list"),
+        ([{"prompt": "w5", "completions": 1}], "column 'completions', a name reserved"),
+        (user("w5"), "wrap its list of messages in another list"),
         ([{"prompt": "w5", "id": "a"}, {"prompt": "w5", "id": None}], r"prompts\[1\] has id=None"),
         ([{"prompt": "w5", "id": 1.0}], "id=1.0"),
-        ([{"prompt": "w5", "id": "a"}, {"prompt": "w6", "id": "a"}], r"prompts\[1\].* has the id 'a' of prompts\[0\]"),
-        ([{"prompt": "w5", "id": 1}, "w6"], r"prompts\[1\] has the id '1' of prompts\[0\]"),
+        (
+            [{"prompt": "w5", "id": "a"}, {"prompt": "w6", "id": "a"}],
+            r"prompts\[1\].* repeats the id 'a' of prompts\[0\]",
+        ),
+        ([{"prompt": "w5", "id": 1}, "w6"], r"prompts\[1\] repeats the id '1' of prompts\[0\]"),
     ],
 )
 def test_bad_sources(source: Any, reason: str) -> None:
@@ -261,7 +269,7 @@ def test_too_long_prompts_are_counted_and_named() -> None:
     [
         ([{"role": "user"}], "message 0 is .*, not a mapping with role and content"),
         ([{"role": "user", "content": "w5"}, "w6"], "message 1 is 'w6', not a mapping"),
-        ([*user("w5"), {"role": "assistant", "content": "w6"}], "ends with a message of the assistant"),
+        ([*user("w5"), {"role": "assistant", "content": "w6"}], "ends with an assistant message"),
     ],
 )
 def test_bad_chats(chat: Any, reason: str) -> None:
@@ -270,11 +278,11 @@ def test_bad_chats(chat: Any, reason: str) -> None:
 
 
 def test_chat_without_a_template_or_one_that_refuses() -> None:
-    with pytest.raises(ValueError, match=r"prompts\[0\] is a chat, and the tokenizer has no chat template"):
+    with pytest.raises(ValueError, match=r"prompts\[0\] is a chat, but the tokenizer has no chat template"):
         load([user("w5")])
     strict = tokenizer()
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match=r"prompts\[1\] was refused by the chat template: .*roles must alternate"):
+    with pytest.raises(ValueError, match=r"prompts\[1\] was rejected by the chat template: .*roles must alternate"):
         load_prompts(["w5", user("w5")], strict)
 
 

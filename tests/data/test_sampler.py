@@ -111,7 +111,7 @@ def test_resume_at_every_step(size: int, remainder: Any) -> None:
         second = PromptSampler(size, **plan)
         second.load_state_dict(state)
         assert batches(second, 12 - stop) == whole[stop:]
-        assert second.dropped == PromptSampler(size, **plan)._left_over * second.epoch
+        assert second.dropped == PromptSampler(size, **plan)._skipped_per_epoch * second.epoch
 
 
 def test_resume_with_another_number_of_processes() -> None:
@@ -141,7 +141,7 @@ def test_another_plan_is_refused_and_every_difference_named() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"position": 10}, "position=10, not a whole number from 0 to 9"),
+        ({"position": 10}, "position=10; expected an integer from 0 to 9"),
         ({"position": -1}, "position=-1"),
         ({"epoch": 1.0}, "epoch=1.0"),
         ({"epoch": True}, "epoch=True"),
@@ -157,7 +157,7 @@ def test_broken_state(change: dict[str, Any], reason: str) -> None:
 
 def test_broken_state_of_whole_batches() -> None:
     sampler = PromptSampler(10, batch_size=4, seed=0, remainder="drop")
-    with pytest.raises(ValueError, match="position=3, not a multiple of batch_size=4"):
+    with pytest.raises(ValueError, match="position=3, which is not a multiple of batch_size=4"):
         sampler.load_state_dict(sampler.state_dict() | {"position": 3})
 
 
@@ -172,7 +172,7 @@ def test_broken_state_of_whole_batches() -> None:
         ({"rank": 2, "world": 2}, "rank=2 must be below world=2"),
         ({"world": 3}, "batch_size=4 over all processes is not a multiple of world=3"),
         ({"remainder": "pad"}, "remainder='pad' must be one of carry, drop"),
-        ({"size": 3, "remainder": "drop"}, "3 prompts are less than one batch of batch_size=4"),
+        ({"size": 3, "remainder": "drop"}, "3 prompts are fewer than batch_size=4"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], reason: str) -> None:
@@ -185,4 +185,4 @@ def test_dropping_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     PromptSampler(10, batch_size=4, seed=0)
     assert caplog.text == ""
     PromptSampler(10, batch_size=4, seed=0, remainder="drop")
-    assert "2 of 10 prompts are left out of every epoch" in caplog.text
+    assert "skipping 2 of 10 prompts in every epoch" in caplog.text

@@ -198,7 +198,8 @@ def test_progress_is_one_line_on_a_terminal_and_many_in_a_file():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [({"steps": 0}, "steps=0"), ({"batch_size": 10}, "batch_size=10 is not a multiple of 4")]
+    ("wrong", "message"),
+    [({"steps": 0}, "steps=0"), ({"batch_size": 10}, "batch_size=10 is not a multiple of minibatches=4")],
 )
 def test_settings_that_cannot_be(wrong: dict[str, int], message: str):
     with pytest.raises(ValueError, match=message):

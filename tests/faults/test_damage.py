@@ -41,7 +41,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
 ) -> None:
     what = damaged(server, tmp_path, FULL, name, how, 0)
     ended = server.run(tmp_path, FULL)
-    assert what in ended.log and "step-00000002 is used instead" in ended.log
+    assert what in ended.log and "using step-00000002 instead" in ended.log
     assert not differences(ended.report, undisturbed(FULL))
 
 
@@ -56,7 +56,7 @@ def test_every_file_of_a_checkpoint_is_checked(
         folder = tmp_path / str(seed)
         what = damaged(server, folder, job, name, how, seed)
         ended = server.run(folder, job)
-        assert what in ended.log and "step-00000002 is used instead" in ended.log, ended.log[-2000:]
+        assert what in ended.log and "using step-00000002 instead" in ended.log, ended.log[-2000:]
         assert not differences(ended.report, undisturbed(job))
 
 

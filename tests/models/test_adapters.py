@@ -139,7 +139,7 @@ def test_bad_adapters(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"PROMPT_TUNING.*virtual tokens"):
         Causal.from_pretrained(base, peft_config=peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ValueError, match=r"holds no adapter_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"contains no adapter_model\.safetensors"):
         Causal.from_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(ValueError, match="names no base_model_name_or_path"):

@@ -131,13 +131,13 @@ def test_process_gets_what_the_function_gets_here() -> None:
     with pytest.raises(ColumnError, match="'answer'"):
         scores(hostile.with_columns, samples("one"), isolation="process", on_error="skip")
     odd = [sample("a", answer=object(), more=1)]
-    with pytest.raises(ColumnError, match="cannot be sent to a process of its own as JSON"):
+    with pytest.raises(ColumnError, match="cannot be sent to its worker process as JSON"):
         scores(hostile.with_columns, odd, isolation="process", on_error="skip")
 
 
 def test_a_worker_does_without_torch() -> None:
     reward = as_reward("sys:intern", isolation="process")
-    with pytest.raises(Exception, match="takes"):
+    with pytest.raises(Exception, match="has the signature"):
         reward.score(BATCH)
     code = "import trl.rewards.worker, sys; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -147,8 +147,8 @@ def test_a_worker_does_without_torch() -> None:
     ("function", "reason"),
     [
         (lambda prompts, completions: [1.0], "is a lambda"),
-        (functools.partial(hostile.length), "a partial cannot run in a process"),
-        (hostile.Scorer(), "a Scorer cannot run in a process"),
+        (functools.partial(hostile.length), "a partial object cannot run with isolation='process'"),
+        (hostile.Scorer(), "a Scorer object cannot run with isolation='process'"),
     ],
 )
 def test_a_process_needs_a_name_to_find_the_function_by(function: Any, reason: str) -> None:
@@ -163,10 +163,10 @@ def test_a_process_finds_no_local_nor_the_scripts_functions(monkeypatch: pytest.
     with pytest.raises(ValueError, match="is defined inside another function"):
         as_reward(local, isolation="process")
     other = functools.wraps(hostile.length)(lambda prompts, completions: [0.0])
-    with pytest.raises(ValueError, match="is not the reward itself"):
+    with pytest.raises(ValueError, match="hostile:length is not this reward"):
         as_reward(other, isolation="process")
     local.__module__, local.__qualname__ = "__main__", "local"
-    with pytest.raises(ValueError, match="is defined in the script that is run"):
+    with pytest.raises(ValueError, match="is defined in the main script"):
         as_reward(local, isolation="process")
 
 
@@ -315,23 +315,23 @@ def test_statistics_worked_by_hand() -> None:
 @pytest.mark.parametrize(
     ("spec", "settings", "reason"),
     [
-        (hostile.length, {"weights": [1.0]}, "go with several rewards"),
-        ([hostile.length], {"weights": [1.0, 2.0]}, "2 weights for 1 rewards"),
-        ({"a": hostile.length}, {"weights": {"b": 1.0}}, "weights are of 'b'; the rewards are 'a'"),
+        (hostile.length, {"weights": [1.0]}, "applies to several rewards"),
+        ([hostile.length], {"weights": [1.0, 2.0]}, "got 2 weights for 1 rewards"),
+        ({"a": hostile.length}, {"weights": {"b": 1.0}}, "weights has the names 'b', but the rewards are 'a'"),
         ({"a": hostile.length}, {"weights": {"a": math.inf}}, "weight of 'a' is inf"),
         ({"a": hostile.length}, {"missing": "zero"}, "missing='zero'"),
-        ([], {}, "no reward in the mix"),
-        ([hostile.length], {"name": "x"}, "goes with a single reward"),
+        ([], {}, "rewards is empty"),
+        ([hostile.length], {"name": "x"}, "applies to a single reward"),
         ([hostile.length], {"cache": "file"}, "would mix the scores"),
         (nn.Linear(1, 1), {}, "wrap it in ClassifierReward"),
         (3, {}, "is of type int"),
-        (as_reward(hostile.length), {"on_error": "skip"}, "is made already"),
-        (lambda: None, {}, r"takes \(\); expected f\(prompts, completions"),
-        (lambda samples, other: [], {}, "takes more than samples"),
+        (as_reward(hostile.length), {"on_error": "skip"}, "is already built"),
+        (lambda: None, {}, r"has the signature \(\); expected f\(prompts, completions"),
+        (lambda samples, other: [], {}, "takes arguments besides samples"),
         ("nowhere", {}, "expected 'module:function'"),
         (hostile.length, {"on_error": "ignore"}, "on_error='ignore'"),
-        (hostile.length, {"on_error": "penalty"}, "each needs the other"),
-        (hostile.length, {"penalty": 1.0}, "each needs the other"),
+        (hostile.length, {"on_error": "penalty"}, "if and only if on_error='penalty'"),
+        (hostile.length, {"penalty": 1.0}, "if and only if on_error='penalty'"),
         (hostile.length, {"on_error": "penalty", "penalty": math.nan}, "penalty=nan"),
         (hostile.length, {"timeout": 1.0}, "needs isolation="),
         (hostile.length, {"timeout": 0.0, "isolation": "thread"}, "timeout=0.0"),
@@ -408,7 +408,7 @@ def test_cache_on_disk_outlives_the_process_and_a_torn_line(tmp_path: Path, capl
     with path.open("a") as file:
         file.write('["half an ent')
     reward = as_reward(counting, cache=str(path))
-    assert "1 lines are no entries" in caplog.text
+    assert "skipped 1 lines that are not score cache entries" in caplog.text
     assert reward.score(samples("four", "one", "three")).scores == [4.0, 3.0, 5.0]
     assert as_reward(counting, cache=path).score(samples("three")).scores == [5.0]
     assert counting.asked == [["one", "four"], ["three"]]
@@ -426,7 +426,7 @@ def test_cache_forgets_what_was_not_used_for_longest() -> None:
 
 
 def test_cache_refuses_a_column_that_is_no_key() -> None:
-    with pytest.raises(ColumnError, match="cannot be part of a cache's key"):
+    with pytest.raises(ColumnError, match="cannot be part of a cache key"):
         as_reward(Counting(), cache=True).score([sample("a", answer=object())])
     by_text = CachedReward(FunctionReward(Counting(), "c", Guard()), columns=())
     assert by_text.score([sample("a", answer=object())]).scores == [1.0]
@@ -465,7 +465,7 @@ def test_budget_stops_with_the_commonest_traceback() -> None:
     assert budget.errors == 2
     many = as_reward(failing([3]), on_error="penalty", penalty=0.0, budget=ErrorBudget(share=0.25, window=8))
     with pytest.raises(
-        RewardErrors, match=r"3 of the last 3 samples .* at most 25% of 8 .* 3 times: LookupError"
+        RewardErrors, match=r"3 of the last 3 samples; .* share=0.25 of window=8.* 3 times: LookupError"
     ) as caught:
         many.score(batch)
     assert "in common\n" in str(caught.value) and "no rubric for 0" in str(caught.value)
@@ -475,7 +475,7 @@ def test_budget_names_the_commonest_of_several() -> None:
     def two(prompts: Any, completions: list[str]) -> list[Any]:
         return ["text", common(1), common(2), "text", common(3)]
 
-    with pytest.raises(RewardErrors, match="commonest, 3 times: LookupError"):
+    with pytest.raises(RewardErrors, match="Most common error, 3 times: LookupError"):
         as_reward(two, on_error="skip", budget=ErrorBudget(0.8, 5)).score(samples(*"abcde"))
 
 
@@ -553,7 +553,7 @@ def test_a_weighted_sum_above_float32_is_a_failure_of_its_sample(first: Any, wei
     assert "ValueError: the weighted sum" in skipped.errors[0] and skipped.token_rewards == [None, None]
     assert skipped.components["second"] == [1.0, 0.5]
     assert as_reward(made, weights=weights, on_error="penalty", penalty=-3.0).score(BATCH).scores[0] == -3.0
-    with pytest.raises(RewardFailed, match=r"the weighted sum .* x first, -1 x second is more than float32 can hold"):
+    with pytest.raises(RewardFailed, match=r"the weighted sum .* x first, -1 x second overflows float32"):
         as_reward(made, weights=weights).score(BATCH)
 
 

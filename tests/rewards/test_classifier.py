@@ -112,7 +112,7 @@ def test_42_classifier_reads_text_and_never_the_policys_tokens() -> None:
     with pytest.raises(ValueError, match=r"prompts\[0\] is of type int, not str"):
         ClassifierReward(Adder(), tokenizer)([7], ["w1"])  # type: ignore[list-item]
     # A tokenizer that can say more than the classifier has vectors for is not the classifier's.
-    with pytest.raises(ValueError, match="61 tokens and the classifier vectors for 10"):
+    with pytest.raises(ValueError, match="61 tokens, but the classifier embeds only 10"):
         ClassifierReward(Adder(rows=10), tokenizer)
     # The text goes through the classifier's tokenizer, whatever words it is in.
     assert_close(ClassifierReward(Adder(), tokenizer)(["w7 w8"], [" w9"]), [2.4])
@@ -130,7 +130,7 @@ def test_unknown_label_lists_those_there_are(label: str | int) -> None:
 
 
 def test_label_that_two_outputs_share() -> None:
-    with pytest.raises(ValueError, match="names 2 labels"):
+    with pytest.raises(ValueError, match="matches 2 labels"):
         ClassifierReward(Adder({0: "good", 1: "Good"}), tiny_tokenizer(), label="good")
 
 

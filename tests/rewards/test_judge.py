@@ -76,8 +76,8 @@ def test_failures_are_of_their_rows_and_are_not_cached() -> None:
         scored = judge.score(batch)
         assert scored.scores == [None] * 5 + [7.0]
         said = [
-            "gave no score: 'no idea'",
-            "11.0 is not within 0.0 to 10.0",
+            "contains no score: 'no idea'",
+            "11.0 is outside scale=(0.0, 10.0)",
             "no choices[0]",
             "no choices[0]",
             "500",
@@ -121,7 +121,9 @@ def test_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert service.requests[0][2]["Authorization"] == "Bearer sk-canary-42"
     with serving(lambda body: reply("your key is sk-canary-42")) as service:
         scored = judged(service.url, samples("one"), key_env="CANARY_API_KEY")
-    assert scored.errors == ["Refused: the answer repeats the key, which would spread it"]
+    assert scored.errors == [
+        "Refused: the answer contains the API key in CANARY_API_KEY, which must not reach logs or files"
+    ]
     assert "sk-canary-42" not in repr(scored)
     assert "sk-canary-42" not in repr(vars(judge)) + (tmp_path / "judge.jsonl").read_text()
 

@@ -40,11 +40,11 @@ def test_format() -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: LengthPenalty(2, shortest=3), "leave no length"),
+        (lambda: LengthPenalty(2, shortest=3), "must be at least 0 and at most longest="),
         (lambda: LengthPenalty(2, per_unit=-1), "per_unit=-1"),
         (lambda: LengthPenalty(2, most=float("nan")), "most=nan"),
         (lambda: LengthPenalty(2, unit="word"), "unit='word'"),  # type: ignore[arg-type]
-        (lambda: FormatReward("("), "no regular expression"),
+        (lambda: FormatReward("("), "not a valid regular expression"),
         (lambda: FormatReward("a", penalty=-1.0), "penalty=-1.0"),
     ],
 )

@@ -22,7 +22,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX"
 
 
 def local(**settings: Any) -> Any:
-    with pytest.warns(UserWarning, match="runs code that a model wrote on this machine"):
+    with pytest.warns(UserWarning, match="runs code written by a model on this machine"):
         return as_reward(UnitTestReward(unsafe_local=True, **settings), on_error="skip")
 
 
@@ -33,16 +33,16 @@ def run(code: str, tests: Any = TESTS, **settings: Any) -> float | None:
 
 
 def test_refused_without_a_sandbox() -> None:
-    with pytest.raises(ValueError, match="pass sandbox=, or unsafe_local=True"):
+    with pytest.raises(ValueError, match="pass either sandbox=, or unsafe_local=True"):
         UnitTestReward()
-    with pytest.raises(ValueError, match="one of them"):
+    with pytest.raises(ValueError, match=r"got sandbox=.*Recorder.* and unsafe_local=True"):
         UnitTestReward(Recorder(""), unsafe_local=True)
 
 
 @posix
 def test_allowed_loudly(caplog: pytest.LogCaptureFixture) -> None:
     local()
-    assert "runs code that a model wrote on this machine, with your files and network" in caplog.text
+    assert "runs code written by a model on this machine, with access to your files and network" in caplog.text
 
 
 class Recorder:

@@ -27,7 +27,7 @@ time.sleep(60)
 def test_one_writer(tmp_path: Path) -> None:
     with RunDirectory.create(tmp_path / "run") as run:
         with pytest.raises(
-            RunLocked, match=rf"run is being written by process {os.getpid()} on .*; a run has one writer"
+            RunLocked, match=rf"run is being written by process {os.getpid()} on .*; only one process may write a run"
         ):
             RunDirectory.open(tmp_path / "run")
         run.event("still mine")
@@ -94,4 +94,4 @@ def test_a_file_system_without_locks_is_said_so(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with caplog.at_level(logging.WARNING):
         RunLock(tmp_path / ".lock").release()
-    assert "is not locked ([Errno 38] Function not implemented)" in caplog.text
+    assert f"cannot lock {tmp_path / '.lock'} ([Errno 38] Function not implemented)" in caplog.text

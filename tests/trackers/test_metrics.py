@@ -39,7 +39,7 @@ def test_floats_read_back_to_the_bit() -> None:
 @pytest.mark.parametrize(
     ("row", "step", "reason"),
     [
-        ({"step": 3}, 2, "must not have a key 'step': the line of step 2"),
+        ({"step": 3}, 2, "metrics row of step 2 uses the reserved key 'step'"),
         ({"nonfinite": 1}, 2, "key 'nonfinite'"),
         ({}, -1, "step=-1"),
         ({}, True, "step=True"),
@@ -59,7 +59,7 @@ def test_reading_stops_at_what_a_dying_machine_left(tmp_path: Path) -> None:
         path.write_bytes(rows + tail)
         assert read_metrics(tmp_path) == [{"step": 1, "a": 0.5}, {"step": 2}]
     path.write_bytes(b'{"step": 1}\n{"st\xffp": 2}\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no row of metrics, although rows follow it"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not a metrics row, although valid rows follow it"):
         read_metrics(tmp_path)
 
 

@@ -14,17 +14,17 @@ from trl.trackers import RunDirectory, run_folder
     [
         ("", "is empty"),
         (".", "is the root itself"),
-        ("..", "has a '..'"),
-        ("a/../../b", "has a '..'"),
-        ("..\\b", "has a '..'"),
+        ("..", "contains '..'"),
+        ("a/../../b", "contains '..'"),
+        ("..\\b", "contains '..'"),
         ("/etc", "is absolute"),
         ("C:\\runs", "is absolute"),
         ("a\0b", "control characters"),
         ("a\nb", "control characters"),
         ("a\x1b[31mb", "control characters"),
         ("a\udc80", "control characters"),
-        ("x" * 300, "a part of 300 bytes; the longest allowed is 255"),
-        ("é" * 128, "a part of 256 bytes"),
+        ("x" * 300, "a component of 300 bytes; the maximum is 255"),
+        ("é" * 128, "a component of 256 bytes"),
         ("out/run", "through a symbolic link"),
         ("out", "through a symbolic link"),
         ("loop/run", "cannot be resolved"),
@@ -68,6 +68,6 @@ def test_a_run_whose_files_lead_out_of_it_is_not_opened(tmp_path: Path) -> None:
     precious.write_text("kept", encoding="utf-8")
     metrics.unlink()
     metrics.symlink_to(precious)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl leads out of the run through a symbolic link"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is a symbolic link that leads out of the run folder"):
         RunDirectory.open("it", tmp_path / "runs")
     assert precious.read_text(encoding="utf-8") == "kept"

@@ -82,7 +82,7 @@ def test_environment_says_what_it_ran_on_and_nothing_of_the_environment(run: Run
 
 def test_a_run_is_not_written_over(run: RunDirectory, tmp_path: Path) -> None:
     run.close()
-    with pytest.raises(ValueError, match="holds a run already: resume it, or choose another folder"):
+    with pytest.raises(ValueError, match="already holds a run: resume it or choose another folder"):
         RunDirectory.create("run", root=tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
@@ -95,7 +95,7 @@ def test_a_run_is_not_written_over(run: RunDirectory, tmp_path: Path) -> None:
 
 def test_open_wants_a_run(tmp_path: Path) -> None:
     for name in (".", "gone"):
-        with pytest.raises(ValueError, match="is not the folder of a run"):
+        with pytest.raises(ValueError, match="is not a run folder"):
             RunDirectory.open(tmp_path / name)
         assert not RunDirectory.exists(tmp_path / name)
     assert os.listdir(tmp_path) == []
@@ -193,7 +193,7 @@ def test_s13_config_is_safely_loaded(run: RunDirectory, tmp_path: Path) -> None:
     fired = tmp_path / "fired"
     text = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{fired}']]\n"
     (run.path / "config.resolved.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"config\.resolved\.yaml cannot be read as YAML: .*python/object"):
+    with pytest.raises(ValueError, match=r"config\.resolved\.yaml is not valid YAML: .*python/object"):
         run.read_config()
     assert not fired.exists()
 
@@ -212,10 +212,10 @@ def test_rows_are_there_at_once_and_in_order(run: RunDirectory) -> None:
     assert read_metrics(run.path) == [{"step": 1, "loss": 0.5, "time/step": 1.0}]
     run.log({"loss": 0.25}, step=3)
     for step in (3, 2):
-        with pytest.raises(ValueError, match=f"a row of step 3 already; step {step} is not after it"):
+        with pytest.raises(ValueError, match=f"already has a row for step 3; step {step} must be higher"):
             run.log({}, step=step)
     run.close()
-    with RunDirectory.open(run.path) as again, pytest.raises(ValueError, match="a row of step 3 already"):
+    with RunDirectory.open(run.path) as again, pytest.raises(ValueError, match="already has a row for step 3"):
         again.log({}, step=3)
 
 
@@ -264,7 +264,7 @@ def test_samples(
     assert names == [f"step-00000012.{suffix}", f"step-00000013.{suffix}"]
     said = [message for message in caplog.messages if "pyarrow is not installed" in message]
     assert len(said) == (suffix == "jsonl")
-    with pytest.raises(ValueError, match="no completions of step 14"):
+    with pytest.raises(ValueError, match="no completions for step 14"):
         read_completions(run.path, 14)
 
 
@@ -365,8 +365,9 @@ def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path: Path, save
         for step in range(saved + 1, 8):
             write_step(run, step)
         assert contents(run) == contents(whole)
-        assert f"records after step {saved} taken off: {5 - saved} rows, {5 - saved} files of completions" in events(
-            run
+        assert (
+            f"removed the records after step {saved}: {5 - saved} metrics rows, {5 - saved} completion files"
+            in events(run)
         )
         assert not any("lacks" in line for line in events(run))
 
@@ -376,8 +377,8 @@ def test_rows_that_a_power_cut_took_are_missed_aloud(run: RunDirectory, caplog: 
         write_step(run, step)
     with caplog.at_level(logging.WARNING):
         assert run.truncate_after(4) == (0, 0)
-    assert "lacks the rows up to step 4; its last is 2" in caplog.text
-    assert events(run)[-1] == "metrics.jsonl lacks the rows up to step 4; its last is 2"
+    assert "metrics.jsonl is incomplete: expected rows up to step 4; the last step in it is 2" in caplog.text
+    assert events(run)[-1] == "metrics.jsonl is incomplete: expected rows up to step 4; the last step in it is 2"
 
 
 def test_damage_in_the_middle_is_named(run: RunDirectory) -> None:
@@ -386,10 +387,10 @@ def test_damage_in_the_middle_is_named(run: RunDirectory) -> None:
     path = run.path / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1].replace(b'"step"', b'"stop"') + lines[2])
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no row"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not a metrics row"):
         run.truncate_after(3)
     run.close()
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no row"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not a metrics row"):
         RunDirectory.open(run.path)
 
 

@@ -72,7 +72,7 @@ def test_dead_tracker_is_logged_once_and_counted(caplog: pytest.LogCaptureFixtur
             safe.log({"a": 1}, step)
     assert (safe.failures, safe.dropped) == (5, 0)
     assert [r.getMessage().splitlines()[0] for r in caplog.records] == [
-        "tracker wall failed (log of step 0); it is counted from now on"
+        "tracker wall failed (log of step 0); further failures are only counted"
     ]
     assert type(error).__name__ in caplog.text
 
@@ -104,8 +104,8 @@ def test_hanging_tracker_fills_the_queue_and_holds_nothing_up(caplog: pytest.Log
         assert time.perf_counter() - started < 2.0
     assert safe.dropped == 100
     assert len(caplog.records) == 2
-    assert "is behind by 4 rows: rows are dropped, from step 5 on" in caplog.messages[0]
-    assert "did not finish within 0.05 s: 4 rows are dropped" in caplog.messages[1]
+    assert "is behind by 4 rows: dropping rows, starting at step 5" in caplog.messages[0]
+    assert "did not finish within 0.05 s: dropping 4 rows" in caplog.messages[1]
     free.set()
     safe._thread.join(5)
     assert [step for _, step in tracker.rows] == [0] and tracker.closed == 1

@@ -20,17 +20,17 @@ T = torch.tensor
 BAD_STEPS: dict[str, tuple[Callable[[list, list, list], Any], str]] = {
     "queries not a list": (lambda q, r, s: (T([[3, 4]] * 4), r, s), "queries must be a list of tensors, not Tensor"),
     "a query not a tensor": (lambda q, r, s: ([[3, 4], *q[1:]], r, s), r"queries\[0\] must be a tensor, not list"),
-    "too few responses": (lambda q, r, s: (q, r[:3], s), "responses has 3 elements; batch_size=4"),
-    "no sample": (lambda q, r, s: ([], [], []), "queries has 0 elements; batch_size=4"),
+    "too few responses": (lambda q, r, s: (q, r[:3], s), "responses has 3 elements; expected batch_size=4"),
+    "no sample": (lambda q, r, s: ([], [], []), "queries has 0 elements; expected batch_size=4"),
     "an empty response": (lambda q, r, s: (q, [*r[:3], T([], dtype=torch.long)], s), r"responses\[3\] is empty"),
     "an empty query": (lambda q, r, s: ([T([], dtype=torch.long), *q[1:]], r, s), r"queries\[0\] is empty"),
-    "a 2-D response": (lambda q, r, s: (q, [r[0][None], *r[1:]], s), r"responses\[0\] must be 1-D.*\(1, 3\)"),
+    "a 2-D response": (lambda q, r, s: (q, [r[0][None], *r[1:]], s), r"responses\[0\] must be a 1-D.*\(1, 3\)"),
     "floating-point ids": (lambda q, r, s: ([q[0].float(), *q[1:]], r, s), r"queries\[0\] must hold token ids"),
-    "an id beyond the vocabulary": (lambda q, r, s: (q, [T([61]), *r[1:]], s), r"responses\[0\] holds token id 61"),
-    "a negative id": (lambda q, r, s: (q, [T([-100]), *r[1:]], s), r"responses\[0\] holds token id -100"),
+    "an id beyond the vocabulary": (lambda q, r, s: (q, [T([61]), *r[1:]], s), r"responses\[0\] contains token id 61"),
+    "a negative id": (lambda q, r, s: (q, [T([-100]), *r[1:]], s), r"responses\[0\] contains token id -100"),
     "longer than the context": (
         lambda q, r, s: ([T([5] * 62), *q[1:]], r, s),
-        "query \\+ response of sample 0 is 65 tokens long; the model's context holds 64",
+        "query \\+ response of sample 0 is 65 tokens long; the model's context length is 64",
     ),
     "a score per token": (lambda q, r, s: (q, r, [torch.zeros(2), *s[1:]]), r"scores\[0\] must be one number"),
     "2-D scores": (lambda q, r, s: (q, r, [torch.zeros(1, 1), *s[1:]]), r"scores\[0\] must be one number.*\(1, 1\)"),
@@ -47,11 +47,11 @@ BAD_STEPS: dict[str, tuple[Callable[[list, list, list], Any], str]] = {
     ),
     "a NaN token reward": (
         lambda q, r, s: (q, r, s, None, [torch.full((len(x),), math.nan) for x in r]),
-        r"token_rewards\[0\] holds a number that is not finite",
+        r"token_rewards\[0\] contains a number that is not finite",
     ),
     "a token reward above float32": (
         lambda q, r, s: (q, r, s, None, [torch.full((len(x),), 1e39, dtype=torch.double) for x in r]),
-        r"token_rewards\[0\] holds a number that is not finite in float32",
+        r"token_rewards\[0\] contains a number that is not finite in float32",
     ),
     "a score above float32": (
         lambda q, r, s: (q, r, [*s[:3], torch.tensor(1e39, dtype=torch.double)]),
@@ -78,7 +78,7 @@ def test_step_refuses_and_changes_nothing(case: str, make_trainer: Any, make_bat
 def test_seq2seq_needs_the_start_token_and_one_more(make_trainer: Any, make_batch: Any) -> None:
     queries, responses, scores = make_batch(seq2seq=True)
     responses[1] = torch.tensor([0])
-    with pytest.raises(ValueError, match=r"responses\[1\] has 1 token; at least 2 needed \(the decoder's start"):
+    with pytest.raises(ValueError, match=r"responses\[1\] has 1 token; expected at least 2 \(the decoder's start"):
         make_trainer(seq2seq=True).step(queries, responses, scores)
 
 
@@ -188,7 +188,7 @@ def test_generate_refuses(make_trainer: Any) -> None:
     trainer = make_trainer()
     with pytest.raises(ValueError, match=r"query_tensor\[1\] is empty"):
         trainer.generate([torch.tensor([3]), torch.tensor([], dtype=torch.long)])
-    with pytest.raises(ValueError, match=r"query_tensor\[0\] must be 1-D"):
+    with pytest.raises(ValueError, match=r"query_tensor\[0\] must be a 1-D"):
         trainer.generate(torch.tensor([[3, 4]]))
     with pytest.raises(ValueError, match="the query of sample 0 is 65 tokens long"):
         trainer.generate(torch.full((65,), 5))

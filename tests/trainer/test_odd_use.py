@@ -237,8 +237,8 @@ def test_model_inputs_with_other_tokens_are_refused(make_trainer: Any, make_batc
     ("name", "value", "message"),
     [
         ("token_rewards", torch.tensor([1e39], dtype=torch.float64), "not finite in float32"),
-        ("token_rewards", torch.tensor([1j]), "real numbers are expected"),
-        ("sampler_logprobs", torch.tensor([0.7]), "0.7: the logarithm of a probability is at most 0"),
+        ("token_rewards", torch.tensor([1j]), "has dtype torch.complex64; expected real numbers"),
+        ("sampler_logprobs", torch.tensor([0.7]), "0.7; log-probabilities must be at most 0"),
     ],
 )
 def test_numbers_per_token_that_cannot_be_meant(
@@ -259,7 +259,7 @@ def test_complex_scores_are_refused(make_trainer: Any, make_batch: Any) -> None:
 
 def test_a_start_token_that_was_cut_off_is_told(make_trainer: Any, make_batch: Any) -> None:
     queries, responses, scores = make_batch(seq2seq=True)
-    with pytest.warns(UserWarning, match="4 of 4 responses begin with another token than the decoder's start token 0"):
+    with pytest.warns(UserWarning, match="4 of 4 responses do not begin with the decoder's start token 0"):
         make_trainer(seq2seq=True).step(queries, [r[1:] for r in responses], scores)
 
 

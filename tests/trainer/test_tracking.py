@@ -48,7 +48,7 @@ def test_nothing_is_started_before(
 
 
 def test_an_unknown_tracker(nothing_installed: None) -> None:
-    with pytest.raises(ValueError, match=r"log_with='wandbb' is none of .*tensorboard"):
+    with pytest.raises(ValueError, match=r"log_with='wandbb' is not supported; expected one of .*tensorboard"):
         check_trackers(PPOConfig(log_with="wandbb"))
     check_trackers(PPOConfig())
 

@@ -537,7 +537,7 @@ def test_a_folder_of_completions_that_is_gone_costs_what_was_in_it(
     shutil.rmtree(tmp_path / "completions")
     run(run_dir=tmp_path, steps=3, resume=True)
     assert [path.stem for path in (tmp_path / "completions").iterdir()] == ["step-00000003"]
-    said = "completions/ was removed, with what was in it, and is made again"
+    said = "completions/ was deleted along with its contents; recreating it"
     assert said in events(tmp_path) and said in caplog.text
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 

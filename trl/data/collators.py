@@ -27,9 +27,9 @@ def pad(sequences: Sequence[Tensor], value: int, side: Side) -> tuple[Tensor, Te
     tokens = torch.full((len(sequences), width), value, dtype=torch.int64, device=device)
     attention = torch.zeros_like(tokens)
     for row, sequence in enumerate(sequences):
-        where = slice(0, len(sequence)) if side == "right" else slice(width - len(sequence), width)
-        tokens[row, where] = sequence
-        attention[row, where] = 1
+        span = slice(0, len(sequence)) if side == "right" else slice(width - len(sequence), width)
+        tokens[row, span] = sequence
+        attention[row, span] = 1
     return tokens, attention
 
 
@@ -44,15 +44,15 @@ def response_columns(attention: Tensor, query_lengths: Sequence[int], response_l
         response_lengths: number of predicted tokens per row.
     """
     starts = attention.long().argmax(dim=1).tolist()
-    first = [start + query - 1 for start, query in zip(starts, query_lengths, strict=True)]
-    return [slice(column, column + n) for column, n in zip(first, response_lengths, strict=True)]
+    first_columns = [start + query - 1 for start, query in zip(starts, query_lengths, strict=True)]
+    return [slice(column, column + n) for column, n in zip(first_columns, response_lengths, strict=True)]
 
 
 def place_on_columns(values: Sequence[Tensor], columns: Sequence[slice], like: Tensor) -> Tensor:
     """Writes one 1-D tensor per row into the given columns of a `[B, S]` tensor of zeros shaped and typed as `like`."""
     placed = torch.zeros_like(like)
-    for row, (value, where) in enumerate(zip(values, columns, strict=True)):
-        placed[row, where] = value.to(placed)
+    for row, (value, span) in enumerate(zip(values, columns, strict=True)):
+        placed[row, span] = value.to(placed)
     return placed
 
 

@@ -34,5 +34,5 @@ def prompt_loader(
     if is_hub_dataset(dataset) and keep is not None:
         dataset = dataset.remove_columns([c for c in dataset.column_names if c not in keep])
     if hasattr(dataset, "__len__") and len(dataset) < batch_size:
-        raise ValueError(f"dataset has {len(dataset)} examples, less than one batch of batch_size={batch_size}")
+        raise ValueError(f"dataset has {len(dataset)} examples, fewer than batch_size={batch_size}")
     return DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn, shuffle=True, drop_last=True)

@@ -18,8 +18,8 @@ from trl.data.readers import read_rows
 _PROMPT_COLUMNS = ("prompt", "query", "messages")
 _ID_COLUMNS = ("prompt_id", "id")
 # Reserved column names: reward functions receive these arguments from the loop.
-_TAKEN = ("prompts", "completions", "prompt_ids", "completion_ids")
-_CHUNK = 1024  # texts tokenised per call
+_RESERVED_COLUMNS = ("prompts", "completions", "prompt_ids", "completion_ids")
+_TEXTS_PER_CALL = 1024  # texts tokenised per call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,7 +34,7 @@ class Prompt:
 
 @dataclass(slots=True, kw_only=True)
 class _Draft:
-    where: str
+    location: str
     id: str
     text: str
     tokens: Tensor | None  # None until the text is tokenised
@@ -69,19 +69,21 @@ def load_prompts(
     if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1):
         raise ValueError(f"max_tokens={max_tokens!r} must be a whole number of at least 1, or None")
     rows = read_rows(source, max_streamed=max_streamed)
-    drafts = [_draft(where, index, row, tokenizer) for index, (where, row) in enumerate(rows)]
+    drafts = [_draft_prompt(location, index, row, tokenizer) for index, (location, row) in enumerate(rows)]
     if not drafts:
-        once = "; an iterator gives its rows once, and this one may have been read before"
-        place = f" in {source!r}" if isinstance(source, str) else once if isinstance(source, Iterator) else ""
-        raise ValueError(f"there are no prompts{place}")
+        exhausted_hint = "; an iterator yields its rows only once, and this one may already be exhausted"
+        source_hint = (
+            f" in {source!r}" if isinstance(source, str) else exhausted_hint if isinstance(source, Iterator) else ""
+        )
+        raise ValueError(f"there are no prompts{source_hint}")
     _check_ids(drafts)
     _tokenise(drafts, tokenizer)
     _check_lengths(drafts, max_tokens)
-    names = dict.fromkeys(name for draft in drafts for name in draft.columns)
+    column_names = dict.fromkeys(name for draft in drafts for name in draft.columns)
     prompts = []
     for draft in drafts:
         assert draft.tokens is not None
-        columns = {name: draft.columns.get(name) for name in names}
+        columns = {name: draft.columns.get(name) for name in column_names}
         prompts.append(Prompt(id=draft.id, text=draft.text, tokens=draft.tokens, columns=columns))
     return prompts
 
@@ -103,20 +105,20 @@ def column_fingerprints(prompts: Iterable[Prompt]) -> dict[str, str]:
     for prompt in prompts:
         for name, value in prompt.columns.items():
             digest = digests.setdefault(name, hashlib.sha256())
-            digest.update(json.dumps([prompt.id, _stable(value)]).encode())
+            digest.update(json.dumps([prompt.id, _stable_json(value)]).encode())
     return {str(name): digest.hexdigest() for name, digest in digests.items()}
 
 
-def _stable(value: Any) -> Any:
+def _stable_json(value: Any) -> Any:
     """JSON-serialisable form of a value that is the same in every process and distinguishes different values."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return ["mapping", sorted(json.dumps([_stable(key), _stable(item)]) for key, item in value.items())]
+        return ["mapping", sorted(json.dumps([_stable_json(key), _stable_json(item)]) for key, item in value.items())]
     if isinstance(value, list | tuple):
-        return [_stable(item) for item in value]
+        return [_stable_json(item) for item in value]
     if isinstance(value, set | frozenset):
-        return ["set", sorted(json.dumps(_stable(item)) for item in value)]
+        return ["set", sorted(json.dumps(_stable_json(item)) for item in value)]
     if isinstance(value, Tensor):
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]
@@ -127,131 +129,145 @@ def _stable(value: Any) -> Any:
     return [type(value).__qualname__, re.sub(r"0x[0-9a-fA-F]+", "", repr(value))]
 
 
-def _draft(where: str, index: int, row: Any, tokenizer: Any) -> _Draft:
+def _draft_prompt(location: str, index: int, row: Any, tokenizer: Any) -> _Draft:
     if isinstance(row, Prompt):
         return _Draft(
-            where=where, id=row.id, text=row.text, tokens=row.tokens, templated=False, columns=dict(row.columns)
+            location=location, id=row.id, text=row.text, tokens=row.tokens, templated=False, columns=dict(row.columns)
         )
-    name, columns = str(index), {}
+    prompt_id, columns = str(index), {}
     if isinstance(row, Mapping):
         column = next((name for name in _PROMPT_COLUMNS if name in row), None)
         if column is None:
-            hint = "; one chat is a list of messages in the list" if {"role", "content"} <= set(row) else ""
+            hint = (
+                "; to pass a single chat, wrap its list of messages in another list"
+                if {"role", "content"} <= set(row)
+                else ""
+            )
             raise ValueError(
-                f"{where} has the columns {', '.join(map(str, row)) or '(none)'}: one of them must be "
+                f"{location} has the columns {', '.join(map(str, row)) or '(none)'}: one of them must be "
                 f"{', '.join(_PROMPT_COLUMNS[:-1])} or {_PROMPT_COLUMNS[-1]}{hint}"
             )
         columns = {key: value for key, value in row.items() if key != column}
-        _check_columns(where, columns)
-        name = _id(where, columns, default=name)
-        where, row = f"{where}, column {column!r},", row[column]
-    text, tokens, templated = _content(where, row, tokenizer)
-    return _Draft(where=where, id=name, text=text, tokens=tokens, templated=templated, columns=columns)
+        _check_columns(location, columns)
+        prompt_id = _row_id(location, columns, default=prompt_id)
+        location, row = f"{location}, column {column!r},", row[column]
+    text, tokens, templated = _read_content(location, row, tokenizer)
+    return _Draft(location=location, id=prompt_id, text=text, tokens=tokens, templated=templated, columns=columns)
 
 
-def _check_columns(where: str, columns: Mapping[Any, Any]) -> None:
+def _check_columns(location: str, columns: Mapping[Any, Any]) -> None:
     for name in columns:
         if not isinstance(name, str):
-            raise ValueError(f"{where} has a column named {name!r}; a name must be a text")
-        if name in _TAKEN:
-            raise ValueError(f"{where} has a column {name!r}, which a reward gets from the loop: rename or remove it")
+            raise ValueError(f"{location} has a column named {name!r}; column names must be strings")
+        if name in _RESERVED_COLUMNS:
+            raise ValueError(
+                f"{location} has a column {name!r}, a name reserved for an argument of reward functions: rename or remove it"
+            )
 
 
-def _id(where: str, columns: Mapping[str, Any], default: str) -> str:
+def _row_id(location: str, columns: Mapping[str, Any], default: str) -> str:
     column = next((name for name in _ID_COLUMNS if name in columns), None)
     if column is None:
         return default
     value = columns[column]
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise ValueError(f"{where} has {column}={value!r}, not a whole number or a text")
+        raise ValueError(f"{location} has {column}={value!r}; expected an integer or a non-empty string")
     return str(value)
 
 
-def _content(where: str, content: Any, tokenizer: Any) -> tuple[str, Tensor | None, bool]:
+def _read_content(location: str, content: Any, tokenizer: Any) -> tuple[str, Tensor | None, bool]:
     """Returns the text, the tokens if already known, and whether a chat template rendered the text."""
     if isinstance(content, str):
         if not content:
-            raise ValueError(f"{where} is an empty text")
+            raise ValueError(f"{location} is an empty string")
         return content, None, False
     if isinstance(content, Sequence) and not isinstance(content, bytes) and any(
         isinstance(item, Mapping) for item in content
     ):  # fmt: skip
-        return _rendered(where, content, tokenizer), None, True
-    tokens = _token_ids(where, content, len(tokenizer))
+        return _render_chat(location, content, tokenizer), None, True
+    tokens = _token_ids(location, content, len(tokenizer))
     return tokenizer.decode(tokens), tokens, False
 
 
-def _rendered(where: str, messages: Sequence[Any], tokenizer: Any) -> str:
+def _render_chat(location: str, messages: Sequence[Any], tokenizer: Any) -> str:
     """Renders a chat with the tokenizer's template, up to and including the generation prompt."""
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise ValueError(f"{where} message {number} is {str(message)[:80]!r}, not a mapping with role and content")
+            raise ValueError(
+                f"{location} message {number} is {str(message)[:80]!r}, not a mapping with role and content"
+            )
     if messages[-1]["role"] == "assistant":
-        raise ValueError(f"{where} ends with a message of the assistant: nothing is left to answer")
+        raise ValueError(f"{location} ends with an assistant message: there is nothing left to answer")
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{where} is a chat, and the tokenizer has no chat template: give texts, or set chat_template")
+        raise ValueError(
+            f"{location} is a chat, but the tokenizer has no chat template: pass texts or set tokenizer.chat_template"
+        )
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except ImportError:
         raise
     except Exception as error:  # templates may raise anything; add which row it was
-        raise ValueError(f"{where} was refused by the chat template: {error}") from error
+        raise ValueError(f"{location} was rejected by the chat template: {error}") from error
     if not text:
-        raise ValueError(f"{where} is an empty text after the chat template")
+        raise ValueError(f"{location} is empty after the chat template was applied")
     return str(text)
 
 
-def _token_ids(where: str, content: Any, vocabulary: int) -> Tensor:
+def _token_ids(location: str, content: Any, vocabulary: int) -> Tensor:
     try:
         tokens = torch.as_tensor(content)
     except (TypeError, ValueError, RuntimeError) as error:
         shown = repr(content)[:80]
-        raise ValueError(f"{where} is {shown}: expected a text, token ids or chat messages") from error
+        raise ValueError(f"{location} is {shown}: expected a text, token ids or chat messages") from error
     if tokens.dim() != 1:
         raise ValueError(
-            f"{where} is of type {type(content).__name__} and shape {list(tokens.shape)}: expected a text, a 1-D list of "
+            f"{location} is of type {type(content).__name__} and shape {list(tokens.shape)}: expected a text, a 1-D list of "
             "token ids or chat messages"
         )
     if not len(tokens):
-        raise ValueError(f"{where} is empty")
+        raise ValueError(f"{location} is empty")
     if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
-        raise ValueError(f"{where} holds {tokens.dtype} values, not token ids")
+        raise ValueError(f"{location} holds {tokens.dtype} values, not token ids")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
-        raise ValueError(f"{where} holds token {low if low < 0 else high}; the tokenizer knows 0 to {vocabulary - 1}")
+        raise ValueError(
+            f"{location} contains token id {low if low < 0 else high}; the tokenizer has ids 0 to {vocabulary - 1}"
+        )
     return tokens.to("cpu", torch.int64)
 
 
 def _tokenise(drafts: Sequence[_Draft], tokenizer: Any) -> None:
     for templated in (False, True):
-        waiting = [draft for draft in drafts if draft.tokens is None and draft.templated == templated]
-        for start in range(0, len(waiting), _CHUNK):
-            chunk = waiting[start : start + _CHUNK]
+        untokenised = [draft for draft in drafts if draft.tokens is None and draft.templated == templated]
+        for start in range(0, len(untokenised), _TEXTS_PER_CALL):
+            chunk = untokenised[start : start + _TEXTS_PER_CALL]
             # verbose=False: over-long prompts are rejected later, with their row.
             ids = tokenizer([d.text for d in chunk], add_special_tokens=not templated, verbose=False)["input_ids"]
-            for draft, found in zip(chunk, ids, strict=True):
-                draft.tokens = torch.tensor(found, dtype=torch.int64)
+            for draft, token_ids in zip(chunk, ids, strict=True):
+                draft.tokens = torch.tensor(token_ids, dtype=torch.int64)
 
 
 def _check_ids(drafts: Sequence[_Draft]) -> None:
-    seen: dict[str, str] = {}
+    first_place: dict[str, str] = {}
     for draft in drafts:
-        if draft.id in seen:
-            raise ValueError(f"{draft.where} has the id {draft.id!r} of {seen[draft.id]}: an id names one prompt")
-        seen[draft.id] = draft.where
+        if draft.id in first_place:
+            raise ValueError(
+                f"{draft.location} repeats the id {draft.id!r} of {first_place[draft.id]}: ids must be unique"
+            )
+        first_place[draft.id] = draft.location.removesuffix(",")
 
 
 def _check_lengths(drafts: Sequence[_Draft], max_tokens: int | None) -> None:
     lengths = [0 if draft.tokens is None else len(draft.tokens) for draft in drafts]
     for draft, length in zip(drafts, lengths, strict=True):
         if not length:
-            raise ValueError(f"{draft.where} has no tokens: {draft.text[:80]!r}")
+            raise ValueError(f"{draft.location} has no tokens: {draft.text[:80]!r}")
     if max_tokens is None:
         return
-    long = [f"{d.where} has {n}" for d, n in zip(drafts, lengths, strict=True) if n > max_tokens]
-    if long:
-        more = "" if len(long) <= 3 else ", ..."
+    too_long = [f"{d.location} has {n}" for d, n in zip(drafts, lengths, strict=True) if n > max_tokens]
+    if too_long:
+        ellipsis = "" if len(too_long) <= 3 else ", ..."
         raise ValueError(
-            f"{len(long)} of {len(drafts)} prompts have more than max_tokens={max_tokens} tokens: "
-            f"{', '.join(long[:3])}{more}; the longest has {max(lengths)}"
+            f"{len(too_long)} of {len(drafts)} prompts have more than max_tokens={max_tokens} tokens: "
+            f"{', '.join(too_long[:3])}{ellipsis}; the longest has {max(lengths)}"
         )

@@ -37,8 +37,8 @@ def read_rows(source: Any, *, max_streamed: int) -> Iterator[Located]:
     if isinstance(source, Mapping):
         names = ", ".join(map(str, list(source)[:8]))
         raise ValueError(
-            f"prompts is a {type(source).__name__} of {names}, not a list of rows: give one of its splits, or a list with "
-            "one mapping per prompt"
+            f"prompts is a {type(source).__name__} with the keys {names}, not a list of rows: pass one of its splits, or a "
+            "list with one mapping per prompt"
         )
     if isinstance(source, Sized) and hasattr(source, "__getitem__") and not isinstance(source, bytes):
         return _numbered(source[index] for index in range(len(source)))
@@ -55,28 +55,28 @@ def _numbered(rows: Iterable[Any]) -> Iterator[Located]:
     return ((f"prompts[{index}]", row) for index, row in enumerate(rows))
 
 
-def _limited(stream: Iterable[Any], most: int) -> Iterator[Located]:
+def _limited(stream: Iterable[Any], max_rows: int) -> Iterator[Located]:
     rows = iter(stream)
-    yield from _numbered(islice(rows, most))
+    yield from _numbered(islice(rows, max_rows))
     if next(rows, rows) is not rows:
         raise ValueError(
-            f"prompts is a stream ({type(stream).__name__}) of more than {most} rows, which may have no end: all prompts of a run "
-            "are held in memory. Take as many as the run needs, with dataset.take(n) or itertools.islice, or raise max_streamed "
-            "of load_prompts"
+            f"prompts is a stream ({type(stream).__name__}) of more than max_streamed={max_rows} rows and may be infinite; all prompts "
+            "of a run are held in memory. Limit it with dataset.take(n) or itertools.islice, or raise max_streamed of "
+            "load_prompts"
         )
 
 
 def _file_rows(path: Path) -> Iterator[Located]:
     if "\0" in str(path):
-        raise ValueError(f"prompts={str(path)!r} is no path: it holds a NUL character")
+        raise ValueError(f"prompts={str(path)!r} is not a valid path: it contains a NUL character")
     suffix = path.suffix.lower()
     readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     if suffix not in readers:
         raise ValueError(
-            f"prompts={str(path)!r} is not a path to one of {', '.join(_SUFFIXES)}; a single prompt goes into a list"
+            f"prompts={str(path)!r} is not a path to one of {', '.join(_SUFFIXES)}; pass a single prompt in a list"
         )
     if not path.is_file():
-        raise ValueError(f"prompts={str(path)!r} is no file")
+        raise ValueError(f"prompts={str(path)!r} does not exist or is not a file")
     return readers[suffix](path)
 
 
@@ -85,19 +85,19 @@ def _jsonl_rows(path: Path) -> Iterator[Located]:
     index = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}:{number} (row {index})"
+            location = f"{path}:{number} (row {index})"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not text.strip():
                     continue
                 row = json.loads(text)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where} is not UTF-8: {error}") from error
+                raise ValueError(f"{location} is not valid UTF-8: {error}") from error
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+                raise ValueError(f"{location} is not valid JSON: {error.msg} at column {error.colno}") from error
             except RecursionError as error:
-                raise ValueError(f"{where} is nested too deeply") from error
-            yield where, row
+                raise ValueError(f"{location} is nested too deeply") from error
+            yield location, row
             index += 1
 
 
@@ -107,15 +107,17 @@ def _csv_rows(path: Path) -> Iterator[Located]:
         rows = _csv_cells(path, reader)
         header = next(rows, ("", []))[1]
         if len(set(header)) < len(header):
-            raise ValueError(f"{path}:1 names a column twice: {', '.join(header)}")
+            raise ValueError(f"{path}:1 has duplicate column names: {', '.join(header)}")
         index = 0
         for line, cells in rows:
             if not cells:  # an empty line
                 continue
-            where = f"{path}:{line} (row {index})"
+            location = f"{path}:{line} (row {index})"
             if len(cells) != len(header):
-                raise ValueError(f"{where} has {len(cells)} cells and the header {len(header)}: {', '.join(header)}")
-            yield where, dict(zip(header, cells, strict=True))
+                raise ValueError(
+                    f"{location} has {len(cells)} cells, but the header has {len(header)}: {', '.join(header)}"
+                )
+            yield location, dict(zip(header, cells, strict=True))
             index += 1
 
 
@@ -126,9 +128,9 @@ def _csv_cells(path: Path, reader: Any) -> Iterator[tuple[str, list[str]]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise ValueError(f"{path}:{line} is not CSV: {error}") from error
+            raise ValueError(f"{path}:{line} is not valid CSV: {error}") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{line} or a line soon after it is not UTF-8: {error}") from error
+            raise ValueError(f"{path}:{line} or a line shortly after it is not valid UTF-8: {error}") from error
         if cells is None:
             return
         yield line, cells
@@ -146,4 +148,4 @@ def _parquet_rows(path: Path) -> Iterator[Located]:
         for index, row in enumerate(rows):
             yield f"{path} (row {index})", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not Parquet: {error}") from error
+        raise ValueError(f"{path} is not a valid Parquet file: {error}") from error

@@ -49,10 +49,10 @@ class PromptSampler:
         shuffle: bool = True,
         remainder: Remainder = "carry",
     ) -> None:
-        lowest = {"size": (size, 1), "batch_size": (batch_size, 1), "seed": (seed, 0), "world": (world, 1)}
-        for name, (value, least) in (lowest | {"rank": (rank, 0)}).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        minimums = {"size": (size, 1), "batch_size": (batch_size, 1), "seed": (seed, 0), "world": (world, 1)}
+        for name, (value, minimum) in (minimums | {"rank": (rank, 0)}).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {minimum}")
         if rank >= world:
             raise ValueError(f"rank={rank} must be below world={world}")
         if batch_size % world:
@@ -61,30 +61,30 @@ class PromptSampler:
             raise ValueError(f"remainder={remainder!r} must be one of {', '.join(get_args(Remainder))}")
         if remainder == "drop" and size < batch_size:
             raise ValueError(
-                f"{size} prompts are less than one batch of batch_size={batch_size}: every epoch would be dropped whole; "
-                "remainder='carry' fills the batch from the next epoch"
+                f"{size} prompts are fewer than batch_size={batch_size}, so remainder='drop' would skip every epoch "
+                "entirely; remainder='carry' fills the batch from the next epoch"
             )
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, bool(shuffle)
         self.rank, self.world, self.remainder = rank, world, remainder
         self.epoch = 0  # epoch of the next prompt, from 0
         self.position = 0  # position of the next prompt in its epoch, 0 to size - 1
         self._order: tuple[int, NDArray[np.int64]] | None = None  # cached epoch number and its order
-        if self._left_over:
-            logger.warning("%d of %d prompts are left out of every epoch (remainder='drop')", self._left_over, size)
+        if self._skipped_per_epoch:
+            logger.warning("skipping %d of %d prompts in every epoch (remainder='drop')", self._skipped_per_epoch, size)
 
     @property
     def dropped(self) -> int:
         """Number of prompts skipped so far, over all processes."""
-        return self.epoch * self._left_over
+        return self.epoch * self._skipped_per_epoch
 
     def next(self) -> list[int]:
         """This process's share of the next batch: `batch_size / world` indices."""
         batch: list[int] = []
         while len(batch) < self.batch_size:
-            stop = min(self.position + self.batch_size - len(batch), self.size - self._left_over)
+            stop = min(self.position + self.batch_size - len(batch), self.size - self._skipped_per_epoch)
             batch += self._order_of(self.epoch)[self.position : stop].tolist()
             self.position = stop
-            if self.position == self.size - self._left_over:
+            if self.position == self.size - self._skipped_per_epoch:
                 self.epoch, self.position = self.epoch + 1, 0
         share = self.batch_size // self.world
         return batch[self.rank * share : (self.rank + 1) * share]
@@ -97,7 +97,7 @@ class PromptSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the next batch and the settings it depends on, as JSON values; the same on every process."""
-        return {"version": _VERSION, "epoch": self.epoch, "position": self.position} | self._plan()
+        return {"version": _VERSION, "epoch": self.epoch, "position": self.position} | self._settings()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the position saved in `state`. Only the number of processes may differ.
@@ -106,35 +106,37 @@ class PromptSampler:
             ValueError: if size, batch_size, seed, shuffle or remainder differ (all differences are named), or `state`
                 is invalid; the sampler is unchanged.
         """
-        expected = {"version", "epoch", "position", *self._plan()}
+        expected = {"version", "epoch", "position", *self._settings()}
         if set(state) != expected:
-            raise ValueError(f"the sampler's state holds {', '.join(sorted(state))}, not {', '.join(sorted(expected))}")
+            raise ValueError(
+                f"the sampler's state has the keys {', '.join(sorted(state))}; expected {', '.join(sorted(expected))}"
+            )
         if state["version"] != _VERSION:
-            raise ValueError(f"the sampler's state has version {state['version']!r}; this trl reads {_VERSION}")
+            raise ValueError(f"the sampler's state has version {state['version']!r}; this trl reads version {_VERSION}")
         differences = [
             f"{name} was {state[name]!r} and is {value!r} now"
-            for name, value in self._plan().items()
+            for name, value in self._settings().items()
             if state[name] != value
         ]
         if differences:
-            raise ValueError("the prompts cannot go on where they were: " + "; ".join(differences))
+            raise ValueError("the prompt order cannot be resumed: " + "; ".join(differences))
         epoch, position = state["epoch"], state["position"]
-        for name, value, end in (("epoch", epoch, None), ("position", position, self.size - self._left_over)):
+        for name, value, end in (("epoch", epoch, None), ("position", position, self.size - self._skipped_per_epoch)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0 or (end is not None and value >= end):
-                limit = "" if end is None else f" to {end - 1}"
-                raise ValueError(f"the sampler's state has {name}={value!r}, not a whole number from 0{limit}")
+                allowed = "of at least 0" if end is None else f"from 0 to {end - 1}"
+                raise ValueError(f"the sampler's state has {name}={value!r}; expected an integer {allowed}")
         if self.remainder == "drop" and position % self.batch_size:
             raise ValueError(
-                f"the sampler's state has position={position}, not a multiple of batch_size={self.batch_size}"
+                f"the sampler's state has position={position}, which is not a multiple of batch_size={self.batch_size}"
             )
         self.epoch, self.position = epoch, position
 
     @property
-    def _left_over(self) -> int:
+    def _skipped_per_epoch(self) -> int:
         """Number of prompts skipped in every epoch."""
         return self.size % self.batch_size if self.remainder == "drop" else 0
 
-    def _plan(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         names = ("size", "batch_size", "seed", "shuffle", "remainder")
         return {name: getattr(self, name) for name in names}
 

@@ -17,17 +17,25 @@ FILES = ("report.html", "curves-light.svg", "curves-dark.svg", "metrics.jsonl", 
 
 def parser() -> argparse.ArgumentParser:
     """Builds the argument parser."""
-    made = argparse.ArgumentParser(
+    argument_parser = argparse.ArgumentParser(
         prog="python -m trl.demo",
-        description="PPO for positive film reviews, on two tiny models that come with the package: no download, no GPU.",
+        description="PPO for positive film reviews with the package's two tiny models: no download, no GPU.",
     )
-    usual, add = DemoSettings(), made.add_argument
-    add("--seed", type=int, default=usual.seed, metavar="N", help="of sampling and of the order of minibatches")
-    add("--steps", type=int, default=usual.steps, metavar="N", help="calls of PPOTrainer.step (default: %(default)s)")
-    add("--batch-size", type=int, default=usual.batch_size, metavar="N", help="reviews per step (default: %(default)s)")
-    add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="where files go (default: %(default)s)")
-    add("--save-model", action="store_true", help="also write the trained model into DIR/model")
-    return made
+    defaults, add_argument = DemoSettings(), argument_parser.add_argument
+    add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="random seed (default: %(default)s)")
+    add_argument("--steps", type=int, default=defaults.steps, metavar="N", help="PPO steps (default: %(default)s)")
+    add_argument(
+        "--batch-size",
+        type=int,
+        default=defaults.batch_size,
+        metavar="N",
+        help="reviews per step (default: %(default)s)",
+    )
+    add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="output folder (default: %(default)s)"
+    )
+    add_argument("--save-model", action="store_true", help="also save the trained model to DIR/model")
+    return argument_parser
 
 
 def prepare(folder: Path) -> None:

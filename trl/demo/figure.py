@@ -61,13 +61,13 @@ def drawing(curves: Curves, head: str = "") -> str:
     """
     height = TOP + 2 * PANEL + GAP + BOTTOM
     steps = max(len(curves.score), 1)
-    ticks = [int(t) for t in nice_ticks(steps, 8) if t == int(t) and t <= steps]
+    step_ticks = [int(t) for t in nice_ticks(steps, 8) if t == int(t) and t <= steps]
 
     def x(step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * step / steps
 
     lower = TOP + PANEL + GAP
-    top_kl = nice_ticks(max([*(k for k in curves.kl if math.isfinite(k)), 1.0]), 4)
+    kl_ticks = nice_ticks(max([*(k for k in curves.kl if math.isfinite(k)), 1.0]), 4)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="curves" viewBox="0 0 {WIDTH} {height}" role="img" '
         'aria-labelledby="curves-title curves-text">',
@@ -76,18 +76,18 @@ def drawing(curves: Curves, head: str = "") -> str:
         head,
         f'<rect class="page" width="{WIDTH}" height="{height}"/>',
         *panel("Mean P(POSITIVE) of a batch of reviews", TOP, [0, 0.25, 0.5, 0.75, 1]),
-        *panel("KL to the reference model, nats per review", lower, top_kl),
-        *(text(x(t), lower + PANEL + 20, str(t), "tick", "middle") for t in ticks),
+        *panel("KL to the reference model, nats per review", lower, kl_ticks),
+        *(text(x(t), lower + PANEL + 20, str(t), "tick", "middle") for t in step_ticks),
         text((LEFT + WIDTH - RIGHT) / 2, height - 12, f"PPO step ({curves.batch_size} reviews each)", "note", "middle"),
         *line("score", curves.score, x, lambda value: TOP + PANEL * (1 - value), "{:.2f}"),
-        *line("kl", curves.kl, x, lambda value: lower + PANEL * (1 - value / top_kl[-1]), "{:.1f}"),
+        *line("kl", curves.kl, x, lambda value: lower + PANEL * (1 - value / kl_ticks[-1]), "{:.1f}"),
     ]
-    marks = [(s, v) for s, v in zip((0, steps), curves.held_out, strict=True) if v is not None]
-    for step, value in marks:
+    held_out_marks = [(s, v) for s, v in zip((0, steps), curves.held_out, strict=True) if v is not None]
+    for step, value in held_out_marks:
         parts.append(f'<circle class="mark score" cx="{x(step):.1f}" cy="{TOP + PANEL * (1 - value):.1f}" r="4.5"/>')
-    if marks:
+    if held_out_marks:
         right = WIDTH - RIGHT
-        label = "held-out prompts: " + " → ".join(f"{value:.2f}" for _, value in marks)
+        label = "held-out prompts: " + " → ".join(f"{value:.2f}" for _, value in held_out_marks)
         parts.append(f'<circle class="mark score" cx="{right - 8 - 6.6 * len(label):.1f}" cy="{TOP - 18}" r="4.5"/>')
         parts.append(text(right, TOP - 14, label, "note", "end"))
     return "\n".join(part for part in [*parts, "</svg>"] if part)
@@ -98,17 +98,17 @@ def description(curves: Curves) -> str:
     if not curves.score:
         return "No step was finished."
     return (
-        f"Over {len(curves.score)} steps of {curves.batch_size} reviews the mean P(POSITIVE) of a batch goes from "
-        f"{curves.score[0]:.2f} to {curves.score[-1]:.2f}, the KL to the reference from {curves.kl[0]:.1f} to "
+        f"Over {len(curves.score)} steps of {curves.batch_size} reviews, the mean P(POSITIVE) of a batch goes from "
+        f"{curves.score[0]:.2f} to {curves.score[-1]:.2f}, and the KL to the reference from {curves.kl[0]:.1f} to "
         f"{curves.kl[-1]:.1f} nats per review."
     )
 
 
 def nice_ticks(highest: float, count: int) -> list[float]:
     """Returns about `count` ticks from 0 to at least `highest`, spaced 1, 2, 2.5 or 5 times a power of ten."""
-    rough = highest / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    rough_step = highest / count
+    power = 10.0 ** math.floor(math.log10(rough_step))
+    step = next(multiple * power for multiple in (1, 2, 2.5, 5, 10) if multiple * power >= rough_step * 0.999)
     return [step * i for i in range(math.ceil(highest / step - 1e-9) + 1)]
 
 
@@ -122,7 +122,7 @@ def panel(title: str, top: float, levels: Sequence[float]) -> list[str]:
     return parts
 
 
-def line(name: str, values: Sequence[float], x: Scale, y: Scale, form: str) -> list[str]:
+def line(name: str, values: Sequence[float], x: Scale, y: Scale, template: str) -> list[str]:
     """Draws a series, labelled with its last finite value; non-finite values leave a gap."""
     pieces: list[list[str]] = [[]]
     last = None
@@ -135,7 +135,7 @@ def line(name: str, values: Sequence[float], x: Scale, y: Scale, form: str) -> l
     parts = [f'<polyline class="line {name}" points="{" ".join(piece)}"/>' for piece in pieces if piece]
     if last is not None:
         parts.append(f'<circle class="dot {name}" cx="{last[0]:.1f}" cy="{last[1]:.1f}" r="3.5"/>')
-        parts.append(text(last[0] + 12, last[1] + 4.5, form.format(last[2]), "value", "start"))
+        parts.append(text(last[0] + 12, last[1] + 4.5, template.format(last[2]), "value", "start"))
     return parts
 
 

@@ -41,7 +41,7 @@ class DemoSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch_size % self.minibatches:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of {self.minibatches}")
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of minibatches={self.minibatches}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

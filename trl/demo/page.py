@@ -55,11 +55,11 @@ def page(result: DemoResult) -> str:
         "</head>",
         "<body>",
         f"<h1>{title}</h1>",
-        '<p class="muted">A tiny GPT-2 of film reviews learns to please a tiny BERT sentiment classifier. Each step it writes '
-        f"{result.settings.batch_size} reviews, the classifier scores them, and PPO makes the better ones likelier; a KL "
-        "penalty keeps it close to the model it was.</p>",
-        *(["<p>This run was interrupted: it shows what was reached.</p>"] if result.interrupted else []),
-        _numbers(result),
+        '<p class="muted">A tiny GPT-2 that writes film reviews learns to please a tiny BERT sentiment classifier. At each step '
+        f"it writes {result.settings.batch_size} reviews, the classifier scores them, and PPO makes the better ones more "
+        "likely; a KL penalty keeps it close to the initial model.</p>",
+        *(["<p>This run was interrupted; the report covers the finished steps.</p>"] if result.interrupted else []),
+        _headline(result),
         "<h2>Score and KL per step</h2>",
         drawing(curves_of(result)) if result.rows else "<p>No step was finished.</p>",
         *(_texts(result.before, result.after) if result.before is not None else []),
@@ -88,31 +88,36 @@ def _variables(colours: dict[str, str]) -> str:
     return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
 
 
-def _numbers(result: DemoResult) -> str:
+def _headline(result: DemoResult) -> str:
     before, after = result.before, result.after
-    shown: dict[str, str] = {}
+    figures: dict[str, str] = {}
     if before is not None and after is not None:
-        shown["mean P(POSITIVE), held-out prompts"] = f"{before.positive:.2f} → {after.positive:.2f}"
-        shown["KL to the reference, nats per review"] = f"{after.kl:.1f}"
-        shown["perplexity under the reference"] = f"{before.perplexity:.0f} → {after.perplexity:.0f}"
-        shown["different word pairs"] = f"{before.distinct_2:.0%} → {after.distinct_2:.0%}"
-    shown["steps, reviews"] = f"{len(result.rows)}, {len(result.rows) * result.settings.batch_size:,}"
-    shown["minutes"] = clock(result.seconds)
-    return "<dl>" + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in shown.items()) + "</dl>"
+        figures["mean P(POSITIVE), held-out prompts"] = f"{before.positive:.2f} → {after.positive:.2f}"
+        figures["KL to the reference, nats per review"] = f"{after.kl:.1f}"
+        figures["perplexity under the reference"] = f"{before.perplexity:.0f} → {after.perplexity:.0f}"
+        figures["different word pairs"] = f"{before.distinct_2:.0%} → {after.distinct_2:.0%}"
+    figures["steps, reviews"] = f"{len(result.rows)}, {len(result.rows) * result.settings.batch_size:,}"
+    figures["minutes"] = clock(result.seconds)
+    return (
+        "<dl>" + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in figures.items()) + "</dl>"
+    )
 
 
 def _texts(before: HeldOut, after: HeldOut | None) -> list[str]:
-    later = [None] * len(before.reviews) if after is None else after.reviews
-    rows = [_row(old, new) for old, new in zip(before.reviews, later, strict=True)]
-    first, rest = rows[:SHOWN], rows[SHOWN:]
+    after_reviews = [None] * len(before.reviews) if after is None else after.reviews
+    rows = [
+        _row(before_review, after_review)
+        for before_review, after_review in zip(before.reviews, after_reviews, strict=True)
+    ]
+    shown, folded = rows[:SHOWN], rows[SHOWN:]
     parts = [
         "<h2>The same prompts before and after</h2>",
-        '<p class="muted">Prompts that were held out of training, with the same random numbers both times: the first '
-        f"{len(first)}, not chosen.</p>",
-        _table(first),
+        '<p class="muted">Prompts held out of training, sampled with the same random numbers before and after. These are the '
+        f"first {len(shown)}, not a selection.</p>",
+        _table(shown),
     ]
-    if rest:
-        parts.append(f"<details><summary>{len(rest)} more</summary>{_table(rest)}</details>")
+    if folded:
+        parts.append(f"<details><summary>{len(folded)} more</summary>{_table(folded)}</details>")
     return parts
 
 
@@ -121,9 +126,9 @@ def _table(rows: list[str]) -> str:
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _row(old: Review, new: Review | None) -> str:
-    cells = [f"<td>{escape(plain(old.prompt))} …</td>"]
-    for review in (old, new):
+def _row(before: Review, after: Review | None) -> str:
+    cells = [f"<td>{escape(plain(before.prompt))} …</td>"]
+    for review in (before, after):
         number, words = ("", "") if review is None else (f"{review.positive:.2f}", escape(plain(review.response)))
         cells.append(f'<td class="number">{number}</td><td class="text">{words}</td>')
     return f"<tr>{''.join(cells)}</tr>"

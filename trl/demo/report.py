@@ -35,13 +35,15 @@ def run_and_report(
         Whether the run was interrupted; partial results are written in that case.
     """
 
-    def say(text: str) -> None:
+    def print_line(text: str) -> None:
         stream.write(text + "\n")
         stream.flush()
 
     result = DemoResult(settings=settings)
     transformers_logging.disable_progress_bar()
-    say(f"PPO for positive film reviews: {settings.steps} steps of {settings.batch_size} reviews, seed {settings.seed}")
+    print_line(
+        f"PPO for positive film reviews: {settings.steps} steps of {settings.batch_size} reviews, seed {settings.seed}"
+    )
     try:
         demo = Demo(settings)
         result.before = demo.evaluate()
@@ -56,14 +58,14 @@ def run_and_report(
         result.seconds = time.perf_counter() - started
     files = write(result, out)
     if result.interrupted:
-        say(f"interrupted after {len(result.rows)} of {settings.steps} steps")
+        print_line(f"interrupted after {len(result.rows)} of {settings.steps} steps")
     else:
         assert result.before is not None and result.after is not None
         width = min(100, shutil.get_terminal_size((100, 24)).columns)
-        say("\n" + comparison(result.before, result.after, width) + "\n" + verdict(result))
-    say(f"{result.seconds:.0f} s in all. Written:")
+        print_line("\n" + comparison(result.before, result.after, width) + "\n" + verdict(result))
+    print_line(f"Finished in {result.seconds:.0f} s. Files written:")
     for path in [*files, *([out / "model"] if save_model and not result.interrupted else [])]:
-        say(f"  {path}")
+        print_line(f"  {path}")
     return result.interrupted
 
 
@@ -84,7 +86,7 @@ def train(demo: Demo, result: DemoResult, metrics: Path, stream: TextIO) -> None
 
 def summary(result: DemoResult) -> dict[str, Any]:
     """Returns the metrics and settings of the run for summary.json."""
-    numbers: dict[str, Any] = {
+    outcome: dict[str, Any] = {
         "seed": result.settings.seed,
         "steps": len(result.rows),
         "seconds": round(result.seconds, 1),
@@ -92,8 +94,8 @@ def summary(result: DemoResult) -> dict[str, Any]:
     }
     for name, held_out in (("before", result.before), ("after", result.after)):
         if held_out is not None:
-            numbers[name] = {k: v for k, v in asdict(held_out).items() if k != "reviews"}
-    return numbers | {"settings": asdict(result.settings)}
+            outcome[name] = {k: v for k, v in asdict(held_out).items() if k != "reviews"}
+    return outcome | {"settings": asdict(result.settings)}
 
 
 def write(result: DemoResult, out: Path) -> list[Path]:
@@ -116,5 +118,5 @@ def write(result: DemoResult, out: Path) -> list[Path]:
     }
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
-    found = [out / name for name in (*texts, "metrics.jsonl")]
-    return [path for path in found if path.exists()]
+    paths = [out / name for name in (*texts, "metrics.jsonl")]
+    return [path for path in paths if path.exists()]

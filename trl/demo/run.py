@@ -149,9 +149,9 @@ class Demo:
         inputs = trainer.prepare_model_inputs(queries, responses)
         logprobs, _, _, masks = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
         ref_logprobs, _, _, _ = trainer.batched_forward_pass(trainer.ref_model, queries, responses, inputs)
-        counted = masks.bool()
-        kl = (logprobs - ref_logprobs).masked_fill(~counted, 0.0).sum(dim=1)  # [B]
-        surprise = -ref_logprobs.masked_fill(~counted, 0.0).sum() / counted.sum()
+        response_mask = masks.bool()
+        kl = (logprobs - ref_logprobs).masked_fill(~response_mask, 0.0).sum(dim=1)  # [B]
+        mean_nll = -ref_logprobs.masked_fill(~response_mask, 0.0).sum() / response_mask.sum()
         return HeldOut(
             reviews=[
                 Review(prompt=prompt, response=text, positive=p)
@@ -159,6 +159,6 @@ class Demo:
             ],
             positive=sum(probabilities) / len(probabilities),
             kl=kl.mean().item(),
-            perplexity=surprise.exp().item(),
+            perplexity=mean_nll.exp().item(),
             distinct_2=distinct_pairs(texts),
         )

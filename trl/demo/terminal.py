@@ -65,12 +65,12 @@ class Progress:
 def comparison(before: HeldOut, after: HeldOut, width: int) -> str:
     """Formats the first held-out prompts with P(POSITIVE) and responses, before and after training."""
     lines = ["Held-out prompts, before and after (P(POSITIVE), continuation):", ""]
-    for old, new in zip(before.reviews[:SHOWN], after.reviews[:SHOWN], strict=True):
-        lines.append(f"  {plain(old.prompt)} ...")
-        for name, review in (("before", old), ("after ", new)):
+    for before_review, after_review in zip(before.reviews[:SHOWN], after.reviews[:SHOWN], strict=True):
+        lines.append(f"  {plain(before_review.prompt)} ...")
+        for name, review in (("before", before_review), ("after ", after_review)):
             head = f"    {name} {review.positive:.2f}  "
             wrapped = textwrap.wrap(plain(review.response), max(20, width - len(head) - 1)) or [""]
-            lines += [head + wrapped[0], *(" " * len(head) + more for more in wrapped[1:])]
+            lines += [head + wrapped[0], *(" " * len(head) + line for line in wrapped[1:])]
         lines.append("")
     return "\n".join(lines)
 

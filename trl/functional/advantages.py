@@ -34,8 +34,8 @@ def shape_rewards(
     if token_rewards is not None:
         rewards += token_rewards.detach().to(dtype).masked_fill(~mask, 0.0)
     last = last_true(mask)
-    rows = (last >= 0).nonzero().squeeze(-1)
-    rewards[rows, last[rows]] += scores.detach().to(dtype)[rows]
+    rows_with_tokens = (last >= 0).nonzero().squeeze(-1)
+    rewards[rows_with_tokens, last[rows_with_tokens]] += scores.detach().to(dtype)[rows_with_tokens]
     return rewards, penalty
 
 
@@ -63,10 +63,10 @@ def gae(
     running = torch.zeros_like(next_value)
     advantages = torch.zeros_like(values)
     for s in reversed(range(values.shape[1])):
-        here = mask[:, s]
+        counted = mask[:, s]
         delta = rewards[:, s] + gamma * next_value - values[:, s]
-        running = torch.where(here, delta + gamma * lam * running, running)
-        next_value = torch.where(here, values[:, s], next_value)
+        running = torch.where(counted, delta + gamma * lam * running, running)
+        next_value = torch.where(counted, values[:, s], next_value)
         advantages[:, s] = running
     advantages = advantages.masked_fill(~mask, 0.0)
     return advantages, (advantages + values).masked_fill(~mask, 0.0)

@@ -47,8 +47,8 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) ->
     log_p = torch.log_softmax(logits / temperature, dim=-1)
     log_q = torch.log_softmax(ref_logits / temperature, dim=-1)
     p = log_p.exp()
-    gap = log_p - log_q.masked_fill(p == 0, 0.0)
-    return (p * gap.masked_fill(p == 0, 0.0)).sum(dim=-1)
+    log_ratio = log_p - log_q.masked_fill(p == 0, 0.0)
+    return (p * log_ratio.masked_fill(p == 0, 0.0)).sum(dim=-1)
 
 
 def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, episodes: int) -> float:

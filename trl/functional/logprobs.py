@@ -42,62 +42,64 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, chunk_rows: int, need_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         rows, words = logits.shape
-        chosen = torch.empty(rows, dtype=wide_dtype(logits), device=logits.device)
-        top, normalizer, entropy = torch.empty_like(chosen), torch.empty_like(chosen), torch.zeros_like(chosen)
-        buffers = [chosen.new_empty(min(chunk_rows, rows), words) for _ in range(2 if need_entropy else 1)]
+        logprobs = torch.empty(rows, dtype=wide_dtype(logits), device=logits.device)
+        top, normalizer, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs), torch.zeros_like(logprobs)
+        buffers = [logprobs.new_empty(min(chunk_rows, rows), words) for _ in range(2 if need_entropy else 1)]
         for start in range(0, rows, chunk_rows):
-            part = slice(start, min(rows, start + chunk_rows))
-            x = buffers[0][: part.stop - start].copy_(logits[part])
+            chunk = slice(start, min(rows, start + chunk_rows))
+            scaled = buffers[0][: chunk.stop - start].copy_(logits[chunk])
             if temperature != 1.0:
-                x /= temperature
+                scaled /= temperature
             # Subtract the largest logit first: a large common offset would cost the differences their precision.
-            largest = x.amax(dim=-1, keepdim=True)
-            x -= largest
-            picked = x.gather(-1, tokens[part, None]).squeeze(-1)
-            weight = torch.exp(x, out=buffers[-1][: len(x)])
-            z = weight.sum(-1)
-            log_z = torch.log(z)
-            chosen[part] = picked - log_z
-            top[part], normalizer[part] = largest.squeeze(-1), log_z
+            largest = scaled.amax(dim=-1, keepdim=True)
+            scaled -= largest
+            token_logits = scaled.gather(-1, tokens[chunk, None]).squeeze(-1)
+            weights = torch.exp(scaled, out=buffers[-1][: len(scaled)])
+            total = weights.sum(-1)
+            log_total = torch.log(total)
+            logprobs[chunk] = token_logits - log_total
+            top[chunk], normalizer[chunk] = largest.squeeze(-1), log_total
             if need_entropy:
                 # A logit of -inf has probability 0 and adds nothing.
-                entropy[part] = log_z - torch.bmm(weight[:, None], x.clamp_(min=FLOOR)[..., None]).flatten() / z
+                entropy[chunk] = (
+                    log_total - torch.bmm(weights[:, None], scaled.clamp_(min=FLOOR)[..., None]).flatten() / total
+                )
         ctx.save_for_backward(logits, tokens, top, normalizer, entropy)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         ctx.set_materialize_grads(False)
         if not need_entropy:
             ctx.mark_non_differentiable(entropy)
-        return chosen, entropy
+        return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
-        grad_chosen, grad_entropy = grads
+        grad_logprobs, grad_entropy = grads
         logits, tokens, top, normalizer, entropy = ctx.saved_tensors
-        if grad_chosen is None and grad_entropy is None:
+        if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None, None
         rows, words = logits.shape
         grad_logits = torch.empty_like(logits)
         buffers = [top.new_empty(min(ctx.chunk_rows, rows), words) for _ in range(2)]
         for start in range(0, rows, ctx.chunk_rows):
-            part = slice(start, min(rows, start + ctx.chunk_rows))
-            log_p = buffers[0][: part.stop - start].copy_(logits[part])
+            chunk = slice(start, min(rows, start + ctx.chunk_rows))
+            log_p = buffers[0][: chunk.stop - start].copy_(logits[chunk])
             if ctx.temperature != 1.0:
                 log_p /= ctx.temperature
-            log_p -= top[part, None]
-            log_p -= normalizer[part, None]
+            log_p -= top[chunk, None]
+            log_p -= normalizer[chunk, None]
             p = torch.exp(log_p, out=buffers[1][: len(log_p)])
             if grad_entropy is not None:  # dH / dx = -p (log p + H)
-                slope = log_p.clamp_(min=FLOOR).add_(entropy[part, None]).mul_(grad_entropy[part, None])
-                if grad_chosen is not None:  # d log p_a / dx = onehot(a) - p
-                    slope += grad_chosen[part, None]
-                grad = p.mul_(slope).neg_()
+                coefficient = log_p.clamp_(min=FLOOR).add_(entropy[chunk, None]).mul_(grad_entropy[chunk, None])
+                if grad_logprobs is not None:  # d log p_a / dx = onehot(a) - p
+                    coefficient += grad_logprobs[chunk, None]
+                grad = p.mul_(coefficient).neg_()
             else:
-                assert grad_chosen is not None
-                grad = p.mul_(grad_chosen[part, None]).neg_()
-            if grad_chosen is not None:
-                grad.scatter_add_(-1, tokens[part, None], grad_chosen[part, None].to(grad.dtype))
-            grad_logits[part] = grad.div_(ctx.temperature)
+                assert grad_logprobs is not None
+                grad = p.mul_(grad_logprobs[chunk, None]).neg_()
+            if grad_logprobs is not None:
+                grad.scatter_add_(-1, tokens[chunk, None], grad_logprobs[chunk, None].to(grad.dtype))
+            grad_logits[chunk] = grad.div_(ctx.temperature)
         return grad_logits, None, None, None, None
 
 
@@ -120,14 +122,17 @@ def token_logprobs_and_entropy(
         ValueError: if the shapes do not match or the temperature is not positive.
     """
     if logits.shape[:-1] != tokens.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and tokens {tuple(tokens.shape)} differ before the vocabulary")
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} and tokens of shape {tuple(tokens.shape)} must have the same shape but "
+            "for the vocabulary dimension"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be > 0")
     flat = logits.reshape(-1, logits.shape[-1])
-    chosen, spread = _ChunkedLogprobs.apply(
+    logprobs, entropies = _ChunkedLogprobs.apply(
         flat, tokens.reshape(-1), float(temperature), _rows_of_chunk(flat, chunk_rows), entropy
     )
-    return chosen.view(tokens.shape), spread.view(tokens.shape)
+    return logprobs.view(tokens.shape), entropies.view(tokens.shape)
 
 
 def token_logprobs(
@@ -139,5 +144,5 @@ def token_logprobs(
 
 def entropy(logits: Tensor, *, temperature: float = 1.0, chunk_rows: int | None = None) -> Tensor:
     """`[...]` entropy in nats of softmax(logits / temperature), for logits `[..., V]`."""
-    anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return token_logprobs_and_entropy(logits, anything, temperature=temperature, chunk_rows=chunk_rows)[1]
+    any_tokens = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return token_logprobs_and_entropy(logits, any_tokens, temperature=temperature, chunk_rows=chunk_rows)[1]

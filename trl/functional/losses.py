@@ -56,16 +56,16 @@ def policy_loss(
         raise ValueError(f"dual_clip={dual_clip} must be > 1")
     advantages = advantages.detach().masked_fill(~mask, 0.0)
     ratio = torch.exp((logprobs - old_logprobs.detach()).masked_fill(~mask, 0.0))
-    plain = -advantages * ratio
+    unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.maximum(plain, clipped)
+    loss = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     if weights is not None:
         loss = loss * weights.detach().masked_fill(~mask, 0.0)
     return PolicyLoss(
         loss=Tally.of(loss, mask),
-        clipped=Tally.of((clipped > plain).to(loss.dtype), mask),
+        clipped=Tally.of((clipped > unclipped).to(loss.dtype), mask),
         ratio=ratio.detach(),
     )
 
@@ -83,12 +83,12 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     values = values.masked_fill(~mask, 0.0)
     old_values = old_values.detach().masked_fill(~mask, 0.0)
     returns = returns.detach().masked_fill(~mask, 0.0)
-    held = torch.minimum(torch.maximum(values, old_values - clip_range), old_values + clip_range)
-    plain, clipped = (values - returns) ** 2, (held - returns) ** 2
+    clipped_values = torch.minimum(torch.maximum(values, old_values - clip_range), old_values + clip_range)
+    unclipped, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
     return ValueLoss(
-        loss=Tally.of(0.5 * torch.maximum(plain, clipped), mask),
-        clipped=Tally.of((clipped > plain).to(plain.dtype), mask),
-        error=Tally.of(plain.detach(), mask),
+        loss=Tally.of(0.5 * torch.maximum(unclipped, clipped), mask),
+        clipped=Tally.of((clipped > unclipped).to(unclipped.dtype), mask),
+        error=Tally.of(unclipped.detach(), mask),
     )
 
 
@@ -106,5 +106,5 @@ def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Ten
     Returns:
         `[B, S]` detached weights, 1 off the mask.
     """
-    gap = (old_logprobs - sampler_logprobs).detach().masked_fill(~mask, 0.0)
-    return gap.exp().clamp(max=cap).masked_fill(~mask, 1.0)
+    log_ratio = (old_logprobs - sampler_logprobs).detach().masked_fill(~mask, 0.0)
+    return log_ratio.exp().clamp(max=cap).masked_fill(~mask, 1.0)

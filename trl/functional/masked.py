@@ -23,8 +23,8 @@ def masked_sum(values: Tensor, mask: Tensor, dim: Dim = None) -> Tensor:
         mask: bool, broadcastable to `values`.
         dim: dimensions to sum over; all if None.
     """
-    kept = values.masked_fill(~mask, 0)
-    return kept.sum() if dim is None else kept.sum(dim=dim)
+    selected = values.masked_fill(~mask, 0)
+    return selected.sum() if dim is None else selected.sum(dim=dim)
 
 
 def masked_count(values: Tensor, mask: Tensor, dim: Dim = None) -> Tensor:

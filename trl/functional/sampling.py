@@ -13,8 +13,8 @@ from torch import Tensor
 
 from trl.functional.logprobs import BITS
 
-_BLOCK = 512  # words that share one partial sum
-_HEAD = 1024  # number of most likely words to search for the nucleus threshold first
+_BLOCK_WORDS = 512  # words that share one partial sum
+_HEAD_WORDS = 1024  # number of most likely words to search for the nucleus threshold first
 
 
 def cut_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
@@ -41,8 +41,8 @@ def cut_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: flo
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p={min_p} must lie in [0, 1]")
     if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -math.inf)
     if top_p < 1:
         logits = logits.masked_fill(logits < _nucleus_edge(logits, top_p), -math.inf)
     if min_p > 0:
@@ -59,7 +59,7 @@ def _nucleus_edge(logits: Tensor, top_p: float) -> Tensor:
         return ordered, (ordered - total).exp().double().cumsum(dim=-1)
 
     # Sorting the whole vocabulary is slow, and the nucleus rarely exceeds _HEAD words.
-    ordered, reached = likeliest(min(_HEAD, logits.shape[-1]))
+    ordered, reached = likeliest(min(_HEAD_WORDS, logits.shape[-1]))
     if not bool((reached[..., -1] >= top_p).all()):
         ordered, reached = likeliest(logits.shape[-1])
     # A word is in the nucleus if the words before it do not reach top_p.
@@ -81,22 +81,22 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         `[B]` int64 tokens, and `[B]` their log-probabilities under softmax(logits) in the logits' dtype: NaN for a row whose
         logits are not finite.
     """
-    rows, words = logits.shape
+    rows, vocabulary = logits.shape
     largest = logits.amax(dim=-1, keepdim=True)
-    blocks = -(-words // _BLOCK)
-    weights = logits.new_empty(rows, blocks * _BLOCK)
-    weights[:, words:] = 0
-    torch.sub(logits, largest, out=weights[:, :words]).mul_(BITS).exp2_()
-    weights = weights.view(rows, blocks, _BLOCK)
+    blocks = -(-vocabulary // _BLOCK_WORDS)
+    weights = logits.new_empty(rows, blocks * _BLOCK_WORDS)
+    weights[:, vocabulary:] = 0
+    torch.sub(logits, largest, out=weights[:, :vocabulary]).mul_(BITS).exp2_()
+    weights = weights.view(rows, blocks, _BLOCK_WORDS)
     sums = weights.sum(dim=-1).double()
     reached = sums.cumsum(dim=-1)
     total = reached[:, -1:]
     # Keep rounding from pushing the target past the last word with non-zero probability.
     target = torch.minimum(uniforms[:, None].double() * total, total * (1 - 1e-15))
     block = torch.searchsorted(reached, target, right=True).clamp(max=blocks - 1)
-    rest = target - (reached - sums).gather(-1, block)
-    within = weights.gather(1, block[..., None].expand(-1, -1, _BLOCK)).squeeze(1).double().cumsum(dim=-1)
-    rest = torch.minimum(rest.clamp(min=0.0), within[:, -1:] * (1 - 1e-15))
-    word = (block * _BLOCK + torch.searchsorted(within, rest, right=True)).clamp(max=words - 1)
+    remainder = target - (reached - sums).gather(-1, block)
+    within = weights.gather(1, block[..., None].expand(-1, -1, _BLOCK_WORDS)).squeeze(1).double().cumsum(dim=-1)
+    remainder = torch.minimum(remainder.clamp(min=0.0), within[:, -1:] * (1 - 1e-15))
+    word = (block * _BLOCK_WORDS + torch.searchsorted(within, remainder, right=True)).clamp(max=vocabulary - 1)
     logprobs = logits.gather(-1, word) - largest - total.log().to(logits.dtype)
     return word.squeeze(-1), logprobs.squeeze(-1)

@@ -59,12 +59,12 @@ class ScoreCache:
     def put(self, key: str, value: Any) -> None:
         """Stores `value`, which must be JSON-serializable and not None, under `key`."""
         with self._lock:
-            self._keep(key, value)
+            self._insert(key, value)
             if self.path is not None:
                 with self.path.open("a", encoding="ascii") as file:
                     file.write(json.dumps([key, value]) + "\n")
 
-    def _keep(self, key: str, value: Any) -> None:
+    def _insert(self, key: str, value: Any) -> None:
         self._entries[key] = value
         self._entries.move_to_end(key)
         if len(self._entries) > self.most:
@@ -74,17 +74,17 @@ class ScoreCache:
         assert self.path is not None
         if not self.path.exists():
             return
-        torn = 0
+        invalid_lines = 0
         data = self.path.read_bytes()
         for line in data.splitlines():
             try:
                 key, value = json.loads(line)
             except (ValueError, TypeError):
-                torn += 1
+                invalid_lines += 1
             else:
-                self._keep(str(key), value)
-        if torn:
-            logger.warning("%s: %d lines are no entries of a score cache and are passed over", self.path, torn)
+                self._insert(str(key), value)
+        if invalid_lines:
+            logger.warning("%s: skipped %d lines that are not score cache entries", self.path, invalid_lines)
         if data and not data.endswith(b"\n"):
             with self.path.open("ab") as file:
                 file.write(b"\n")  # otherwise the next entry would be appended to the torn line
@@ -132,26 +132,28 @@ class CachedReward:
             ColumnError: if a column is not JSON-serializable.
         """
         keys = [self._key(sample) for sample in samples]
-        found = {key: self.cache.get(key) for key in keys}
-        first = {key: i for i, key in reversed(list(enumerate(keys))) if found[key] is None}
-        new = sorted(first.values())
-        fresh = self.reward.score([samples[i] for i in new])
-        place = {keys[i]: position for position, i in enumerate(new)}
-        for key, position in place.items():
-            found[key] = _entry(fresh, position)
-            if fresh.errors[position] is None:
-                self.cache.put(key, found[key])
-        entries = [found[key] for key in keys]
-        tracebacks = fresh.tracebacks or fresh.errors
-        names = list(dict.fromkeys([*fresh.components, *(name for entry in entries for name in entry["components"])]))
+        entries_by_key = {key: self.cache.get(key) for key in keys}
+        first_rows = {key: i for i, key in reversed(list(enumerate(keys))) if entries_by_key[key] is None}
+        uncached_rows = sorted(first_rows.values())
+        scored = self.reward.score([samples[i] for i in uncached_rows])
+        position_of = {keys[i]: position for position, i in enumerate(uncached_rows)}
+        for key, position in position_of.items():
+            entries_by_key[key] = _entry(scored, position)
+            if scored.errors[position] is None:
+                self.cache.put(key, entries_by_key[key])
+        entries = [entries_by_key[key] for key in keys]
+        tracebacks = scored.tracebacks or scored.errors
+        names = list(dict.fromkeys([*scored.components, *(name for entry in entries for name in entry["components"])]))
         return replace(
-            fresh,
+            scored,
             scores=[entry["score"] for entry in entries],
             components={name: [entry["components"].get(name) for entry in entries] for name in names},
             token_rewards=[entry["tokens"] for entry in entries],
-            seconds=[fresh.seconds[place[key]] if first.get(key) == i else 0.0 for i, key in enumerate(keys)],
-            errors=[fresh.errors[place[key]] if key in place else None for key in keys],
-            tracebacks=[tracebacks[place[key]] if key in place else None for key in keys],
+            seconds=[
+                scored.seconds[position_of[key]] if first_rows.get(key) == i else 0.0 for i, key in enumerate(keys)
+            ],
+            errors=[scored.errors[position_of[key]] if key in position_of else None for key in keys],
+            tracebacks=[tracebacks[position_of[key]] if key in position_of else None for key in keys],
         )
 
     def close(self) -> None:
@@ -166,7 +168,10 @@ class CachedReward:
         try:
             return key_of(sample.prompt, sample.completion, columns, ids)
         except (TypeError, ValueError) as error:
-            raise ColumnError(f"a column ({', '.join(columns)}) cannot be part of a cache's key: {error}") from error
+            raise ColumnError(
+                f"a column ({', '.join(columns)}) cannot be part of a cache key, which must be JSON: {error}; "
+                "CachedReward(columns=...) selects the columns that the score depends on"
+            ) from error
 
 
 def _entry(scored: Scored, i: int) -> dict[str, Any]:

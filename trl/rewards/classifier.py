@@ -62,16 +62,16 @@ class ClassifierReward:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} is not positive")
         self.model = model.eval()
-        self.tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
+        self.tokenizer = _load_matching_tokenizer(model) if tokenizer is None else tokenizer
         _check_vocabulary(model, self.tokenizer)
         self.label = _label_index(model, label)
         self.output = output
-        self._many_hold = getattr(model.config, "problem_type", None) == "multi_label_classification"
+        self._is_multi_label = getattr(model.config, "problem_type", None) == "multi_label_classification"
         # Batching needs a padding token.
         self.batch_size = 1 if self.tokenizer.pad_token_id is None else batch_size
         limit = _length_limit(model, self.tokenizer)
         self.max_length = limit if max_length is None or (limit is not None and limit < max_length) else max_length
-        self._pads: bool | None = None  # whether padding leaves scores as they are; None until it was tried
+        self._padding_is_safe: bool | None = None  # None until tried
 
     @classmethod
     def from_pretrained(
@@ -109,8 +109,10 @@ class ClassifierReward:
         model = load_model(
             AutoModelForSequenceClassification, name_or_folder, allow_pickle=allow_pickle, **model_options
         )
-        chosen = {key: model_options[key] for key in ("trust_remote_code", "code_revision") if key in model_options}
-        tokenizer = load_tokenizer(name_or_folder, **hub_arguments(model_options), **chosen)
+        code_options = {
+            key: model_options[key] for key in ("trust_remote_code", "code_revision") if key in model_options
+        }
+        tokenizer = load_tokenizer(name_or_folder, **hub_arguments(model_options), **code_options)
         if device is not None:
             model = model.to(device)
         return cls(model, tokenizer, label=label, output=output, batch_size=batch_size, max_length=max_length)
@@ -137,47 +139,51 @@ class ClassifierReward:
         if 0 in lengths:
             raise ValueError(f"text {lengths.index(0)} has no tokens: {texts[lengths.index(0)]!r}")
         order = sorted(range(len(texts)), key=lengths.__getitem__)
-        if self._pads is None and self.batch_size > 1 and lengths[order[0]] < lengths[order[-1]]:
-            self._pads = self._try_padding(_rows(encodings, [order[0]]), _rows(encodings, [order[0], order[-1]]))
+        if self._padding_is_safe is None and self.batch_size > 1 and lengths[order[0]] < lengths[order[-1]]:
+            self._padding_is_safe = self._padding_keeps_scores(
+                _select_rows(encodings, [order[0]]), _select_rows(encodings, [order[0], order[-1]])
+            )
         scores = [0.0] * len(texts)
         for rows in self._batches(order, lengths):
-            for row, score in zip(rows, self._score(_rows(encodings, rows)).tolist(), strict=True):
+            for row, score in zip(rows, self._score(_select_rows(encodings, rows)).tolist(), strict=True):
                 scores[row] = score
         return scores
 
     def _batches(self, order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Rows that are scored together."""
-        alike = [list(order)] if self._pads else [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)]
-        for rows in alike:
+        """Yields the row indices of each batch."""
+        groups = [list(order)]
+        if not self._padding_is_safe:
+            groups = [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)]
+        for rows in groups:
             for start in range(0, len(rows), self.batch_size):
                 yield rows[start : start + self.batch_size]
 
-    def _try_padding(self, alone: _Encodings, beside_the_longest: _Encodings) -> bool:
-        """Whether a text has the same logits alone as it has padded, but for rounding."""
-        expected, found = self._logits(alone)[0], self._logits(beside_the_longest)[0]
+    def _padding_keeps_scores(self, unpadded: _Encodings, padded: _Encodings) -> bool:
+        """Whether a text's logits are the same with and without padding, up to rounding."""
+        unpadded_logits, padded_logits = self._logits(unpadded)[0], self._logits(padded)[0]
         tolerance = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5
-        same = bool(((found - expected).abs() <= tolerance * (1 + expected.abs())).all())
-        if not same:
+        scores_equal = bool(((padded_logits - unpadded_logits).abs() <= tolerance * (1 + unpadded_logits.abs())).all())
+        if not scores_equal:
             logger.warning(
-                "padding changes what the classifier says (logits %s become %s): only texts of one length share a batch, which "
-                "is slower. Its config has pad_token_id=%s; the tokenizer pads with %s, on the %s",
-                expected.tolist()[:4],
-                found.tolist()[:4],
+                "padding changes the classifier's logits from %s to %s: only texts of equal length share a batch, which is "
+                "slower. The model's config has pad_token_id=%s; the tokenizer pads with %s on the %s",
+                unpadded_logits.tolist()[:4],
+                padded_logits.tolist()[:4],
                 getattr(getattr(self.model, "config", None), "pad_token_id", None),
                 self.tokenizer.pad_token_id,
                 self.tokenizer.padding_side,
             )
-        return same
+        return scores_equal
 
     def _encode(self, texts: list[str]) -> _Encodings:
-        cut = {"truncation": True, "max_length": self.max_length} if self.max_length is not None else {}
-        return dict(self.tokenizer(texts, **cut))
+        truncation = {"truncation": True, "max_length": self.max_length} if self.max_length is not None else {}
+        return dict(self.tokenizer(texts, **truncation))
 
     def _score(self, batch: _Encodings) -> Tensor:
         logits = self._logits(batch)
         if self.output == "probability":
-            one_of_all = logits.shape[-1] > 1 and not self._many_hold
-            logits = logits.softmax(dim=-1) if one_of_all else logits.sigmoid()
+            single_label = logits.shape[-1] > 1 and not self._is_multi_label
+            logits = logits.softmax(dim=-1) if single_label else logits.sigmoid()
         return logits[:, self.label]  # [B]
 
     @torch.no_grad()
@@ -192,7 +198,7 @@ class ClassifierReward:
         return logits.float()  # [B, labels]
 
 
-def _rows(encodings: _Encodings, rows: Sequence[int]) -> _Encodings:
+def _select_rows(encodings: _Encodings, rows: Sequence[int]) -> _Encodings:
     return {key: [values[row] for row in rows] for key, values in encodings.items()}
 
 
@@ -207,14 +213,16 @@ def _joined(prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
                     "and reads text; decode token ids first"
                 )
     if len(prompts) != len(completions):
-        raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions")
+        raise ValueError(f"got {len(prompts)} prompts and {len(completions)} completions; expected equally many")
     return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def _own_tokenizer(model: Any) -> Any:
+def _load_matching_tokenizer(model: Any) -> Any:
     source = getattr(model.config, "_name_or_path", "")
     if not source:
-        raise ValueError("the model was not loaded from anywhere that could have a tokenizer: pass tokenizer=")
+        raise ValueError(
+            "the classifier was not loaded from a folder or hub id, so its tokenizer is unknown: pass tokenizer="
+        )
     try:
         return load_tokenizer(source)
     except ValueError as error:
@@ -222,28 +230,28 @@ def _own_tokenizer(model: Any) -> Any:
 
 
 def _check_vocabulary(model: Any, tokenizer: Any) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the classifier vectors for {rows}: it is another model's; "
-            "pass the classifier's own"
+            f"the tokenizer has {len(tokenizer)} tokens, but the classifier embeds only {embeddings}: pass the "
+            "classifier's own tokenizer"
         )
 
 
 def _label_index(model: Any, label: str | int) -> int:
     names: dict[int, str] = {int(index): name for index, name in model.config.id2label.items()}
-    known = ", ".join(f"{index}: {name}" for index, name in sorted(names.items()))
+    available = ", ".join(f"{index}: {name}" for index, name in sorted(names.items()))
     if isinstance(label, str):
-        found = [index for index, name in names.items() if name.lower() == label.lower()]
-        if len(found) != 1:
-            raise ValueError(f"label={label!r} names {len(found)} labels of this classifier, which has {known}")
-        return found[0]
+        matches = [index for index, name in names.items() if name.lower() == label.lower()]
+        if len(matches) != 1:
+            raise ValueError(f"label={label!r} matches {len(matches)} labels of this classifier, which has {available}")
+        return matches[0]
     if label not in names:
-        raise ValueError(f"label={label} is not a label of this classifier, which has {known}")
+        raise ValueError(f"label={label} is not a label of this classifier, which has {available}")
     return label
 
 
 def _length_limit(model: Any, tokenizer: Any) -> int | None:
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < _NO_LIMIT]
-    return min(known, default=None)
+    finite_limits = [int(limit) for limit in limits if limit is not None and 0 < limit < _NO_LIMIT]
+    return min(finite_limits, default=None)

@@ -13,12 +13,12 @@ from trl.protocols import Reward
 from trl.rewards.cache import CachedReward, ScoreCache
 from trl.rewards.failures import ErrorBudget, RewardFailed
 from trl.rewards.function import FunctionReward, Guard
-from trl.rewards.signature import copied
-from trl.rewards.values import fits
+from trl.rewards.signature import copy_samples
+from trl.rewards.values import fits_float32
 from trl.types import Sample, Scored
 
-One: TypeAlias = "Callable[..., Any] | str | Reward"
-Spec: TypeAlias = "One | Mapping[str, One] | Sequence[One]"
+SingleSpec: TypeAlias = "Callable[..., Any] | str | Reward"
+Spec: TypeAlias = "SingleSpec | Mapping[str, SingleSpec] | Sequence[SingleSpec]"
 
 
 class RewardMix:
@@ -46,12 +46,14 @@ class RewardMix:
         guard: Guard | None = None,
     ) -> None:
         if not rewards:
-            raise ValueError("there is no reward in the mix")
+            raise ValueError("rewards is empty; expected at least one reward")
         if missing not in ("exclude", "leave_out"):
             raise ValueError(f"missing={missing!r} must be 'exclude' or 'leave_out'")
         weights = dict.fromkeys(rewards, 1.0) if weights is None else dict(weights)
         if set(weights) != set(rewards):
-            raise ValueError(f"weights are of {_listed(weights)}; the rewards are {_listed(rewards)}")
+            raise ValueError(
+                f"weights has the names {_quote_names(weights)}, but the rewards are {_quote_names(rewards)}"
+            )
         for name, weight in weights.items():
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of {name!r} is {weight}; expected a finite number")
@@ -66,22 +68,22 @@ class RewardMix:
         Raises:
             RewardFailed: if a weighted sum overflows float32 and `on_error` is "raise".
         """
-        parts = {name: score_apart(reward, samples) for name, reward in self.rewards.items()}
+        results = {name: score_apart(reward, samples) for name, reward in self.rewards.items()}
         components: dict[str, list[float | None]] = {}
-        for name, part in parts.items():
-            own = list(part.components) == [name] or len(part.components) == 1
-            components |= {(name if own else f"{name}/{key}"): value for key, value in part.components.items()}
+        for name, scored in results.items():
+            is_single = list(scored.components) == [name] or len(scored.components) == 1
+            components |= {(name if is_single else f"{name}/{key}"): value for key, value in scored.components.items()}
         count = range(len(samples))
-        sums = [self._summed(parts, i) for i in count]
-        errors = [{name: part.errors[i] for name, part in parts.items()} for i in count]
-        traces = [{name: (part.tracebacks or part.errors)[i] for name, part in parts.items()} for i in count]
+        sums = [self._weighted_sum(results, i) for i in count]
+        errors = [{name: scored.errors[i] for name, scored in results.items()} for i in count]
+        traces = [{name: (scored.tracebacks or scored.errors)[i] for name, scored in results.items()} for i in count]
         return Scored(
             scores=[total for total, _, _ in sums],
             components=components,
             token_rewards=[tokens for _, tokens, _ in sums],
-            seconds=[math.fsum(part.seconds[i] for part in parts.values()) for i in count],
-            errors=[_joined(errors[i], "; ", sums[i][2]) for i in count],
-            tracebacks=[_joined(traces[i], "\n", sums[i][2]) for i in count],
+            seconds=[math.fsum(scored.seconds[i] for scored in results.values()) for i in count],
+            errors=[_join_messages(errors[i], "; ", sums[i][2]) for i in count],
+            tracebacks=[_join_messages(traces[i], "\n", sums[i][2]) for i in count],
         )
 
     def close(self) -> None:
@@ -89,28 +91,32 @@ class RewardMix:
         for reward in self.rewards.values():
             reward.close()
 
-    def _kept(self, parts: Mapping[str, Scored], i: int) -> list[str]:
+    def _counted_names(self, results: Mapping[str, Scored], i: int) -> list[str]:
         """Returns the names of the rewards that count for sample `i`; empty if the sample is excluded."""
-        absent = [name for name, part in parts.items() if part.scores[i] is None]
-        if absent and (self.missing == "exclude" or any(parts[name].errors[i] is not None for name in absent)):
+        unscored = [name for name, scored in results.items() if scored.scores[i] is None]
+        if unscored and (self.missing == "exclude" or any(results[name].errors[i] is not None for name in unscored)):
             return []
-        return [name for name in parts if name not in absent]
+        return [name for name in results if name not in unscored]
 
-    def _summed(self, parts: Mapping[str, Scored], i: int) -> tuple[float | None, list[float] | None, str | None]:
+    def _weighted_sum(
+        self, results: Mapping[str, Scored], i: int
+    ) -> tuple[float | None, list[float] | None, str | None]:
         """Returns the score and token rewards of sample `i`, and the error if their sum overflows float32."""
-        kept = self._kept(parts, i)
-        if not kept:
+        counted = self._counted_names(results, i)
+        if not counted:
             return None, None, None
-        values = [(self.weights[name], parts[name].scores[i] or 0.0, parts[name].token_rewards[i]) for name in kept]
+        values = [
+            (self.weights[name], results[name].scores[i] or 0.0, results[name].token_rewards[i]) for name in counted
+        ]
         scores = [weight * score for weight, score, _ in values]
         weighted = [[weight * reward for reward in tokens] for weight, _, tokens in values if tokens is not None]
-        if fits(*scores, *(reward for tokens in weighted for reward in tokens)):
+        if fits_float32(*scores, *(reward for tokens in weighted for reward in tokens)):
             tokens = [math.fsum(column) for column in zip(*weighted, strict=True)] if weighted else None
             return math.fsum(scores), tokens, None
-        terms = ", ".join(f"{self.weights[name]:g} x {name}" for name in kept)
-        error = f"ValueError: the weighted sum {terms} is more than float32 can hold (up to 3.4e38)"
+        terms = ", ".join(f"{self.weights[name]:g} x {name}" for name in counted)
+        error = f"ValueError: the weighted sum {terms} overflows float32 (largest number 3.4e38)"
         if self.guard.on_error == "raise":
-            raise RewardFailed(f"{error}, for sample {i}")
+            raise RewardFailed(f"sample {i}: {error}")
         return self.guard.penalty, None, error
 
 
@@ -180,20 +186,22 @@ def as_reward(
     )  # fmt: skip
     several = isinstance(spec, Mapping | list | tuple)
     if not several and weights is not None:
-        raise ValueError(f"weights={weights!r} go with several rewards; there is one")
+        raise ValueError(f"weights={weights!r} applies to several rewards, but there is only one")
     if several and name is not None:
-        raise ValueError(f"name={name!r} goes with a single reward; there are several")
+        raise ValueError(
+            f"name={name!r} applies to a single reward, but there are several: pass a mapping to name them"
+        )
     if several and not isinstance(cache, bool):
         raise ValueError(
-            f"cache={cache!r} would mix the scores of several rewards: wrap each in as_reward(..., cache=)"
+            f"cache={cache!r} would mix the scores of several rewards: cache each one with as_reward(..., cache=) instead"
         )
     reward: Reward
     if isinstance(spec, Mapping | list | tuple):
-        by_name = dict(spec) if isinstance(spec, Mapping) else _named(spec)
-        leaves = {key: _leaf(one, key, guard, cache) for key, one in by_name.items()}
-        reward = RewardMix(leaves, _by_name(weights, list(by_name)), missing, guard)
+        by_name = dict(spec) if isinstance(spec, Mapping) else _number_names(spec)
+        single_rewards = {key: _single_reward(single_spec, key, guard, cache) for key, single_spec in by_name.items()}
+        reward = RewardMix(single_rewards, _weights_by_name(weights, list(by_name)), missing, guard)
     else:
-        reward = _leaf(spec, name or _name_of(spec), guard, cache)
+        reward = _single_reward(spec, name or _name_of(spec), guard, cache)
     return reward if budget is None else Budgeted(reward, budget)
 
 
@@ -206,12 +214,12 @@ def score_apart(reward: Reward, samples: Sequence[Sample]) -> Scored:
     """
     if type(reward) in (FunctionReward, RewardMix, Budgeted):  # these copy and validate themselves
         return reward.score(samples)
-    scored = reward.score(copied(samples))
-    _check_answer(scored, samples, type(reward).__name__)
+    scored = reward.score(copy_samples(samples))
+    _check_scored(scored, samples, type(reward).__name__)
     return scored
 
 
-def _check_answer(scored: Scored, samples: Sequence[Sample], name: str) -> None:
+def _check_scored(scored: Scored, samples: Sequence[Sample], name: str) -> None:
     for field in ("scores", "token_rewards", "seconds", "errors"):
         if len(getattr(scored, field)) != len(samples):
             raise RewardFailed(f"{name} returned {len(getattr(scored, field))} {field} for {len(samples)} samples")
@@ -220,7 +228,7 @@ def _check_answer(scored: Scored, samples: Sequence[Sample], name: str) -> None:
             raise RewardFailed(
                 f"{name} returned {len(tokens)} token_rewards for the {len(sample.completion_ids)} tokens of sample {i}"
             )
-        if score is not None and not fits(score, *(tokens or ())):
+        if score is not None and not fits_float32(score, *(tokens or ())):
             raise RewardFailed(
                 f"{name} returned the score {score} for sample {i}, with {len(tokens or ())} token_rewards; expected "
                 "finite numbers that float32 can hold (up to 3.4e38)"
@@ -234,26 +242,28 @@ def budgets_of(reward: Reward) -> list[ErrorBudget]:
     if isinstance(reward, CachedReward):
         return budgets_of(reward.reward)
     if isinstance(reward, RewardMix):
-        return [budget for one in reward.rewards.values() for budget in budgets_of(one)]
+        return [budget for inner in reward.rewards.values() for budget in budgets_of(inner)]
     return []
 
 
-def _leaf(spec: Any, name: str, guard: Guard, cache: Any) -> Reward:
+def _single_reward(spec: Any, name: str, guard: Guard, cache: Any) -> Reward:
     if isinstance(spec, nn.Module):
         raise ValueError(
             f"{name!r} is a model ({type(spec).__name__}); wrap it in ClassifierReward, with its tokenizer"
         )
     if callable(getattr(spec, "score", None)) and callable(getattr(spec, "close", None)):
         if guard != Guard() or cache:
-            raise ValueError(f"reward {name!r} is made already: give it its guard and cache where it is made")
+            raise ValueError(
+                f"reward {name!r} is already built: pass its error handling, isolation and cache where it is built"
+            )
         return spec
     if not isinstance(spec, str) and not callable(spec):
         raise ValueError(f"reward {name!r} is of type {type(spec).__name__}; expected a function or 'module:function'")
     reward = FunctionReward(spec, name, guard)
     if cache is False:
         return reward
-    kept = cache if isinstance(cache, ScoreCache) else ScoreCache(None if cache is True else cache)
-    return CachedReward(reward, kept, ids=reward.reads_ids)
+    score_cache = cache if isinstance(cache, ScoreCache) else ScoreCache(None if cache is True else cache)
+    return CachedReward(reward, score_cache, ids=reward.reads_ids)
 
 
 def _name_of(spec: Any) -> str:
@@ -263,30 +273,30 @@ def _name_of(spec: Any) -> str:
     return "reward" if name == "<lambda>" else str(name)
 
 
-def _named(specs: Sequence[Any]) -> dict[str, Any]:
+def _number_names(specs: Sequence[Any]) -> dict[str, Any]:
     """Maps names to specs, numbering repeated names (`f`, `f_2`)."""
-    found: dict[str, Any] = {}
+    named_specs: dict[str, Any] = {}
     for spec in specs:
         name, number = _name_of(spec), 1
-        while (key := name if number == 1 else f"{name}_{number}") in found:
+        while (key := name if number == 1 else f"{name}_{number}") in named_specs:
             number += 1
-        found[key] = spec
-    return found
+        named_specs[key] = spec
+    return named_specs
 
 
-def _by_name(weights: Any, names: Sequence[str]) -> Mapping[str, float] | None:
+def _weights_by_name(weights: Any, names: Sequence[str]) -> Mapping[str, float] | None:
     if weights is None or isinstance(weights, Mapping):
         return weights
     if len(weights) != len(names):
-        raise ValueError(f"there are {len(weights)} weights for {len(names)} rewards: {_listed(names)}")
+        raise ValueError(f"got {len(weights)} weights for {len(names)} rewards: {_quote_names(names)}")
     return dict(zip(names, weights, strict=True))
 
 
-def _joined(texts: Mapping[str, str | None], between: str, last: str | None) -> str | None:
-    said = [f"{name}: {text}" for name, text in texts.items() if text is not None]
-    said += [] if last is None else [last]
-    return between.join(said) if said else None
+def _join_messages(texts: Mapping[str, str | None], separator: str, extra: str | None) -> str | None:
+    messages = [f"{name}: {text}" for name, text in texts.items() if text is not None]
+    messages += [] if extra is None else [extra]
+    return separator.join(messages) if messages else None
 
 
-def _listed(names: Any) -> str:
+def _quote_names(names: Any) -> str:
     return ", ".join(map(repr, names))

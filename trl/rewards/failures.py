@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trl.types import Scored
 
-_LINE = 300  # maximum characters of a one-line message
-_TRACEBACK = 8000  # characters kept from the end of a traceback
+_MAX_LINE = 300  # maximum characters of a one-line message
+_MAX_TRACEBACK = 8000  # characters kept from the end of a traceback
 
 
 class RewardFailed(RuntimeError):
@@ -42,12 +42,12 @@ class Failure:
             return error.failure
         text = str(error)
         line = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        return cls(one_line(line), "".join(traceback.format_exception(error))[-_TRACEBACK:].rstrip())
+        return cls(one_line(line), "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:].rstrip())
 
     @classmethod
     def saying(cls, text: str) -> Failure:
         """Builds a failure from a message, which doubles as the traceback."""
-        return cls(one_line(text), text[-_TRACEBACK:])
+        return cls(one_line(text), text[-_MAX_TRACEBACK:])
 
 
 class RowFailed(Exception):
@@ -60,9 +60,9 @@ class RowFailed(Exception):
 
 def one_line(text: str) -> str:
     """Squeezes `text` into one line of at most 300 characters, safe to print on a terminal."""
-    words = " ".join(text[: 4 * _LINE].split())
+    words = " ".join(text[: 4 * _MAX_LINE].split())
     words = "".join(c for c in words if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-    return words if len(words) <= _LINE else words[: _LINE - 3] + "..."
+    return words if len(words) <= _MAX_LINE else words[: _MAX_LINE - 3] + "..."
 
 
 class ErrorBudget:
@@ -85,12 +85,12 @@ class ErrorBudget:
         self.share = share
         self.window = window
         # One entry per sample: None, or the error's (line, traceback).
-        self._seen: collections.deque[tuple[str, str] | None] = collections.deque(maxlen=window)
+        self._recent: collections.deque[tuple[str, str] | None] = collections.deque(maxlen=window)
 
     @property
     def errors(self) -> int:
         """Number of errors among the last `window` samples."""
-        return sum(entry is not None for entry in self._seen)
+        return sum(entry is not None for entry in self._recent)
 
     def record(self, scored: Scored) -> None:
         """Counts the errors of a batch.
@@ -100,31 +100,31 @@ class ErrorBudget:
         """
         tracebacks = scored.tracebacks or [None] * len(scored.errors)
         for line, trace in zip(scored.errors, tracebacks, strict=True):
-            self._seen.append(None if line is None else (line, trace or line))
+            self._recent.append(None if line is None else (line, trace or line))
             if self.errors > self.share * self.window:
                 raise RewardErrors(self._message())
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state to checkpoint, as JSON-serializable values."""
-        return {"seen": [None if entry is None else list(entry) for entry in self._seen]}
+        return {"seen": [None if entry is None else list(entry) for entry in self._recent]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`; a smaller window keeps the most recent samples."""
         entries: Sequence[Sequence[str] | None] = state["seen"]
-        self._seen.clear()
-        self._seen.extend(None if entry is None else (entry[0], entry[1]) for entry in entries)
+        self._recent.clear()
+        self._recent.extend(None if entry is None else (entry[0], entry[1]) for entry in entries)
 
     def _message(self) -> str:
-        failed = [entry for entry in self._seen if entry is not None]
-        places = [_place(trace) for _, trace in failed]
-        place, count = collections.Counter(places).most_common(1)[0]
-        line, trace = failed[places.index(place)]
+        failed = [entry for entry in self._recent if entry is not None]
+        locations = [_location(trace) for _, trace in failed]
+        location, count = collections.Counter(locations).most_common(1)[0]
+        line, trace = failed[locations.index(location)]
         return (
-            f"{len(failed)} of the last {len(self._seen)} samples have a reward error; at most {self.share:.0%} of "
-            f"{self.window} are allowed. The commonest, {count} times: {line}\n{trace}"
+            f"the reward failed on {len(failed)} of the last {len(self._recent)} samples; the error budget allows "
+            f"share={self.share:g} of window={self.window}. Most common error, {count} times: {line}\n{trace}"
         )
 
 
-def _place(trace: str) -> str:
+def _location(trace: str) -> str:
     """Returns a traceback without its last line, whose message may vary between samples, to group equal errors."""
     return trace.rpartition("\n")[0] or trace

@@ -17,7 +17,7 @@ from trl.rewards.failures import ColumnError, Failure, RewardFailed
 from trl.rewards.isolated import Process
 from trl.rewards.isolation import Inline, Runner, Threaded, in_threads
 from trl.rewards.signature import resolve, with_every_column
-from trl.rewards.values import Row, fits
+from trl.rewards.values import Row, fits_float32
 from trl.types import Sample, Scored
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,18 @@ class Guard:
         if self.isolation not in ("none", "thread", "process"):
             raise ValueError(f"isolation={self.isolation!r} must be 'none', 'thread' or 'process'")
         if (self.penalty is None) != (self.on_error != "penalty"):
-            raise ValueError(f"penalty={self.penalty!r} and on_error={self.on_error!r}: each needs the other")
-        if self.penalty is not None and not fits(self.penalty):
+            raise ValueError(
+                f"penalty={self.penalty!r} and on_error={self.on_error!r} contradict each other: set a penalty if and only "
+                "if on_error='penalty'"
+            )
+        if self.penalty is not None and not fits_float32(self.penalty):
             raise ValueError(f"penalty={self.penalty!r} must be a finite number that float32 can hold (up to 3.4e38)")
         if self.timeout is not None and self.isolation == "none":
             raise ValueError(f"timeout={self.timeout:g} needs isolation='thread' or 'process'")
         for name in ("timeout", "start_timeout"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r} must be a number of seconds above 0")
+                raise ValueError(f"{name}={value!r} must be a positive, finite number of seconds")
         for name in ("concurrency", "rows_per_call"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -86,16 +89,16 @@ class FunctionReward:
         self.name = name
         self.guard = guard
         runners = [_runner(function, name, guard) for _ in range(guard.concurrency)]
-        self._all: list[Runner] = runners
+        self._runners: list[Runner] = runners
         # Each call takes one runner: a worker process serves one call at a time.
-        self._idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
+        self._idle_runners: queue.SimpleQueue[Runner] = queue.SimpleQueue()
         for runner in runners:
-            self._idle.put(runner)
+            self._idle_runners.put(runner)
 
     @property
     def reads_ids(self) -> bool:
         """Whether the function receives token ids. Starts the worker with `isolation="process"`."""
-        return self._all[0].binding.reads_ids
+        return self._runners[0].binding.reads_ids
 
     def score(self, samples: Sequence[Sample]) -> Scored:
         """Scores samples in order.
@@ -108,69 +111,73 @@ class FunctionReward:
         if not samples:
             return Scored(scores=[], components={self.name: []}, token_rewards=[], seconds=[], errors=[], tracebacks=[])
         size = self.guard.rows_per_call or math.ceil(len(samples) / self.guard.concurrency)
-        if size < len(samples) and not self._all[0].binding.samples:
+        if size < len(samples) and not self._runners[0].binding.samples:
             samples = with_every_column(samples)
         parts = [samples[start : start + size] for start in range(0, len(samples), size)]
         rows: list[Row] = []
         seconds: list[float] = []
-        for part, (found, took) in zip(parts, in_threads(self._call, parts, self.guard.concurrency), strict=True):
-            rows += found
-            seconds += [took] * len(part)
-        self._tell([row for row in rows if isinstance(row, Failure)], len(rows))
+        for part, (part_rows, part_seconds) in zip(
+            parts, in_threads(self._call, parts, self.guard.concurrency), strict=True
+        ):
+            rows += part_rows
+            seconds += [part_seconds] * len(part)
+        self._warn_about([row for row in rows if isinstance(row, Failure)], len(rows))
         return self._scored(rows, seconds)
 
     def close(self) -> None:
         """Ends any worker processes."""
-        for runner in self._all:
+        for runner in self._runners:
             runner.close()
 
     def _call(self, samples: Sequence[Sample]) -> tuple[list[Row], float]:
         started = time.perf_counter()
         rows: list[Row]
-        with self._taken() as runner:
+        with self._idle_runner() as runner:
             try:
                 rows = runner.run(samples)
             except (ColumnError, RewardFailed):
                 raise
             except Exception as error:
                 rows = [Failure.of(error)] * len(samples)
-        took = time.perf_counter() - started
+        seconds = time.perf_counter() - started
         if self.guard.on_error == "raise":
             for row, sample in zip(rows, samples, strict=True):
                 if isinstance(row, Failure):
-                    raise RewardFailed(f"reward {self.name!r} failed on {_shown(sample)}: {row.line}\n{row.traceback}")
-        return rows, took
+                    raise RewardFailed(
+                        f"reward {self.name!r} failed on {_describe(sample)}: {row.line}\n{row.traceback}"
+                    )
+        return rows, seconds
 
     @contextmanager
-    def _taken(self) -> Iterator[Runner]:
-        runner = self._idle.get()
+    def _idle_runner(self) -> Iterator[Runner]:
+        runner = self._idle_runners.get()
         try:
             yield runner
         finally:
-            self._idle.put(runner)
+            self._idle_runners.put(runner)
 
-    def _tell(self, failures: Sequence[Failure], count: int) -> None:
+    def _warn_about(self, failures: Sequence[Failure], count: int) -> None:
         if failures:
             line, times = collections.Counter(failure.line for failure in failures).most_common(1)[0]
             logger.warning(
-                "reward %r failed on %d of %d samples (on_error=%r); %d times: %s",
+                "reward %r failed on %d of %d samples (on_error=%r). Most common error, %d times: %s",
                 self.name, len(failures), count, self.guard.on_error, times, redact(line),
             )  # fmt: skip
 
     def _scored(self, rows: Sequence[Row], seconds: list[float]) -> Scored:
         failed = [isinstance(row, Failure) for row in rows]
-        values = [self.guard.penalty if bad else row for bad, row in zip(failed, rows, strict=True)]
+        values = [self.guard.penalty if has_failed else row for has_failed, row in zip(failed, rows, strict=True)]
         scores: list[float | None] = []
-        raw: list[float | None] = []
+        totals: list[float | None] = []
         tokens: list[list[float] | None] = []
         for value in values:
             assert not isinstance(value, Failure)
             scores.append(0.0 if isinstance(value, list) else value)
-            raw.append(math.fsum(value) if isinstance(value, list) else value)
+            totals.append(math.fsum(value) if isinstance(value, list) else value)
             tokens.append(value if isinstance(value, list) else None)
         return Scored(
             scores=scores,
-            components={self.name: raw},
+            components={self.name: totals},
             token_rewards=tokens,
             seconds=seconds,
             errors=[row.line if isinstance(row, Failure) else None for row in rows],
@@ -181,9 +188,9 @@ class FunctionReward:
 def _runner(function: str | Callable[..., Any], name: str, guard: Guard) -> Runner:
     if guard.isolation == "process":
         return Process(function, name, guard.timeout, guard.start_timeout)
-    here = resolve(function) if isinstance(function, str) else function
-    return Inline(here, name) if guard.isolation == "none" else Threaded(here, name, guard.timeout)
+    resolved = resolve(function) if isinstance(function, str) else function
+    return Inline(resolved, name) if guard.isolation == "none" else Threaded(resolved, name, guard.timeout)
 
 
-def _shown(sample: Sample) -> str:
+def _describe(sample: Sample) -> str:
     return f"the completion {sample.completion[:80]!r}"

@@ -19,8 +19,8 @@ from trl.rewards.values import Row, decode, decode_failure
 if TYPE_CHECKING:
     from trl.types import Sample
 
-_BOOT = "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); from trl.rewards.worker import main; main()"
-_MOST_ANSWER = 1 << 28  # maximum size of an answer in bytes
+_BOOTSTRAP = "import sys; sys.path[:] = sys.argv.pop(1).split('\\n'); from trl.rewards.worker import main; main()"
+_MAX_ANSWER_BYTES = 1 << 28  # maximum size of an answer in bytes
 _GRACE = 0.25  # seconds after the timeout for the worker to print where it hung
 _TICK = 0.05  # seconds between checks that the worker is alive
 
@@ -54,7 +54,7 @@ class Process:
     @property
     def binding(self) -> Binding:
         """How to call the function; starts the worker if needed."""
-        self._started()
+        self._running_worker()
         assert self._binding is not None
         return self._binding
 
@@ -67,12 +67,12 @@ class Process:
             RewardFailed: if the worker cannot be started.
             ColumnError: if a column is missing or not JSON-serializable.
         """
-        worker = self._started()
+        worker = self._running_worker()
         assert self._binding is not None
-        columns = self._binding.wanted(samples, self.name)
-        stream = random_stream.get()
-        numbers = f"{stream}/{self.name}" if stream else None
-        message = _request(samples, self._binding, columns, self.timeout, self.name, numbers)
+        columns = self._binding.columns_to_pass(samples, self.name)
+        stream_name = random_stream.get()
+        stream_key = f"{stream_name}/{self.name}" if stream_name else None
+        message = _request(samples, self._binding, columns, self.timeout, self.name, stream_key)
         lengths = [len(sample.completion_ids) for sample in samples]
         try:
             answer = worker.exchange(message, self.timeout)
@@ -89,25 +89,25 @@ class Process:
             self._worker.close()
             self._worker = None
 
-    def _started(self) -> _Worker:
+    def _running_worker(self) -> _Worker:
         if self._worker is None:
             worker = _Worker(self.path)
             try:
-                first = worker.exchange(None, self.start_timeout)
+                greeting = worker.exchange(None, self.start_timeout)
             except RowFailed as error:
                 worker.close()
-                why = error.failure.traceback
+                reason = error.failure.traceback
                 raise RewardFailed(
-                    f"no process for reward {self.name!r} ({self.path}) could be started: {why}"
+                    f"the worker process of reward {self.name!r} ({self.path}) could not start: {reason}"
                 ) from error
             except BaseException:
                 worker.close()
                 raise
-            if "failure" in first:
+            if "failure" in greeting:
                 worker.close()
-                failure = decode_failure(first["failure"])
+                failure = decode_failure(greeting["failure"])
                 raise RewardFailed(f"reward {self.name!r} ({self.path}) cannot be imported: {failure.traceback}")
-            self._binding = Binding.from_json(first["binding"])
+            self._binding = Binding.from_json(greeting["binding"])
             self._worker = worker
         return self._worker
 
@@ -116,19 +116,19 @@ class _Worker:
     """A running worker process with its request and answer pipes."""
 
     def __init__(self, path: str) -> None:
-        inward, self.requests = os.pipe()
-        self.answers, outward = os.pipe()
+        worker_requests, self.requests = os.pipe()
+        self.answers, worker_answers = os.pipe()
         try:
             folders = "\n".join(folder for folder in sys.path if isinstance(folder, str))
-            command = [sys.executable, "-c", _BOOT, folders, path, str(inward), str(outward)]
-            self.process = Killable(command, environment=os.environ, pass_fds=(inward, outward))
+            command = [sys.executable, "-c", _BOOTSTRAP, folders, path, str(worker_requests), str(worker_answers)]
+            self.process = Killable(command, environment=os.environ, pass_fds=(worker_requests, worker_answers))
         except BaseException:
             os.close(self.requests)
             os.close(self.answers)
             raise
         finally:
-            os.close(inward)
-            os.close(outward)
+            os.close(worker_requests)
+            os.close(worker_answers)
         os.set_blocking(self.requests, False)
         os.set_blocking(self.answers, False)
 
@@ -138,7 +138,7 @@ class _Worker:
         Raises:
             RowFailed: if the worker does not answer within `seconds`, dies, or sends an invalid answer.
         """
-        started = time.monotonic()
+        start = time.monotonic()
         unsent, answer, printing = memoryview(message or b""), bytearray(), True
         while not answer.endswith(b"\n"):
             ended = self.process.has_ended()  # checked before reading the pipes, so that no last answer is missed
@@ -148,27 +148,29 @@ class _Worker:
             if self.process.output in ready:
                 printing = self.process.read_output()
             if self.answers in ready:
-                piece = os.read(self.answers, 1 << 16)
-                if not piece:  # the worker died or closed its end: no answer will come
-                    raise self._failed(started, seconds)
-                answer += piece
-                if len(answer) > _MOST_ANSWER:
-                    raise RowFailed(Failure.saying(f"ValueError: the reward answered more than {_MOST_ANSWER} bytes"))
-            elif ended or (seconds is not None and time.monotonic() > started + seconds + _GRACE):
-                raise self._failed(started, seconds)
-        return _parsed(bytes(answer))
+                chunk = os.read(self.answers, 1 << 16)
+                if not chunk:  # the worker died or closed its end: no answer will come
+                    raise self._failed(start, seconds)
+                answer += chunk
+                if len(answer) > _MAX_ANSWER_BYTES:
+                    raise RowFailed(
+                        Failure.saying(f"ValueError: the reward's answer exceeds {_MAX_ANSWER_BYTES} bytes")
+                    )
+            elif ended or (seconds is not None and time.monotonic() > start + seconds + _GRACE):
+                raise self._failed(start, seconds)
+        return _parse(bytes(answer))
 
-    def _failed(self, started: float, seconds: float | None) -> RowFailed:
+    def _failed(self, start: float, seconds: float | None) -> RowFailed:
         """Kills the process and returns an error that says how it ended or that it timed out."""
-        late = seconds is not None and time.monotonic() > started + seconds
-        patience = time.monotonic() + _TICK
-        while not (late or self.process.has_ended()) and time.monotonic() < patience:
+        timed_out = seconds is not None and time.monotonic() > start + seconds
+        exit_deadline = time.monotonic() + _TICK
+        while not (timed_out or self.process.has_ended()) and time.monotonic() < exit_deadline:
             time.sleep(0.001)  # its pipes are closed, so it is about to exit: its own status says more than our SIGKILL
         ending = self.process.kill()
-        line = f"TimeoutError: the call took longer than its timeout of {seconds:g} s" if late else ""
+        line = f"TimeoutError: the call took longer than its timeout of {seconds:g} s" if timed_out else ""
         line = line or f"the reward's process {ending}"
         tail = self.process.tail
-        return RowFailed(Failure(line, f"{line}; it had printed:\n{tail}" if tail else line))
+        return RowFailed(Failure(line, f"{line}; end of its output:\n{tail}" if tail else line))
 
     def close(self) -> None:
         """Kills the process and closes the pipes."""
@@ -192,7 +194,7 @@ def _request(
     columns: Sequence[str],
     timeout: float | None,
     name: str,
-    numbers: str | None,
+    stream_key: str | None,
 ) -> bytes:
     rows = []
     for sample in samples:
@@ -201,13 +203,13 @@ def _request(
         row["completion_ids"] = sample.completion_ids if binding.reads_ids else ()
         row["columns"] = {column: sample.columns[column] for column in columns if column in sample.columns}
         rows.append(row)
-    request: dict[str, Any] = {"samples": rows, "columns": columns, "seconds": timeout, "numbers": numbers}
+    request: dict[str, Any] = {"samples": rows, "columns": columns, "seconds": timeout, "numbers": stream_key}
     request["lengths"] = [len(sample.completion_ids) for sample in samples]
     try:
         return json.dumps(request).encode("ascii") + b"\n"
     except (TypeError, ValueError) as error:
         raise ColumnError(
-            f"a column of reward {name!r} ({', '.join(columns)}) cannot be sent to a process of its own as JSON: {error}"
+            f"a column of reward {name!r} ({', '.join(columns)}) cannot be sent to its worker process as JSON: {error}"
         ) from error
 
 
@@ -220,11 +222,11 @@ def _write(descriptor: int, data: memoryview) -> int:
         return len(data)  # the worker is gone: the missing answer will report it
 
 
-def _parsed(answer: bytes) -> dict[str, Any]:
+def _parse(answer: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(answer)
+        parsed = json.loads(answer)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise RowFailed(Failure.saying("ValueError: the reward's process wrote something else than an answer"))
-    return found
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise RowFailed(Failure.saying("ValueError: the reward's process sent an invalid answer"))
+    return parsed

@@ -11,7 +11,7 @@ from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from trl.rewards.failures import RewardFailed
-from trl.rewards.signature import Binding, call, copied
+from trl.rewards.signature import Binding, call, copy_samples
 from trl.rewards.values import Row, read_answer
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # Maximum number of abandoned threads still running; each holds memory and perhaps a core.
-_MOST_LOST = 16
+_MAX_ABANDONED = 16
 
 
 # Seeds the random numbers of rewards in worker processes; "" leaves them unseeded.
@@ -65,8 +65,8 @@ class Inline:
 
     def run(self, samples: Sequence[Sample]) -> list[Row]:
         """See `Runner`."""
-        columns = self.binding.wanted(samples, self.name)
-        answer = guarded(self.function, *self.binding.arguments(copied(samples, columns), columns))
+        columns = self.binding.columns_to_pass(samples, self.name)
+        answer = guarded(self.function, *self.binding.arguments(copy_samples(samples, columns), columns))
         return read_answer(answer, [len(sample.completion_ids) for sample in samples])
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class Threaded:
         self.inline = Inline(function, name)
         self.binding = self.inline.binding
         self.timeout = timeout
-        self.lost: list[threading.Thread] = []
+        self.abandoned: list[threading.Thread] = []
 
     def run(self, samples: Sequence[Sample]) -> list[Row]:
         """See `Runner`.
@@ -92,13 +92,13 @@ class Threaded:
             RewardFailed: if too many abandoned threads are still running.
             TimeoutError: if the call takes longer than `timeout`.
         """
-        self.lost = [thread for thread in self.lost if thread.is_alive()]
-        if len(self.lost) >= _MOST_LOST:
+        self.abandoned = [thread for thread in self.abandoned if thread.is_alive()]
+        if len(self.abandoned) >= _MAX_ABANDONED:
             raise RewardFailed(
-                f"{len(self.lost)} calls of reward {self.inline.name!r} still run long after their timeout of "
-                f"{self.timeout:g} s: isolation='process' can end them, a thread cannot be"
+                f"{len(self.abandoned)} timed-out calls of reward {self.inline.name!r} are still running "
+                f"(timeout={self.timeout:g} s): a thread cannot be killed; use isolation='process'"
             )
-        return call_within(self.timeout, lambda: self.inline.run(samples), given_up=self.lost)
+        return call_within(self.timeout, lambda: self.inline.run(samples), abandoned=self.abandoned)
 
     def close(self) -> None:
         """See `Runner`."""
@@ -110,25 +110,25 @@ def guarded(function: Callable[..., Any], positional: Sequence[Any], named: dict
     Raises:
         Whatever the function raises; `SystemExit` becomes a RuntimeError, since a reward must not end the process.
     """
-    home = os.getpid()
+    parent_pid = os.getpid()
     try:
         return call(function, positional, named)
     except SystemExit as error:
         raise RuntimeError(f"the reward called sys.exit({error.code!r})") from error
     finally:
-        if os.getpid() != home:
+        if os.getpid() != parent_pid:
             os._exit(0)  # otherwise the child would run as a second trainer
 
 
 def call_within(
-    seconds: float | None, function: Callable[[], Result], given_up: list[threading.Thread] | None = None
+    seconds: float | None, function: Callable[[], Result], abandoned: list[threading.Thread] | None = None
 ) -> Result:
     """Calls `function` in a separate thread and returns its result, or raises its exception.
 
     Args:
         seconds: timeout; None waits forever.
         function: takes no arguments.
-        given_up: the thread is appended to this list on timeout.
+        abandoned: the thread is appended to this list on timeout.
 
     Raises:
         TimeoutError: if the call takes longer than `seconds`.
@@ -147,8 +147,8 @@ def call_within(
     try:
         succeeded, value = outcome.get(timeout=seconds)
     except queue.Empty:
-        if given_up is not None:
-            given_up.append(thread)
+        if abandoned is not None:
+            abandoned.append(thread)
         raise TimeoutError(f"the call took longer than its timeout of {seconds:g} s") from None
     if not succeeded:
         raise value

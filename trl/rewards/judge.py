@@ -40,10 +40,10 @@ def last_score(reply: str) -> float:
     Raises:
         ValueError: if the reply has no score.
     """
-    found = _SCORE.findall(reply)
-    if not found:
-        raise ValueError(f"the judge gave no score: {one_line(reply[-200:])!r}")
-    return float(found[-1])
+    matches = _SCORE.findall(reply)
+    if not matches:
+        raise ValueError(f"the judge's reply contains no score: {one_line(reply[-200:])!r}")
+    return float(matches[-1])
 
 
 class JudgeReward:
@@ -89,9 +89,9 @@ class JudgeReward:
         allow_link_local: bool = False,
     ) -> None:
         if "completion" not in _PLACEHOLDER.findall(template):
-            raise ValueError("the template has no {completion}: the judge would not see what it judges")
+            raise ValueError("template has no {completion} placeholder: the judge would not see the completion")
         if not scale[0] < scale[1]:
-            raise ValueError(f"scale={scale!r} must be a lowest and a highest score")
+            raise ValueError(f"scale={scale!r} must be (lowest, highest) with lowest < highest")
         if concurrency < 1 or max_tokens < 1:
             raise ValueError(f"concurrency={concurrency} and max_tokens={max_tokens} must be at least 1")
         self.endpoint = Endpoint(
@@ -111,38 +111,38 @@ class JudgeReward:
         """Returns one score per sample, or the exception if judging it failed."""
         messages = [self._message(sample) for sample in samples]
         distinct = list(dict.fromkeys(messages))
-        scores = dict(zip(distinct, in_threads(self._judged, distinct, self.concurrency), strict=True))
+        scores = dict(zip(distinct, in_threads(self._score_message, distinct, self.concurrency), strict=True))
         return [scores[message] for message in messages]
 
     def _message(self, sample: Sample) -> str:
-        texts = {**sample.columns, "prompt": sample.prompt, "completion": sample.completion}
+        values = {**sample.columns, "prompt": sample.prompt, "completion": sample.completion}
 
-        def filled(found: re.Match[str]) -> str:
-            if found[1] not in texts:
-                raise ColumnError(f"the judge's template names the column {found[1]!r}, which a sample lacks")
-            return str(texts[found[1]])
+        def value_of(match: re.Match[str]) -> str:
+            if match[1] not in values:
+                raise ColumnError(f"the judge's template uses the column {match[1]!r}, which a sample lacks")
+            return str(values[match[1]])
 
-        return _PLACEHOLDER.sub(filled, self.template)  # single pass: braces in the texts stay as they are
+        return _PLACEHOLDER.sub(value_of, self.template)  # single pass: braces in the texts stay as they are
 
-    def _judged(self, message: str) -> float | Exception:
+    def _score_message(self, message: str) -> float | Exception:
         key = key_of(self.endpoint.url, self.model, self.max_tokens, list(self.scale), message)
-        known = None if self.cache is None else self.cache.get(key)
-        if known is not None:
-            return float(known)
+        cached = None if self.cache is None else self.cache.get(key)
+        if cached is not None:
+            return float(cached)
         try:
-            score = self._ask(message)
+            score = self._request_score(message)
         except (OSError, ValueError) as error:
             return error
         if self.cache is not None:
             self.cache.put(key, score)
         return score
 
-    def _ask(self, message: str) -> float:
+    def _request_score(self, message: str) -> float:
         request: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": message}]}
         request |= {"temperature": 0, "max_tokens": self.max_tokens}
         score = float(self.parse(_content(post_json(self.endpoint, request))))
         if not math.isfinite(score) or not self.scale[0] <= score <= self.scale[1]:
-            raise ValueError(f"the judge's score {score} is not within {self.scale[0]} to {self.scale[1]}")
+            raise ValueError(f"the judge's score {score} is outside scale={self.scale}")
         return score
 
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Environment variable inherited by descendants, to find those that left the process group.
-_MARK = "TRL_REWARD_PROCESS"
-_MOST_OUTPUT = 16_384  # bytes kept from the end of the output
-_CHUNK = 1 << 16
+_MARKER_VARIABLE = "TRL_REWARD_PROCESS"
+_MAX_OUTPUT_BYTES = 16_384  # bytes kept from the end of the output
+_CHUNK_BYTES = 1 << 16
 
 
 class Killable:
@@ -43,14 +43,16 @@ class Killable:
         folder: str | None = None,
     ) -> None:
         if os.name != "posix":
-            raise ValueError(f"a reward in a process of its own needs POSIX process groups; this is {sys.platform}")
-        self._mark = secrets.token_hex(16)
+            raise ValueError(
+                f"running a reward in a separate process needs POSIX process groups, which {sys.platform} lacks"
+            )
+        self._marker = secrets.token_hex(16)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**environment, _MARK: self._mark},
+            env={**environment, _MARKER_VARIABLE: self._marker},
             pass_fds=tuple(pass_fds),
             start_new_session=True,
             cwd=folder,
@@ -82,11 +84,11 @@ class Killable:
         if self._process.stdout.closed:
             return False
         try:
-            piece = os.read(self.output, _CHUNK)
+            chunk = os.read(self.output, _CHUNK_BYTES)
         except BlockingIOError:
             return False
-        self._tail = (self._tail + piece)[-_MOST_OUTPUT:]
-        return bool(piece)
+        self._tail = (self._tail + chunk)[-_MAX_OUTPUT_BYTES:]
+        return bool(chunk)
 
     def kill(self) -> str:
         """Kills the process and its descendants with SIGKILL and reaps it.
@@ -101,9 +103,9 @@ class Killable:
                 # The group is gone or, on macOS, holds only zombies.
                 self._process.kill()
             for _ in range(100):  # a descendant may have forked during the scan
-                if not (left := self._marked()):
+                if not (survivors := self._marked_pids()):
                     break
-                for pid in left:
+                for pid in survivors:
                     _kill(pid)
                 time.sleep(0.001)
             self._process.wait()
@@ -112,19 +114,19 @@ class Killable:
                 pass
             assert self._process.stdout is not None
             self._process.stdout.close()
-        return _ending(self._process.returncode)
+        return _describe_exit(self._process.returncode)
 
-    def _marked(self) -> list[int]:
+    def _marked_pids(self) -> list[int]:
         """Returns ids of live processes that carry our marker; always empty without `/proc`, as on macOS."""
-        mark = f"{_MARK}={self._mark}".encode()
-        found = []
+        marker = f"{_MARKER_VARIABLE}={self._marker}".encode()
+        pids = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
+                if marker in (folder / "environ").read_bytes().split(b"\0"):
+                    pids.append(int(folder.name))
             except OSError:
                 continue  # exited meanwhile, or another user's
-        return found
+        return pids
 
 
 def _kill(pid: int) -> None:
@@ -132,7 +134,7 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _ending(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if status >= 0:
         return f"exited with status {status}"
     try:

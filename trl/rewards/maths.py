@@ -28,17 +28,17 @@ def math_reward(prompts: Sequence[str], completions: Sequence[str], answer: Sequ
         import math_verify
     except ImportError as error:
         raise ImportError("math_reward needs math-verify: pip install math-verify") from error
-    return [_score(math_verify, text, right) for text, right in zip(completions, answer, strict=True)]
+    return [_score(math_verify, text, reference) for text, reference in zip(completions, answer, strict=True)]
 
 
 def _score(math_verify: Any, completion: str, answer: str) -> float | None:
     # Its timeouts use signal alarms, which Python allows only in the main thread.
-    here = threading.current_thread() is threading.main_thread()
-    parse_options: dict[str, Any] = {} if here else {"parsing_timeout": None}
-    verify_options: dict[str, Any] = {} if here else {"timeout_seconds": None}
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    parse_options: dict[str, Any] = {} if in_main_thread else {"parsing_timeout": None}
+    verify_options: dict[str, Any] = {} if in_main_thread else {"timeout_seconds": None}
     # LaTeX is only recognized between dollar signs.
-    right = math_verify.parse(str(answer), **parse_options) or math_verify.parse(f"${answer}$", **parse_options)
-    if not right:
+    reference = math_verify.parse(str(answer), **parse_options) or math_verify.parse(f"${answer}$", **parse_options)
+    if not reference:
         return None
-    found = math_verify.parse(completion, **parse_options)
-    return float(bool(found) and bool(math_verify.verify(right, found, **verify_options)))
+    candidate = math_verify.parse(completion, **parse_options)
+    return float(bool(candidate) and bool(math_verify.verify(reference, candidate, **verify_options)))

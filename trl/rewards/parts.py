@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 # In characters. Longer completions are not searched: regex matching can take time superlinear in their length.
-_LONGEST = 100_000
+_MAX_SEARCHED = 100_000
 
 
 class LengthPenalty:
@@ -36,10 +36,10 @@ class LengthPenalty:
         if unit not in ("token", "character"):
             raise ValueError(f"unit={unit!r} must be 'token' or 'character'")
         if shortest < 0 or (longest is not None and longest < shortest):
-            raise ValueError(f"shortest={shortest} and longest={longest} leave no length without a penalty")
+            raise ValueError(f"shortest={shortest} must be at least 0 and at most longest={longest}")
         for name, value in (("per_unit", per_unit), ("most", most)):
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value!r} must be a number of at least 0")
+                raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
         self.longest = longest
         self.shortest = shortest
         self.per_unit = per_unit
@@ -54,8 +54,8 @@ class LengthPenalty:
         return [self._score(length) for length in lengths]
 
     def _score(self, length: int) -> float:
-        over = 0 if self.longest is None else max(length - self.longest, 0)
-        units = over + max(self.shortest - length, 0)
+        excess = 0 if self.longest is None else max(length - self.longest, 0)
+        units = excess + max(self.shortest - length, 0)
         return -min(self.per_unit * units, self.most) if units else 0.0
 
 
@@ -78,7 +78,7 @@ class FormatReward:
         try:
             self.pattern = re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"pattern={pattern!r} is no regular expression: {error}") from error
+            raise ValueError(f"pattern={pattern!r} is not a valid regular expression: {error}") from error
         if not math.isfinite(bonus) or not 0 <= penalty < math.inf:
             raise ValueError(f"bonus={bonus!r} must be finite and penalty={penalty!r} finite and at least 0")
         self.bonus = bonus
@@ -90,6 +90,6 @@ class FormatReward:
         return [self.bonus if self._matches(text) else 0.0 - self.penalty for text in completions]
 
     def _matches(self, text: str) -> bool:
-        if len(text) > _LONGEST:
+        if len(text) > _MAX_SEARCHED:
             return False
         return bool(self.pattern.fullmatch(text.strip()) if self.whole else self.pattern.search(text))

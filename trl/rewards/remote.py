@@ -64,10 +64,10 @@ class RemoteReward:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Exception | None]:
         """Returns one score per sample, None if unscorable; samples of a failed request get its exception."""
-        size = self.rows_per_request
+        rows_per_request = self.rows_per_request
         rows = [self._row(sample) for sample in samples]
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        answers = in_threads(self._ask, parts, self.concurrency)
+        requests = [rows[start : start + rows_per_request] for start in range(0, len(rows), rows_per_request)]
+        answers = in_threads(self._request_scores, requests, self.concurrency)
         return [score for answer in answers for score in answer]
 
     def _row(self, sample: Sample) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class RemoteReward:
         columns = {name: sample.columns[name] for name in self.columns}
         return {"prompt": sample.prompt, "completion": sample.completion, "columns": columns}
 
-    def _ask(self, rows: Sequence[dict[str, Any]]) -> list[Any]:
+    def _request_scores(self, rows: Sequence[dict[str, Any]]) -> list[Any]:
         try:
             return list(_scores(post_json(self.endpoint, {"samples": rows}), len(rows)))
         except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ from trl.rewards.failures import ColumnError
 if TYPE_CHECKING:
     from trl.types import Sample
 
-_OWN = ("prompts", "completions", "prompt_ids", "completion_ids")
+_STANDARD_ARGUMENTS = ("prompts", "completions", "prompt_ids", "completion_ids")
 _ACCEPTED = "f(prompts, completions, **columns), f(prompts, completions, a_column) or f(samples)"
 
 
@@ -41,27 +41,29 @@ class Binding:
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the signature of reward {name!r} cannot be read; wrap it in {_ACCEPTED}") from error
-        plain = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        if plain and plain[0].name == "samples":
+            raise ValueError(f"the signature of reward {name!r} cannot be inspected; wrap it as {_ACCEPTED}") from error
+        positional_parameters = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        keyword_parameters = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if positional_parameters and positional_parameters[0].name == "samples":
             others = [p for p in parameters[1:] if p.default is p.empty]
             if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in others):
-                raise ValueError(f"reward {name!r} takes more than samples; expected {_ACCEPTED}")
+                raise ValueError(f"reward {name!r} takes arguments besides samples; expected {_ACCEPTED}")
             return cls(samples=True)
-        star = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        takes_args = any(p.kind is p.VAR_POSITIONAL for p in parameters)
         positional = 0
-        if "completions" not in [p.name for p in by_name]:
+        if "completions" not in [p.name for p in keyword_parameters]:
             positional = 2
-            if len(plain) < 2 and not star:
-                raise ValueError(f"reward {name!r} takes {inspect.signature(function)}; expected {_ACCEPTED}")
-            by_name = [p for p in by_name if p not in plain[:2]]
-        elif stray := [p.name for p in plain if p.kind is p.POSITIONAL_ONLY]:
-            raise ValueError(f"reward {name!r} takes {stray[0]!r} by position only; expected {_ACCEPTED}")
-        columns = [p for p in by_name if p.name not in _OWN]
+            if len(positional_parameters) < 2 and not takes_args:
+                raise ValueError(
+                    f"reward {name!r} has the signature {inspect.signature(function)}; expected {_ACCEPTED}"
+                )
+            keyword_parameters = [p for p in keyword_parameters if p not in positional_parameters[:2]]
+        elif positional_only := [p.name for p in positional_parameters if p.kind is p.POSITIONAL_ONLY]:
+            raise ValueError(f"reward {name!r} takes {positional_only[0]!r} as positional-only; expected {_ACCEPTED}")
+        columns = [p for p in keyword_parameters if p.name not in _STANDARD_ARGUMENTS]
         return cls(
             positional=positional,
-            named=tuple(p.name for p in by_name if p.name in _OWN),
+            named=tuple(p.name for p in keyword_parameters if p.name in _STANDARD_ARGUMENTS),
             columns=tuple(p.name for p in columns),
             required=tuple(p.name for p in columns if p.default is p.empty),
             every_column=any(p.kind is p.VAR_KEYWORD for p in parameters),
@@ -72,32 +74,34 @@ class Binding:
         """Whether the function receives token ids."""
         return self.samples or "prompt_ids" in self.named or "completion_ids" in self.named
 
-    def wanted(self, samples: Sequence[Sample], name: str) -> list[str]:
+    def columns_to_pass(self, samples: Sequence[Sample], name: str) -> list[str]:
         """Returns the columns of `samples` to pass to the function, in order of first appearance.
 
         Raises:
             ColumnError: if a required column is missing.
         """
-        present = list(dict.fromkeys(column for sample in samples for column in sample.columns))
-        if missing := [column for column in self.required if column not in present]:
-            raise ColumnError(f"reward {name!r} needs the column {missing[0]!r}; the prompts have {_listed(present)}")
+        available = list(dict.fromkeys(column for sample in samples for column in sample.columns))
+        if missing := [column for column in self.required if column not in available]:
+            raise ColumnError(
+                f"reward {name!r} needs the column {missing[0]!r}; the prompts have {_quote_names(available)}"
+            )
         if self.samples or self.every_column:
-            return [column for column in present if self.samples or column not in _OWN]
-        return [column for column in present if column in self.columns]
+            return [column for column in available if self.samples or column not in _STANDARD_ARGUMENTS]
+        return [column for column in available if column in self.columns]
 
     def arguments(self, samples: Sequence[Sample], columns: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
         """Returns a call's positional and keyword arguments; a sample that lacks one of `columns` gets None for it."""
         if self.samples:
             return [list(samples)], {}
-        own = {
+        standard = {
             "prompts": [sample.prompt for sample in samples],
             "completions": [sample.completion for sample in samples],
             "prompt_ids": [list(sample.prompt_ids) for sample in samples],
             "completion_ids": [list(sample.completion_ids) for sample in samples],
         }
-        named = {name: own[name] for name in self.named}
+        named = {name: standard[name] for name in self.named}
         named |= {column: [sample.columns.get(column) for sample in samples] for column in columns}
-        return [own[name] for name in _OWN[: self.positional]], named
+        return [standard[name] for name in _STANDARD_ARGUMENTS[: self.positional]], named
 
     def to_json(self) -> dict[str, Any]:
         """Serializes the binding to send it over a pipe."""
@@ -106,11 +110,11 @@ class Binding:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Binding:
         """Restores a binding received over a pipe."""
-        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-        return cls(**known)
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        return cls(**values)
 
 
-def copied(samples: Sequence[Sample], names: Collection[str] | None = None) -> list[Sample]:
+def copy_samples(samples: Sequence[Sample], names: Collection[str] | None = None) -> list[Sample]:
     """Copies samples with deep-copied columns, so that a reward cannot modify the dataset.
 
     Args:
@@ -121,7 +125,7 @@ def copied(samples: Sequence[Sample], names: Collection[str] | None = None) -> l
         ColumnError: if a value cannot be copied; the message names its column and the remedy.
     """
     memo: dict[int, Any] = {}  # objects shared between samples are copied once
-    own = []
+    copies = []
     for sample in samples:
         columns = {}
         for name, value in sample.columns.items():
@@ -132,15 +136,15 @@ def copied(samples: Sequence[Sample], names: Collection[str] | None = None) -> l
             except Exception as error:  # a __deepcopy__ may raise anything
                 raise ColumnError(
                     f"the column {name!r} holds a {type(value).__name__} that cannot be copied for the reward "
-                    f"({type(error).__name__}: {error}): give its class a __deepcopy__ (which returns self if it never "
-                    "changes), or a key in its place by which the reward finds it"
+                    f"({type(error).__name__}: {error}): give its class a __deepcopy__ method (returning self if it is "
+                    "immutable), or store a key in the column by which the reward can look the value up"
                 ) from error
-        own.append(replace(sample, columns=columns))
-    return own
+        copies.append(replace(sample, columns=columns))
+    return copies
 
 
 def with_every_column(samples: Sequence[Sample]) -> list[Sample]:
-    """The same samples, each with None in the columns that only others have: parts of them are then scored as all are."""
+    """Returns the samples with None in the columns they lack, so that any part of a batch is scored like the whole."""
     names = dict.fromkeys(name for sample in samples for name in sample.columns)
     return [replace(sample, columns={name: sample.columns.get(name) for name in names}) for sample in samples]
 
@@ -151,29 +155,29 @@ def call(function: Callable[..., Any], positional: Sequence[Any], named: Mapping
     if not inspect.isawaitable(result):
         return result
 
-    async def finished() -> Any:
+    async def await_result() -> Any:
         return await result
 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(finished())
+        return asyncio.run(await_result())
     # Event loops do not nest, and notebooks already run one: use a loop on a separate thread.
-    outcome: list[Any] = []
-    raised: list[BaseException] = []
+    results: list[Any] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            outcome.append(asyncio.run(finished()))
+            results.append(asyncio.run(await_result()))
         except BaseException as error:
-            raised.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, name="reward", daemon=True)
     thread.start()
     thread.join()
-    if raised:
-        raise raised[0]
-    return outcome[0]
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def resolve(path: str) -> Callable[..., Any]:
@@ -184,15 +188,15 @@ def resolve(path: str) -> Callable[..., Any]:
     """
     module, colon, attribute = path.partition(":")
     if not (colon and module and attribute):
-        raise ValueError(f"{path!r} names no reward; expected 'module:function'")
-    found: Any = importlib.import_module(module)
+        raise ValueError(f"{path!r} is not a path to a reward; expected 'module:function'")
+    target: Any = importlib.import_module(module)
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{path!r} names no reward: {module} has no {attribute}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"{path!r} is of type {type(found).__name__}; expected a function")
-    return found
+        if not hasattr(target, part):
+            raise ValueError(f"{path!r} does not exist: the module {module} has no attribute {attribute!r}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise ValueError(f"{path!r} is of type {type(target).__name__}; expected a function")
+    return target
 
 
 def path_of(function: Callable[..., Any]) -> str:
@@ -205,27 +209,25 @@ def path_of(function: Callable[..., Any]) -> str:
     remedy = "define it at the top level of a module and pass it or its 'module:function', or use isolation='thread'"
     if not module or not name:
         raise ValueError(
-            f"a {type(function).__name__} cannot run in a process of its own: only functions have a name by which "
-            f"another process finds them; {remedy}"
+            f"a {type(function).__name__} object cannot run with isolation='process': a worker process imports the reward "
+            f"by name, and only functions have one; {remedy}"
         )
     if "<lambda>" in name or "<locals>" in name:
-        kind = "a lambda" if "<lambda>" in name else "defined inside another function"
-        raise ValueError(f"reward {name!r} is {kind}: a process of its own would not find it by name; {remedy}")
+        reason = "a lambda" if "<lambda>" in name else "defined inside another function"
+        raise ValueError(f"reward {name!r} is {reason}: a worker process cannot import it by name; {remedy}")
     if module == "__main__":
         raise ValueError(
-            f"reward {name!r} is defined in the script that is run: a process of its own would have to run the whole "
-            f"script to find it; {remedy}"
+            f"reward {name!r} is defined in the main script: a worker process would have to run the whole script to "
+            f"import it; {remedy}"
         )
     try:
-        same = resolve(f"{module}:{name}") is function
+        resolves_to_function = resolve(f"{module}:{name}") is function
     except (ImportError, ValueError):
-        same = False
-    if not same:
-        raise ValueError(
-            f"{module}:{name} is not the reward itself: another process would find something else; {remedy}"
-        )
+        resolves_to_function = False
+    if not resolves_to_function:
+        raise ValueError(f"{module}:{name} is not this reward: a worker process would import something else; {remedy}")
     return f"{module}:{name}"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names)) if names else "no columns beside the prompt"
+def _quote_names(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names)) if names else "no columns besides the prompt"

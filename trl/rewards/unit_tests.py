@@ -108,15 +108,18 @@ class UnitTestReward:
     ) -> None:
         if (sandbox is None) != unsafe_local:
             raise ValueError(
-                "UnitTestReward runs code that a model wrote: pass sandbox=, or unsafe_local=True to run it on this "
-                f"machine with your rights, one of them; sandbox={sandbox!r} and unsafe_local={unsafe_local}"
+                "UnitTestReward runs code written by a model: pass either sandbox=, or unsafe_local=True to run it on this "
+                f"machine with your permissions; got sandbox={sandbox!r} and unsafe_local={unsafe_local}"
             )
         if not 0 < seconds < float("inf") or memory < 1 or concurrency < 1:
             raise ValueError(f"seconds={seconds}, memory={memory} and concurrency={concurrency} must be positive")
         if sandbox is None:
-            text = "UnitTestReward(unsafe_local=True) runs code that a model wrote on this machine, with your files and network"
-            warnings.warn(text, UserWarning, stacklevel=2)
-            logger.warning(text)
+            warning = (
+                "UnitTestReward(unsafe_local=True) runs code written by a model on this machine, with access to your files "
+                "and network"
+            )
+            warnings.warn(warning, UserWarning, stacklevel=2)
+            logger.warning(warning)
             sandbox = _LocalProcess(memory)
         self.sandbox = sandbox
         self.column = column
@@ -126,8 +129,8 @@ class UnitTestReward:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | Exception | None]:
         """Returns one score per sample: None without tests, the exception if the sandbox fails."""
-        if missing := [i for i, sample in enumerate(samples) if self.column not in sample.columns]:
-            raise ColumnError(f"UnitTestReward needs the column {self.column!r}, which sample {missing[0]} lacks")
+        if lacking := [i for i, sample in enumerate(samples) if self.column not in sample.columns]:
+            raise ColumnError(f"UnitTestReward needs the column {self.column!r}, which sample {lacking[0]} lacks")
         return in_threads(self._score, samples, self.concurrency)
 
     def _score(self, sample: Sample) -> float | Exception | None:
@@ -152,14 +155,14 @@ def code_of(completion: str) -> str:
 
 def _tests(value: Any) -> list[str]:
     tests = [value] if isinstance(value, str) and value else list(value or [])
-    if strange := [test for test in tests if not isinstance(test, str)]:
-        raise ColumnError(f"a test is of type {type(strange[0]).__name__}; expected Python as a string")
+    if non_strings := [test for test in tests if not isinstance(test, str)]:
+        raise ColumnError(f"a test is of type {type(non_strings[0]).__name__}; expected Python source as a string")
     return tests
 
 
-def _passed(output: str, token: str, most: int) -> int:
-    found = re.search(rf"^{token} (\d+)\s*\Z", output, re.MULTILINE)
-    return min(int(found[1]), most) if found else 0
+def _passed(output: str, token: str, test_count: int) -> int:
+    match = re.search(rf"^{token} (\d+)\s*\Z", output, re.MULTILINE)
+    return min(int(match[1]), test_count) if match else 0
 
 
 class _LocalProcess:
@@ -178,14 +181,14 @@ class _LocalProcess:
             environment = {"PATH": os.defpath, "HOME": folder, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
             command = [sys.executable, "-I", "-c", limits + program]
             process = Killable(command, environment=environment, stdin=stdin.fileno(), folder=folder)
-            printing = True
+            has_output = True
             try:
                 while not process.has_ended():
                     if time.monotonic() > deadline:
                         return None
-                    if printing and select.select([process.output], [], [], 0.02)[0]:
-                        printing = process.read_output()
-                    elif not printing:
+                    if has_output and select.select([process.output], [], [], 0.02)[0]:
+                        has_output = process.read_output()
+                    elif not has_output:
                         time.sleep(0.002)
             finally:
                 process.kill()

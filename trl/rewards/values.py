@@ -11,12 +11,12 @@ from trl.rewards.failures import Failure
 # One sample's result: a score, one reward per completion token, a failure, or None if unscorable.
 Row: TypeAlias = float | list[float] | Failure | None
 
-LARGEST = 3.4028234663852886e38  # largest float32, the dtype in which rewards are used
+MAX_FLOAT32 = 3.4028234663852886e38  # largest float32, the dtype in which rewards are used
 
 
-def fits(*numbers: float) -> bool:
+def fits_float32(*numbers: float) -> bool:
     """Whether every number, and any sum of them, fits in float32."""
-    return sum(abs(number) for number in numbers) <= LARGEST
+    return sum(abs(number) for number in numbers) <= MAX_FLOAT32
 
 
 def read_answer(answer: Any, lengths: Sequence[int]) -> list[Row]:
@@ -36,7 +36,7 @@ def read_answer(answer: Any, lengths: Sequence[int]) -> list[Row]:
     """
     answer = _plain(answer)
     if not isinstance(answer, list | tuple):
-        raise TypeError(f"the reward returned {_named(answer)}; expected a list of {len(lengths)} numbers")
+        raise TypeError(f"the reward returned {_describe(answer)}; expected a list of {len(lengths)} numbers")
     if len(answer) != len(lengths):
         raise ValueError(f"the reward returned {len(answer)} values for {len(lengths)} samples")
     return [_row(value, length) for value, length in zip(answer, lengths, strict=True)]
@@ -72,23 +72,23 @@ def _row(value: Any, length: int) -> Row:
     if len(value) != length:
         return Failure.saying(f"ValueError: the reward has {len(value)} values for a completion of {length} tokens")
     numbers = [_number(_plain(element), f"the reward of token {i}") for i, element in enumerate(value)]
-    failed = [number for number in numbers if isinstance(number, Failure)]
+    failures = [number for number in numbers if isinstance(number, Failure)]
     rewards = [number for number in numbers if not isinstance(number, Failure)]
-    if not failed and not fits(*rewards):
+    if not failures and not fits_float32(*rewards):
         return Failure.saying(f"ValueError: the rewards of {length} tokens add up to more than float32 can hold")
-    return failed[0] if failed else rewards
+    return failures[0] if failures else rewards
 
 
 def _number(value: Any, what: str) -> float | Failure:
     if not isinstance(value, int | float):  # a bool is an int: True scores 1
-        return Failure.saying(f"TypeError: {what} is {_named(value)}; expected a number")
+        return Failure.saying(f"TypeError: {what} is {_describe(value)}; expected a number")
     try:
         number = float(value)
     except OverflowError:
         return Failure.saying(f"ValueError: {what} is a whole number too large for a float")
     if not math.isfinite(number):
         return Failure.saying(f"ValueError: {what} is {number}; expected a finite number")
-    if not fits(number):
+    if not fits_float32(number):
         return Failure.saying(f"ValueError: {what} is {number}; expected a number that float32 can hold (up to 3.4e38)")
     return number
 
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
     return convert() if callable(convert) else value
 
 
-def _named(value: Any) -> str:
+def _describe(value: Any) -> str:
     if value is None:
         return "None"
     text = repr(value) if isinstance(value, str | bytes | int | float) else "an object"

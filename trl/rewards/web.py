@@ -24,7 +24,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # Cloud metadata services, which hand out credentials, outside the link-local range that most clouds use.
 _METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")))
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_BUSY = (429, 502, 503, 504)  # HTTP statuses worth a retry
+_RETRIED_STATUSES = (429, 502, 503, 504)  # HTTP statuses worth a retry
 
 
 class Refused(ValueError):
@@ -56,16 +56,20 @@ class Endpoint:
     """Whether to allow link-local addresses (169.254.0.0/16, fe80::/10) and cloud metadata services."""
 
     def __post_init__(self) -> None:
-        shown = _shown(self.url)
+        printable_url = _without_secrets(self.url)
         if any(ord(c) <= 32 or ord(c) >= 127 for c in self.url):
-            raise ValueError(f"url={shown!r} has white space or characters that need escaping")
+            raise ValueError(f"url={printable_url!r} contains whitespace or characters that must be percent-encoded")
         parts = urlsplit(self.url)
         if parts.scheme not in self.schemes or parts.scheme not in ("https", "http"):
-            raise ValueError(f"url={shown!r} has the scheme {parts.scheme!r}; allowed are {', '.join(self.schemes)}")
+            raise ValueError(
+                f"url={printable_url!r} has the scheme {parts.scheme!r}; allowed are {', '.join(self.schemes)}"
+            )
         if parts.username is not None or parts.password is not None:
-            raise ValueError(f"url={shown!r} has user information; name an environment variable in key_env instead")
+            raise ValueError(
+                f"url={printable_url!r} contains user information; name an environment variable in key_env instead"
+            )
         if not parts.hostname or parts.fragment:
-            raise ValueError(f"url={shown!r} must have a host and no fragment")
+            raise ValueError(f"url={printable_url!r} must have a host and no fragment")
         _ = parts.port  # raises ValueError for an invalid port
         if not 0 < self.timeout < math.inf or self.most_bytes < 1 or self.retries < 0:
             raise ValueError(
@@ -104,22 +108,24 @@ def check_address(address: Address, allow_link_local: bool = False) -> None:
             or inner.is_unspecified
             or (inner.is_reserved and not inner.is_loopback and inner not in _NAT64)
         ):
-            raise Refused(f"the address {address} is of no single machine")
+            raise Refused(f"the address {address} is multicast, unspecified or reserved")
         if not allow_link_local and (inner.is_link_local or inner in _METADATA):
-            raise Refused(f"the address {address} is link-local or of a cloud's metadata; allow_link_local is off")
+            raise Refused(
+                f"the address {address} is link-local or a cloud metadata service; allow_link_local=True allows it"
+            )
 
 
 def _embedded(address: Address) -> list[Address]:
     """Returns the address and any IPv4 addresses embedded in it; only the IPv4 address if it is IPv4-mapped."""
-    found: list[Address] = [address]
+    addresses: list[Address] = [address]
     if isinstance(address, ipaddress.IPv6Address):
         inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
         if address in _NAT64:
             inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        found += [each for each in inner if each is not None]
+        addresses += [embedded for embedded in inner if embedded is not None]
         if address.ipv4_mapped is not None:
-            found.remove(address)  # all of ::ffff:0:0/96 is marked reserved
-    return found
+            addresses.remove(address)  # all of ::ffff:0:0/96 is marked reserved
+    return addresses
 
 
 def _attempt(endpoint: Endpoint, body: bytes) -> Any:
@@ -127,8 +133,8 @@ def _attempt(endpoint: Endpoint, body: bytes) -> Any:
     parts = urlsplit(endpoint.url)
     host, port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
     # getaddrinfo has no timeout.
-    found = call_within(endpoint.timeout, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    addresses = [str(entry[4][0]) for entry in found]
+    resolved = call_within(endpoint.timeout, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    addresses = [str(entry[4][0]) for entry in resolved]
     for address in addresses:
         check_address(ipaddress.ip_address(address.partition("%")[0]), endpoint.allow_link_local)
     # Connect to a checked address: a second lookup could return a different one (DNS rebinding).
@@ -136,8 +142,8 @@ def _attempt(endpoint: Endpoint, body: bytes) -> Any:
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers = {"Content-Type": "application/json", "Accept": "application/json"} | _authorization(endpoint, addresses)
     try:
-        left = max(deadline - time.monotonic(), 0.001)
-        return call_within(left, lambda: _exchange(connection, target, body, headers, endpoint))
+        remaining = max(deadline - time.monotonic(), 0.001)
+        return call_within(remaining, lambda: _exchange(connection, target, body, headers, endpoint))
     finally:
         connection.abort()  # closing the socket ends an abandoned exchange
 
@@ -146,14 +152,14 @@ def _exchange(connection: _Connection, target: str, body: bytes, headers: dict[s
     connection.request("POST", target, body=body, headers=headers)
     with connection.getresponse() as response:
         status = f"{response.status} {http.client.responses.get(response.status, '')}".strip()
-        if response.status in _BUSY:
+        if response.status in _RETRIED_STATUSES:
             raise ConnectionError(f"the service answered {status}")
         if 300 <= response.status < 400:
             raise Refused(f"the service answered {status}: redirects are not followed")
         if response.status != 200:
             raise Refused(f"the service answered {status}; expected 200")
         if response.getheader("Content-Encoding", "identity") != "identity":
-            raise Refused("the answer is compressed, which was not asked for")
+            raise Refused("the answer is compressed; expected an uncompressed one")
         answer = response.read(endpoint.most_bytes + 1)
         if len(answer) > endpoint.most_bytes:
             raise Refused(f"the answer is longer than most_bytes={endpoint.most_bytes}")
@@ -161,7 +167,7 @@ def _exchange(connection: _Connection, target: str, body: bytes, headers: dict[s
             raise ConnectionError("the answer ended early")
     key = _key(endpoint)
     if key is not None and key.encode() in answer:
-        raise Refused("the answer repeats the key, which would spread it")
+        raise Refused(f"the answer contains the API key in {endpoint.key_env}, which must not reach logs or files")
     return read_json(answer)
 
 
@@ -172,12 +178,12 @@ def read_json(text: bytes | str) -> Any:
         Refused: if `text` is not strict JSON.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         raise Refused(f"the answer is not JSON: {one_line(str(error))}") from None
 
 
-def _no_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
 
 
@@ -215,9 +221,9 @@ def _authorization(endpoint: Endpoint, addresses: Sequence[str]) -> dict[str, st
     key = _key(endpoint)
     if key is None:
         return {}
-    here = all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
-    if urlsplit(endpoint.url).scheme == "http" and not here:
-        raise Refused(f"the key in {endpoint.key_env} is not sent over plain http to another machine")
+    all_loopback = all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
+    if urlsplit(endpoint.url).scheme == "http" and not all_loopback:
+        raise Refused(f"the API key in {endpoint.key_env} is not sent over plain http to another machine; use https")
     return {"Authorization": f"Bearer {key}"}
 
 
@@ -226,9 +232,11 @@ def _key(endpoint: Endpoint) -> str | None:
         return None
     key = os.environ.get(endpoint.key_env, "").strip()
     if not key:
-        raise Refused(f"the environment variable {endpoint.key_env} holds no key")
+        raise Refused(f"the environment variable {endpoint.key_env} is unset or empty; expected an API key")
     if not key.isascii() or not key.isprintable():
-        raise Refused(f"the environment variable {endpoint.key_env} holds characters that no key has")
+        raise Refused(
+            f"the environment variable {endpoint.key_env} contains characters that are not valid in an API key"
+        )
     return key
 
 
@@ -242,7 +250,7 @@ def _without_key(error: Exception, endpoint: Endpoint) -> Exception:
     return kind(text or type(error).__name__)
 
 
-def _shown(url: str) -> str:
+def _without_secrets(url: str) -> str:
     """Formats a URL for messages, without user information and query, which may hold secrets."""
     scheme, separator, rest = url.partition("://")
     authority, slash, path = rest.partition("/")

@@ -32,13 +32,13 @@ def main() -> None:
     for descriptor in (requests_fd, answers_fd):
         os.set_inheritable(descriptor, False)
     faulthandler.enable()  # prints the stack on a crash
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     with os.fdopen(requests_fd, "rb") as requests, os.fdopen(answers_fd, "wb") as answers:
-        function, first = _load(path)
-        _send(answers, first)
+        function, greeting = _load(path)
+        _send(answers, greeting)
         if function is None:
             return
-        binding = Binding.from_json(first["binding"])
+        binding = Binding.from_json(greeting["binding"])
         for line in requests:
             request = json.loads(line)
             if request["numbers"] is not None:
@@ -53,14 +53,14 @@ def main() -> None:
 
 
 def _load(path: str) -> tuple[Callable[..., Any] | None, dict[str, Any]]:
-    home = os.getpid()
+    parent_pid = os.getpid()
     try:
         function = resolve(path)
         return function, {"binding": Binding.of(function, path).to_json()}
     except BaseException as error:  # including SystemExit: reported as an import failure
-        return None, _failed(error)
+        return None, _failure_message(error)
     finally:
-        if os.getpid() != home:
+        if os.getpid() != parent_pid:
             os._exit(0)
 
 
@@ -70,7 +70,7 @@ def _answer(function: Callable[..., Any], binding: Binding, request: dict[str, A
         answer = guarded(function, *binding.arguments(samples, request["columns"]))
         return {"rows": encode(read_answer(answer, request["lengths"]))}
     except BaseException as error:  # reported to the trainer; the worker keeps running
-        return _failed(error)
+        return _failure_message(error)
 
 
 def _seed(request: bytes) -> None:
@@ -92,7 +92,7 @@ def _sample(binding: Binding, fields: dict[str, Any]) -> Any:
     return Sample(**fields)
 
 
-def _failed(error: BaseException) -> dict[str, Any]:
+def _failure_message(error: BaseException) -> dict[str, Any]:
     failure = Failure.of(error)
     return {"failure": {"line": failure.line, "traceback": failure.traceback}}
 
@@ -108,7 +108,7 @@ def _send(stream: Any, message: dict[str, Any]) -> None:
     stream.flush()
 
 
-def _end_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 POINTER, MANIFEST, STATE = "latest.json", "manifest.json", "state.json"
-_FOLDER = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_FOLDER_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class CheckpointError(RuntimeError):
@@ -67,7 +67,7 @@ class Checkpoint:
         from safetensors import safe_open
 
         if f"{name}.safetensors" not in self.files:
-            raise CheckpointError(f"{self.path} holds no {name}.safetensors; it holds {', '.join(self.files)}")
+            raise CheckpointError(f"{self.path} contains no {name}.safetensors; it contains {', '.join(self.files)}")
         return safe_open(self.path / f"{name}.safetensors", framework="pt")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -114,20 +114,20 @@ def save_checkpoint(
     if keep_last < 1 or step < 0:
         raise ValueError(f"keep_last={keep_last} must be at least 1 and step={step} at least 0")
     for name in tensors:
-        if not _FILE.fullmatch(name):
-            raise ValueError(f"tensors of the file {name!r}: letters, digits, '_', '-' and '.' are expected")
+        if not _FILE_NAME.fullmatch(name):
+            raise ValueError(f"invalid name {name!r} of a tensor file: expected letters, digits, '_', '-' and '.'")
     try:
         text = json.dumps(dict(state), allow_nan=False).encode()
     except TypeError as error:
-        raise ValueError(f"the state is not JSON: {error}") from error
+        raise ValueError(f"the state is not JSON-serializable: {error}") from error
     size = len(text) + sum(safetensors_size(group) for group in tensors.values())
-    with _explained(folder, step, size):
+    with _checkpoint_errors(folder, step, size):
         files.make_folder(folder)
         sweep(folder)
-        older = _listed(folder)
-        serial = 1 + max((manifest["serial"] for _, manifest in older), default=0)
+        earlier = _readable_checkpoints(folder)
+        serial = 1 + max((manifest["serial"] for _, manifest in earlier), default=0)
         target = _free_name(folder, step)
-        head = {
+        header = {
             "format": FORMAT,
             "step": step,
             "serial": serial,
@@ -136,34 +136,34 @@ def save_checkpoint(
         }
         staging = folder / f"{files.STAGING}{target.name}-{os.getpid()}"
         try:
-            manifest = _write_staging(staging, tensors, text, head)
+            manifest = _write_staging(staging, tensors, text, header)
             files.move(staging, target)
         except BaseException:
             _discard(staging)
             raise
-    listed = [(target, manifest), *older]
-    keep, best = _to_keep(listed, step, keep_last)
-    keep |= {path for path, m in listed if m["step"] in keep_steps and m["step"] <= step}
+    checkpoints = [(target, manifest), *earlier]
+    kept_paths, best = _select_kept(checkpoints, step, keep_last)
+    kept_paths |= {path for path, m in checkpoints if m["step"] in keep_steps and m["step"] <= step}
     pointer = {"checkpoint": target.name, "step": step, "best": best.name if best else None}
-    with _explained(folder, step, size, complete=target):
+    with _checkpoint_errors(folder, step, size, complete=target):
         files.write_atomic(folder / POINTER, json.dumps(pointer).encode())
     for path in sorted(_folders(folder)):
-        if path not in keep:
+        if path not in kept_paths:
             _retire(path)
     return target
 
 
 def _write_staging(
-    staging: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: bytes, head: Mapping[str, Any]
+    staging: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: bytes, header: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Writes and syncs every file of a checkpoint; returns its manifest."""
     files.make_folder(staging)
-    written: dict[str, dict[str, Any]] = {}
+    files_written: dict[str, dict[str, Any]] = {}
     contents = {f"{name}.safetensors": safetensors_pieces(group) for name, group in tensors.items()}
     for name, pieces in (contents | {STATE: iter([state])}).items():
         size, digest = files.write_file(staging / name, pieces)
-        written[name] = {"bytes": size, "sha256": digest}
-    manifest = {**head, "files": written}
+        files_written[name] = {"bytes": size, "sha256": digest}
+    manifest = {**header, "files": files_written}
     files.write_file(staging / MANIFEST, [json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1).encode()])
     files.sync_folder(staging)
     return manifest
@@ -177,8 +177,8 @@ def versions() -> dict[str, str]:
 
     from trl import __version__
 
-    found = {"trl": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return found | {"numpy": numpy.__version__}
+    packages = {"trl": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return packages | {"numpy": numpy.__version__}
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -188,31 +188,33 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 def _free_name(folder: Path, step: int) -> Path:
     """An unused folder name for a step; a rolled-back run may repeat a step, and the old checkpoint is removed last."""
-    name, again = f"step-{step:08d}", 2
+    name, suffix = f"step-{step:08d}", 2
     path = folder / name
     while os.path.lexists(path):
-        path, again = folder / f"{name}.{again}", again + 1
+        path, suffix = folder / f"{name}.{suffix}", suffix + 1
     return path
 
 
-def _to_keep(listed: list[tuple[Path, dict[str, Any]]], step: int, keep_last: int) -> tuple[set[Path], Path | None]:
+def _select_kept(
+    checkpoints: list[tuple[Path, dict[str, Any]]], step: int, keep_last: int
+) -> tuple[set[Path], Path | None]:
     """Checkpoints to keep, and the best (earliest on ties), among the newest and those of steps before `step`."""
-    past = [(path, m) for path, m in listed if m["step"] < step or path == listed[0][0]]
-    past.sort(key=lambda entry: -entry[1]["serial"])
-    rated = [(m["metric"], -m["serial"], path) for path, m in past if m["metric"] is not None]
-    best = max(rated)[2] if rated else None
-    return {path for path, _ in past[:keep_last]} | ({best} if best else set()), best
+    candidates = [(path, m) for path, m in checkpoints if m["step"] < step or path == checkpoints[0][0]]
+    candidates.sort(key=lambda entry: -entry[1]["serial"])
+    ranked = [(m["metric"], -m["serial"], path) for path, m in candidates if m["metric"] is not None]
+    best = max(ranked)[2] if ranked else None
+    return {path for path, _ in candidates[:keep_last]} | ({best} if best else set()), best
 
 
 def _retire(path: Path) -> None:
     """Removes a checkpoint, renaming it first so that a half-deleted one never looks complete."""
     try:
-        unwanted = path.with_name(f"{files.STAGING}{path.name}-removed-{os.getpid()}")
-        files.move(path, unwanted)
+        retired = path.with_name(f"{files.STAGING}{path.name}-removed-{os.getpid()}")
+        files.move(path, retired)
     except OSError as error:
         logger.warning("the old checkpoint %s could not be removed: %s", path, error)
     else:
-        _discard(unwanted)
+        _discard(retired)
 
 
 def sweep(folder: str | Path) -> None:
@@ -231,23 +233,23 @@ def _discard(staging: Path) -> None:
 
 
 @contextmanager
-def _explained(folder: Path, step: int, size: int, complete: Path | None = None) -> Iterator[None]:
+def _checkpoint_errors(folder: Path, step: int, size: int, complete: Path | None = None) -> Iterator[None]:
     """Turns OSErrors into CheckpointErrors with the step, its size, the free space and the newest checkpoint left."""
     try:
         yield
     except OSError as error:
         try:
-            room = f"{shutil.disk_usage(folder).free} bytes are free there"
+            free_space = f"{shutil.disk_usage(folder).free} bytes are free there"
         except OSError:
-            room = f"{folder} cannot be looked at"
-        left = [path.name for path, _ in _listed(folder)]
+            free_space = f"the free space of {folder} is unknown"
+        remaining = [path.name for path, _ in _readable_checkpoints(folder)]
         if complete is not None:
-            left = [f"{complete.name} is complete and the newest"]
-        elif left:
-            left = [f"{left[0]} stays the newest"]
+            remaining = [f"{complete.name} is complete and the newest checkpoint"]
+        elif remaining:
+            remaining = [f"{remaining[0]} remains the newest checkpoint"]
         raise CheckpointError(
-            f"the checkpoint of step {step} ({size} bytes) could not be written: {error.strerror}: "
-            f"{error.filename or folder}; {room}; {(left or ['there is no earlier one'])[0]}"
+            f"could not write the checkpoint of step {step} ({size} bytes): {error.strerror}: "
+            f"{error.filename or folder}; {free_space}; {(remaining or ['there is no earlier checkpoint'])[0]}"
         ) from error
 
 
@@ -269,23 +271,23 @@ def load_checkpoint(folder: str | Path) -> Checkpoint | None:
         CheckpointError: if checkpoints exist but none is usable, or one has a newer format than this version reads.
     """
     folder = Path(folder)
-    found = _folders(folder)
-    if not found and not (folder / POINTER).exists():
+    folders = _folders(folder)
+    if not folders and not (folder / POINTER).exists():
         return None
-    _compare_with_pointer(folder, found)
-    damaged = [str(error) for path in found if isinstance(error := _manifest_or_error(path), DamagedCheckpoint)]
-    for path, _ in _listed(folder):
+    _compare_with_pointer(folder, folders)
+    damaged = [str(error) for path in folders if isinstance(error := _manifest_or_error(path), DamagedCheckpoint)]
+    for path, _ in _readable_checkpoints(folder):
         try:
             checkpoint = read_checkpoint(path)
         except DamagedCheckpoint as error:
             damaged.append(str(error))
             continue
         if damaged:
-            logger.warning("%s; %s is used instead", "; ".join(damaged), path.name)
+            logger.warning("%s; using %s instead", "; ".join(damaged), path.name)
         return checkpoint
     raise CheckpointError(
-        f"no checkpoint in {folder} can be used: {'; '.join(damaged) or 'they were removed'}. To begin afresh, "
-        "name another folder or remove this one"
+        f"no checkpoint in {folder} can be used: {'; '.join(damaged) or 'they were removed'}. To start over, choose "
+        "another folder or delete this one"
     )
 
 
@@ -296,7 +298,7 @@ def checkpoint_of(folder: str | Path, step: int) -> Checkpoint:
         DamagedCheckpoint: if a checksum does not match.
         CheckpointError: if that step has no checkpoint.
     """
-    for path, manifest in _listed(Path(folder)):
+    for path, manifest in _readable_checkpoints(Path(folder)):
         if manifest["step"] == step:
             return read_checkpoint(path)
     raise CheckpointError(f"there is no checkpoint of step {step} in {folder}")
@@ -304,8 +306,8 @@ def checkpoint_of(folder: str | Path, step: int) -> Checkpoint:
 
 def best_name(folder: str | Path) -> str | None:
     """Name of the checkpoint with the highest metric, without loading it; None if none has a metric."""
-    listed = _listed(Path(folder))
-    best = _to_keep(listed, listed[0][1]["step"], 1)[1] if listed else None
+    checkpoints = _readable_checkpoints(Path(folder))
+    best = _select_kept(checkpoints, checkpoints[0][1]["step"], 1)[1] if checkpoints else None
     return best.name if best else None
 
 
@@ -331,15 +333,15 @@ def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
         CheckpointError: if its format is newer than this version reads.
     """
     path = Path(path)
-    manifest = _manifest(path)
-    for name, wanted in manifest["files"].items():
+    manifest = _read_manifest(path)
+    for name, expected in manifest["files"].items():
         file = path / name
-        if not _FILE.fullmatch(name) or file.is_symlink() or not file.is_file():
+        if not _FILE_NAME.fullmatch(name) or file.is_symlink() or not file.is_file():
             raise DamagedCheckpoint(f"{file} is missing")
-        if (size := file.stat().st_size) != wanted["bytes"]:
-            raise DamagedCheckpoint(f"{file} has {size} bytes instead of {wanted['bytes']}")
-        if verify and files.sha256_of(file) != wanted["sha256"]:
-            raise DamagedCheckpoint(f"{file} has changed since it was written: its SHA-256 is another")
+        if (size := file.stat().st_size) != expected["bytes"]:
+            raise DamagedCheckpoint(f"{file} has {size} bytes instead of {expected['bytes']}")
+        if verify and files.sha256_of(file) != expected["sha256"]:
+            raise DamagedCheckpoint(f"{file} has changed since it was written: its SHA-256 does not match")
     return Checkpoint(
         path=path,
         step=manifest["step"],
@@ -351,7 +353,7 @@ def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
     )
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         if file.is_symlink():
@@ -363,7 +365,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedCheckpoint(f"{file} cannot be read") from error
     if digest != _digest(manifest):
-        raise DamagedCheckpoint(f"{file} has changed since it was written: its SHA-256 is another")
+        raise DamagedCheckpoint(f"{file} has changed since it was written: its SHA-256 does not match")
     if manifest["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {manifest['format']}, written by trl {manifest['versions'].get('trl')}; "
@@ -374,7 +376,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def _manifest_or_error(path: Path) -> dict[str, Any] | DamagedCheckpoint:
     try:
-        return _manifest(path)
+        return _read_manifest(path)
     except DamagedCheckpoint as error:
         return error
 
@@ -383,24 +385,24 @@ def _folders(folder: Path) -> list[Path]:
     """Folders (not symlinks) named like a checkpoint."""
     if not folder.is_dir():
         return []
-    return [p for p in folder.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    return [p for p in folder.iterdir() if _FOLDER_NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
 
 
-def _listed(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+def _readable_checkpoints(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Checkpoints with a readable manifest, newest first."""
-    read = [(path, _manifest_or_error(path)) for path in _folders(folder)]
-    listed = [(path, manifest) for path, manifest in read if isinstance(manifest, dict)]
-    return sorted(listed, key=lambda entry: -entry[1]["serial"])
+    manifests = [(path, _manifest_or_error(path)) for path in _folders(folder)]
+    readable = [(path, manifest) for path, manifest in manifests if isinstance(manifest, dict)]
+    return sorted(readable, key=lambda entry: -entry[1]["serial"])
 
 
-def _compare_with_pointer(folder: Path, found: list[Path]) -> None:
+def _compare_with_pointer(folder: Path, folders: list[Path]) -> None:
     """Warns if latest.json is unreadable or names a checkpoint that no longer exists."""
     try:
-        pointed = str(json.loads((folder / POINTER).read_bytes())["checkpoint"])
+        named = str(json.loads((folder / POINTER).read_bytes())["checkpoint"])
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError):
-        logger.warning("%s cannot be read; the checkpoints beside it are looked at", folder / POINTER)
+        logger.warning("%s cannot be read; searching the checkpoints beside it", folder / POINTER)
         return
-    if pointed not in [path.name for path in found]:
-        logger.warning("%s names %s, which is not there any more", folder / POINTER, pointed)
+    if named not in [path.name for path in folders]:
+        logger.warning("%s names %s, which no longer exists", folder / POINTER, named)

@@ -13,12 +13,12 @@ from torch import Tensor
 _TAGS = ("__tensor__", "__tuple__", "__float__", "__items__", "__counter__")
 
 
-def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Encodes `value` as JSON losslessly, moving its tensors to `tensors`.
 
     Args:
         value: None, booleans, numbers, strings, tensors, and lists, tuples and dicts of them.
-        place: path of the value, such as "scheduler"; names its tensors and appears in errors.
+        path: path of the value, such as "scheduler"; names its tensors and appears in errors.
         tensors: receives the tensors, by path.
 
     Raises:
@@ -27,27 +27,27 @@ def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, np.generic):
-        return encode(value.item(), place, tensors)
+        return encode(value.item(), path, tensors)
     if isinstance(value, Tensor):
-        tensors[place] = value
-        return {"__tensor__": place}
+        tensors[path] = value
+        return {"__tensor__": path}
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"__float__": repr(float(value))}
     if isinstance(value, tuple | list):
-        items = [encode(item, f"{place}/{i}", tensors) for i, item in enumerate(value)]
+        items = [encode(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
         return {"__tuple__": items} if isinstance(value, tuple) else items
     if isinstance(value, Mapping):
-        pairs = [[encode(k, place, tensors), encode(v, f"{place}/{k}", tensors)] for k, v in value.items()]
+        pairs = [[encode(k, path, tensors), encode(v, f"{path}/{k}", tensors)] for k, v in value.items()]
         if isinstance(value, Counter):
             return {"__counter__": pairs}
         if all(isinstance(key, str) and key not in _TAGS for key in value):
             return dict(pairs)
         return {"__items__": pairs}
     raise ValueError(
-        f"{place} is a {type(value).__name__}, which a checkpoint cannot hold: it holds numbers, strings, tensors, and "
-        "lists and dicts of them"
+        f"{path} is a {type(value).__name__}, which a checkpoint cannot store; it stores numbers, strings, tensors, and "
+        "lists, tuples and dicts of them"
     )
 
 
@@ -71,6 +71,6 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     return {key: decode(item, tensor) for key, item in value.items()}
 
 
-def no_tensors(place: str) -> Tensor:
+def no_tensors(path: str) -> Tensor:
     """Tensor lookup for `decode` where no tensor is allowed: always raises ValueError."""
-    raise ValueError(f"a tensor is expected at {place}, where only numbers can stand")
+    raise ValueError(f"found a tensor at {path}, where only numbers are allowed")

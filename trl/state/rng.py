@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 
-def generators_state(device: torch.device, own: torch.Generator) -> dict[str, Any]:
-    """States of the generators of Python, NumPy, torch and CUDA, and of `own`.
+def generators_state(device: torch.device, order_generator: torch.Generator) -> dict[str, Any]:
+    """States of the generators of Python, NumPy, torch and CUDA, and of `order_generator`.
 
     Args:
         device: this process's device; only its CUDA generator is saved.
-        own: CPU generator of the minibatch order.
+        order_generator: CPU generator of the minibatch order.
     """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -27,11 +27,11 @@ def generators_state(device: torch.device, own: torch.Generator) -> dict[str, An
         "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         "torch": _hex(torch.get_rng_state()),
         "cuda": cuda,
-        "minibatch_order": _hex(own.get_state()),
+        "minibatch_order": _hex(order_generator.get_state()),
     }
 
 
-def set_generators(state: Mapping[str, Any], device: torch.device, own: torch.Generator) -> None:
+def set_generators(state: Mapping[str, Any], device: torch.device, order_generator: torch.Generator) -> None:
     """Restores every generator from `generators_state`; CUDA's is left alone if its state was not saved."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
@@ -40,23 +40,23 @@ def set_generators(state: Mapping[str, Any], device: torch.device, own: torch.Ge
     torch.set_rng_state(_tensor(state["torch"]))
     if device.type == "cuda" and state["cuda"]:
         torch.cuda.set_rng_state(_tensor(state["cuda"][0]), device)
-    own.set_state(_tensor(state["minibatch_order"]))
+    order_generator.set_state(_tensor(state["minibatch_order"]))
 
 
 @contextmanager
-def kept_generators(device: torch.device, own: torch.Generator) -> Iterator[None]:
+def kept_generators(device: torch.device, order_generator: torch.Generator) -> Iterator[None]:
     """Restores every generator on exit, whatever is drawn or seeded inside the context."""
-    state = generators_state(device, own)
+    state = generators_state(device, order_generator)
     try:
         yield
     finally:
-        set_generators(state, device, own)
+        set_generators(state, device, order_generator)
 
 
 @contextmanager
-def own_numbers(seed: int, device: torch.device, own: torch.Generator) -> Iterator[None]:
+def own_numbers(seed: int, device: torch.device, order_generator: torch.Generator) -> Iterator[None]:
     """Seeds the global generators with `seed` inside the context and restores every generator on exit."""
-    with kept_generators(device, own):
+    with kept_generators(device, order_generator):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

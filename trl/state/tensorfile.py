@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-_NAMES = {
+_DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -30,9 +30,9 @@ def kind_of(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
     Raises:
         ValueError: if safetensors does not support the dtype.
     """
-    if tensor.dtype not in _NAMES:
-        raise ValueError(f"safetensors files hold no {tensor.dtype}; they hold {', '.join(map(str, _NAMES))}")
-    return _NAMES[tensor.dtype], tuple(tensor.shape)
+    if tensor.dtype not in _DTYPE_NAMES:
+        raise ValueError(f"safetensors cannot store {tensor.dtype}; it stores {', '.join(map(str, _DTYPE_NAMES))}")
+    return _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -53,11 +53,11 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
         ValueError: if safetensors does not support a tensor's dtype.
     """
     yield _header(tensors)
-    for name in _order(tensors):
+    for name in _file_order(tensors):
         yield tensor_bytes(tensors[name])
 
 
-def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
     """Tensor names in file order: widest dtypes first, so that every tensor is aligned to its element size."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
@@ -65,7 +65,7 @@ def _order(tensors: Mapping[str, Tensor]) -> list[str]:
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in _order(tensors):
+    for name in _file_order(tensors):
         dtype, shape = kind_of(tensors[name])
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}

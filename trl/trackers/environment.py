@@ -48,12 +48,12 @@ def _git() -> dict[str, Any] | None:
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.decode("utf-8", "replace").strip()
+    return completed.stdout.decode("utf-8", "replace").strip()
 
 
 def _machine() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from trl.redaction import redact
 from trl.trackers.plain import clean_text
 
-_LONGEST = 20_000  # characters
+_MAX_LENGTH = 20_000  # characters
 _ESCAPE_SEQUENCE = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?")
 # Control characters, line separators and bidirectional formatting marks.
 _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -16,12 +16,12 @@ _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-
 
 def event_line(text: str) -> str:
     """Formats UTC time and text as one line: secrets redacted, control characters removed, line breaks escaped."""
-    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    timestamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     # Redact twice: a secret may contain a line break, and removing a control character may join up another.
     text = redact(_printable(redact(str(text))))
-    if len(text) > _LONGEST:
-        text = f"{text[:_LONGEST]}... ({len(text) - _LONGEST} more characters)"
-    return f"{now} {text}"
+    if len(text) > _MAX_LENGTH:
+        text = f"{text[:_MAX_LENGTH]}... ({len(text) - _MAX_LENGTH} more characters)"
+    return f"{timestamp} {text}"
 
 
 def _printable(text: str) -> str:

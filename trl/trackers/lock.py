@@ -31,13 +31,13 @@ class RunLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.left_by: str | None = None
+        self.unreleased_by: str | None = None
         """Previous holder of the lock, if it ended without releasing it."""
         self._descriptor: int | None = None
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(self._descriptor, path)
-            self.left_by = _content(self._descriptor) or None
+            self.unreleased_by = _read_holder(self._descriptor) or None
             os.ftruncate(self._descriptor, 0)
             os.lseek(self._descriptor, 0, os.SEEK_SET)
             os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -46,8 +46,8 @@ class RunLock:
             raise
         if hasattr(os, "register_at_fork"):
             # A child's copy of the descriptor would keep the lock after the parent has ended.
-            mine = weakref.ref(self)
-            os.register_at_fork(after_in_child=lambda: _forget(mine()))
+            weak_self = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: _forget(weak_self()))
 
     def release(self) -> None:
         """Releases the lock; further calls do nothing."""
@@ -73,19 +73,23 @@ def _lock(descriptor: int, path: Path) -> None:
     try:
         import fcntl
     except ImportError:
-        logger.warning("%s is not locked, since this system has no flock: see to it that a run has one writer", path)
+        logger.warning(
+            "cannot lock %s, since this system has no flock: make sure that only one process writes the run", path
+        )
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            logger.warning("%s is not locked (%s): see to it that a run has one writer", path, error)
+            logger.warning("cannot lock %s (%s): make sure that only one process writes the run", path, error)
             return
-        holder = _content(descriptor) or "another process"
-        raise RunLocked(f"the run {path.parent} is being written by {holder}; a run has one writer") from error
+        holder = _read_holder(descriptor) or "another process"
+        raise RunLocked(
+            f"the run {path.parent} is being written by {holder}; only one process may write a run"
+        ) from error
 
 
-def _content(descriptor: int) -> str:
+def _read_holder(descriptor: int) -> str:
     os.lseek(descriptor, 0, os.SEEK_SET)
     text = os.read(descriptor, 200).decode("utf-8", "replace")
     return "".join(character for character in text if character.isprintable())

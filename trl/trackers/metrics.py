@@ -11,7 +11,7 @@ from typing import Any
 from trl.redaction import redact
 from trl.trackers.plain import as_number
 
-OF_THE_MACHINE = ("time/", "memory/")
+MACHINE_PREFIXES = ("time/", "memory/")
 """Key prefixes of times, speeds and memory, the only values that may differ between two runs with the same seed."""
 
 _RESERVED = ("step", "nonfinite")
@@ -28,7 +28,7 @@ def metrics_line(row: Mapping[str, Any], step: int) -> str:
     """
     for name in _RESERVED:
         if name in row and (name != "step" or row[name] != step):
-            raise ValueError(f"a row of metrics must not have a key {name!r}: the line of step {step} needs it")
+            raise ValueError(f"the metrics row of step {step} uses the reserved key {name!r}: rename it")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError(f"step={step!r} must be a whole number of at least 0")
     values = {str(key): as_number(value) for key, value in row.items() if key != "step"}
@@ -55,16 +55,16 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 def complete_rows(path: Path, data: bytes) -> list[tuple[dict[str, Any], int]]:
     """Rows with the byte offset after each one's line, ignoring a damaged tail left by a crash or power loss."""
     rows: list[tuple[dict[str, Any], int]] = []
-    broken: int | None = None
+    damaged_line: int | None = None
     start, number = 0, 0
     while (end := data.find(b"\n", start)) >= 0:
         number += 1
-        row = _row(data[start:end])
+        row = _parse_row(data[start:end])
         start = end + 1
         if row is None:
-            broken = broken or number
-        elif broken is not None:
-            raise ValueError(f"{path}:{broken} is no row of metrics, although rows follow it")
+            damaged_line = damaged_line or number
+        elif damaged_line is not None:
+            raise ValueError(f"{path}:{damaged_line} is not a metrics row, although valid rows follow it")
         else:
             rows.append((row, start))
     return rows
@@ -72,12 +72,12 @@ def complete_rows(path: Path, data: bytes) -> list[tuple[dict[str, Any], int]]:
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
     """Drops times and memory from a row; the rest is bit-identical in a resumed and an uninterrupted run."""
-    kept = {key: value for key, value in row.items() if not key.startswith(OF_THE_MACHINE)}
-    nonfinite = [key for key in kept.pop("nonfinite", ()) if not key.startswith(OF_THE_MACHINE)]
-    return kept | ({"nonfinite": nonfinite} if nonfinite else {})
+    reproducible = {key: value for key, value in row.items() if not key.startswith(MACHINE_PREFIXES)}
+    nonfinite = [key for key in reproducible.pop("nonfinite", ()) if not key.startswith(MACHINE_PREFIXES)]
+    return reproducible | ({"nonfinite": nonfinite} if nonfinite else {})
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _parse_row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:  # includes invalid UTF-8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-_LONGEST = 255  # maximum bytes per path component on nearly every file system
+_MAX_COMPONENT_BYTES = 255  # maximum bytes per path component on nearly every file system
 
 
 def run_folder(name: str | Path, root: str | Path | None = None) -> Path:
@@ -23,34 +23,34 @@ def run_folder(name: str | Path, root: str | Path | None = None) -> Path:
             `root`, also if it is absolute, contains `..`, is `root` itself, or leaves `root` through a symbolic link.
     """
     text = str(name)
-    shown = repr(text if len(text) <= 80 else text[:80] + "...")
+    quoted = repr(text if len(text) <= 80 else text[:80] + "...")
     if not text:
-        raise ValueError("the name of a run is empty")
+        raise ValueError("the run name is empty")
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
-        raise ValueError(f"run name {shown} holds control characters")
+        raise ValueError(f"run name {quoted} contains control characters")
     longest = max((len(part.encode("utf-8")) for part in Path(text).parts), default=0)
-    if longest > _LONGEST:
-        raise ValueError(f"run name {shown} has a part of {longest} bytes; the longest allowed is {_LONGEST}")
+    if longest > _MAX_COMPONENT_BYTES:
+        raise ValueError(f"run name {quoted} has a component of {longest} bytes; the maximum is {_MAX_COMPONENT_BYTES}")
     if root is None:
-        return _resolved(Path(text), shown)
+        return _resolved(Path(text), quoted)
     if PurePosixPath(text).is_absolute() or PureWindowsPath(text).anchor:
-        raise ValueError(f"run name {shown} is absolute; it must lie inside {root}")
+        raise ValueError(f"run name {quoted} is absolute; it must lie inside {root}")
     if ".." in PurePosixPath(text).parts or ".." in PureWindowsPath(text).parts:
-        raise ValueError(f"run name {shown} has a '..'; it must lie inside {root}")
+        raise ValueError(f"run name {quoted} contains '..'; it must lie inside {root}")
     base = _resolved(Path(root), repr(str(root)))
-    folder = _resolved(base / text, shown)
+    folder = _resolved(base / text, quoted)
     if folder == base or not folder.is_relative_to(base):
-        where = "is the root itself" if folder == base else f"leads to {folder} through a symbolic link"
-        raise ValueError(f"run name {shown} {where}; it must lie inside {base}")
+        reason = "is the root itself" if folder == base else f"leads to {folder} through a symbolic link"
+        raise ValueError(f"run name {quoted} {reason}; it must lie inside {base}")
     return folder
 
 
-def _resolved(path: Path, shown: str) -> Path:
+def _resolved(path: Path, quoted: str) -> Path:
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError) as error:  # symbolic link loop, or path too long
-        raise ValueError(f"run name {shown} cannot be resolved: {error}") from error
-    # From Python 3.13 on a loop raises nothing: it is left in the path as it is.
+        raise ValueError(f"run name {quoted} cannot be resolved: {error}") from error
+    # Since Python 3.13, `resolve` does not raise on a loop but leaves it in the path.
     if any(part.is_symlink() for part in (resolved, *resolved.parents)):
-        raise ValueError(f"run name {shown} cannot be resolved: {resolved} holds a loop of symbolic links")
+        raise ValueError(f"run name {quoted} cannot be resolved: {resolved} contains a loop of symbolic links")
     return resolved

@@ -13,7 +13,7 @@ from typing import Any
 
 from trl.redaction import redact
 
-_MANY = 64  # maximum number of elements of an array that is written out
+_MAX_ELEMENTS = 64  # maximum number of elements of an array that is written out
 
 
 def plain(value: Any) -> Any:
@@ -69,12 +69,12 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, set | frozenset):
         return sorted((_plain(item) for item in value), key=repr)
-    if hasattr(value, "tolist") and math.prod(getattr(value, "shape", ())) <= _MANY:
+    if hasattr(value, "tolist") and math.prod(getattr(value, "shape", ())) <= _MAX_ELEMENTS:
         return _plain(value.tolist())
-    return _named(value)
+    return _type_name(value)
 
 
-def _named(value: Any) -> str:
+def _type_name(value: Any) -> str:
     if hasattr(value, "__qualname__") and hasattr(value, "__module__"):
         return f"{value.__module__}:{value.__qualname__}"
     kind = type(value)

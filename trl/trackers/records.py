@@ -16,8 +16,8 @@ from trl.files import write_atomic
 from trl.redaction import redact
 from trl.trackers.plain import as_number, clean_text
 
-_NAME = re.compile(r"step-(\d{8,})\.(?:parquet|jsonl)")
-_REWARD = "reward/"
+_FILE_NAME = re.compile(r"step-(\d{8,})\.(?:parquet|jsonl)")
+_REWARD_PREFIX = "reward/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +53,16 @@ def write_records(folder: Path, step: int, records: Sequence[CompletionRecord]) 
     Returns:
         Path of the file.
     """
-    kinds = _columns(sorted({name for record in records for name in record.rewards}))
+    column_types = _columns(sorted({name for record in records for name in record.rewards}))
     # Redact lists rather than mappings: a component named "password" still holds ordinary numbers.
-    names, *rows = redact([list(kinds), *([_cell(record, step, name) for name in kinds] for record in records)])
-    if parquet_is_there():
-        path, data = folder / f"step-{step:08d}.parquet", _parquet(dict(zip(names, kinds.values(), strict=True)), rows)
+    names, *rows = redact(
+        [list(column_types), *([_cell(record, step, name) for name in column_types] for record in records)]
+    )
+    if has_pyarrow():
+        path, data = (
+            folder / f"step-{step:08d}.parquet",
+            _parquet(dict(zip(names, column_types.values(), strict=True)), rows),
+        )
     else:
         path = folder / f"step-{step:08d}.jsonl"
         lines = (json.dumps(dict(zip(names, row, strict=True)), allow_nan=False) for row in rows)
@@ -85,19 +90,19 @@ def read_completions(folder: str | Path, step: int) -> list[dict[str, Any]]:
             raise ImportError(f"reading {path} needs pyarrow: pip install pyarrow") from error
         rows: list[dict[str, Any]] = pyarrow.parquet.ParquetFile(path).read().to_pylist()
         return rows
-    lines = path.with_suffix(".jsonl")
-    if not lines.exists():
-        raise ValueError(f"{path.parent} holds no completions of step {step}")
-    return [json.loads(line) for line in lines.read_bytes().splitlines()]
+    jsonl_path = path.with_suffix(".jsonl")
+    if not jsonl_path.exists():
+        raise ValueError(f"{path.parent} has no completions for step {step}")
+    return [json.loads(line) for line in jsonl_path.read_bytes().splitlines()]
 
 
 def step_of(path: Path) -> int | None:
     """Step number of a completion file; None for any other file."""
-    match = _NAME.fullmatch(path.name)
+    match = _FILE_NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
-def parquet_is_there() -> bool:
+def has_pyarrow() -> bool:
     """Whether pyarrow is installed."""
     return importlib.util.find_spec("pyarrow") is not None
 
@@ -109,7 +114,7 @@ def _columns(components: Sequence[str]) -> dict[str, type]:
         "prompt_id": str,
         "prompt": str,
         "completion": str,
-        **{_REWARD + name: float for name in components},
+        **{_REWARD_PREFIX + name: float for name in components},
         "score": float,
         "advantage": float,
         "kl": float,
@@ -125,8 +130,8 @@ def _cell(record: CompletionRecord, step: int, column: str) -> int | float | str
         return step
     if column == "time/reward":
         value: Any = record.reward_seconds
-    elif column.startswith(_REWARD):
-        value = record.rewards.get(column.removeprefix(_REWARD))
+    elif column.startswith(_REWARD_PREFIX):
+        value = record.rewards.get(column.removeprefix(_REWARD_PREFIX))
     else:
         value = getattr(record, column)
     if isinstance(value, str):
@@ -135,13 +140,13 @@ def _cell(record: CompletionRecord, step: int, column: str) -> int | float | str
     return number if number is not None and math.isfinite(number) else None
 
 
-def _parquet(kinds: Mapping[str, type], rows: Sequence[Sequence[Any]]) -> bytes:
+def _parquet(column_types: Mapping[str, type], rows: Sequence[Sequence[Any]]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
-    types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
-    schema = pyarrow.schema([(name, types[kind]) for name, kind in kinds.items()])
-    columns = [[row[index] for row in rows] for index in range(len(kinds))]
+    arrow_types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    schema = pyarrow.schema([(name, arrow_types[kind]) for name, kind in column_types.items()])
+    columns = [[row[index] for row in rows] for index in range(len(column_types))]
     arrays = [pyarrow.array(column, type=kind) for column, kind in zip(columns, schema.types, strict=True)]
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=schema), buffer)

@@ -16,7 +16,7 @@ from trl.trackers.lock import RunLock
 from trl.trackers.metrics import complete_rows, metrics_line
 from trl.trackers.paths import run_folder
 from trl.trackers.plain import plain, to_json
-from trl.trackers.records import CompletionRecord, parquet_is_there, step_of, write_records
+from trl.trackers.records import CompletionRecord, has_pyarrow, step_of, write_records
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,13 @@ class RunDirectory:
         """
         folder = run_folder(path, root)
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file, not the folder of a run")
+            raise ValueError(f"{folder} is a file, not a run folder")
         folder.mkdir(parents=True, exist_ok=True)
         _check_new(folder)
         run = cls(folder, RunLock(folder / ".lock"))
         try:
             _check_new(folder)  # again: another process may have held the lock until now
-            run._sweep()
+            run._remove_temporary_files()
             for name in ("completions", "checkpoints"):
                 (folder / name).mkdir(exist_ok=True)
             write_atomic(folder / "environment.json", (to_json(environment(), indent=2) + "\n").encode())
@@ -96,20 +96,20 @@ class RunDirectory:
         """
         folder = run_folder(path, root)
         if not cls.exists(folder):
-            raise ValueError(f"{folder} is not the folder of a run: there is no events.log in it")
+            raise ValueError(f"{folder} is not a run folder: it contains no events.log")
         if root is not None:
             for entry in folder.iterdir():
                 if not entry.resolve().is_relative_to(folder):
-                    raise ValueError(f"{entry} leads out of the run through a symbolic link")
+                    raise ValueError(f"{entry} is a symbolic link that leads out of the run folder")
         run = cls(folder, RunLock(folder / ".lock"))
         try:
-            run._sweep()
-            run._mend()
-            run._note_environment()
-            previous = run._lock.left_by
+            run._remove_temporary_files()
+            run._truncate_partial_lines()
+            run._update_environment()
+            previous = run._lock.unreleased_by
             run.event("run opened" + (f"; {previous} ended without closing it" if previous else ""))
             for name in ("completions", "checkpoints"):
-                run._make_again(name)
+                run._recreate_folder(name)
         except BaseException:
             run.close()
             raise
@@ -155,7 +155,7 @@ class RunDirectory:
         try:
             return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`, the outcome of the run."""
@@ -173,17 +173,17 @@ class RunDirectory:
             ValueError: if there already is a row for this or a later step.
         """
         if self._last_step is not None and step <= self._last_step:
-            raise ValueError(f"metrics.jsonl has a row of step {self._last_step} already; step {step} is not after it")
+            raise ValueError(f"metrics.jsonl already has a row for step {self._last_step}; step {step} must be higher")
         append_line(self.path / "metrics.jsonl", metrics_line(row, step))
         self._last_step = step
 
     def log_completions(self, records: Sequence[CompletionRecord], step: int) -> None:
         """Writes the samples of a step into `completions/` (see `trl.trackers.records.write_records`)."""
-        if not self._warned_parquet and not parquet_is_there():
+        if not self._warned_parquet and not has_pyarrow():
             self._warned_parquet = True
             logger.warning("pyarrow is not installed: completions are written as .jsonl (pip install pyarrow)")
             self.event("completions are written as .jsonl, since pyarrow is not installed")
-        self._make_again("completions")
+        self._recreate_folder("completions")
         write_records(self.path / "completions", step, records)
 
     def event(self, text: str) -> None:
@@ -218,22 +218,22 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         data = path.read_bytes() if path.exists() else b""
         rows = complete_rows(path, data)
-        kept = [(row["step"], end) for row, end in rows if row["step"] <= step]
-        end = kept[-1][1] if kept else 0
-        if end != len(data) or not path.exists():
-            write_atomic(path, data[:end])
+        kept_rows = [(row["step"], end) for row, end in rows if row["step"] <= step]
+        kept_bytes = kept_rows[-1][1] if kept_rows else 0
+        if kept_bytes != len(data) or not path.exists():
+            write_atomic(path, data[:kept_bytes])
         files = [entry for entry in self._completion_files() if (step_of(entry) or 0) > step]
         for entry in files:
             entry.unlink()
         (self.path / "summary.json").unlink(missing_ok=True)
-        self._last_step = kept[-1][0] if kept else None
-        taken = len(rows) - len(kept)
-        self.event(f"records after step {step} taken off: {taken} rows, {len(files)} files of completions")
+        self._last_step = kept_rows[-1][0] if kept_rows else None
+        removed = len(rows) - len(kept_rows)
+        self.event(f"removed the records after step {step}: {removed} metrics rows, {len(files)} completion files")
         if step > 0 and self._last_step != step:
             last = "none" if self._last_step is None else str(self._last_step)
-            logger.warning("%s lacks the rows up to step %d; its last is %s", path, step, last)
-            self.event(f"metrics.jsonl lacks the rows up to step {step}; its last is {last}")
-        return taken, len(files)
+            logger.warning("%s is incomplete: expected rows up to step %d; the last step in it is %s", path, step, last)
+            self.event(f"metrics.jsonl is incomplete: expected rows up to step {step}; the last step in it is {last}")
+        return removed, len(files)
 
     def close(self) -> None:
         """Releases the write lock; further calls do nothing."""
@@ -245,12 +245,12 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make_again(self, name: str) -> None:
+    def _recreate_folder(self, name: str) -> None:
         """Recreates a subfolder that was deleted, and logs that its content is lost."""
         if not (self.path / name).is_dir():
             (self.path / name).mkdir()  # no parents: a missing run folder is an error
             sync_folder(self.path)
-            text = f"{name}/ was removed, with what was in it, and is made again"
+            text = f"{name}/ was deleted along with its contents; recreating it"
             logger.warning("%s: %s", self.path, text)
             self.event(text)
 
@@ -258,36 +258,36 @@ class RunDirectory:
         folder = self.path / "completions"
         return sorted(entry for entry in folder.iterdir() if step_of(entry) is not None) if folder.is_dir() else []
 
-    def _sweep(self) -> None:
+    def _remove_temporary_files(self) -> None:
         """Removes temporary files of a killed process, left by `write_atomic` or by saving a model."""
         for folder in (self.path, self.path / "completions", self.path / "dumps"):
             if folder.is_dir():
                 for entry in folder.glob(f"{STAGING}*"):
                     remove(entry)
 
-    def _mend(self) -> None:
+    def _truncate_partial_lines(self) -> None:
         """Removes incomplete last lines from the appended files and determines the last step."""
         metrics, events = self.path / "metrics.jsonl", self.path / "events.log"
         data = metrics.read_bytes() if metrics.exists() else b""
         rows = complete_rows(metrics, data)
         self._last_step = rows[-1][0]["step"] if rows else None
-        whole = rows[-1][1] if rows else 0
-        if whole != len(data) or not metrics.exists():
-            write_atomic(metrics, data[:whole])
+        complete_bytes = rows[-1][1] if rows else 0
+        if complete_bytes != len(data) or not metrics.exists():
+            write_atomic(metrics, data[:complete_bytes])
         data = events.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            write_atomic(events, data[:whole])
+        complete_bytes = data.rfind(b"\n") + 1
+        if complete_bytes != len(data):
+            write_atomic(events, data[:complete_bytes])
 
-    def _note_environment(self) -> None:
+    def _update_environment(self) -> None:
         """Rewrites `environment.json` and logs the changes as events."""
         path, now = self.path / "environment.json", to_json(environment(), indent=2) + "\n"
         try:
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if not isinstance(before, dict):
-                raise ValueError(f"it holds a {type(before).__name__}")
+                raise ValueError(f"expected a mapping, found a {type(before).__name__}")
         except ValueError as error:
-            text = f"environment.json cannot be read, and is written anew; what has changed is not known: {error}"
+            text = f"environment.json cannot be read and will be rewritten, so changes since then are unknown: {error}"
             logger.warning("%s: %s", self.path, text)
             self.event(text)
             before = json.loads(now)
@@ -331,11 +331,13 @@ def _check_new(folder: Path) -> None:
     Raises:
         ValueError: if it holds anything else.
     """
-    if found := sorted(entry.name for entry in folder.iterdir() if not _is_leftover(entry)):
-        what = (
-            "holds a run already: resume it" if "events.log" in found else f"is not empty ({found[0]}, ...): empty it"
+    if contents := sorted(entry.name for entry in folder.iterdir() if not _is_leftover(entry)):
+        problem = (
+            "already holds a run: resume it"
+            if "events.log" in contents
+            else f"is not empty ({contents[0]}, ...): empty it"
         )
-        raise ValueError(f"{folder} {what}, or choose another folder")
+        raise ValueError(f"{folder} {problem} or choose another folder")
 
 
 def _is_leftover(entry: Path) -> bool:

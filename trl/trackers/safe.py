@@ -61,40 +61,40 @@ class SafeTracker:
         self._capacity = capacity
         self._close_timeout = close_timeout
         self._rows: deque[tuple[dict[str, Any], int]] = deque()
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
         self._closing = False
         # A daemon thread, so that a hanging tracker does not keep the interpreter from exiting.
-        self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"tracker {self.name}", daemon=True)
         self._thread.start()
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
         """Queues a row for the tracker's thread. The mapping is copied; arrays in it are not."""
-        with self._changed:
-            full = self._closing or len(self._rows) >= self._capacity
-            if full:
+        with self._condition:
+            dropped = self._closing or len(self._rows) >= self._capacity
+            if dropped:
                 self.dropped += 1
                 first = self.dropped == 1
             else:
                 self._rows.append((dict(row), step))
-                self._changed.notify()
-        if full and first:
+                self._condition.notify()
+        if dropped and first:
             reason = "is closed" if self._closing else f"is behind by {self._capacity} rows"
-            logger.warning("tracker %s %s: rows are dropped, from step %d on", self.name, reason, step)
+            logger.warning("tracker %s %s: dropping rows, starting at step %d", self.name, reason, step)
 
     def close(self) -> None:
         """Waits up to `close_timeout` seconds for the tracker, then drops the rows it has not taken."""
         deadline = time.monotonic() + self._close_timeout
-        with self._changed:
+        with self._condition:
             self._closing = True
-            self._changed.notify()
+            self._condition.notify()
         self._thread.join(max(0.0, deadline - time.monotonic()))
-        with self._changed:
-            left = len(self._rows)
-            self.dropped += left
+        with self._condition:
+            undelivered = len(self._rows)
+            self.dropped += undelivered
             self._rows.clear()
         if self._thread.is_alive():
             logger.warning(
-                "tracker %s did not finish within %g s: %d rows are dropped", self.name, self._close_timeout, left
+                "tracker %s did not finish within %g s: dropping %d rows", self.name, self._close_timeout, undelivered
             )
 
     def __enter__(self) -> SafeTracker:
@@ -103,28 +103,30 @@ class SafeTracker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _work(self) -> None:
-        while (item := self._next()) is not None:
+    def _run(self) -> None:
+        while (item := self._next_row()) is not None:
             row, step = item
-            self._guarded(partial(self._pass_on, row, step), f"log of step {step}")
-        self._guarded(self._tracker.close, "close")
+            self._call_tracker(partial(self._forward, row, step), f"log of step {step}")
+        self._call_tracker(self._tracker.close, "close")
 
-    def _pass_on(self, row: dict[str, Any], step: int) -> None:
+    def _forward(self, row: dict[str, Any], step: int) -> None:
         numbers = {key: value for key, value in row.items() if as_number(value) is not None}
         others = {key: value for key, value in row.items() if key not in numbers}
         self._tracker.log(numbers | redact(others), step)
 
-    def _next(self) -> tuple[dict[str, Any], int] | None:
+    def _next_row(self) -> tuple[dict[str, Any], int] | None:
         """Waits for the oldest row; None once closed and empty."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._rows or self._closing)
+        with self._condition:
+            self._condition.wait_for(lambda: self._rows or self._closing)
             return self._rows.popleft() if self._rows else None
 
-    def _guarded(self, call: Callable[[], None], what: str) -> None:
+    def _call_tracker(self, call: Callable[[], None], description: str) -> None:
         try:
             call()
         except (Exception, SystemExit):  # no error of a tracker's client may stop the run
             self.failures += 1
             if self.failures == 1:
-                trace = redact(traceback.format_exc().rstrip())  # a client's error may quote its key
-                logger.warning("tracker %s failed (%s); it is counted from now on\n%s", self.name, what, trace)
+                formatted = redact(traceback.format_exc().rstrip())  # a client's error may quote its key
+                logger.warning(
+                    "tracker %s failed (%s); further failures are only counted\n%s", self.name, description, formatted
+                )

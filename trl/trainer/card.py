@@ -29,7 +29,7 @@ _CARD = """---
 
 ## Use
 
-As a language model, the critic left aside{needs}:
+As a language model, without the value head{needs}:
 
 ```python
 from transformers import AutoTokenizer, {plain_class}
@@ -39,7 +39,7 @@ tokenizer = AutoTokenizer.from_pretrained(source)
 model = {plain_class}.from_pretrained(source)
 ```
 
-With the value head, to train on:
+With the value head, to continue training:
 
 ```python
 from trl import {wrapper_class}
@@ -50,7 +50,7 @@ model = {wrapper_class}.from_pretrained(source)
 ## Training
 
 PPO ([arXiv:1707.06347](https://arxiv.org/abs/1707.06347)) on scores of whole responses, with a penalty on the KL divergence from
-the model at the start ([arXiv:1909.08593](https://arxiv.org/abs/1909.08593)): {steps} steps of {samples} samples.
+the initial model ([arXiv:1909.08593](https://arxiv.org/abs/1909.08593)): {steps} steps of {samples} samples.
 
 | setting | value |
 | --- | --- |
@@ -78,18 +78,19 @@ def model_card(
     from trl import __version__
 
     metadata = _metadata(model)
-    base = metadata.get("base_model")
-    linked = ", ".join(
-        f"[{name}](https://huggingface.co/{name})" for name in ([base] if isinstance(base, str) else base or [])
+    base_model = metadata.get("base_model")
+    base_links = ", ".join(
+        f"[{name}](https://huggingface.co/{name})"
+        for name in ([base_model] if isinstance(base_model, str) else base_model or [])
     )
-    others = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch")]
+    library_versions = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch")]
     text = _CARD.format(
         metadata=yaml.safe_dump(redact(metadata), sort_keys=False),
         title=title,
         what="A LoRA or other PEFT adapter of a language model, with a value head"
         if model.is_peft_model
         else "A language model with a value head",
-        base=f" from {linked}" if linked else "",
+        base=f" from {base_links}" if base_links else "",
         needs=" (an adapter needs `pip install peft`)" if model.is_peft_model else "",
         plain_class=model.transformers_parent_class.__name__,
         wrapper_class=type(model).__name__,
@@ -97,7 +98,7 @@ def model_card(
         steps=steps,
         samples=samples,
         settings="\n".join(f"| `{name}` | `{value}` |" for name, value in _settings(config).items()),
-        versions=", ".join([f"trl {__version__}", *others]),
+        versions=", ".join([f"trl {__version__}", *library_versions]),
     )
     return str(redact(text))
 
@@ -112,10 +113,10 @@ def _metadata(model: PreTrainedModelWrapper) -> dict[str, Any]:
     source = base_model_of(model)
     inherited = _front_matter(source)
     # A local path means nothing to others, so use the base model that the folder's own card names.
-    base = source if HUB_ID.fullmatch(source) and not Path(source).exists() else inherited.get("base_model")
-    names = [base] if isinstance(base, str) else base if isinstance(base, list) else []
+    base_model = source if HUB_ID.fullmatch(source) and not Path(source).exists() else inherited.get("base_model")
+    names = [base_model] if isinstance(base_model, str) else base_model if isinstance(base_model, list) else []
     if names and all(isinstance(name, str) and HUB_ID.fullmatch(name) for name in names):
-        metadata["base_model"] = base
+        metadata["base_model"] = base_model
         metadata["base_model_relation"] = "adapter" if model.is_peft_model else "finetune"
     metadata |= {name: inherited[name] for name in _INHERITED if isinstance(inherited.get(name), str)}
     if not model.is_encoder_decoder:
@@ -135,17 +136,19 @@ def _front_matter(source: str) -> dict[str, Any]:
         return {}
     match = re.match(r"---\r?\n(.*?)\r?\n---\s", Path(path).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
-        found = yaml.safe_load(match[1]) if match else None
+        metadata = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
-        found = None
-    return found if isinstance(found, dict) else {}
+        metadata = None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _settings(config: Any) -> dict[str, Any]:
     """The learning rate and all settings that differ from their defaults."""
-    found = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_SHOWN}
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_SHOWN}
     defaults = {f.name: _default(f) for f in fields(config)}
-    return plain({name: value for name, value in found.items() if name == "learning_rate" or value != defaults[name]})
+    return plain(
+        {name: value for name, value in settings.items() if name == "learning_rate" or value != defaults[name]}
+    )
 
 
 def _default(field: Field[Any]) -> Any:

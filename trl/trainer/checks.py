@@ -20,7 +20,7 @@ def check_lists(batch_size: int | None, **lists: Any) -> None:
         if not isinstance(values, list):
             raise ValueError(f"{name} must be a list of tensors, not {type(values).__name__}")
         if batch_size is not None and len(values) != batch_size:
-            raise ValueError(f"{name} has {len(values)} elements; batch_size={batch_size} are expected")
+            raise ValueError(f"{name} has {len(values)} elements; expected batch_size={batch_size}")
         for i, value in enumerate(values):
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name}[{i}] must be a tensor, not {type(value).__name__}")
@@ -34,18 +34,19 @@ def check_tokens(name: str, sequences: Sequence[Tensor], *, vocabulary: int | No
     """
     for i, tokens in enumerate(sequences):
         if tokens.dim() != 1:
-            raise ValueError(f"{name}[{i}] must be 1-D, a row of token ids, not of shape {tuple(tokens.shape)}")
+            raise ValueError(f"{name}[{i}] must be a 1-D tensor of token ids, not of shape {tuple(tokens.shape)}")
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise ValueError(f"{name}[{i}] must hold token ids (int64), not {tokens.dtype}")
         if len(tokens) < least:
-            what = "is empty" if len(tokens) == 0 else f"has {len(tokens)} token"
-            hint = " (the decoder's start token and at least one sampled one)" if least == 2 else ""
-            raise ValueError(f"{name}[{i}] {what}; at least {least} needed{hint}. Leave such samples out of the batch")
+            problem = "is empty" if len(tokens) == 0 else f"has {len(tokens)} token"
+            hint = " (the decoder's start token and a sampled token)" if least == 2 else ""
+            raise ValueError(
+                f"{name}[{i}] {problem}; expected at least {least}{hint}. Leave such samples out of the batch"
+            )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
-            raise ValueError(
-                f"{name}[{i}] holds token id {low if low < 0 else high}; the model knows 0 to {vocabulary}-1"
-            )
+            allowed = "of at least 0" if vocabulary is None else f"from 0 to {vocabulary - 1}"
+            raise ValueError(f"{name}[{i}] contains token id {low if low < 0 else high}; expected ids {allowed}")
 
 
 def check_room(lengths: Sequence[int], context: int | None, what: str) -> None:
@@ -59,7 +60,7 @@ def check_room(lengths: Sequence[int], context: int | None, what: str) -> None:
     for i, length in enumerate(lengths):
         if length > context:
             raise ValueError(
-                f"{what} of sample {i} is {length} tokens long; the model's context holds {context}: shorten it"
+                f"{what} of sample {i} is {length} tokens long; the model's context length is {context}: shorten it"
             )
 
 
@@ -95,9 +96,9 @@ def check_per_token(name: str, values: Sequence[Tensor], responses: Sequence[Ten
         if value.shape != response.shape:
             raise ValueError(f"{name}[{i}] has shape {tuple(value.shape)}; its response has {tuple(response.shape)}")
         if value.is_complex():
-            raise ValueError(f"{name}[{i}] is of {value.dtype}: real numbers are expected")
+            raise ValueError(f"{name}[{i}] has dtype {value.dtype}; expected real numbers")
         if not torch.isfinite(value.float()).all():
-            raise ValueError(f"{name}[{i}] holds a number that is not finite in float32")
+            raise ValueError(f"{name}[{i}] contains a number that is not finite in float32")
 
 
 def check_logprobs(sampler_logprobs: Sequence[Tensor]) -> None:
@@ -109,17 +110,17 @@ def check_logprobs(sampler_logprobs: Sequence[Tensor]) -> None:
     for i, logprobs in enumerate(sampler_logprobs):
         if float(logprobs.max()) > 1e-3:  # tolerance for rounding
             raise ValueError(
-                f"sampler_logprobs[{i}] holds {float(logprobs.max()):.3g}: the logarithm of a probability is at most 0"
+                f"sampler_logprobs[{i}] contains {float(logprobs.max()):.3g}; log-probabilities must be at most 0"
             )
 
 
 def check_start(responses: Sequence[Tensor], start: int | None) -> None:
     """Warns if encoder-decoder responses lack the decoder's start token: their first token is not trained on."""
-    others = [int(r[0]) for r in responses if start is not None and int(r[0]) != start]
-    if others:
+    first_tokens = [int(r[0]) for r in responses if start is not None and int(r[0]) != start]
+    if first_tokens:
         warnings.warn(
-            f"{len(others)} of {len(responses)} responses begin with another token than the decoder's start token {start}, such "
-            f"as {others[0]}. The first token of an encoder-decoder's response is given to the decoder, not trained on: was the "
-            "start token cut off?",
+            f"{len(first_tokens)} of {len(responses)} responses do not begin with the decoder's start token {start} but, for "
+            f"example, with {first_tokens[0]}. The first token of an encoder-decoder's response is decoder input and is not "
+            "trained on: was the start token stripped?",
             stacklevel=4,
         )

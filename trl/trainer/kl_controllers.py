@@ -61,7 +61,7 @@ class FixedKLController:
 
 def controller_for(config: PPOConfig) -> AdaptiveKLController | FixedKLController:
     """Builds the KL controller that a configuration selects."""
-    first = float(config.init_kl_coef or 0)
+    initial = float(config.init_kl_coef or 0)
     if not config.adap_kl_ctrl:
-        return FixedKLController(first)
-    return AdaptiveKLController(first, float(config.target or 0), float(config.horizon or 0))
+        return FixedKLController(initial)
+    return AdaptiveKLController(initial, float(config.target or 0), float(config.horizon or 0))

@@ -19,15 +19,17 @@ def check_trackers(config: PPOConfig) -> None:
         ImportError: if a tracker's package is not installed.
         ValueError: if accelerate does not support the tracker, or it needs a logging folder and none is set.
     """
-    given = config.log_with
-    names = [str(getattr(t, "value", t)) for t in _as_list(given) if not isinstance(t, GeneralTracker)]
+    log_with = config.log_with
+    names = [str(getattr(t, "value", t)) for t in _as_list(log_with) if not isinstance(t, GeneralTracker)]
     installed = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name == "all":
             if not installed:
-                raise ImportError("log_with='all', and no tracker is installed: pip install tensorboard, for example")
+                raise ImportError("log_with='all' needs an installed tracker, for example: pip install tensorboard")
         elif name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(f"log_with={name!r} is none of {', '.join(LOGGER_TYPE_TO_CLASS)}, all")
+            raise ValueError(
+                f"log_with={name!r} is not supported; expected one of {', '.join(LOGGER_TYPE_TO_CLASS)}, all"
+            )
         elif name in LoggerType.list() and name not in installed:
             package = name.replace("_", "-")
             raise ImportError(f"log_with={name!r} needs the package {package}: pip install {package}")
@@ -38,8 +40,8 @@ def check_trackers(config: PPOConfig) -> None:
             raise ValueError(f"log_with={name!r} writes to a folder: set project_kwargs={{'logging_dir': ...}}")
 
 
-def _as_list(given: Any) -> list[Any]:
-    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+def _as_list(log_with: Any) -> list[Any]:
+    return list(log_with) if isinstance(log_with, list | tuple) else [] if log_with is None else [log_with]
 
 
 def settings_to_track(config: PPOConfig) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""Tests mirror the package: trl/data/loader.py is tested in tests/data/test_loader.py, or `TESTED_IN` says where."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+PACKAGE = TESTS.parent / "trl"
+
+# Module: the test file that exercises it, and a name that both contain (a function, a setting, a statistic), or the
+# module's own path. One line per module, sorted. A module with a test file of its name needs no line.
+TESTED_IN = {
+    "algorithms/ppo.py": ("conformance/test_system.py", "ppo_minibatches"),
+    "core.py": ("compat/test_core_functions.py", "logprobs_from_logits"),
+    "demo/figure.py": ("demo/test_page.py", "nice_ticks"),
+    "demo/outcome.py": ("demo/test_page.py", "DemoSettings"),
+    "demo/terminal.py": ("demo/test_page.py", "comparison"),
+    "kernels/joined_products.py": ("kernels/test_packed_weights.py", "trl.kernels.joined_products"),
+    "kernels/kv_cache.py": ("kernels/test_decode_attention.py", "GrowingLayer"),
+    "models/autos.py": ("models/test_wrapper.py", "AutoModelForCausalLMWithValueHead"),
+    "models/limits.py": ("models/test_padding.py", "context_length"),
+    "models/load_trunk.py": ("models/test_adapters.py", "base_model_name_or_path"),
+    "models/loading.py": ("models/test_checkpoints.py", "read_value_head"),
+    "models/precision.py": ("training/test_compute.py", "NarrowCopies"),
+    "models/recompute.py": ("training/test_layers.py", "recompute_activations"),
+    "models/saving.py": ("models/test_wrapper.py", "upload_folder"),
+    "models/trunk.py": ("kernels/test_linear.py", "trl.models.trunk"),
+    "protocols.py": ("conformance/test_rewards_given.py", "on_save"),
+    "rewards/cache.py": ("rewards/test_as_reward.py", "ScoreCache"),
+    "rewards/compose.py": ("rewards/test_as_reward.py", "RewardMix"),
+    "rewards/failures.py": ("rewards/test_as_reward.py", "ErrorBudget"),
+    "rewards/function.py": ("rewards/test_as_reward.py", "FunctionReward"),
+    "rewards/maths.py": ("rewards/test_parts.py", "math_reward"),
+    "rewards/web.py": ("rewards/test_remote.py", "check_address"),
+    "rewards/worker.py": ("rewards/test_as_reward.py", "trl.rewards.worker"),
+    "runs/callbacks.py": ("runs/test_managed.py", "TrainCallback"),
+    "runs/evaluation.py": ("runs/test_managed.py", "evaluate_prompts"),
+    "runs/keeper.py": ("trainer/test_train_survives.py", "Keeper"),
+    "runs/memory.py": ("trainer/test_train_survives.py", "rollback"),
+    "runs/options.py": ("trainer/test_train_survives.py", "TrainOptions"),
+    "runs/rollback.py": ("trainer/test_train_survives.py", "rollback"),
+    "runs/rows.py": ("runs/test_managed.py", "score/mean"),
+    "runs/samples.py": ("runs/test_managed.py", "finish_reason"),
+    "runs/signals.py": ("faults/test_signals.py", "SIGTERM"),
+    "runs/spikes.py": ("trainer/test_train_survives.py", "SpikeSettings"),
+    "state/encoding.py": ("training/test_resume.py", "no_tensors"),
+    "state/fingerprints.py": ("training/test_resume.py", "Fingerprints"),
+    "state/tensorfile.py": ("state/test_checkpoints.py", "safetensors_pieces"),
+    "trackers/records.py": ("trackers/test_run_directory.py", "read_completions"),
+    "trainer/base.py": ("trainer/test_card.py", "create_model_card"),
+    "trainer/kl_controllers.py": ("conformance/test_rewards_kl.py", "AdaptiveKLController"),
+    "trainer/ppo_config.py": ("compat/test_names_and_signatures.py", "PPOConfig"),
+    "trainer/ppo_methods.py": ("compat/test_ppo_trainer.py", "compute_rewards"),
+    "training/batched.py": ("trainer/test_recall.py", "evaluate_in_batches"),
+    "training/compiling.py": ("training/test_layers.py", "CompiledCode"),
+    "training/loop.py": ("training/test_guards.py", "Updater"),
+    "training/optimizers.py": ("training/test_narrow_moments.py", "make_adam"),
+    "training/peak.py": ("kernels/test_streaming_adam.py", "memory/peak_mb"),
+    "training/run_state.py": ("training/test_resume.py", "kl_ctl"),
+}
+
+# Re-exports and command lines.
+UNTESTED_NAMES = ("__init__.py", "__main__.py")
+
+
+def mirrored(module: str) -> Path:
+    folder, _, name = module.rpartition("/")
+    return TESTS / folder / f"test_{name}"
+
+
+def names(text: str, name: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
+
+
+MODULES = sorted(
+    path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name not in UNTESTED_NAMES
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_has_a_test_file_of_its_name_or_a_line_in_the_table(module: str) -> None:
+    assert mirrored(module).exists() or module in TESTED_IN, (
+        f"write {mirrored(module)} or add trl/{module} to TESTED_IN"
+    )
+
+
+@pytest.mark.parametrize("module", TESTED_IN)
+def test_a_line_names_a_test_file_that_mentions_its_module(module: str) -> None:
+    assert (PACKAGE / module).exists(), f"trl/{module} is gone: remove its line from TESTED_IN"
+    assert not mirrored(module).exists(), f"trl/{module} has a test file of its name: remove its line from TESTED_IN"
+    test, name = TESTED_IN[module]
+    path = f"trl.{module.removesuffix('.py').replace('/', '.')}"
+    assert name == path or names((PACKAGE / module).read_text(encoding="utf-8"), name), f"trl/{module} has no {name}"
+    assert names((TESTS / test).read_text(encoding="utf-8"), name), f"tests/{test} does not mention {name}"
+
+
+def test_the_table_is_sorted() -> None:
+    assert list(TESTED_IN) == sorted(TESTED_IN)

@@ -1,0 +1,141 @@
+"""Loading without pickles and without a checkpoint's code, from folders made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import tiny_gpt2, tiny_tokenizer
+from trl.pretrained import (
+    check_adapter_format,
+    commit_of,
+    find_file,
+    hub_arguments,
+    load_model,
+    load_tokenizer,
+    pickle_refused,
+    trusted,
+)
+
+
+@pytest.fixture
+def safe(tmp_path: Path) -> str:
+    """A folder with safetensors."""
+    tiny_gpt2().save_pretrained(tmp_path / "safe")
+    return str(tmp_path / "safe")
+
+
+@pytest.fixture
+def pickled(tmp_path: Path) -> str:
+    """A folder with a legacy pickle alone."""
+    model = tiny_gpt2()
+    model.config.save_pretrained(tmp_path / "pickled")
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    return str(tmp_path / "pickled")
+
+
+def test_arguments_that_locate_files() -> None:
+    given = {"revision": "main", "token": None, "dtype": "auto", "subfolder": "", "local_files_only": False}
+    assert hub_arguments(given) == {"revision": "main", "subfolder": "", "local_files_only": False}
+
+
+def test_files_of_a_folder(safe: str) -> None:
+    assert find_file(safe, "config.json", {}) == str(Path(safe) / "config.json")
+    assert find_file(safe, "missing.json", {}) is None
+    assert commit_of(safe, "config.json", {}) is None
+
+
+def test_the_commit_is_read_from_the_cache_that_holds_the_file(tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    repository = tmp_path / "models--someone--something"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    hub = {"cache_dir": str(tmp_path), "force_download": True}  # a lookup does not download again
+    assert commit_of("someone/something", "config.json", hub) == commit
+
+
+def test_safetensors_are_loaded(safe: str) -> None:
+    loaded = load_model(AutoModelForCausalLM, safe)
+    assert torch.equal(loaded.transformer.wte.weight, tiny_gpt2().transformer.wte.weight)
+
+
+def test_a_pickle_is_loaded_on_request_only(pickled: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"contains pytorch_model\.bin, a pickle, but no model\.safetensors: pass allow"
+    ):
+        load_model(AutoModelForCausalLM, pickled)
+    loaded = load_model(AutoModelForCausalLM, pickled, allow_pickle=True)
+    assert torch.equal(loaded.transformer.wte.weight, tiny_gpt2().transformer.wte.weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"weights_only": False}, "weights_only=False would run code from a pickle"),
+        ({"weights_only": False, "allow_pickle": True}, "weights_only=False would run code from a pickle"),
+        ({"use_safetensors": False}, "use_safetensors=False reads a pickle"),
+    ],
+)
+def test_arguments_that_would_run_code(safe: str, settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        load_model(AutoModelForCausalLM, safe, **settings)
+
+
+def test_a_missing_folder_is_not_taken_for_a_pickle() -> None:
+    with pytest.raises(OSError, match="no-such-folder"):
+        load_model(AutoModelForCausalLM, "./no-such-folder")
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "settings", "reason"),
+    [
+        (["adapter_model.safetensors"], {}, {}, None),
+        (["adapter_model.safetensors", "adapter_model.bin"], {}, {}, None),
+        (["adapter_model.bin"], {}, {"allow_pickle": True}, None),
+        (["adapter_model.bin"], {}, {}, r"contains adapter_model\.bin, a pickle, but no adapter_model\.safetensors"),
+        ([], {}, {"allow_pickle": True}, r"contains no adapter_model\.safetensors"),
+        (
+            ["adapter_model.safetensors"],
+            {"megatron_config": {"a": 1}, "megatron_core": "os"},
+            {},
+            "has a megatron_config",
+        ),
+    ],
+)
+def test_formats_of_adapters(
+    tmp_path: Path, names: list[str], config: dict[str, Any], settings: dict[str, Any], reason: str | None
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for name in names:
+        (tmp_path / name).write_bytes(b"")  # it is looked for, not read
+    options = {"allow_pickle": False, **settings}
+    if reason is None:
+        check_adapter_format(str(tmp_path), {}, **options)
+        return
+    with pytest.raises(ValueError, match=reason):
+        check_adapter_format(str(tmp_path), {}, **options)
+
+
+def test_a_tokenizer_is_loaded(tmp_path: Path) -> None:
+    tiny_tokenizer(padding_side="left").save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path), trust_remote_code=None, padding_side="right")
+    assert loaded("w5 w6")["input_ids"] == [5, 6] and loaded.padding_side == "right"
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, False), ({"trust_remote_code": None}, False)])
+def test_code_is_not_trusted_unless_asked_to(given: dict[str, Any], expected: bool) -> None:
+    assert trusted(given) is expected
+    assert trusted({"trust_remote_code": True}) is True
+
+
+def test_the_message_names_both_files() -> None:
+    message = pickle_refused("x/y", "a.bin", "a.safetensors")
+    assert message.startswith("'x/y' contains a.bin, a pickle, but no a.safetensors: pass allow_pickle=True")
