@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trl.kernels.door import chosen_attention
+
 NAME = "trl_packed"
 _QUERIES = 256  # queries per block; their scores against all keys are in memory at once
 _KEPT_LENGTH = 128  # up to this length probabilities are saved for the backward pass; beyond, they are recomputed
@@ -263,11 +265,9 @@ def packed(config: Any, lengths: Sequence[int]) -> Iterator[None]:
     if NAME not in AttentionInterface._global_mapping:
         AttentionMaskInterface.register(NAME, packed_mask)
         AttentionInterface.register(NAME, packed_attention)
-    before = config._attn_implementation
     token = _RUNS.set(runs_of(lengths))
-    config._attn_implementation = NAME
     try:
-        yield
+        with chosen_attention(config, NAME):
+            yield
     finally:
-        config._attn_implementation = before
         _RUNS.reset(token)

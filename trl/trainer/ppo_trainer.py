@@ -67,7 +67,6 @@ from trl.trainer.recall import Recall, State, state_of
 from trl.trainer.tracking import check_trackers, settings_to_track
 from trl.training.batch import Batch
 from trl.training.batched import evaluate_in_batches, exact_kl_of, with_frozen_states
-from trl.training.compiling import compile_passes
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
 from trl.training.loop import optimize
@@ -116,7 +115,7 @@ class PPOTrainer(PPOMethods):
 
     Args:
         config: settings. Changes to it apply from the next call, except for what the trainer is built from (seed,
-            trackers, accelerator, dtype, memory, compile); changing those has no effect and warns.
+            trackers, accelerator, dtype, memory); changing those has no effect and warns.
         model: policy with a value head. For a PEFT model, only the adapter and the value head are trained.
         ref_model: frozen reference model. If None: for a PEFT model whose adapter starts at zero, the model with the
             adapter disabled; otherwise a frozen copy of `model`.
@@ -225,10 +224,6 @@ class PPOTrainer(PPOMethods):
         self.ref_model = None if reference is None else self.accelerator.prepare_model(reference, evaluation_mode=True)
         if config.gradient_checkpointing:
             recompute_activations(self.model)
-        if config.compile:
-            quick, self.compute.quick_products = self.compute.quick_products, False
-            code = compile_passes(self.model, self.ref_model, self.compute.fresh_passes, narrow=self.compute.narrow)
-            self.compute.quick_products = quick and code.off
         self.kl_ctl = controller_for(config)
         self._live_settings = LiveSettings(config, rate_is_ours=own_optimizer and lr_scheduler is None)
         self.current_device = self.accelerator.device
