@@ -12,7 +12,10 @@ from trl.kernels.packed_weights import LEAST_TOKENS, packed_weights
 from trl.kernels.products import LinearForward
 from trl.rollout.engine import Sampling, obstacle, sample
 
-pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers"),
+]
 
 
 def llama(dtype: torch.dtype = torch.float32, **more: object) -> LlamaForCausalLM:
