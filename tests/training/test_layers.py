@@ -126,6 +126,14 @@ def test_a_copy_of_a_model_runs_its_own_layers() -> None:
     assert torch.equal(evaluate(clone, rollout("gpt2")).logprobs, evaluate(expected, rollout("gpt2")).logprobs)
 
 
+def test_the_model_of_an_earlier_trainer_is_not_checkpointed_twice() -> None:
+    model = policy("gpt2")
+    recompute_activations(model)
+    first = model.pretrained_model.transformer.h[0].forward
+    recompute_activations(model)
+    assert model.pretrained_model.transformer.h[0].forward is first
+
+
 def test_an_architecture_without_such_layers_is_named(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     model = policy("gpt2")
     monkeypatch.setattr(type(model.pretrained_model), "supports_gradient_checkpointing", False)
