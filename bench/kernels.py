@@ -2,10 +2,10 @@
 
     python bench/kernels.py --model FOLDER --reviews FILE.jsonl [--rounds 4] [job.py's options]
 
-Prints the fastest sampling and the fastest `step` of each line. The rounds go through the lines forwards and backwards
-by turns, so that what else the machine does falls on all of them. oneDNN's float32 products stay as this processor
-has them in all lines but "everything". The allocator's settings last as long as the process: `--config
-'{"keep_memory": false}'` runs all lines without them.
+Prints the least CPU time of sampling and of `step` in each line: of this process alone, so that what else runs on the
+machine counts less than on the clock; run it with OMP_NUM_THREADS=1. The rounds go through the lines forwards and
+backwards by turns. The allocator's settings last as long as the process: `--config '{"keep_memory": false}' --only
+nothing` is a cycle without them.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ def switched_off(names: list[str]) -> ExitStack:
 
 
 def cycle(trainer: Any, args: argparse.Namespace, queries: list[torch.Tensor], lengths: random.Random) -> list[float]:
-    """Seconds of sampling and of `step`."""
+    """CPU seconds of sampling and of `step`."""
     start = int(trainer.is_encoder_decoder)
-    started = time.perf_counter()
+    started = time.process_time()
     responses = trainer.generate(
         queries, return_prompt=False, batch_size=args.batch, max_new_tokens=args.new, min_new_tokens=args.new,
         do_sample=True, top_k=0, top_p=1.0, pad_token_id=trainer.tokenizer.eos_token_id,
     )  # fmt: skip
-    sampled = time.perf_counter()
+    sampled = time.process_time()
     if args.ragged:
         responses = [r[: start + lengths.randint(args.ragged, args.new)] for r in responses]
     trainer.step(queries, responses, [torch.tensor(len(set(r.tolist())) / len(r)) for r in responses])
-    return [sampled - started, time.perf_counter() - sampled]
+    return [sampled - started, time.process_time() - sampled]
 
 
 def main() -> None:
@@ -68,6 +68,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--only", nargs="+", choices=LINES, default=list(LINES))
     own, rest = parser.parse_known_args()
     args = job.parse(rest)
     torch.manual_seed(0)
@@ -79,16 +80,17 @@ def main() -> None:
     trainer = PPOTrainer(PPOConfig(**settings, **json.loads(args.config)), model, reference, tokenizer)
     queries = job.queries_of(tokenizer, args.reviews, args.query, args.batch)
     cycle(trainer, args, queries, random.Random(1))  # warms up
-    seconds: dict[str, list[list[float]]] = {line: [] for line in LINES}
+    seconds: dict[str, list[list[float]]] = {line: [] for line in own.only}
     for i in range(own.rounds):
-        for line in LINES if i % 2 else reversed(LINES):
+        for line in own.only if i % 2 else own.only[::-1]:
             with switched_off(LINES[line]):
                 seconds[line].append(cycle(trainer, args, queries, random.Random(1)))
             print(f"{line} off: {seconds[line][-1]}", file=sys.stderr, flush=True)
     whole = {line: [min(times) for times in zip(*rows, strict=True)] for line, rows in seconds.items()}
     print("| off | sampling, s | `step`, s | the cycle is |\n| --- | --- | --- | --- |")
+    first = sum(whole[own.only[0]])
     for line, (sampling, step) in whole.items():
-        print(f"| {line} | {sampling:.2f} | {step:.2f} | {(sampling + step) / sum(whole['nothing']):.2f}× |")
+        print(f"| {line} | {sampling:.2f} | {step:.2f} | {(sampling + step) / first:.2f}× |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Single-token decode attention for CPUs, where `scaled_dot_product_attention` is slow.
 
-Query heads that share a key head form one matrix product, and keys and values are read in place; at a batch of 64 this
-takes a fifth of the time (bench/attention.py).
+Replaces it while responses are sampled: query heads that share a key head form one matrix product, and keys and values
+are read in place. Gain on two cores of a Zen 5 EPYC: 2.5 to 5 times as fast in bfloat16, 1.9 to 3.5 times in float32
+(`python bench/attention.py`). Off with `TRL_KERNELS=off`.
 """
 
 from __future__ import annotations

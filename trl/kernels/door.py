@@ -1,7 +1,8 @@
 """The door to this package: its off switch, and how code written for speed takes the place of a model's own.
 
 `TRL_KERNELS=off` in the environment runs the library on plain torch and transformers code. Results then differ by
-rounding, and no setting changes: `PPOConfig.dtype`, `optimizer_state_dtype` and `gradient_checkpointing` mean the same.
+rounding, and dropout draws other masks, since rows are padded instead of packed. Settings keep their meaning:
+`PPOConfig.dtype`, `optimizer_state_dtype` and `gradient_checkpointing` are no kernels.
 """
 
 from __future__ import annotations
