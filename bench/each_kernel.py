@@ -1,6 +1,6 @@
 """What each kernel of trl/kernels/ gains in a whole cycle: the job of job.py with one of them off, in turn in one process.
 
-    python bench/kernels.py --model FOLDER --reviews FILE.jsonl [--rounds 4] [job.py's options]
+    python bench/each_kernel.py --model FOLDER --reviews FILE.jsonl [--rounds 4] [job.py's options]
 
 Prints the least CPU time of sampling and of `step` in each line: of this process alone, so that what else runs on the
 machine counts less than on the clock; run it with OMP_NUM_THREADS=1. The rounds go through the lines forwards and
