@@ -19,7 +19,7 @@ endif
 # What test-oldest and test-newest run on: both ends of the ranges in pyproject.toml.
 ENDS := oldest newest
 
-.PHONY: help venv demo test $(ENDS:%=test-%) check lint format types slow faults real bench coverage docs-table dist clean
+.PHONY: help venv demo test test-plain $(ENDS:%=test-%) check lint format types slow faults real bench coverage docs-table dist clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ demo: $(READY)  ## PPO for positive movie reviews, on the models that ship with 
 
 test: $(READY)  ## the suite
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -q $(ARGS)
+
+test-plain:  ## the suite without trl/kernels, on plain torch and transformers code
+	TRL_KERNELS=off $(MAKE) test
 
 $(ENDS:%=$(VENV)-%/.installed): $(VENV)-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv $(VENV)-$*

@@ -31,6 +31,8 @@ FLOORS = (
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Installed wherever this library is. Anything else may be missing, so no module asks for it while it loads.
 REQUIRED = {"torch", "transformers", "accelerate", "numpy", "safetensors", "huggingface_hub", "trl"}
+# What kernels replace on a model, and give back.
+REPLACED = {"forward", "_attn_implementation"}
 # Methods of an accelerator in which every process must take part.
 COLLECTIVES = {"gather", "gather_for_metrics", "reduce", "pad_across_processes", "wait_for_everyone"}
 
@@ -100,6 +102,8 @@ def violations(path: str, source: str) -> list[str]:
         if not isinstance(node, ast.Attribute):
             continue
         owner = ast.unparse(node.value)
+        if node.attr in REPLACED and isinstance(node.ctx, ast.Store) and path != "kernels/door.py":
+            found.append(f"{path}:{node.lineno}: {owner}.{node.attr} is replaced by kernels/door.py alone")
         if node.attr == "backward" and path != "training/loop.py":
             found.append(f"{path}:{node.lineno}: {owner}.backward belongs to training/loop.py")
         if room != "training" and (
@@ -141,6 +145,7 @@ def test_a_file_name_stands_once() -> None:
         ("algorithms/ppo.py", "from trl.core import whiten", "does not stand on a floor below"),
         ("algorithms/ppo.py", "loss.backward()", "backward belongs"),
         ("trainer/ppo.py", "self.accelerator.backward(loss)", "backward belongs"),
+        ("models/trunk.py", "def f(layer, quick):\n    layer.forward = quick", "kernels/door.py alone"),
         ("trainer/ppo.py", "from torch import distributed", "collective calls"),
         ("trainer/ppo.py", "import torch.distributed as dist", "collective calls"),
         ("trainer/ppo.py", "import torch\ntorch.distributed.all_reduce(x)", "collective calls"),
@@ -166,6 +171,8 @@ def test_checker_finds(path: str, source: str, reason: str) -> None:
         ("models/adapters.py", "def load():\n    import peft\n    return peft"),
         ("models/adapters.py", "if TYPE_CHECKING:\n    from peft import PeftModel"),
         ("training/loop.py", "loss.backward()"),
+        ("kernels/door.py", "def f(layer, quick):\n    layer.forward = quick"),
+        ("models/trunk.py", "plain = layer.forward"),
         ("trainer/base.py", "def card():\n    from trl import __version__"),
         ("training/ranks.py", "import torch.distributed as dist\ndist.all_reduce(x)"),
         ("trainer/ppo.py", "from trl.training import optimize\nfrom trl.core import whiten"),

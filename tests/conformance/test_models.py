@@ -349,6 +349,7 @@ def test_44_sampling_beyond_a_window_or_chunk_sees_what_scoring_sees(name: str) 
         assert_close(logprobs, logp.gather(-1, response[:, None])[:, 0], 1e-4)
 
 
+@pytest.mark.kernel
 def test_44_a_window_is_packed_and_a_chunk_is_not() -> None:
     assert all(may_pack(windowed(name)) for name in ("Mistral", "Qwen2Moe", "Phimoe"))
     assert not may_pack(windowed("Llama4"))

@@ -41,6 +41,7 @@ def test_numbers(new: int, mask: str) -> None:
     assert torch.equal(key, before)
 
 
+@pytest.mark.kernel
 def test_models_that_attend_in_their_own_way_are_left_alone() -> None:
     model = tiny_llama()
     with decoding(model):

@@ -12,7 +12,10 @@ from trl.kernels.products import LinearForward
 from trl.models.predictions import abilities
 from trl.models.trunk import without_head
 
-pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,10 @@ from trl.kernels.packed_weights import LEAST_TOKENS, packed_weights
 from trl.kernels.products import LinearForward
 from trl.rollout.engine import Sampling, obstacle, sample
 
-pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers"),
+]
 
 
 def llama(dtype: torch.dtype = torch.float32, **more: object) -> LlamaForCausalLM:
@@ -32,34 +35,21 @@ def replaced(model: torch.nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if "forward" in vars(module)}
 
 
-def single(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with layers of a make that is not known."""
-    for layer in model.get_decoder().layers:
-        layer.__class__ = type("OurDecoderLayer", (type(layer),), {})
-    return model
+# Keys and values of the Llama are 32 wide, which is not worth it.
+PACKED = {
+    llama: {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"},
+    gpt2: {"c_attn", "c_proj", "c_fc", "lm_head"},
+}
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("make", PACKED)
 def test_same_logits(make) -> None:
     model = make()
     words = torch.randint(80, (3, 9))
     with torch.no_grad():
         want = model(input_ids=words).logits
         with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
-            layers = "model.layers" if make is llama else "transformer.h"
-            assert replaced(model) == {f"{layers}.0", f"{layers}.1", "lm_head"}  # layers as a whole
-            torch.testing.assert_close(model(input_ids=words).logits, want, rtol=1e-4, atol=1e-5)
-    assert not replaced(model)
-
-
-def test_layers_of_another_make_are_packed_one_by_one() -> None:
-    model, words = single(llama()), torch.randint(80, (3, 9))
-    with torch.no_grad():
-        want = model(input_ids=words).logits
-        with packed_weights(model, rows=3, tokens=LEAST_TOKENS):
-            packed = {name.split(".")[-1] for name in replaced(model)}
-            # Keys and values are 32 wide, which is not worth it.
-            assert packed == {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
+            assert {name.split(".")[-1] for name in replaced(model)} == PACKED[make]
             torch.testing.assert_close(model(input_ids=words).logits, want, rtol=1e-4, atol=1e-5)
     assert not replaced(model)
 
@@ -75,7 +65,7 @@ def test_the_weights_of_the_moment_are_packed() -> None:
 
 
 def test_too_few_tokens_and_layers_of_somebody_else() -> None:
-    model = single(llama())
+    model = llama()
     with packed_weights(model, rows=3, tokens=LEAST_TOKENS - 1):
         assert not replaced(model)
     theirs = model.lm_head.forward = lambda hidden: hidden
@@ -104,7 +94,7 @@ def test_sampling_and_its_trial_use_them(dtype: torch.dtype, monkeypatch: pytest
         made.append(rows)
         return products.packed(weight, rows)
 
-    monkeypatch.setattr("trl.kernels.joined_products.packed", counted)
+    monkeypatch.setattr("trl.kernels.packed_weights.packed", counted)
     model = llama(dtype)
     if not products.can_be_packed(model.lm_head.weight):
         pytest.skip("this processor has no bfloat16 instructions")
@@ -135,8 +125,7 @@ def adapted(bias: bool = False, **settings: object) -> torch.nn.Module:
 def joined(model: torch.nn.Module) -> int:
     """How many adapters are packed with the weights under them."""
     forwards = [vars(module).get("forward") for module in model.modules()]
-    products = [product for forward in forwards for product in getattr(forward, "products", ())]
-    return sum(len(product.ups) for product in products)
+    return sum(isinstance(forward, packing._PackedLinear) and forward.up is not None for forward in forwards)
 
 
 @old_name

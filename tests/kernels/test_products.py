@@ -7,6 +7,8 @@ from torch.nn.functional import linear as torch_linear
 from trl.kernels import products
 from trl.kernels.products import can_be_packed, linear, packed, packed_linear, shared_size, summed_outer
 
+pytestmark = pytest.mark.kernel
+
 needs_onednn = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")
 
 

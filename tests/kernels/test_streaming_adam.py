@@ -16,6 +16,7 @@ from tests.helpers import assert_close, tiny_gpt2, tiny_llama
 from tests.trainer.conftest import make_batch, make_trainer, weights_of  # noqa: F401  (fixtures)
 from trl import AutoModelForCausalLMWithValueHead
 from trl.kernels import streaming_adam as streaming
+from trl.kernels.door import kernels_enabled
 from trl.kernels.streaming_adam import adam_step, can_stream, total_norm
 from trl.models.precision import NarrowCopies
 
@@ -116,6 +117,7 @@ class _Own(Adam):
     pass
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize(
     ("make", "able"),
     [
@@ -225,6 +227,7 @@ def trained(make_trainer: Any, make_batch: Any, steps: int = 2, seq2seq: bool = 
     return trainer, stats
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("seq2seq", [False, True])
 def test_a_step_gives_what_it_gives_with_float32_gradients(
     seq2seq: bool,
@@ -245,6 +248,7 @@ def test_a_step_gives_what_it_gives_with_float32_gradients(
         assert_close(one["ppo/grad_norm"], other["ppo/grad_norm"], 1e-5)
 
 
+@pytest.mark.kernel
 def test_a_clipped_step(make_trainer: Any, make_batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     settings = {"max_grad_norm": 0.01, "optimizer": None, "steps": 1, "ppo_epochs": 1, "mini_batch_size": 4}
     (mine, stats) = trained(make_trainer, make_batch, **settings)
@@ -280,7 +284,7 @@ def test_out_of_memory_in_the_backward_pass(make_trainer: Any, make_batch: Any) 
     first.register_hook(once)
     for trainer in trainers:
         trainer.step(*make_batch())
-    assert failed and failed[0] > 5 and trainers[0].guards.largest_microbatch == 2
+    assert failed and (failed[0] > 5) == kernels_enabled() and trainers[0].guards.largest_microbatch == 2
     assert all(torch.equal(w, weights_of(trainers[1])[n]) for n, w in weights_of(trainers[0]).items())
 
 
@@ -355,6 +359,7 @@ def test_hooks_and_schedulers_see_a_step(make_batch: Any) -> None:  # noqa: F811
     assert torch.equal(copies._copies[copies._places[weight]], weight.bfloat16())
 
 
+@pytest.mark.kernel
 def test_what_was_narrowed_in_the_step_is_not_narrowed_again(make_trainer: Any, make_batch: Any) -> None:  # noqa: F811
     trainer, _ = trained(make_trainer, make_batch, steps=1)
     copies, narrowed = trainer.compute._copies, []

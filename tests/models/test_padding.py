@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.helpers import BOS, EOS, PAD, VOCABULARY, assert_close, tiny_gpt2, tiny_llama, tiny_t5
 from tests.models.rollouts import make_rollout
 from tests.models.zoo import ZOO
+from trl.kernels.door import kernels_enabled
 from trl.models import AutoModelForCausalLMWithValueHead as Causal
 from trl.models import create_reference_model, evaluate, evaluate_exact_kl
 from trl.models.limits import context_length
@@ -188,7 +189,7 @@ def test_a_llama4_shares_its_first_layers() -> None:
     assert reference.pretrained_model.model.layers[0].self_attn.q_proj.weight is (
         model.pretrained_model.model.layers[0].self_attn.q_proj.weight
     )
-    assert abilities(model).projects
+    assert abilities(model).projects == kernels_enabled()
 
 
 def test_longrope_ends_where_its_frequencies_change() -> None:

@@ -56,6 +56,7 @@ EXPECTED = {
 }  # fmt: skip
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("make", EXPECTED, ids=lambda make: make.__name__)
 def test_what_a_model_can_do_is_found_out(make: Callable[[], Any]) -> None:
     assert abilities(make()) == EXPECTED[make]
@@ -91,12 +92,14 @@ def test_numbers_and_gradients_are_those_of_padded_logits(
         assert_close(grad, expected_grads[name], tol=2e-5)
 
 
+@pytest.mark.kernel
 def test_adapters_and_a_reference_without_them_are_packed() -> None:
     model = wrap(lora(tiny_gpt2()))
     stir(model)
     assert abilities(model) == BOTH
 
 
+@pytest.mark.kernel
 def test_recomputed_activations_are_not_packed() -> None:
     model = tiny_llama()
     assert may_pack(model.train())
@@ -166,6 +169,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.kernel
 def test_there_are_never_logits_of_all_tokens() -> None:
     words, tokens = 40_000, 600
     config = transformers.LlamaConfig(**_SIZES | {"vocab_size": words, "tie_word_embeddings": True})

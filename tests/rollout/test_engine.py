@@ -357,6 +357,7 @@ def test_the_cache_grows_and_keeps_what_it_holds() -> None:
     assert layer.get_seq_length() == 276
 
 
+@pytest.mark.kernel
 def test_layers_with_a_window_stay_what_they_are() -> None:
     (mistral,) = (a for a in ZOO if a.name == "Mistral")
     assert not any(isinstance(layer, GrowingLayer) for layer in growing_cache(mistral.build().config).layers)

@@ -118,8 +118,8 @@ def test_config_refuses(case: str) -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    config = PPOConfig(batch_size=np.int64(4), learning_rate=np.float32(0.5), compile=np.bool_(True))
-    assert repr((config.batch_size, config.learning_rate, config.compile)) == "(4, 0.5, True)"
+    config = PPOConfig(batch_size=np.int64(4), learning_rate=np.float32(0.5), keep_memory=np.bool_(False))
+    assert repr((config.batch_size, config.learning_rate, config.keep_memory)) == "(4, 0.5, False)"
     with pytest.raises(ValueError, match="batch_size=0 must be a whole number of at least 1"):
         PPOConfig(batch_size=np.int64(0))
 

@@ -70,7 +70,7 @@ def test_a_controller_that_stops_adapting_keeps_its_coefficient() -> None:
     assert isinstance(trainer.kl_ctl, FixedKLController)
 
 
-@pytest.mark.parametrize(("name", "value"), [("dtype", "bfloat16"), ("seed", 5), ("compile", True)])
+@pytest.mark.parametrize(("name", "value"), [("dtype", "bfloat16"), ("seed", 5), ("gradient_checkpointing", True)])
 def test_what_a_trainer_is_made_of_gives_a_warning(name: str, value: Any) -> None:
     trainer = make_trainer()
     setattr(trainer.config, name, value)

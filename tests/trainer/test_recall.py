@@ -271,7 +271,7 @@ def test_what_is_remembered_and_for_how_long(monkeypatch: pytest.MonkeyPatch) ->
     assert recall.find(state, words[3:], words[3:]) is None
 
 
-@pytest.mark.parametrize("name", ["keep_memory", "score_while_sampling", "gradient_checkpointing", "compile"])
+@pytest.mark.parametrize("name", ["keep_memory", "score_while_sampling", "gradient_checkpointing"])
 @pytest.mark.parametrize("value", ["false", 1, None])
 def test_switches_are_true_or_false(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name}={value!r} must be True or False"):

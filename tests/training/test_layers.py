@@ -1,13 +1,8 @@
-"""Layers that are run again in the backward pass, and layers that are compiled."""
+"""Layers that are run again in the backward pass."""
 
 from __future__ import annotations
 
 import copy
-import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +13,7 @@ from tests.models.lora import lora
 from tests.trainer.conftest import make_batch, make_trainer  # noqa: F401  (fixtures)
 from trl import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.models import evaluate
-from trl.models.recompute import CompiledCode, LayerForward, compiled_layers, recompute_activations
+from trl.models.recompute import LayerForward, recompute_activations
 from trl.types import Rollout
 
 BUILDERS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5, "lora": lambda **more: lora(tiny_gpt2(**more))}
@@ -123,12 +118,20 @@ def test_a_copy_of_a_model_runs_its_own_layers() -> None:
         for p in clone.parameters():
             p.mul_(1.5)
     forward = clone.pretrained_model.transformer.h[0].forward
-    assert isinstance(forward, LayerForward) and forward.layer is clone.pretrained_model.transformer.h[0]
-    assert forward.plain.__self__ is forward.layer
+    assert isinstance(forward, LayerForward)
+    assert forward.plain.__self__ is clone.pretrained_model.transformer.h[0]
     assert clone.state_dict().keys() == policy("gpt2").state_dict().keys()
     expected = policy("gpt2")
     expected.load_state_dict(clone.state_dict())
     assert torch.equal(evaluate(clone, rollout("gpt2")).logprobs, evaluate(expected, rollout("gpt2")).logprobs)
+
+
+def test_the_model_of_an_earlier_trainer_is_not_checkpointed_twice() -> None:
+    model = policy("gpt2")
+    recompute_activations(model)
+    first = model.pretrained_model.transformer.h[0].forward
+    recompute_activations(model)
+    assert model.pretrained_model.transformer.h[0].forward is first
 
 
 def test_an_architecture_without_such_layers_is_named(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -136,123 +139,3 @@ def test_an_architecture_without_such_layers_is_named(make_trainer: Any, monkeyp
     monkeypatch.setattr(type(model.pretrained_model), "supports_gradient_checkpointing", False)
     with pytest.raises(ValueError, match="GPT2LMHeadModel does not support activation checkpointing"):
         make_trainer(model=model, gradient_checkpointing=True)
-
-
-# Compiled ----------------------------------------------------------------------------------------------------------------
-
-
-def refuse(kind: type[Exception]) -> Any:
-    def compiler(forward: Any, **_: Any) -> Any:
-        def fail(*args: Any, **kwargs: Any) -> Any:
-            raise kind("no code today")
-
-        return fail
-
-    return compiler
-
-
-def test_where_compiling_fails_layers_run_as_they_are_and_the_log_says_why(
-    make_trainer: Any,  # noqa: F811
-    make_batch: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    from torch._dynamo.exc import InternalTorchDynamoError
-
-    plain = make_trainer()
-    plain.step(*make_batch())
-    monkeypatch.setattr("torch.compile", refuse(InternalTorchDynamoError))
-    with caplog.at_level(logging.WARNING, logger="trl.models.recompute"):
-        trainer = make_trainer(compile=True)
-        trainer.step(*make_batch())
-    reasons = [r.getMessage() for r in caplog.records if r.name == "trl.models.recompute"]
-    assert reasons == ["compile=True has no effect: InternalTorchDynamoError: no code today"]
-    assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), trainer.model.parameters(), strict=True))
-
-
-def test_an_error_of_the_computation_is_not_taken_for_one_of_the_compiler(
-    make_trainer: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("torch.compile", refuse(ZeroDivisionError))
-    with pytest.raises(ZeroDivisionError):
-        make_trainer(compile=True)
-
-
-def test_wrong_numbers_are_not_relied_on(
-    make_trainer: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(
-        "torch.compile", lambda forward, **_: lambda layer, x, *a, **k: forward(layer, 1.01 * x, *a, **k)
-    )
-    with caplog.at_level(logging.WARNING, logger="trl.models.recompute"):
-        trainer = make_trainer(compile=True)
-    assert "gradients differ by" in caplog.text and "is allowed" in caplog.text
-    assert trainer.model.pretrained_model.transformer.h[0].forward.code.off
-
-
-def test_transformers_own_checkpointing_is_not_compiled_away() -> None:
-    from trl.models.recompute import CompileError
-
-    model = policy("gpt2")
-    model.pretrained_model.transformer.h[0].gradient_checkpointing = True
-    with pytest.raises(CompileError, match=r"PPOConfig\.gradient_checkpointing in its place"):
-        compiled_layers(model, CompiledCode())
-    assert "forward" not in model.pretrained_model.transformer.h[0].__dict__
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}], ids=str)
-@pytest.mark.parametrize("name", BUILDERS)
-def test_a_compiled_step_learns_the_same_up_to_rounding(
-    name: str,
-    more: dict[str, Any],
-    make_trainer: Any,  # noqa: F811
-    make_batch: Any,  # noqa: F811
-) -> None:
-    from torch._dynamo.utils import counters
-
-    stats, trainers = [], []
-    for compiled in (False, True):
-        trainers.append(make_trainer(model=policy(name), compile=compiled, learning_rate=1e-4, ppo_epochs=2, **more))
-        counters.clear()
-        stats.append([trainers[-1].step(*make_batch(seq2seq=name == "t5", seed=seed)) for seed in (0, 1)])
-        first = counters["stats"]["unique_graphs"]
-        stats[-1].append(trainers[-1].step(*make_batch(seq2seq=name == "t5", seed=2)))
-        assert counters["stats"]["unique_graphs"] == first  # nothing is compiled anew from step to step
-    tolerance = 0.1 if "dtype" in more else 1e-3
-    for plain, fast in zip(*stats, strict=True):
-        for key in ("ppo/loss/value", "ppo/loss/policy", "objective/entropy", "ppo/policy/entropy"):
-            assert abs(plain[key] - fast[key]) <= tolerance * (1 + abs(plain[key])), key
-    assert trainers[0].model.state_dict().keys() == trainers[1].model.state_dict().keys()
-    code = {id(m.forward.code): m.forward.code for m in trainers[1].model.modules() if "forward" in m.__dict__}
-    assert len(code) == 1 and not any(c.off for c in code.values())
-
-
-WITHOUT_A_COMPILER = """
-import logging, warnings
-import torch
-from tests.helpers import tiny_gpt2, tiny_tokenizer
-from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-
-warnings.simplefilter("ignore")
-logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
-trainer = PPOTrainer(PPOConfig(batch_size=1, compile=True), model, tokenizer=tiny_tokenizer())
-trainer.step([torch.tensor([5, 6])], [torch.tensor([7, 8])], [torch.tensor(1.0)])
-print("learnt")
-"""
-
-
-@pytest.mark.slow
-def test_without_a_compiler_layers_run_as_they_are(tmp_path: Path) -> None:
-    environment = os.environ | {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_A_COMPILER], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout.endswith("learnt\n"), done.stderr
-    reasons = [line for line in done.stderr.splitlines() if line.startswith("trl.models.recompute:")]
-    assert len(reasons) == 1 and "compile=True has no effect" in reasons[0] and "/nowhere/g++" in reasons[0]

@@ -19,6 +19,7 @@ from tests.conformance.setting import language_model, make_batch, make_trainer, 
 from tests.helpers import assert_close, tiny_gpt2, tiny_tokenizer
 from tests.training.runs import CASES, advance, begin, build, fingerprint
 from trl import AutoModelForCausalLMWithValueHead, PPOTrainer
+from trl.kernels.door import kernels_enabled
 from trl.state.checkpoints import load_checkpoint
 from trl.state.encoding import decode, encode, no_tensors
 from trl.state.fingerprints import Fingerprints
@@ -184,12 +185,19 @@ def test_r7_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: 
 def test_a_checkpoint_of_an_older_version_goes_on(tmp_path: Path) -> None:
     """`begin("full")` after two steps, saved before settings were kept by group, and the rows of the next two steps.
 
-    To rounding, not to the bit: another processor may have written it.
+    To rounding, not to the bit: another processor may have written it. Dropout draws by the shape of its input, which in the
+    recorded update was that of a packed row: of padded rows, what comes before the first update is compared.
     """
     folder = shutil.copytree(Path(__file__).with_name("data") / "before_0_5", tmp_path / "before")
     trainer = build("full", chance=1)
     assert trainer.load_checkpoint(folder) is not None
-    for row, expected in zip(advance(trainer, 2), json.loads((folder / "rows.json").read_text()), strict=True):
+    recorded = json.loads((folder / "rows.json").read_text())
+    if not kernels_enabled():
+        recorded = [
+            {name: value for name, value in recorded[0].items() if name.startswith(("objective/", "ppo/returns"))}
+        ]
+    assert all(len(expected) > 5 for expected in recorded)
+    for row, expected in zip(advance(trainer, len(recorded)), recorded, strict=True):
         for name, value in expected.items():
             assert_close(row[name], value)
 

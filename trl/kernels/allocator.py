@@ -7,6 +7,8 @@ import logging
 import sys
 from functools import cache
 
+from trl.kernels.door import kernels_enabled
+
 logger = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
@@ -21,9 +23,9 @@ def keep_freed_memory() -> bool:
     update's time. The cost: resident memory stays at its peak.
 
     Returns:
-        Whether the settings took effect; only glibc has them.
+        Whether the settings took effect; only glibc has them, and they are left alone with kernels off.
     """
-    if not sys.platform.startswith("linux"):
+    if not kernels_enabled() or not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from trl.kernels.door import kernels_enabled
+
 _STEP = 16  # minimum number of tokens by which the buffer grows
 
 
@@ -68,7 +70,7 @@ def whole_room(states: Tensor) -> Tensor:
 
 
 def growing_cache(config: Any) -> DynamicCache:
-    """Builds a `DynamicCache` whose plain layers are `GrowingLayer`s.
+    """Builds a `DynamicCache` whose plain layers are `GrowingLayer`s; with kernels off, `DynamicCache` as it is.
 
     Layers of other types (sliding window, recurrent state) are not changed.
 
@@ -76,6 +78,8 @@ def growing_cache(config: Any) -> DynamicCache:
         config: the decoder's configuration, which determines the layer types.
     """
     cache = DynamicCache(config=config)
+    if not kernels_enabled():
+        return cache
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if not cache.layers:
         cache.layer_class_to_replicate = GrowingLayer

@@ -1,9 +1,11 @@
 """Causal self-attention over sequences packed into a single row, without padding.
 
-Registered with transformers under its own name and selected for the duration of a pass. Each sequence attends only to
-itself, in blocks of queries that read the keys up to the block's end, so the part hidden by the causal mask costs
-neither time nor memory. Query heads that share a key head form one matrix product. On CPUs this is two to three times
-as fast as `scaled_dot_product_attention` in bfloat16, and about as fast in float32 (bench/attention.py).
+Replaces padded rows and `scaled_dot_product_attention` in scoring and updating on CPUs: registered with transformers
+under its own name and selected for the duration of a pass. Each sequence attends only to itself, in blocks of queries
+that read the keys up to the block's end, so the part hidden by the causal mask costs neither time nor memory. Query
+heads that share a key head form one matrix product. Gain on two cores of a Zen 5 EPYC, forward and backward of one
+layer: 1.6 to 4 times as fast in bfloat16, 0.8 to 0.94 times in float32, where only padding is saved
+(`python bench/attention.py`). Off with `TRL_KERNELS=off`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from trl.kernels.door import chosen_attention
 
 NAME = "trl_packed"
 _QUERIES = 256  # queries per block; their scores against all keys are in memory at once
@@ -263,11 +267,9 @@ def packed(config: Any, lengths: Sequence[int]) -> Iterator[None]:
     if NAME not in AttentionInterface._global_mapping:
         AttentionMaskInterface.register(NAME, packed_mask)
         AttentionInterface.register(NAME, packed_attention)
-    before = config._attn_implementation
     token = _RUNS.set(runs_of(lengths))
-    config._attn_implementation = NAME
     try:
-        yield
+        with chosen_attention(config, NAME):
+            yield
     finally:
-        config._attn_implementation = before
         _RUNS.reset(token)

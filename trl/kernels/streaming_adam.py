@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.optim import Adam, AdamW
 from torch.optim.adam import adam
 
+from trl.kernels.door import kernels_enabled
+
 _DOT = 2**18  # elements per dot product
 # Elements per chunk. A multiple of every vector width, so that chunks round as the whole tensor does.
 _CACHED, _LAUNCHED = 2**19, 2**24
@@ -64,6 +66,8 @@ def _moment_dtype(optimizer: Adam, parameter: Tensor) -> torch.dtype:
 
 def can_stream(optimizer: Any) -> bool:
     """Whether `adam_step` can replace the optimizer's step: Adam, AdamW or `NarrowAdam`, without unusual options."""
+    if not kernels_enabled():
+        return False
     unusual = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")
     return type(optimizer) in (Adam, AdamW, NarrowAdam) and not any(
         group["fused"] is False or any(group[name] for name in unusual) for group in optimizer.param_groups

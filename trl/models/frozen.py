@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trl.kernels.door import replaced_forwards
 from trl.models.padding import ignores_padding
 from trl.models.trunk import (
     accepts,
     base_language_model,
     decoder_of,
     is_encoder_decoder,
-    replaced_forward,
     trial_words,
     unwrap,
     without_head,
@@ -93,10 +93,8 @@ def shares_frozen(policy: nn.Module, reference: nn.Module, depth: int) -> bool:
 def only_first_layers(model: nn.Module, depth: int) -> Iterator[list[Any]]:
     """Skips all layers after the first `depth`; yields a list that collects layer `depth`'s outputs `[.., n, H]`."""
     layers = _layers(base_language_model(model))
-    with (
-        _watched(layers[depth - 1 : depth]) as seen,
-        replaced_forward(layers[depth:], lambda hidden, *args, **kwargs: hidden),
-    ):
+    skipped = dict.fromkeys(layers[depth:], lambda hidden, *args, **kwargs: hidden)
+    with _watched(layers[depth - 1 : depth]) as seen, replaced_forwards(skipped):
         yield seen
 
 
@@ -104,7 +102,7 @@ def only_first_layers(model: nn.Module, depth: int) -> Iterator[list[Any]]:
 def beginning_above(model: nn.Module, states: Tensor, depth: int) -> Iterator[None]:
     """Skips the first `depth` layers inside the `with` block and uses `states` `[.., n, H]` as their output."""
     layers = _layers(base_language_model(model))[:depth]
-    with replaced_forward(layers, lambda hidden, *args, **kwargs: states):
+    with replaced_forwards(dict.fromkeys(layers, lambda hidden, *args, **kwargs: states)):
         yield
 
 

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from trl.kernels.door import kernels_enabled
 from trl.kernels.packed_attention import packed
 from trl.kernels.products import LinearForward
 from trl.kernels.projection import projected_logprobs_and_entropy
@@ -61,7 +62,9 @@ def predict(pretrained: nn.Module, inputs: dict[str, Any], wanted: Wanted) -> tu
 
 
 def abilities(model: nn.Module) -> Abilities:
-    """Probes a model on a few tokens for its fast evaluation paths; cached per output embedding."""
+    """Probes a model on a few tokens for its fast evaluation paths; cached per output embedding. None with kernels off."""
+    if not kernels_enabled():
+        return Abilities(projects=False, packs=False)
     base = base_language_model(model)
     tried = _marks(base.get_output_embeddings())
     if base not in _FOUND or _FOUND[base][0] != tried:

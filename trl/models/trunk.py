@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from trl.kernels.door import replaced_forwards
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -112,21 +114,6 @@ def watch_last_hidden_state(model: nn.Module) -> Iterator[LastHiddenState]:
 
 
 @contextmanager
-def replaced_forward(modules: Sequence[Any], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Replaces the `forward` of each of `modules` inside the `with` block."""
-    before = [vars(module).get("forward") for module in modules]
-    try:
-        for module in modules:
-            module.forward = forward
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            vars(module).pop("forward", None)
-            if own is not None:
-                module.forward = own
-
-
-@contextmanager
 def without_head(model: nn.Module) -> Iterator[LastHiddenState]:
     """Captures the output projection's input [B, T, H] and skips the projection: logits are [B, T, 0]."""
     seen = LastHiddenState()
@@ -135,5 +122,5 @@ def without_head(model: nn.Module) -> Iterator[LastHiddenState]:
         seen.value = hidden
         return hidden.new_empty(*hidden.shape[:-1], 0)
 
-    with replaced_forward([base_language_model(model).get_output_embeddings()], forward):
+    with replaced_forwards({base_language_model(model).get_output_embeddings(): forward}):
         yield seen

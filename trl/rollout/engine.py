@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from trl.functional.sampling import cut_logits, draw
 from trl.import_utils import cache_keyword
@@ -337,7 +337,7 @@ def obstacle(model: Any) -> str | None:
         return f"{name} keeps its state in another way than in a key-value cache"
     if not model.config.is_encoder_decoder:
         kinds = {type(layer) for layer in growing_cache(model.config).layers}
-        if strange := kinds - {GrowingLayer, DynamicSlidingWindowLayer}:
+        if strange := kinds - {GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer}:
             return f"{name} has layers whose state is a {sorted(kind.__name__ for kind in strange)}"
     try:
         gap = _gap(model)

@@ -13,7 +13,7 @@ from trl.trainer.ppo_config import PPOConfig
 _PASSED_ON = ("learning_rate", "init_kl_coef", "adap_kl_ctrl", "target", "horizon")
 _READ_ONCE = (
     "seed", "log_with", "tracker_kwargs", "tracker_project_name", "project_kwargs", "accelerator_kwargs", "dtype",
-    "optimizer_state_dtype", "keep_memory", "gradient_checkpointing", "compile",
+    "optimizer_state_dtype", "keep_memory", "gradient_checkpointing",
 )  # fmt: skip
 
 KLController = AdaptiveKLController | FixedKLController

@@ -57,7 +57,6 @@ from trl.trainer.recall import Recall, State, state_of
 from trl.trainer.resumable import ResumableTrainer
 from trl.trainer.tracking import check_trackers, settings_to_track
 from trl.training.batch import Batch
-from trl.training.compiling import compile_passes
 from trl.training.compute import Compute
 from trl.training.evaluator import Evaluated, Evaluator
 from trl.training.guards import UpdateGuards
@@ -215,10 +214,6 @@ class OnlineTrainer(ResumableTrainer):
         self.ref_model = None if reference is None else self.accelerator.prepare_model(reference, evaluation_mode=True)
         if config.gradient_checkpointing:
             recompute_activations(self.model)
-        if config.compile:
-            quick, self.compute.quick_products = self.compute.quick_products, False
-            code = compile_passes(self.model, self.ref_model, self.compute.fresh_passes, narrow=self.compute.narrow)
-            self.compute.quick_products = quick and code.off
 
     # Data ------------------------------------------------------------------------------------------------------------
 

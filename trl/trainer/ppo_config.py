@@ -140,10 +140,6 @@ class PPOConfig:
     """Activation checkpointing: store only the inputs of the policy's layers and recompute the layers in the backward
     pass. Uses less memory, makes the update about a third slower, and gives the same numbers. Read once, when the
     trainer is built."""
-    compile: bool = False
-    """Run the layers of both models under torch.compile for scoring and the update, but not for sampling. Compilation
-    is tested once when the trainer is built, which can take minutes; if it fails or changes the results, the reason is
-    logged and the layers run uncompiled."""
 
     def __repr__(self) -> str:
         """All settings, with secrets redacted: they may be printed or appear in tracebacks."""
@@ -186,7 +182,7 @@ class PPOConfig:
         limit = self.max_skipped_updates
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise ValueError(f"max_skipped_updates={limit!r} must be a whole number of at least 1 or None")
-        for name in ("keep_memory", "score_while_sampling", "gradient_checkpointing", "compile"):
+        for name in ("keep_memory", "score_while_sampling", "gradient_checkpointing"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} must be True or False")

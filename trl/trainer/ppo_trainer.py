@@ -48,7 +48,7 @@ class PPOTrainer(OnlineTrainer):
 
     Args:
         config: settings. Changes to it apply from the next call, except for what the trainer is built from (seed,
-            trackers, accelerator, dtype, memory, compile); changing those has no effect and warns.
+            trackers, accelerator, dtype, memory); changing those has no effect and warns.
         model: policy with a value head. For a PEFT model, only the adapter and the value head are trained.
         ref_model: frozen reference model. If None: for a PEFT model whose adapter starts at zero, the model with the
             adapter disabled; otherwise a frozen copy of `model`.

@@ -62,7 +62,6 @@ class Compute(Passes):
         self._copies: NarrowCopies | None = None
         self._base: list[nn.Parameter] = []  # permanently stored in bfloat16
         self._models = [model]
-        self.quick_products = accelerator.device.type == "cpu"  # trl.kernels.linear; off with compiled layers
         self._device_type = accelerator.device.type
         if accelerator.mixed_precision != "no":
             if wanted == "bfloat16":
@@ -95,10 +94,9 @@ class Compute(Passes):
             )
         if self._copies is not None:
             return self._copies.stand_in(gradients_in_place=gradients_in_place)
-        return torch.autocast(self._device_type, torch.bfloat16) if self.narrow else self._quick()
-
-    def _quick(self) -> AbstractContextManager[None]:
-        return quick_products(*self._models) if self.quick_products else nullcontext()
+        if self.narrow:
+            return torch.autocast(self._device_type, torch.bfloat16)
+        return quick_products(*self._models) if self._device_type == "cpu" else nullcontext()
 
     def fresh_passes(self) -> AbstractContextManager[Any]:
         """`passes` after refreshing the copies, for when other code may have changed the weights in any way."""
