@@ -25,7 +25,7 @@ from trl.kernels import products
 from trl.kernels.decode_attention import decoding
 from trl.kernels.decode_layers import _GPT2, QuickLayer, _Gated, quick_make
 from trl.kernels.packed_weights import LEAST_TOKENS, packed_weights
-from trl.rollout import engine
+from trl.rollout import self_check
 
 pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="torch was built without oneDNN's linear layers")
 
@@ -84,7 +84,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("make", [llama, mistral, qwen, gpt2])
 def test_decoding_gives_the_numbers_of_plain_passes(make: Callable[..., torch.nn.Module], passes: list[bool]) -> None:
     model = made(make)
-    assert engine._gap(model) < 1e-5
+    assert self_check._gap(model) < 1e-5
     assert passes == [True] * len(passes) and len(passes) == 8  # a prefill and three tokens, in two layers
     assert not replaced(model)
 
@@ -98,7 +98,7 @@ def test_in_bfloat16_they_are_as_near_as_rounding_lets_them(make: Callable[..., 
     for layer in plain.modules():
         layer.register_forward_hook(lambda *args: None)  # a layer that somebody watches is run as it is
     assert quick_make(next(m for m in plain.modules() if type(m).__name__.endswith(("DecoderLayer", "Block")))) is None
-    assert engine._gap(model) < max(2 * engine._gap(plain), 0.02)
+    assert self_check._gap(model) < max(2 * self_check._gap(plain), 0.02)
 
 
 @old_name
@@ -113,10 +113,10 @@ def test_under_adapters(targets: list[str], passes: list[bool]) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    assert engine._gap(model) < 1e-5
+    assert self_check._gap(model) < 1e-5
     assert passes == [True] * 8
     with model.disable_adapter():
-        assert engine._gap(model) < 1e-5
+        assert self_check._gap(model) < 1e-5
         assert len(passes) == 8  # peft knows best
 
 
@@ -163,7 +163,7 @@ def test_a_part_of_another_class_or_with_a_hook_runs_as_it_is() -> None:
         model = made(llama)
         change(model, what)
         assert [quick_make(layer) for layer in model.model.layers] == [None, None]
-        assert engine.obstacle(model) is None
+        assert self_check.obstacle(model) is None
     assert calls
     norms = made(gpt2)
     norms.transformer.h[0].ln_1 = torch.nn.RMSNorm(64)
@@ -183,8 +183,8 @@ def test_under_adapters_on_norms_and_on_bare_parameters() -> None:
         for name, parameter in bare.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    assert engine.obstacle(norms) is None
-    assert engine._gap(bare) < 1e-5
+    assert self_check.obstacle(norms) is None
+    assert self_check._gap(bare) < 1e-5
 
 
 def as_before_5_1(self: object, hidden: object, past_key_values=None, cache_position=None, attention_mask=None) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from trl.algorithms.ppo import PPOSettings, experience_statistics, ppo_terms
-from trl.data import PadCollator, pad, place_on_columns, prompt_loader, response_columns
+from trl.data import PadCollator, place_on_columns, prompt_loader, response_columns
 from trl.functional import (
     entropy,
     gae,
@@ -90,10 +90,6 @@ class PPOMethods(BaseTrainer):
         """
         keep = (*self._forward_columns, *_TRAINER_COLUMNS) if self.config.remove_unused_columns else None
         return prompt_loader(dataset, batch_size=int(self.config.batch_size or 1), collate_fn=data_collator, keep=keep)
-
-    def _collate(self, examples: Sequence[Mapping[str, Tensor]], side: Any) -> dict[str, Tensor]:
-        tokens, attention = pad([e["input_ids"] for e in examples], self.data_collator.pad_token_id, side)
-        return {"input_ids": tokens, "attention_mask": attention}
 
     def prepare_model_inputs(self, queries: list[Tensor], responses: list[Tensor]) -> BatchEncoding:
         """Pads queries and responses into model inputs, on the tokenizer's padding side.
