@@ -8,9 +8,25 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from trl.types import Experience, Loss, Minibatch, Rollout, Sample, Scored
+from trl.types import Experience, Loss, Minibatch, Rollout, Sample, Sampling, Scored
 
 C = TypeVar("C", bound=Experience, contravariant=True)
+
+
+class RolloutEngine(Protocol):
+    """Samples responses from the policy: our own decoding loop, transformers' `generate`, or a server."""
+
+    def generate(self, queries: Sequence[Tensor], sampling: Sampling) -> Rollout:
+        """Samples one response to each of `B` 1-D queries, in order.
+
+        The rollout's mask covers every response token. It carries what the engine saw: `sampler_logprobs` under the
+        sampling distribution, the critic's `values` where the engine has it, and the `policy_version`.
+        """
+        ...
+
+    def update_weights(self, version: int) -> None:
+        """Makes the policy's current weights, called `version`, those that the next `generate` samples from."""
+        ...
 
 
 class RewardFn(Protocol):

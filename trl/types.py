@@ -42,6 +42,21 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """A request to a rollout engine: the distribution of the next token, where responses end, and the random numbers."""
+
+    greedy: bool = False  # take the most likely token; ignores temperature, top_k, top_p and min_p
+    temperature: float = 1.0
+    top_k: int = 0  # keep this many of the most likely tokens; 0 keeps all
+    top_p: float = 1.0  # then keep the most likely tokens up to this probability
+    min_p: float = 0.0  # then keep tokens at least this many times as likely as the most likely one
+    stops: tuple[int, ...] = ()  # ids of tokens that end a response
+    least_tokens: int = 0  # minimum response length; stop tokens are masked before it
+    limits: tuple[int, ...] = ()  # maximum new tokens of each response, one per query
+    seed: int | None = None  # of this request's random numbers; None draws from torch's global generator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """One model's per-token outputs on a rollout."""
 

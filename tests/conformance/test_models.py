@@ -25,8 +25,8 @@ from trl.models import (
     reference_mode,
 )
 from trl.models.predictions import may_pack
-from trl.rollout import Sampling, obstacle, sample
-from trl.types import Rollout
+from trl.rollout import obstacle, sample
+from trl.types import Rollout, Sampling
 
 pytestmark = pytest.mark.conformance
 

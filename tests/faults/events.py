@@ -102,10 +102,10 @@ def install(events: Events, run_dir: Path) -> None:
 
 def _count_decoding(events: Events) -> None:
     from trl.rewards import isolated as process
-    from trl.rollout import engine, generate
+    from trl.rollout import decoders, local
 
     where = ["check"]  # the engine tries itself out once, before anything is sampled
-    sample = generate.sample
+    sample = local.sample
 
     def sampled(model: Any, queries: Any, **kwargs: Any) -> Any:
         where[0] = "evaluation" if int(queries[0][0]) == EVALUATION else "sampling"
@@ -114,8 +114,8 @@ def _count_decoding(events: Events) -> None:
         finally:
             where[0] = "check"
 
-    patch.object(generate, "sample", sampled).start()
-    for kind in (engine._CausalDecoder, engine._Seq2SeqDecoder):
+    patch.object(local, "sample", sampled).start()
+    for kind in (decoders.CausalDecoder, decoders.Seq2SeqDecoder):
         advance = kind.advance
 
         def advanced(self: Any, tokens: Any, advance: Callable[..., Any] = advance) -> Any:

@@ -10,7 +10,8 @@ from trl.kernels import packed_weights as packing
 from trl.kernels import products
 from trl.kernels.packed_weights import LEAST_TOKENS, packed_weights
 from trl.kernels.products import LinearForward
-from trl.rollout.engine import Sampling, obstacle, sample
+from trl.rollout import obstacle, sample
+from trl.types import Sampling
 
 pytestmark = [
     pytest.mark.kernel,

@@ -190,3 +190,16 @@ ZOO = (
         notes="expert capacity (see Limits)",
     ),
 )
+
+# Those that our own decoding loop drives: neither state space models nor one whose predictions see later tokens.
+DRIVEN = [a for a in ZOO if "Mamba" not in a.name and a.name != "ProphetNet"]
+
+
+def sharp(architecture: Architecture) -> Any:
+    """The model with larger matrices: at its initial size attention is nearly uniform, and hides a wrong position."""
+    model = architecture.build()
+    with torch.no_grad():
+        for parameter in {id(p): p for p in model.parameters()}.values():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model

@@ -12,9 +12,31 @@ import torch
 from torch import Tensor
 
 from trl.functional.logprobs import BITS
+from trl.types import Sampling
 
 _BLOCK_WORDS = 512  # words that share one partial sum
 _HEAD_WORDS = 1024  # number of most likely words to search for the nucleus threshold first
+
+
+def sampling_logits(logits: Tensor, sampling: Sampling, length: int) -> Tensor:
+    """Turns a model's logits into those of the sampling distribution.
+
+    Args:
+        logits: `[B, V]` in any float dtype.
+        sampling: the distribution, and its stop tokens.
+        length: tokens of the response before this one; stop tokens are excluded below `sampling.least_tokens`.
+
+    Returns:
+        `[B, V]` float32 logits.
+    """
+    if sampling.temperature != 1.0 and not sampling.greedy:
+        logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    if length < sampling.least_tokens and sampling.stops:
+        logits = logits.index_fill(-1, torch.tensor(sampling.stops, device=logits.device), -math.inf)
+    if sampling.greedy:
+        return logits
+    return cut_logits(logits, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
 
 
 def cut_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:

@@ -125,6 +125,13 @@ def check_adapters_on(model: nn.Module) -> None:
                 )
 
 
+def adapter_state(model: nn.Module) -> tuple[str, ...]:
+    """Describes which adapters take part in a forward pass of `model`, and at which scale; empty without adapters."""
+    layers = (module for module in model.modules() if isinstance(getattr(module, "active_adapters", None), list))
+    parts = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    return tuple(str([getattr(layer, part, None) for part in parts]) for layer in layers)
+
+
 def _factors(module: nn.Module, adapter: str) -> tuple[Any, Any] | None:
     """Returns a LoRA layer's A and B matrices (A starts at 0 in embeddings, B elsewhere); None for other modules."""
     for names in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):

@@ -1,32 +1,31 @@
-"""Sampling responses from a policy."""
+"""Sampling responses from a policy: the engines, and what a `generate` call may ask of them."""
 
-from trl.rollout.engine import Sampled, Sampling, obstacle, sample
-from trl.rollout.generate import (
+from trl.rollout.assembly import rollout_rows
+from trl.rollout.generation_settings import (
     check_context,
     check_sampling,
-    generate_responses,
     new_token_limits,
     own_sampling,
-    sample_responses,
     stop_strings,
     stop_tokens,
     unseen_by_scoring,
-    with_prompts,
 )
+from trl.rollout.hf import TransformersEngine
+from trl.rollout.local import LocalEngine, Sampled, sample
+from trl.rollout.self_check import obstacle
 
 __all__ = [
+    "LocalEngine",
     "Sampled",
-    "Sampling",
+    "TransformersEngine",
     "check_context",
     "check_sampling",
-    "generate_responses",
     "new_token_limits",
     "obstacle",
     "own_sampling",
+    "rollout_rows",
     "sample",
-    "sample_responses",
     "stop_strings",
     "stop_tokens",
     "unseen_by_scoring",
-    "with_prompts",
 ]

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,41 +19,22 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from trl.core import PPODecorators, set_seed
-from trl.data import PadCollator, pad, prompt_loader
+from trl.data import PadCollator, prompt_loader
 from trl.functional import Moments, masked_sum
 from trl.kernels.allocator import keep_freed_memory
-from trl.models import PreTrainedModelWrapper, RolloutAboveFrozen
+from trl.models import RolloutAboveFrozen
 from trl.models.adapters import check_adapters_on
-from trl.models.limits import context_length, vocabulary_sizes
 from trl.models.recompute import recompute_activations
 from trl.protocols import Algorithm
 from trl.redaction import remember_secrets
-from trl.rollout import (
-    Sampled,
-    Sampling,
-    check_context,
-    check_sampling,
-    generate_responses,
-    new_token_limits,
-    obstacle,
-    own_sampling,
-    sample_responses,
-    stop_tokens,
-    unseen_by_scoring,
-    with_prompts,
-)
+from trl.rollout import stop_tokens
 from trl.state.fingerprints import Fingerprints
-from trl.trainer.checks import (
-    check_lists,
-    check_room,
-    check_tokens,
-)
 from trl.trainer.construction import check_parts, check_unused_settings, critic_free, make_optimizer, make_reference
 from trl.trainer.given import check_batch, check_extras, scored_by_caller
 from trl.trainer.kl_controllers import controller_for
 from trl.trainer.live_settings import LiveSettings
+from trl.trainer.policy_sampler import PolicySampler
 from trl.trainer.ppo_config import PPOConfig
-from trl.trainer.recall import Recall, State, state_of
 from trl.trainer.resumable import ResumableTrainer
 from trl.trainer.tracking import check_trackers, settings_to_track
 from trl.training.batch import Batch
@@ -61,7 +42,6 @@ from trl.training.compute import Compute
 from trl.training.evaluator import Evaluated, Evaluator
 from trl.training.guards import UpdateGuards
 from trl.training.loop import Updater, optimize
-from trl.training.modes import eval_mode
 from trl.training.optimizers import group_settings, inner, unheld
 from trl.training.peak import memory_statistics
 from trl.training.processes import check_same, make_accelerator, whole_gradients
@@ -71,7 +51,6 @@ from trl.training.statistics import pooled_mean, stack_updates
 from trl.types import Evaluation, Experience, Rollout, Tally
 
 logger = logging.getLogger(__name__)
-_UNKNOWN = object()
 # Settings that may differ between processes: names, and the seed of a loop of the user's own.
 _MAY_DIFFER = ("seed", "task_name", "model_name", "tracker_project_name")
 _TRAINER_COLUMNS = ("label", "query", "response")
@@ -186,10 +165,7 @@ class OnlineTrainer(ResumableTrainer):
         self.last_experience: Experience | None = None
         """Experience of the last `step`: per-token rewards, values and advantages from before its update."""
         self.fingerprints = Fingerprints()
-        self._warned_sampling: set[tuple[str, ...]] = set()
-        self._obstacle: Any = _UNKNOWN  # why our own decoding loop cannot run this model, or None
-        self._reasons: set[str] = set()
-        self._recall = Recall()
+        self._sampler = PolicySampler(self.accelerator, self.compute, self.data_collator)
 
     @property
     def _compares(self) -> bool:
@@ -261,10 +237,6 @@ class OnlineTrainer(ResumableTrainer):
             is_encoder_decoder=self.is_encoder_decoder,
         )
 
-    def _collate(self, examples: Sequence[Mapping[str, Tensor]], side: Any) -> dict[str, Tensor]:
-        tokens, attention = pad([e["input_ids"] for e in examples], self.data_collator.pad_token_id, side)
-        return {"input_ids": tokens, "attention_mask": attention}
-
     # Sampling --------------------------------------------------------------------------------------------------------
 
     def generate(
@@ -296,144 +268,31 @@ class OnlineTrainer(ResumableTrainer):
             ValueError: if a query is not a 1-D tensor of valid token ids, if query and response might not fit into the
                 model's context, or if the arguments do not ask for exactly one response per query.
         """
-        queries = [query_tensor] if isinstance(query_tensor, Tensor) else query_tensor
-        check_lists(None, query_tensor=queries)
-        check_tokens("query_tensor", queries, vocabulary=vocabulary_sizes(self.model)[0])
-        check_room([len(q) for q in queries], context_length(self.model, encoder=True), "the query")
-        model = self.accelerator.unwrap_model(self.model)
-        kwargs = {"pad_token_id": self.data_collator.pad_token_id} | generation_kwargs
-        if isinstance(query_tensor, Tensor) and (mask := kwargs.get("attention_mask")) is not None:
-            mask = torch.as_tensor(mask)
-            if mask.numel() == len(query_tensor) and bool(mask.all()):  # what is made of the query, too
-                del kwargs["attention_mask"]
-        check_sampling(model.generation_config, kwargs)
-        limits = new_token_limits(
-            model.generation_config,
-            kwargs,
-            [len(query) for query in queries],
-            batch_size=batch_size,
+        return self._sampler.generate(
+            self.model,
+            query_tensor,
+            generation_kwargs,
             length_sampler=length_sampler,
-            is_encoder_decoder=self.is_encoder_decoder,
+            batch_size=batch_size,
+            return_prompt=return_prompt,
+            temperature=self.config.temperature,
+            remember=self.config.score_while_sampling,
         )
-        if limits is not None:
-            check_context(
-                [len(query) for query in queries],
-                limits,
-                context_length(self.model),
-                is_encoder_decoder=self.is_encoder_decoder,
-            )
-        self._warn_of_reshaped_sampling(model.generation_config, kwargs)
-        lengths = {} if length_sampler is None else {"max_new_tokens": 1}  # overridden by the sampler's limits
-        asked = self._own_sampling(model, kwargs | lengths)
-        sampled: Sampled | None = None
-        by_transformers = isinstance(asked, str) or limits is None
-        with eval_mode(model), self.compute.fresh_passes(), self._ranks_apart(by_transformers):
-            if isinstance(asked, str) or limits is None:
-                responses = generate_responses(
-                    model,
-                    queries,
-                    collate=self._collate,
-                    is_encoder_decoder=self.is_encoder_decoder,
-                    batch_size=batch_size,
-                    return_prompt=return_prompt,
-                    limits=None if length_sampler is None else limits,
-                    tokenizer=self.tokenizer,
-                    generation_kwargs=kwargs,
-                    pads=self._obstacle is None,
-                )
-            else:
-                sampled = sample_responses(
-                    model.pretrained_model,
-                    queries,
-                    sampling=asked,
-                    limits=limits,
-                    batch_size=batch_size,
-                    generator=self._sampling_generator(),
-                    values=model.watch_values if self._can_recall(model, asked, kwargs) else nullcontext,
-                )
-                responses = with_prompts(
-                    model.pretrained_model, queries, sampled.responses, return_prompt=return_prompt
-                )
-        if sampled is not None and sampled.values is not None:
-            own = with_prompts(model.pretrained_model, queries, sampled.responses, return_prompt=False)
-            self._recall.keep(self._state_of(model), queries, own, sampled.logprobs, sampled.values)
-        return responses[0].unsqueeze(0) if isinstance(query_tensor, Tensor) else responses
-
-    def _can_recall(self, model: PreTrainedModelWrapper, sampling: Sampling, kwargs: Mapping[str, Any]) -> bool:
-        """Whether to cache this sampling's log-probabilities: enabled, and equal to those of a scoring pass."""
-        plain = not sampling.greedy and not unseen_by_scoring(model.generation_config, kwargs, self.config.temperature)
-        return self.config.score_while_sampling and plain
-
-    def _state_of(self, model: PreTrainedModelWrapper) -> State:
-        """Cache key of the policy: everything besides the tokens that log-probabilities and values depend on."""
-        return float(self.config.temperature), state_of(model)
 
     def _recalled(self, batch: Batch) -> Evaluation | None:
-        """Log-probabilities and values cached by `generate`; None unless every process has them for its whole batch."""
+        """What the engine saw in `generate`, in place of a scoring pass; None unless every process has its whole batch."""
         if not self.config.score_while_sampling:
             return None
-        model = self.accelerator.unwrap_model(self.model)
-        found = self._recall.find(self._state_of(model), batch.queries, batch.responses)
-        missing = torch.tensor(float(found is None), device=self.current_device)
-        if float(self._reduce(missing)) > 0 or found is None:
-            if "recall" not in self._reasons:
-                self._reasons.add("recall")
-                logger.info(
-                    "score_while_sampling: a scoring pass is made all the same, for a batch with responses that generate did "
-                    "not sample from the policy's plain distribution since its weights changed last"
-                )
+        seen = self._sampler.recall(self.model, batch.queries, batch.responses, self.config.temperature)
+        if seen is None:
             return None
         # The decoder's start token was not sampled, so it has no log-probability or value.
-        start = [v.new_zeros(1) for v in found[0]] if self.is_encoder_decoder else None
+        start = [v.new_zeros(1) for v in seen[0]] if self.is_encoder_decoder else None
         placed = [
             batch.place(part if start is None else [torch.cat(pair) for pair in zip(start, part, strict=True)])
-            for part in found
+            for part in seen
         ]
         return Evaluation(logprobs=placed[0], values=placed[1], entropy=None)
-
-    def _own_sampling(self, model: PreTrainedModelWrapper, kwargs: Mapping[str, Any]) -> Any:
-        """Sampling settings for our own loop, or the reason (a string, logged once) why it cannot be used."""
-        asked = own_sampling(model.generation_config, kwargs)
-        if self._obstacle is _UNKNOWN:
-            with eval_mode(model):
-                self._obstacle = obstacle(model.pretrained_model)
-        reason = self._obstacle or (asked if isinstance(asked, str) else None)
-        if reason is not None and reason not in self._reasons:
-            self._reasons.add(reason)
-            logger.info("sampling with transformers' generate: %s", reason)
-        return reason or asked
-
-    def _sampling_generator(self) -> torch.Generator:
-        """Fresh generator for one call, seeded from torch's global one and the process rank."""
-        seed = int(torch.randint(2**62, (), dtype=torch.int64))
-        return torch.Generator().manual_seed(seed + self.accelerator.process_index)
-
-    @contextmanager
-    def _ranks_apart(self, by_transformers: bool) -> Iterator[None]:
-        """Gives each rank its own random numbers in transformers' `generate`.
-
-        It draws from torch's global generator, which has the same seed on every process.
-        """
-        rank = self.accelerator.process_index
-        if rank == 0 or not by_transformers:
-            yield
-            return
-        seed = int(torch.randint(2**62, (), dtype=torch.int64)) + rank
-        with torch.random.fork_rng([self.current_device] if self.current_device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
-
-    def _warn_of_reshaped_sampling(self, generation_config: Any, kwargs: Mapping[str, Any]) -> None:
-        found = unseen_by_scoring(generation_config, kwargs, self.config.temperature)
-        names = tuple(found)
-        if found and names not in self._warned_sampling:
-            self._warned_sampling.add(names)
-            settings = ", ".join(f"{name}={value!r}" for name, value in found.items())
-            warnings.warn(
-                f"responses are sampled with {settings}, which the log-probabilities of the update (softmax at "
-                f"PPOConfig.temperature={self.config.temperature}) do not know of: expect a biased ratio and a negative KL",
-                stacklevel=3,
-            )
 
     # One step --------------------------------------------------------------------------------------------------------
 
@@ -556,7 +415,7 @@ class OnlineTrainer(ResumableTrainer):
                 experience = replace(experience, rollout=rollout)
             self._before_update(experience)
             with _timed(timing, f"time/{self.name}/optimize_step"):
-                self._recall.forget()
+                self._sampler.weights_changed()
                 train_stats = self._update(experience, prepared.batch)
             self.last_experience = replace(experience, rollout=rollout)
             with _timed(timing, f"time/{self.name}/calc_stats"):

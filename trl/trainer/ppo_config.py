@@ -130,7 +130,9 @@ class PPOConfig:
     score_while_sampling: bool = False
     """Let `step` reuse the policy's log-probabilities and values from `generate` and skip its own scoring pass. This
     requires that trl's own decoding loop sampled every response of the batch from the policy's unmodified distribution
-    and that no weight has changed since. In bfloat16 the results differ from the update's first pass by rounding."""
+    and that no weight has changed since; responses are recognised by their tokens. Changes that torch does not count go
+    unnoticed: weights written through `.data` or by a fused optimizer of your own, changed hooks and modules. In
+    bfloat16 the results differ from the update's first pass by rounding."""
     max_skipped_updates: int | None = None
     """Raise after this many consecutive optimizer steps with a non-finite loss or gradient. None: never."""
     group_size: int = 1

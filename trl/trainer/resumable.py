@@ -16,6 +16,7 @@ from trl.runs.options import OnDiskError, OnSpike, TrainOptions, TrainResult
 from trl.runs.spikes import SpikeSettings
 from trl.state.checkpoints import Checkpoint
 from trl.state.fingerprints import Fingerprints
+from trl.trainer.policy_sampler import PolicySampler
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.reporting import ReportingTrainer
 from trl.training.guards import UpdateGuards
@@ -35,6 +36,7 @@ class ResumableTrainer(ReportingTrainer):
     fingerprints: Fingerprints
     _generator: torch.Generator
     _optimizer_made_with: list[dict[str, Any]]
+    _sampler: PolicySampler
     _highest_score: float
     _compared: int
 
@@ -129,6 +131,7 @@ class ResumableTrainer(ReportingTrainer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
+        self._sampler.weights_changed()
         self.kl_ctl.load_state_dict(state["kl_ctl"])
         self.score_moments = Moments(**state["score_moments"])
         self._generator.set_state(state["minibatch_order"])

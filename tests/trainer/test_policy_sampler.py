@@ -1,134 +1,23 @@
-"""`generate_responses` and what `generate` is asked for: where responses end, and what is refused before sampling."""
+"""`PPOTrainer.generate`: which engine a call goes to, and what is refused before anything is sampled."""
 
 from __future__ import annotations
 
+import logging
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from torch import Tensor
+from transformers import GenerationConfig
 
 from tests.helpers import tiny_gpt2, tiny_llama
-from tests.trainer.conftest import make_trainer  # noqa: F401  (fixture)
 from trl.core import LengthSampler
-from trl.data import pad
 from trl.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.models.limits import context_length
-from trl.rollout import Sampling, generate_responses, own_sampling, unseen_by_scoring
 
 QUERIES = [torch.tensor(ids) for ids in ([5, 6, 7], [8], [9, 10])]
-PAD, EOS = 0, 1
-
-
-class Scripted(nn.Module):
-    """A model whose `generate` writes given rows, pads behind a stop token, and asks its criteria after each token."""
-
-    def __init__(self, *rows: list[int], stop: int | None = EOS) -> None:
-        super().__init__()
-        self.rows, self.stop = rows, stop
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.generation_config = GenerationConfig(eos_token_id=stop)
-
-    def generate(self, input_ids: Tensor, stopping_criteria: Any, attention_mask: Tensor, **kwargs: Any) -> Any:
-        running = torch.ones(len(input_ids), dtype=torch.bool)
-        for chosen in torch.tensor(self.rows).t():
-            written = torch.where(running, chosen, PAD) if self.stop is not None else chosen
-            input_ids = torch.cat([input_ids, written[:, None]], dim=1)
-            ends = stopping_criteria(input_ids, None)
-            running = running & ~ends & (chosen != (-1 if self.stop is None else self.stop))
-            if not running.any():
-                break
-        return SimpleNamespace(sequences=input_ids)
-
-
-def responses_of(model: Any, queries: list[Tensor] = QUERIES, **kwargs: Any) -> list[list[int]]:
-    found = generate_responses(
-        model,
-        queries,
-        collate=lambda examples, side: dict(
-            zip(("input_ids", "attention_mask"), pad([e["input_ids"] for e in examples], PAD, side), strict=True)
-        ),
-        is_encoder_decoder=False,
-        batch_size=kwargs.pop("batch_size", 4),
-        return_prompt=kwargs.pop("return_prompt", False),
-        limits=None,
-        tokenizer=None,
-        generation_kwargs=kwargs,
-    )
-    return [response.tolist() for response in found]
-
-
-def test_a_stop_token_ends_a_response_and_stays() -> None:
-    model = Scripted([4, EOS, 4, 4], [4, 4, 4, EOS], [EOS, 4, 4, 4])
-    assert responses_of(model) == [[4, EOS], [4, 4, 4, EOS], [EOS]]
-    assert responses_of(model, return_prompt=True) == [[5, 6, 7, 4, EOS], [8, 4, 4, 4, EOS], [9, 10, EOS]]
-
-
-def test_without_a_stop_token_nothing_is_cut() -> None:
-    """Neither at the pad token, nor at what was an eos elsewhere."""
-    rows = ([4, PAD, 4, EOS], [PAD, 4, PAD, PAD], [EOS, EOS, 4, 4])
-    assert responses_of(Scripted(*rows, stop=None), eos_token_id=None) == [list(row) for row in rows]
-
-
-def test_a_sampled_pad_token_is_an_action() -> None:
-    assert responses_of(Scripted([PAD, 4, EOS, 4], [4, PAD, PAD, PAD], [4, 4, 4, EOS])) == [
-        [PAD, 4, EOS], [4, PAD, PAD, PAD], [4, 4, 4, EOS],
-    ]  # fmt: skip
-
-
-class After(StoppingCriteria):
-    """Ends each row after the first of its `numbers` of calls: it counts, so that it must be asked once a token."""
-
-    def __init__(self, *numbers: int) -> None:
-        self.numbers, self.calls = torch.tensor(numbers), 0
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.calls += 1
-        return self.numbers == self.calls
-
-
-@pytest.mark.parametrize("stop", [EOS, None])
-def test_a_criterion_ends_a_response(stop: int | None) -> None:
-    """Where there is no stop token, `generate` goes on with a row that has ended: what it writes there was not asked for."""
-    model = Scripted([4, 5, 6, 7], [4, 5, 6, 7], [4, 5, 6, 7], stop=stop)
-    criteria = StoppingCriteriaList([After(1, 4, 9), After(9, 3, 2)])
-    assert responses_of(model, stopping_criteria=criteria) == [[4], [4, 5, 6], [4, 5]]
-
-
-def test_ends_that_are_unknown_are_an_error() -> None:
-    class Deaf(Scripted):
-        def generate(self, **kwargs: Any) -> Any:
-            return super().generate(**kwargs | {"stopping_criteria": lambda ids, scores: torch.tensor(False)})
-
-    with pytest.raises(RuntimeError, match="generate of Deaf asks no stopping criteria"):
-        responses_of(Deaf([4, EOS], [4, 4], [4, 4]))
-    assert responses_of(Deaf([4, EOS]), QUERIES[:1]) == [[4, EOS]]
-
-
-# What is asked for -----------------------------------------------------------------------------------------------------
-
-
-def test_arguments_go_before_a_generation_config_before_the_model_s_own() -> None:
-    own = GenerationConfig(do_sample=True, top_k=7, top_p=0.5, eos_token_id=3)
-    given = {"generation_config": GenerationConfig(do_sample=True, top_k=3, eos_token_id=[13, 4])}
-    assert unseen_by_scoring(own, given, 1.0) == {"top_k": 3, "top_p": 0.5}
-    assert unseen_by_scoring(own, given | {"top_k": 0}, 1.0) == {"top_p": 0.5}
-    assert unseen_by_scoring(own, {}, 1.0) == {"top_k": 7, "top_p": 0.5}
-
-
-def test_top_k_none_cuts_nothing_as_in_transformers() -> None:
-    own = tiny_gpt2(vocab_size=200).generation_config
-    asked = {"do_sample": True, "max_new_tokens": 1, "top_k": None}
-    assert own_sampling(own, asked) == Sampling(stops=(1,))
-    assert unseen_by_scoring(own, asked, 1.0) == {}
-    scores = tiny_gpt2(vocab_size=200).generate(
-        torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 2).long(), output_scores=True, pad_token_id=0,
-        return_dict_in_generate=True, **asked,
-    ).scores[0]  # fmt: skip
-    assert int(torch.isfinite(scores).sum()) == 200
+FIVE = [torch.tensor(ids) for ids in ([5, 6, 7], [8, 9, 10, 11, 12], [13, 14], [8, 9, 10, 11, 12], [40])]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +29,7 @@ def test_top_k_none_cuts_nothing_as_in_transformers() -> None:
     ],
     ids=lambda asked: "-".join(asked),
 )
-def test_reshaped_sampling_is_named(make_trainer: Any, asked: dict[str, Any]) -> None:  # noqa: F811
+def test_reshaped_sampling_is_named(make_trainer: Any, asked: dict[str, Any]) -> None:
     with pytest.warns(UserWarning, match="top_k=3|prefix_allowed_tokens_fn="):
         make_trainer().generate(QUERIES, do_sample=True, max_new_tokens=2, **asked)
 
@@ -168,7 +57,7 @@ def test_reshaped_sampling_is_named(make_trainer: Any, asked: dict[str, Any]) ->
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_is_not_one_response_per_query_is_refused(
-    make_trainer: Any,  # noqa: F811
+    make_trainer: Any,
     asked: dict[str, Any],
     named: str,
     own: bool,
@@ -182,21 +71,18 @@ def test_what_is_not_one_response_per_query_is_refused(
         trainer.generate(QUERIES, **({"do_sample": True, "max_new_tokens": 4, "top_k": 0} | asked))
 
 
-def test_a_temperature_that_plays_no_part_is_not_looked_at(make_trainer: Any) -> None:  # noqa: F811
+def test_a_temperature_that_plays_no_part_is_not_looked_at(make_trainer: Any) -> None:
     got = make_trainer().generate(QUERIES, do_sample=False, temperature=0.0, max_new_tokens=2, return_prompt=False)
     assert [len(response) for response in got] == [2, 2, 2]
 
 
-def test_speculative_decoding_returns_whole_responses(make_trainer: Any) -> None:  # noqa: F811
+def test_speculative_decoding_returns_whole_responses(make_trainer: Any) -> None:
     trainer = make_trainer()
     greedy = {"do_sample": False, "max_new_tokens": 12, "return_prompt": False}
     plain = trainer.generate(QUERIES, **greedy)
     for more in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_gpt2(1)}):
         got = trainer.generate(QUERIES, batch_size=1, **greedy, **more)
         assert [r.tolist() for r in got] == [r.tolist() for r in plain]
-
-
-# Room ------------------------------------------------------------------------------------------------------------------
 
 
 def _long(n: int) -> list[Tensor]:
@@ -210,7 +96,7 @@ def _long(n: int) -> list[Tensor]:
     ids=lambda asked: "-".join(asked) or "own",
 )
 def test_a_response_that_may_not_fit_is_refused_before_sampling(
-    make_trainer: Any,  # noqa: F811
+    make_trainer: Any,
     monkeypatch: pytest.MonkeyPatch,
     asked: dict[str, Any],
     llama: bool,
@@ -226,14 +112,14 @@ def test_a_response_that_may_not_fit_is_refused_before_sampling(
         trainer.generate(_long(60), do_sample=False, **asked)
 
 
-def test_max_length_counts_the_query(make_trainer: Any) -> None:  # noqa: F811
+def test_max_length_counts_the_query(make_trainer: Any) -> None:
     trainer = make_trainer()
     assert [len(r) for r in trainer.generate(_long(60), max_length=64, do_sample=False, eos_token_id=None)] == [5, 64]
     with pytest.raises(ValueError, match=r"max_new_tokens=5 .*60 of the query"):
         trainer.generate(_long(60), max_length=65, do_sample=False)
 
 
-def test_an_encoder_decoder_has_room_for_queries_and_for_responses(make_trainer: Any) -> None:  # noqa: F811
+def test_an_encoder_decoder_has_room_for_queries_and_for_responses(make_trainer: Any) -> None:
     from transformers import LEDConfig, LEDForConditionalGeneration
 
     torch.manual_seed(0)
@@ -256,7 +142,7 @@ def test_an_encoder_decoder_has_room_for_queries_and_for_responses(make_trainer:
         trainer.generate(_long(33), max_new_tokens=4, **greedy)
 
 
-def test_lengths_are_drawn_before_anything_is_sampled(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_lengths_are_drawn_before_anything_is_sampled(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer()
     with pytest.raises(ValueError, match="length_sampler drew 0"):
         trainer.generate(QUERIES, lambda: 0)
@@ -269,7 +155,7 @@ def test_lengths_are_drawn_before_anything_is_sampled(make_trainer: Any, monkeyp
 
 @pytest.mark.parametrize("asked", [{"do_sample": True, "top_k": 0}, {"do_sample": False}], ids=["drawn", "likeliest"])
 @pytest.mark.parametrize("vocabulary", [61, 700])
-def test_logits_that_are_not_finite_are_an_error(asked: dict[str, Any], vocabulary: int, make_trainer: Any) -> None:  # noqa: F811
+def test_logits_that_are_not_finite_are_an_error(asked: dict[str, Any], vocabulary: int, make_trainer: Any) -> None:
     trainer = make_trainer(model=AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(vocab_size=vocabulary)))
     asked = asked | {"max_new_tokens": 3, "eos_token_id": -1}
     trainer.generate(QUERIES, **asked)
@@ -279,7 +165,7 @@ def test_logits_that_are_not_finite_are_an_error(asked: dict[str, Any], vocabula
     assert len(trainer.generate(QUERIES[1], **asked | {"max_new_tokens": 2})[0]) == 3
 
 
-def test_a_mask_of_ones_for_one_query_says_nothing_new(make_trainer: Any) -> None:  # noqa: F811
+def test_a_mask_of_ones_for_one_query_says_nothing_new(make_trainer: Any) -> None:
     trainer = make_trainer()
     asked = {"do_sample": False, "max_new_tokens": 3}
     expected = trainer.generate(QUERIES[0], **asked)
@@ -288,3 +174,41 @@ def test_a_mask_of_ones_for_one_query_says_nothing_new(make_trainer: Any) -> Non
     for mask in (torch.tensor([[0, 1, 1]]), torch.ones(1, 4)):
         with pytest.raises(ValueError, match="attention_mask cannot be asked for"):
             trainer.generate(QUERIES[0], attention_mask=mask, **asked)
+
+
+def test_lengths_are_drawn_once_per_batch(make_trainer: Any) -> None:
+    for own in ({}, {"num_beams": 2}):  # our own loop; generate
+        got = make_trainer().generate(
+            FIVE,
+            iter([3, 6, 1]).__next__,
+            batch_size=2,
+            return_prompt=False,
+            do_sample=False,
+            eos_token_id=None,
+            **own,
+        )
+        assert [len(r) for r in got] == [3, 3, 6, 6, 1]
+
+
+def test_the_reason_for_generate_is_logged_once(make_trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer()
+    with caplog.at_level(logging.INFO, logger="trl"):
+        for _ in range(2):
+            trainer.generate(FIVE, max_new_tokens=3, do_sample=False, num_beams=2)
+            trainer.generate(FIVE, max_new_tokens=3, do_sample=False)
+    reasons = [r.message for r in caplog.records if "transformers' generate" in r.message]
+    assert reasons == ["sampling with transformers' generate: num_beams=2"]
+
+
+def test_a_global_seed_gives_the_same_responses_again(make_trainer: Any) -> None:
+    from trl import set_seed
+
+    trainer = make_trainer()
+    runs = []
+    for size in (2, 5):
+        set_seed(5)
+        first = trainer.generate(FIVE, batch_size=size, max_new_tokens=8, do_sample=True, top_k=0)
+        second = trainer.generate(FIVE, batch_size=size, max_new_tokens=8, do_sample=True, top_k=0)
+        assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        runs.append(first + second)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from torch import Tensor
 from tests.helpers import tiny_gpt2, tiny_llama
 from tests.models.lora import lora, stir
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from trl.trainer.recall import Recall, state_of
+from trl.trainer.policy_sampler import SeenNumbers
 from trl.training import evaluator
+from trl.types import Rollout
 
 SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6}
 
@@ -127,63 +130,38 @@ def test_a_temperature_that_changed_between(make_trainer: Any, make_batch: Any, 
     assert passes == [True, False]
 
 
-@pytest.mark.parametrize("how", ["counted", "data", "value head", "fused"])
-def test_weights_that_somebody_else_changed(make_trainer: Any, make_batch: Any, passes: list[bool], how: str) -> None:
-    queries, _, scores = make_batch()
-    trainer = make_trainer(score_while_sampling=True)
-    responses = rollout(trainer, queries)
-    weight = next(trainer.model.parameters())
-    if how == "counted":
-        with torch.no_grad():
-            weight[0, 0] += 1
-    elif how == "data":
-        weight.data += 1
-    elif how == "value head":
-        with torch.no_grad():
-            trainer.model.v_head.summary.bias += 1
-    else:
-        for parameter in trainer.model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        torch.optim.Adam(trainer.model.parameters(), lr=1e-3, fused=True).step()
-    trainer.step(queries, responses, scores)
-    assert passes == [True, False]
-
-
 def attention(trainer: PPOTrainer) -> Any:
     """That of the second layer of a LoRA model."""
     return trainer.model.pretrained_model.base_model.model.transformer.h[1].attn
 
 
-def edit(tensor: Tensor, change: Any) -> None:
-    """Behind torch's back: no version is counted, and the middle one of the numbers stays."""
-    middle = float(tensor.data.flatten()[tensor.numel() // 2])
-    change(tensor.data)
-    tensor.data.view(-1)[tensor.numel() // 2] = middle
-
-
 # Ways to change what a LoRA policy computes.
 CHANGES: dict[str, Any] = {
-    "a number": lambda t: edit(attention(t).c_attn.base_layer.weight, lambda w: w[3, 5].add_(0.5)),
-    "two signs": lambda t: edit(attention(t).c_attn.base_layer.weight, lambda w: w[3, 5:7].neg_()),
-    "two rows": lambda t: edit(attention(t).c_proj.weight, lambda w: w[:2].copy_(w[:2].flip(0))),
-    "the adapter": lambda t: edit(attention(t).c_attn.lora_A["default"].weight, lambda w: w[0].add_(1)),
-    "the adapter's scale": lambda t: attention(t).c_attn.scaling.update(default=7.0),
-    "a number of a module": lambda t: setattr(attention(t), "scaling", 0.1),
-    "a number of the configuration": lambda t: setattr(t.model.config, "scale_attn_weights", False),
-    "an activation": lambda t: setattr(
-        t.model.pretrained_model.base_model.model.transformer.h[0].mlp, "act", torch.nn.ReLU()
+    "a weight": lambda t: attention(t).c_attn.base_layer.weight[3, 5].add_(0.5),
+    "a weight of the adapter": lambda t: attention(t).c_attn.lora_A["default"].weight[0].add_(1),
+    "another parameter": lambda t: setattr(
+        attention(t).c_proj, "weight", torch.nn.Parameter(attention(t).c_proj.weight * 2)
     ),
-    "a hook": lambda t: attention(t).register_forward_hook(lambda module, args, out: (out[0] * 2, *out[1:])),
-    "a hook before": lambda t: attention(t).c_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
-    "a forward": lambda t: setattr(attention(t).c_proj, "forward", lambda x: x),
-    "the value head": lambda t: edit(t.model.v_head.summary.weight, lambda w: w[0, 0].add_(1)),
+    "an optimizer of one's own": lambda t: optimize(t.model),
+    "another adapter": lambda t: t.model.pretrained_model.set_adapter("other"),
+    "the adapter's scale": lambda t: attention(t).c_attn.scaling.update(default=7.0),
+    "the value head": lambda t: t.model.v_head.summary.weight[0, 0].add_(1),
+    "loaded weights": lambda t: t.model.load_state_dict({k: v * 1.1 for k, v in t.model.state_dict().items()}),
 }
 
 
+def optimize(model: torch.nn.Module) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.Adam(trained, lr=1e-3).step()
+
+
 @pytest.mark.parametrize("how", ["nothing", "modes", *CHANGES])
-def test_whatever_changes_the_numbers_is_seen(make_trainer: Any, make_batch: Any, passes: list[bool], how: str) -> None:
+def test_a_change_that_torch_counts_is_seen(make_trainer: Any, make_batch: Any, passes: list[bool], how: str) -> None:
     queries, _, scores = make_batch()
     model = lora(tiny_gpt2())
+    model.add_adapter("other", model.peft_config["default"])
     stir(model)
     wrapper = AutoModelForCausalLMWithValueHead.from_pretrained(model, summary_dropout_prob=0.0)
     trainer = make_trainer(model=wrapper, score_while_sampling=True)
@@ -191,9 +169,26 @@ def test_whatever_changes_the_numbers_is_seen(make_trainer: Any, make_batch: Any
     if how == "modes":  # dropout is off while tokens are sampled and while they are scored, whatever the mode is
         trainer.model.train(not trainer.model.training)
     elif how != "nothing":
-        CHANGES[how](trainer)
-    trainer.step(queries, responses, scores)
+        with torch.no_grad():
+            CHANGES[how](trainer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* parameters, such as .* are to be trained since the trainer was made")
+        trainer.step(queries, responses, scores)
     assert passes == ([False] if how in ("nothing", "modes") else [True, False])
+
+
+def test_an_adapter_that_was_off_for_one_call_of_generate(
+    make_trainer: Any, make_batch: Any, passes: list[bool]
+) -> None:
+    queries, _, scores = make_batch()
+    model = lora(tiny_gpt2())
+    stir(model)
+    wrapper = AutoModelForCausalLMWithValueHead.from_pretrained(model, summary_dropout_prob=0.0)
+    trainer = make_trainer(model=wrapper, score_while_sampling=True)
+    with model.disable_adapter():
+        responses = rollout(trainer, queries)
+    trainer.step(queries, responses, scores)
+    assert passes == [True, False]
 
 
 def test_a_buffer_that_changed(make_trainer: Any, make_batch: Any, passes: list[bool]) -> None:
@@ -201,7 +196,7 @@ def test_a_buffer_that_changed(make_trainer: Any, make_batch: Any, passes: list[
     wrapper = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_llama(), summary_dropout_prob=0.0)
     trainer = make_trainer(model=wrapper, score_while_sampling=True)
     responses = rollout(trainer, queries)
-    trainer.model.pretrained_model.model.rotary_emb.inv_freq.data.mul_(0.5)
+    trainer.model.pretrained_model.model.rotary_emb.inv_freq.mul_(0.5)
     trainer.step(queries, responses, scores)
     assert passes == [True, False]
 
@@ -213,62 +208,77 @@ def test_weights_that_were_others_for_one_call_of_generate(
     queries, _, scores = make_batch()
     trainer = make_trainer(score_while_sampling=True)
     rollout(trainer, queries)
-    before = [parameter.data.clone() for parameter in trainer.model.parameters()]
-    for parameter in trainer.model.parameters():
-        parameter.data.mul_(0.9)
-    responses = rollout(trainer, queries)
-    for parameter, value in zip(trainer.model.parameters(), before, strict=True):
-        parameter.data.copy_(value)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(0.9)
+        responses = rollout(trainer, queries)
+        for parameter, value in zip(trainer.model.parameters(), before, strict=True):
+            parameter.copy_(value)
     trainer.step(queries, responses, scores)
     assert passes == [True, False]
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2**18 + 3, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
-def test_a_state_sees_every_number_of_a_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    module = torch.nn.Module()
-    module.register_buffer("numbers", tensor)
-    before, flat = state_of(module), tensor.view(-1)
-    for place in {0, tensor.numel() // 3, tensor.numel() - 1}:
-        kept = flat[place].clone()
-        flat[place] = not kept if dtype == torch.bool else -kept
-        assert state_of(module) != before
-        flat[place] = kept
-    assert state_of(module) == before
-    module.register_buffer("numbers", tensor.reshape(1, *shape))
-    assert state_of(module) != before
+def test_a_checkpoint_that_was_loaded_between(
+    make_trainer: Any, make_batch: Any, passes: list[bool], tmp_path: Path
+) -> None:
+    queries, _, scores = make_batch()
+    trainer = make_trainer(score_while_sampling=True)
+    trainer.save_checkpoint(tmp_path)
+    responses = rollout(trainer, queries)
+    trainer.load_checkpoint(tmp_path)
+    trainer.step(queries, responses, scores)
+    assert passes == [True, False]
 
 
-def test_a_state_sees_numbers_that_do_not_lie_together() -> None:
-    whole = torch.arange(40.0)
-    for part in (whole[1:30], whole.view(5, 8).t(), whole[::3]):
-        module = torch.nn.Module()
-        module.register_buffer("numbers", part)
-        before = state_of(module)
-        part[1:3] = part[1:3].flip(0)
-        assert state_of(module) != before
-        part[1:3] = part[1:3].flip(0)
-        assert state_of(module) == before
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_copies_and_slices_are_known_by_their_tokens(
+    make_trainer: Any, make_batch: Any, passes: list[bool], seq2seq: bool
+) -> None:
+    queries, _, scores = make_batch(seq2seq=seq2seq)
+    trainer = make_trainer(seq2seq=seq2seq, score_while_sampling=True)
+    torch.manual_seed(3)
+    found = trainer.generate(queries, **SAMPLING)
+    responses = [r.clone() if seq2seq else r[len(q) :] for q, r in zip(queries, found, strict=True)]
+    single = trainer.generate(queries[0], **SAMPLING)[0]
+    responses[0] = torch.tensor((single if seq2seq else single[len(queries[0]) :]).tolist())
+    trainer.step([query.clone() for query in queries], responses, scores)
+    assert passes == [False]
 
 
-def test_what_is_remembered_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    recall, state = Recall(), (1.0, 2.0)
-    words, numbers = [torch.tensor([i]) for i in range(5)], [torch.tensor([float(i)]) for i in range(5)]
-    recall.keep(state, words, words, numbers, numbers)
-    assert recall.find(state, words[3:], words[3:]) == (numbers[3:], numbers[3:])
-    assert recall.find(state, words, words[::-1]) is None
-    assert recall.find((1.0, 3.0), words[3:], words[3:]) is None
+def test_what_is_kept_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, state = SeenNumbers(), (1.0, 2)
+    words, numbers = [torch.tensor([i]) for i in range(5)], torch.arange(5.0)[:, None]
+
+    def keep(state: Any, queries: list[Tensor], responses: list[Tensor]) -> None:
+        tokens = torch.stack([torch.cat(pair) for pair in zip(queries, responses, strict=True)])
+        mask = torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.bool)
+        mask[:, -1] = True
+        table = torch.full(mask.shape, torch.nan)
+        table[:, -1:] = numbers[: len(tokens)]
+        ones = torch.ones_like(tokens, dtype=torch.bool)
+        found = Rollout(tokens=tokens, attention=ones, mask=mask, sampler_logprobs=table, values=table + 10)
+        seen.keep(state, queries, responses, found)
+
+    keep(state, words, words)
+    found = seen.find(state, words[3:], words[3:])
+    assert found is not None and [[row.tolist() for row in rows] for rows in found] == [[[3], [4]], [[13], [14]]]
+    assert seen.find(state, words, words[::-1]) is None
+    assert seen.find((1.0, 3), words[3:], words[3:]) is None
     # Where a query ends and its response begins is part of what was sampled.
-    pair = [torch.tensor([7, 8])]
-    recall.keep(state, pair, words[:1], numbers[:1], numbers[:1])
-    assert recall.find(state, [torch.tensor([7])], [torch.tensor([8, 0])]) is None
-    monkeypatch.setattr("trl.trainer.recall._MOST", 3)
-    recall.keep(state, words[:1], words[:1], numbers[:1], numbers[:1])
-    assert recall.find(state, words[1:2], words[1:2]) is None
-    assert recall.find(state, words[3:], words[3:]) is not None
-    recall.forget()
-    assert recall.find(state, words[3:], words[3:]) is None
+    keep(state, [torch.tensor([7, 8])], words[:1])
+    assert seen.find(state, [torch.tensor([7, 8])], words[:1]) is not None
+    assert seen.find(state, [torch.tensor([7])], [torch.tensor([8, 0])]) is None
+    monkeypatch.setattr("trl.trainer.policy_sampler._MOST_RESPONSES", 3)
+    keep(state, words[:1], words[:1])
+    assert seen.find(state, words[1:2], words[1:2]) is None
+    assert seen.find(state, words[3:], words[3:]) is not None
+    seen.clear()
+    assert seen.find(state, words[3:], words[3:]) is None
+    keep(state, words, words)
+    keep((2.0, 2), words[:1], words[:1])
+    assert seen.find(state, words[3:], words[3:]) is None
+    assert seen.find((2.0, 2), words[3:], words[3:]) is None
 
 
 @pytest.mark.parametrize("name", ["keep_memory", "score_while_sampling", "gradient_checkpointing"])

@@ -1,0 +1,238 @@
+"""Our own decoding loop: one uniform random number per row and token, recorded logprobs, and batch compaction.
+
+It drives a plain transformers language model through its forward pass and a KV cache, and drops finished rows from the
+batch. There is no list of supported models: `trl.rollout.self_check.obstacle` tries each one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.functional.sampling import draw, sampling_logits
+from trl.kernels.decode_attention import decoding
+from trl.kernels.packed_weights import packed_weights
+from trl.kernels.products import shared_size
+from trl.rollout.assembly import Side, assemble
+from trl.rollout.decoders import decoder_for, start_token
+from trl.types import Rollout, Sampling
+
+# Compact the batch once this fraction of its rows has finished: each compaction copies the KV cache of the others.
+_COMPACT_SHARE = 0.25
+# Logits processed at once when sampling on a CPU.
+_NUMBERS_AT_ONCE = 2**19
+# Memory budget in bytes for KV cache and logits, within which batches may exceed the requested batch size.
+_FREE_MEMORY = 512 * 2**20
+
+# A context manager that yields a function returning the values `[b, T]` of the latest forward pass.
+Critic = Callable[[], AbstractContextManager[Callable[[], Tensor] | None]]
+
+
+class LocalEngine:
+    """A `RolloutEngine` that decodes in this process, with the policy's own weights.
+
+    Args:
+        model: a language model for which `obstacle` returns None, in evaluation mode.
+        pad_token: pads the rollout's tokens.
+        side: side that the rollout is padded on.
+        batch_size: queries decoded together; more where that costs little memory. Changes no response.
+        critic: watches the critic's values during decoding; by default, the rollout has none.
+    """
+
+    def __init__(
+        self, model: Any, *, pad_token: int = 0, side: Side = "right", batch_size: int = 4, critic: Critic = nullcontext
+    ) -> None:
+        self.model = model
+        self.pad_token = pad_token
+        self.side: Side = side
+        self.batch_size = batch_size
+        self.critic = critic
+        self.version = 0
+
+    def update_weights(self, version: int) -> None:
+        """Names the current weights; they need not be copied, since the engine reads the model's own."""
+        self.version = version
+
+    def generate(self, queries: Sequence[Tensor], sampling: Sampling) -> Rollout:
+        """Samples one response per query, with its logprobs under the sampling distribution (0 if greedy).
+
+        Args:
+            queries: `B` 1-D token tensors.
+            sampling: the request. One uniform is drawn per token, so that the same seed gives the same responses at any
+                `batch_size`.
+
+        Raises:
+            ValueError: if there is not one limit per query, or one is below 1.
+            RuntimeError: if logits are NaN or infinite.
+        """
+        count, limits = len(queries), sampling.limits
+        if len(limits) != count:
+            raise ValueError(f"Sampling.limits holds {len(limits)} numbers for {count} queries; one each is needed")
+        if (least := min(limits)) < 1:
+            raise ValueError(f"a response of at most {least} new tokens is asked for: it must be at least 1")
+        generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
+        # One row per token position, so that the draws do not depend on the largest limit.
+        uniforms = torch.rand(max(limits), count, dtype=torch.float64, generator=generator)
+        size = self._rows_at_once(max(len(query) for query in queries) + max(limits))
+        order = sorted(range(count), key=lambda row: (len(queries[row]), limits[row]))
+        sampled: dict[int, tuple[Tensor, ...]] = {}
+        with self.critic() as values:
+            for start in range(0, count, size):
+                rows = order[start : start + size]
+                part = sample(
+                    self.model,
+                    [queries[row] for row in rows],
+                    sampling=sampling,
+                    limits=[limits[row] for row in rows],
+                    uniforms=uniforms[:, rows],
+                    values=values,
+                )
+                columns = [part.responses, part.logprobs, *([] if part.values is None else [part.values])]
+                sampled |= zip(rows, zip(*columns, strict=True), strict=True)
+        responses, logprobs, *critic = zip(*(sampled[row] for row in range(count)), strict=True)
+        contexts, encoded = list(queries), None
+        if self.model.config.is_encoder_decoder:
+            contexts, encoded = [torch.tensor([start_token(self.model)])] * count, queries
+        return assemble(
+            contexts,
+            responses,
+            pad_token=self.pad_token,
+            side=self.side,
+            encoded=encoded,
+            logprobs=logprobs,
+            values=critic[0] if critic else None,
+            policy_version=self.version,
+        )
+
+    def _rows_at_once(self, tokens: int) -> int:
+        """Returns how many sequences of up to `tokens` tokens to decode as one batch."""
+        config = self.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = self.model.get_input_embeddings().weight.element_size()
+        per_row = 2 * size * heads * width * config.num_hidden_layers * tokens + 16 * config.vocab_size
+        return max(self.batch_size, _FREE_MEMORY // per_row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """Sampled responses with logprobs and values recorded during decoding; one list entry per query."""
+
+    responses: list[Tensor]  # 1-D int64, including the stop token if one was sampled
+    logprobs: list[Tensor]  # 1-D float32, under the sampling distribution; 0 if greedy
+    values: list[Tensor] | None = None  # 1-D float32, of the state before each token
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    queries: Sequence[Tensor],
+    *,
+    sampling: Sampling,
+    limits: Sequence[int],
+    uniforms: Tensor,
+    values: Callable[[], Tensor] | None = None,
+) -> Sampled:
+    """Samples one response per query, as one batch.
+
+    Args:
+        model: a plain transformers language model, possibly with adapters, in evaluation mode.
+        queries: `B` 1-D token tensors.
+        sampling: sampling distribution and stop tokens; its limits and seed are not read.
+        limits: maximum new tokens of each response; >= 1.
+        uniforms: `[max(limits), B]` float64 in [0, 1): token `t` of row `b` is drawn with `uniforms[t, b]`, so that a
+            response depends neither on the rest of its batch nor on the other responses' lengths.
+        values: returns the values `[b, T]` of the latest forward pass; None records no values.
+
+    Returns:
+        The sampled responses, without an encoder-decoder's start token.
+
+    Raises:
+        RuntimeError: if logits are NaN or infinite.
+    """
+    with decoding(model), packed_weights(model, rows=len(queries), tokens=max(limits)):
+        return _sample(model, queries, sampling, limits, uniforms, values)
+
+
+def _sample(
+    model: Any,
+    queries: Sequence[Tensor],
+    sampling: Sampling,
+    limits: Sequence[int],
+    uniforms: Tensor,
+    values: Callable[[], Tensor] | None,
+) -> Sampled:
+    count, longest = len(queries), max(limits)
+    decoder = decoder_for(model, queries, limits)
+    device = decoder.device
+    stops = torch.tensor(sampling.stops, device=device)
+    tokens = torch.zeros(longest, count, dtype=torch.int64, device=device)
+    logprobs, critic = (torch.zeros(longest, count, device=device) for _ in range(2))
+    lengths = torch.zeros(count, dtype=torch.int64, device=device)
+    # One entry per row of the batch, which shrinks: the query's index, the limit, whether the row is unfinished.
+    rows: Tensor | slice = slice(None)
+    limit, uniforms = torch.tensor(list(limits), device=device), uniforms.to(device)
+    live, left = torch.ones(count, dtype=torch.bool, device=device), count
+    raw = decoder.begin()
+    for t in range(longest):
+        chosen, seen = _choose(sampling, raw, t, uniforms[t])
+        tokens[t, rows], logprobs[t, rows] = chosen, seen
+        if values is not None:
+            value = values()[:, -1].float()
+            critic[t, rows] = value if decoder.copies is None else value[decoder.copies]
+        ended = limit <= t + 1
+        if sampling.stops:
+            ended |= torch.isin(chosen, stops)
+        running = live & ~ended
+        before, left = left, int(running.sum())
+        if left < before:
+            indices = torch.arange(count, device=device)[rows]
+            lengths[indices[live & ended]] = t + 1
+            if left == 0:
+                break
+            room = shared_size(left, steps=4) if device.type == "cpu" else left
+            if room <= (1 - _COMPACT_SHARE) * len(limit):
+                kept = running.logical_not().argsort(stable=True)[:room].sort().values  # may include finished rows
+                decoder.keep(kept)
+                rows, chosen, running = indices[kept], chosen[kept], running[kept]
+                limit, uniforms = limit[kept], uniforms[:, kept]
+        live = running
+        raw = decoder.advance(chosen)
+    if bool((broken := logprobs.isnan()).any()):
+        drawn, row = broken.nonzero()[0].tolist()
+        raise RuntimeError(
+            f"{type(model).__name__}: logits after {len(queries[row])} tokens of a query and {drawn} of its response hold NaN or "
+            f"infinity, so that nothing can be sampled: are its weights ({next(model.parameters()).dtype}) finite?"
+        )
+    sizes = lengths.tolist()
+
+    def cut(table: Tensor) -> list[Tensor]:
+        return [row[:size].clone() for row, size in zip(table.t(), sizes, strict=True)]
+
+    return Sampled(responses=cut(tokens), logprobs=cut(logprobs), values=None if values is None else cut(critic))
+
+
+def _choose(sampling: Sampling, raw: Tensor, length: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples tokens `[b]` from raw logits `[b, V]` after `length` tokens; returns them and their logprobs `[b]`."""
+    # On a CPU, in chunks that fit into its cache.
+    at_once = max(1, _NUMBERS_AT_ONCE // raw.shape[1]) if raw.device.type == "cpu" else len(raw)
+    chosen: list[tuple[Tensor, Tensor]] = []
+    for logits, numbers in zip(raw.split(at_once), uniforms.split(at_once), strict=True):
+        logits = sampling_logits(logits, sampling, length)
+        chosen.append(_most_likely(logits) if sampling.greedy else draw(logits, numbers))
+    if len(chosen) == 1:
+        return chosen[0]
+    tokens, logprobs = zip(*chosen, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`[b]` tokens, and zeros: NaN where logits `[b, V]` have no largest one that is finite."""
+    tokens = logits.argmax(dim=-1)
+    largest = logits.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, largest - largest
