@@ -13,12 +13,12 @@ PACKAGE = TESTS.parent / "trl"
 # Module: the test file that exercises it, and a name that both contain (a function, a setting, a statistic), or the
 # module's own path. One line per module, sorted. A module with a test file of its name needs no line.
 TESTED_IN = {
+    "algorithms/grpo.py": ("algorithms/test_policy_gradient.py", "grpo"),
     "algorithms/ppo.py": ("conformance/test_system.py", "ppo_minibatches"),
     "core.py": ("compat/test_core_functions.py", "logprobs_from_logits"),
     "demo/figure.py": ("demo/test_page.py", "nice_ticks"),
     "demo/outcome.py": ("demo/test_page.py", "DemoSettings"),
     "demo/terminal.py": ("demo/test_page.py", "comparison"),
-    "kernels/joined_products.py": ("kernels/test_packed_weights.py", "trl.kernels.joined_products"),
     "kernels/kv_cache.py": ("kernels/test_decode_attention.py", "GrowingLayer"),
     "models/autos.py": ("models/test_wrapper.py", "AutoModelForCausalLMWithValueHead"),
     "models/limits.py": ("models/test_padding.py", "context_length"),
@@ -51,15 +51,21 @@ TESTED_IN = {
     "state/tensorfile.py": ("state/test_checkpoints.py", "safetensors_pieces"),
     "trackers/records.py": ("trackers/test_run_directory.py", "read_completions"),
     "trainer/base.py": ("trainer/test_card.py", "create_model_card"),
+    "trainer/construction.py": ("trainer/test_odd_use.py", "create_reference_model"),
+    "trainer/given.py": ("trainer/test_bad_input.py", "response_masks"),
     "trainer/kl_controllers.py": ("conformance/test_rewards_kl.py", "AdaptiveKLController"),
+    "trainer/policy_trainer.py": ("compat/test_ppo_trainer.py", "prepare_dataloader"),
+    "trainer/ppo_compat.py": ("compat/test_ppo_trainer.py", "train_minibatch"),
     "trainer/ppo_config.py": ("compat/test_names_and_signatures.py", "PPOConfig"),
-    "trainer/ppo_methods.py": ("compat/test_ppo_trainer.py", "compute_rewards"),
-    "training/batched.py": ("trainer/test_recall.py", "evaluate_in_batches"),
-    "training/compiling.py": ("training/test_layers.py", "CompiledCode"),
+    "trainer/reporting.py": ("compat/test_ppo_trainer.py", "gather_stats"),
+    "trainer/resumable.py": ("training/test_resume.py", "save_checkpoint"),
+    "training/batched.py": ("trainer/test_score_while_sampling.py", "evaluate_in_batches"),
+    "training/evaluator.py": ("trainer/test_ppo_trainer.py", "with_frozen_states"),
     "training/loop.py": ("training/test_guards.py", "Updater"),
     "training/optimizers.py": ("training/test_narrow_moments.py", "make_adam"),
     "training/peak.py": ("kernels/test_streaming_adam.py", "memory/peak_mb"),
     "training/run_state.py": ("training/test_resume.py", "kl_ctl"),
+    "training/setup.py": ("algorithms/test_policy_gradient.py", "Setup"),
 }
 
 # Re-exports and command lines.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,9 +16,11 @@ from tests.helpers import assert_close, tiny_gpt2, tiny_t5, tiny_tokenizer
 from tests.models.lora import lora
 from tests.trainer.managed import HELD_OUT, PROMPTS, bits, words
 from trl import AutoModelForCausalLMWithValueHead, OnlineTrainer, PPOConfig
-from trl.algorithms import grpo
+from trl.algorithms import KLPenalty, grpo
 from trl.functional import k1
+from trl.rollout import LocalEngine, rollout_rows
 from trl.trackers import read_completions, read_metrics
+from trl.types import Sampling
 
 QUERIES = [torch.tensor([5, 6, 7])] * 4 + [torch.tensor([8, 9])] * 4
 RESPONSES = [torch.tensor([10 + i, 20 + i, 30 + i][: 1 + i % 3]) for i in range(8)]
@@ -130,9 +134,56 @@ def test_a_run_without_a_reference(tmp_path: Path) -> None:
 
 
 def test_another_kl_is_one_word(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from trl.algorithms import KLPenalty
-
     trainer = make(algorithm=replace(grpo(), name="mine", kl=KLPenalty(estimator=k1, coef=0.1)))
     assert "mine/loss/kl" in trainer.step(QUERIES, RESPONSES, SCORES)
+
+
+def engine_of(trainer: Any) -> LocalEngine:
+    return LocalEngine(trainer.model.pretrained_model, pad_token=0, batch_size=8)
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_a_rollout_takes_the_place_of_queries_and_responses(make_trainer: Any, seq2seq: bool) -> None:
+    queries = [torch.tensor([5, 6, 7][: 1 + i % 3]) for i in range(4)]
+    scores = [torch.tensor(float(i)) for i in range(4)]
+    stats = []
+    for whole in (True, False):
+        trainer = make_trainer(seq2seq=seq2seq)
+        with torch.no_grad():
+            rollout = engine_of(trainer).generate(queries, Sampling(limits=(4, 5, 6, 3), seed=1))
+        rollout = replace(rollout, sampler_logprobs=rollout.sampler_logprobs - 0.3)
+        if whole:
+            stats.append(trainer.step(rollout=rollout, scores=scores))
+        else:
+            rows, responses = rollout_rows(rollout)
+            seen = [row[mask] for row, mask in zip(rollout.sampler_logprobs, rollout.mask, strict=True)]
+            if seq2seq:
+                seen = [torch.cat([torch.zeros(1), row]) for row in seen]
+            stats.append(trainer.step(rows, responses, scores, sampler_logprobs=seen))
+    names = [name for name in stats[0] if "time/" not in name and "memory/" not in name]
+    assert all(np.array_equal(stats[0][name], stats[1][name]) for name in names)
+    assert abs(stats[0]["objective/sampler_gap"] - 0.3) < 1e-4
+
+
+def test_a_rollout_that_cannot_be_taken(make_trainer: Any) -> None:
+    trainer = make_trainer()
+    queries, scores = [torch.tensor([5, 6])] * 4, [torch.tensor(1.0)] * 4
+    rollout = engine_of(trainer).generate(queries, Sampling(limits=(4,) * 4, seed=1))
+    with pytest.raises(ValueError, match="either rollout, or queries and responses"):
+        trainer.step(queries, queries, scores, rollout=rollout)
+    with pytest.raises(ValueError, match="queries"):
+        trainer.step(scores=scores)
+    holed = rollout.mask.clone()
+    holed[1, holed[1].nonzero()[-1]] = False
+    with pytest.raises(ValueError, match="the mask of row 1 covers"):
+        trainer.step(rollout=replace(rollout, mask=holed), scores=scores)
+    with pytest.raises(ValueError, match="scores"):
+        trainer.step(rollout=rollout)
+
+
+def test_groups_of_a_rollout_are_its_own() -> None:
+    trainer = make(algorithm=grpo(kl_coef=0.0))
+    rollout = engine_of(trainer).generate(QUERIES, Sampling(limits=(4,) * 8, seed=1))
+    group = torch.tensor([0, 1] * 4)
+    trainer.step(rollout=replace(rollout, group=group, sampler_logprobs=None), scores=SCORES)
+    assert trainer.last_experience is not None and torch.equal(trainer.last_experience.rollout.group, group)

@@ -26,7 +26,7 @@ class BaseTrainer:
     def __init__(self, config: Any) -> None:
         self.config = config
 
-    def step(self, *args: Any) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one optimisation step."""
         raise NotImplementedError(f"{type(self).__name__} has no step")
 

@@ -73,14 +73,14 @@ def make_reference(
             )
         check_reference(ref_model, model)
         if num_shared_layers is not None:
-            warnings.warn(f"num_shared_layers={num_shared_layers} is ignored, since a ref_model is given", stacklevel=4)
+            warnings.warn(f"num_shared_layers={num_shared_layers} is ignored, since a ref_model is given", stacklevel=5)
         return ref_model
     if not model.is_peft_model:
         return create_reference_model(model, num_shared_layers=num_shared_layers)
     if num_shared_layers is not None:
         warnings.warn(
             f"num_shared_layers={num_shared_layers} is ignored: with an adapter, the reference is the model without it",
-            stacklevel=4,
+            stacklevel=5,
         )
     if adapter_starts_at_zero(model):
         return None

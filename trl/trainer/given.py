@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trl.models.limits import context_length, decoder_start, vocabulary_sizes
+from trl.rollout import rollout_rows
 from trl.trainer.checks import (
     check_lists,
     check_logprobs,
@@ -17,15 +19,15 @@ from trl.trainer.checks import (
     check_start,
     check_tokens,
 )
-from trl.types import Scored
+from trl.types import Rollout, Scored
 
 
 def check_batch(
     model: nn.Module,
     batch_size: int | None,
-    queries: list[Tensor],
-    responses: list[Tensor],
-    scores: list[Tensor],
+    queries: Any,
+    responses: Any,
+    scores: Any,
     *,
     is_encoder_decoder: bool,
     device: torch.device,
@@ -97,3 +99,26 @@ def scored_by_caller(scores: Sequence[Tensor], token_rewards: Sequence[Tensor] |
         seconds=[0.0] * count,
         errors=[None] * count,
     )
+
+
+def rows_of(rollout: Rollout) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+    """Splits a rollout, as an engine returns it, into the queries, responses and sampler_logprobs of `step`.
+
+    Raises:
+        ValueError: if its mask leaves out response tokens: where a response begins is then unknown.
+    """
+    skip = int(rollout.encoder_tokens is not None)
+    counts, first = rollout.mask.sum(dim=1), rollout.mask.long().argmax(dim=1)
+    columns = torch.arange(rollout.attention.shape[1], device=rollout.tokens.device)
+    last = torch.where(rollout.attention.bool(), columns, 0).amax(dim=1)
+    if bool((wrong := (counts == 0) | (last - first != counts)).any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"rollout: the mask of row {row} covers {int(counts[row])} tokens, not one stretch up to the end of the response: "
+            "give queries, responses and response_masks instead"
+        )
+    queries, responses = rollout_rows(rollout)
+    if rollout.sampler_logprobs is None:
+        return queries, responses, None
+    numbers = rollout.sampler_logprobs[rollout.mask].split(counts.tolist())
+    return queries, responses, [nn.functional.pad(row, (skip, 0)) for row in numbers]
