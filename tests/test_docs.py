@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -70,3 +71,21 @@ def test_every_statistic_is_explained_and_exists():
     stats = trainer.step(queries, responses, scores, sampler_logprobs=[torch.zeros(3), torch.zeros(2)])
     assert {key for key in stats if isinstance(key, str)} - documented_statistics() == set()
     assert documented_statistics() - set(stats) == set()
+
+
+def test_the_way_from_step_to_the_loss_is_as_it_is_shown():
+    """At most five files, none of them twice; every function exists and names the one that it calls next."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("### From step to the loss")[1]
+    rows = re.findall(r"^\| `(trl/\S+)` \| (.*) \|$", text.split("An `Algorithm`")[0], re.MULTILINE)
+    assert 2 <= len(rows) <= 5 and len({file for file, _ in rows}) == len(rows)
+    way = [(file, name) for file, names in rows for name in re.findall(r"`(\w+)`", names)]
+    sources = {}
+    for file, name in way:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        sources[file, name] = [
+            ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name
+        ]
+        assert sources[file, name], f"{file} has no {name}"
+    for here, (_, following) in zip(way, way[1:], strict=False):
+        called = "loss_fn" if following == "loss" else following  # passed as a function
+        assert any(re.search(rf"\b{called}\(", source) for source in sources[here]), f"{here} does not call {following}"

@@ -57,7 +57,7 @@ TESTED_IN = {
     "trainer/policy_trainer.py": ("compat/test_ppo_trainer.py", "prepare_dataloader"),
     "trainer/ppo_compat.py": ("compat/test_ppo_trainer.py", "train_minibatch"),
     "trainer/ppo_config.py": ("compat/test_names_and_signatures.py", "PPOConfig"),
-    "trainer/reporting.py": ("compat/test_ppo_trainer.py", "gather_stats"),
+    "trainer/reporting.py": ("compat/test_ppo_trainer.py", "log_stats"),
     "trainer/resumable.py": ("training/test_resume.py", "save_checkpoint"),
     "training/batched.py": ("trainer/test_score_while_sampling.py", "evaluate_in_batches"),
     "training/evaluator.py": ("trainer/test_ppo_trainer.py", "with_frozen_states"),
