@@ -341,6 +341,7 @@ def overridden(trainer: type, name: str, signature: Signature, returned: int) ->
         raise Called
 
     def answer(*args: Any, **kwargs: Any) -> Any:
+        assert base is not None
         values = base(*args, **kwargs)
         return (*values, values[-1])[:returned] if isinstance(values, tuple) else values
 
