@@ -31,6 +31,8 @@ COMPUTED = "<computed>"
 TRAINER = "trl.trainer.ppo_trainer.PPOTrainer"
 # Called by a script, so an override of them is called without our doing.
 ENTRY_POINTS = ("__init__", "step", "generate", "log_stats")
+# Called by nothing in TRL either, so an override of them never did anything.
+UNCALLED = ("_filter_kwargs", "_show_tokens")
 
 Facts = Mapping[str, Mapping[str, Any]]  # by version, oldest first
 Signature = Sequence[Any]  # as scripts/read_old_trl.py writes it
@@ -371,7 +373,7 @@ def hooks(facts: Facts) -> Iterable[Row]:
     names = by_name(facts, lambda f: [p for p in f["signatures"] if p.startswith(f"{TRAINER}.")])
     for path in names:
         name = path.rpartition(".")[2]
-        if name in ENTRY_POINTS:
+        if name in (*ENTRY_POINTS, *UNCALLED):
             continue
         for signature, versions in variants(facts, path):
             for returned in sorted({facts[version]["returns"][name] for version in versions}):

@@ -93,12 +93,12 @@ class WithHelpers(PPOTrainer):
         raise AssertionError("nobody but this class calls it")
 
 
-def make(kind, **settings):
+def make(kind, dataset=None, **settings):
     """A trainer of this class on a tiny model, whose reference is another one."""
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), v_head_init_strategy="normal")
     reference = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(seed=1))
     settings = {"batch_size": 4, "mini_batch_size": 4, "ppo_epochs": 2, "learning_rate": 1e-2} | settings
-    return kind(PPOConfig(**settings), model, reference, tiny_tokenizer())
+    return kind(PPOConfig(**settings), model, reference, tiny_tokenizer(), dataset)
 
 
 def learnt(kind, **settings):

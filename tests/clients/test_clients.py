@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 from tests.clients import framework_subclass as framework
 from tests.clients.weights import same
@@ -83,12 +85,22 @@ def test_helpers_of_a_subclass_are_its_own() -> None:
     assert "ppo/loss/total" in trainer.step(framework.QUERIES, framework.RESPONSES, framework.SCORES)
 
 
+class Called(Exception):
+    """Raised by an override."""
+
+
 @waits_for("an override that is never called is an error")
-@pytest.mark.parametrize("name", ["_filter_kwargs", "_prepare_deepspeed", "_show_tokens"])
-def test_override_that_is_never_called_is_refused(name: str) -> None:
-    kind = type("Framework", (PPOTrainer,), {name: lambda self, *args, **kwargs: None})
-    with pytest.raises((TypeError, ValueError), match=name):
-        framework.make(kind)
+@pytest.mark.parametrize(
+    "name", ["_prepare_deepspeed", "_remove_unused_columns", "_save_pretrained", "_set_signature_columns_if_needed"]
+)
+def test_override_is_called_or_refused(tmp_path: Path, name: str) -> None:
+    def hook(self: PPOTrainer, *args: object, **kwargs: object) -> None:
+        raise Called(name)
+
+    kind = type("Framework", (PPOTrainer,), {name: hook})
+    dataset = Dataset.from_dict({"input_ids": [[3, 4]] * 4, "unused": [0] * 4})
+    with pytest.raises((Called, TypeError, ValueError), match=name):
+        framework.make(kind, dataset).save_pretrained(str(tmp_path))
 
 
 @waits_for("compute_advantages as 0.5-0.11 had it")
