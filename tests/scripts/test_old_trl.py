@@ -183,7 +183,7 @@ class Trainer:
     [
         ("hook", ["x", "y"], 2, ("same", "")),
         ("hook", ["x"], 2, ("missing", "called with other arguments: too many positional arguments")),
-        ("hook", ["x", "y"], 3, ("missing", "called, but its 3 values are not taken: ")),
+        ("hook", ["x", "y"], 3, ("missing", "called, but its 3 values are not taken")),
         ("other", ["x"], 1, ("missing", "never called")),
     ],
 )
