@@ -19,7 +19,7 @@ endif
 # What test-oldest and test-newest run on: both ends of the ranges in pyproject.toml.
 ENDS := oldest newest
 
-.PHONY: help venv demo test test-plain $(ENDS:%=test-%) check lint format types slow faults real bench coverage docs-table dist clean
+.PHONY: help venv demo test test-plain $(ENDS:%=test-%) check lint format types slow faults real bench coverage docs-table compat-table dist clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -86,6 +86,9 @@ coverage: $(READY)  ## the suite with line and branch coverage: 90% of trl/, eve
 
 docs-table: $(READY)  ## docs/models.md, from a run of every architecture
 	$(PY) scripts/architecture_table.py $(ARGS)
+
+compat-table: $(READY)  ## docs/compat.md, from what this library does with the interface of old TRL releases
+	$(PY) scripts/compat_table.py $(ARGS)
 
 dist: $(READY)  ## sdist and wheel in dist/
 	$(PY) -m build
