@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,6 @@ def test_the_way_from_step_to_the_loss_is_as_it_is_shown():
             ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name
         ]
         assert sources[file, name], f"{file} has no {name}"
-    for here, (_, following) in zip(way, way[1:], strict=False):
+    for here, (_, following) in pairwise(way):
         called = "loss_fn" if following == "loss" else following  # passed as a function
         assert any(re.search(rf"\b{called}\(", source) for source in sources[here]), f"{here} does not call {following}"
