@@ -1,4 +1,4 @@
-"""Milliseconds of attention on this machine: ours against torch's, in a microbatch and for one new token.
+"""Milliseconds of attention on this machine: ours against torch's, in a microbatch and for one new token; and of the cache.
 
     python bench/attention.py
 
@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.cache_utils import DynamicLayer
 
 from trl.kernels.allocator import keep_freed_memory
 from trl.kernels.decode_attention import decoding_attention
+from trl.kernels.kv_cache import GrowingLayer
 from trl.kernels.packed_attention import packed, packed_attention
 
 HEADS, SHARED, SIZE = 9, 3, 64
@@ -73,6 +75,18 @@ def decode(count: int, length: int, dtype: torch.dtype) -> tuple[float, float]:
     return milliseconds(lambda: decoding_attention(Layer(), query, key, value, None)), milliseconds(theirs)
 
 
+def cache(count: int, length: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Appending keys and values of one token, of `length` that `count` sequences write after 8."""
+    query, token = (torch.zeros(count, SHARED, tokens, SIZE, dtype=dtype) for tokens in (8, 1))
+
+    def append(kind: type[DynamicLayer]) -> None:
+        layer = kind()
+        for states in (query, *[token] * length):
+            layer.update(states, states)
+
+    return tuple(milliseconds(lambda kind=kind: append(kind)) / length for kind in (GrowingLayer, DynamicLayer))
+
+
 def main() -> None:
     torch.manual_seed(0)
     keep_freed_memory()
@@ -81,11 +95,12 @@ def main() -> None:
         for name, run, shapes in (
             ("update", update, ((4, 56), (4, 136), (4, 264), (1, 1024))),
             ("decode", decode, ((16, 56), (64, 56), (64, 264))),
+            ("cache", cache, ((16, 48), (64, 48), (64, 256))),
         ):
             for count, length in shapes:
                 ours, theirs = run(count, length, dtype)
                 kind = str(dtype).removeprefix("torch.")
-                print(f"| {name} | {kind} | {count} | {length} | {ours:.2f} | {theirs:.2f} |", flush=True)
+                print(f"| {name} | {kind} | {count} | {length} | {ours:.3f} | {theirs:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
