@@ -65,6 +65,17 @@ def test_the_weights_of_the_moment_are_packed() -> None:
             torch.testing.assert_close(model(input_ids=words).logits, 2 * first, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mkl_is_slow", [False, True])
+def test_a_single_float32_row_is_left_to_mkl(mkl_is_slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "quicker_products", lambda: mkl_is_slow)
+    for rows in (1, 2):
+        with packed_weights(model := llama(), rows=rows, tokens=LEAST_TOKENS):
+            assert bool(replaced(model)) == (rows > 1 or mkl_is_slow)
+    if products.can_be_packed(torch.zeros(64, 64, dtype=torch.bfloat16)):
+        with packed_weights(model := llama(torch.bfloat16), rows=1, tokens=LEAST_TOKENS):
+            assert replaced(model)
+
+
 def test_too_few_tokens_and_layers_of_somebody_else() -> None:
     model = llama()
     with packed_weights(model, rows=3, tokens=LEAST_TOKENS - 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from tests.helpers import tiny_gpt2, tiny_llama
 from trl.core import LengthSampler
 from trl.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.models.limits import context_length
+from trl.rollout import LocalEngine, TransformersEngine
+from trl.trainer import policy_sampler
 
 QUERIES = [torch.tensor(ids) for ids in ([5, 6, 7], [8], [9, 10])]
 FIVE = [torch.tensor(ids) for ids in ([5, 6, 7], [8, 9, 10, 11, 12], [13, 14], [8, 9, 10, 11, 12], [40])]
@@ -212,3 +215,46 @@ def test_a_global_seed_gives_the_same_responses_again(make_trainer: Any) -> None
         assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
         runs.append(first + second)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_rollouts_name_the_version_of_the_policy(
+    make_trainer: Any, make_batch: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    versions: list[int] = []
+    for kind in (LocalEngine, TransformersEngine):
+        generate = kind.generate
+
+        def noted(self: Any, queries: Any, sampling: Any, generate: Any = generate) -> Any:
+            rollout = generate(self, queries, sampling)
+            versions.append(rollout.policy_version)
+            return rollout
+
+        monkeypatch.setattr(kind, "generate", noted)
+    trainer = make_trainer()
+    asked = {"do_sample": False, "max_new_tokens": 2}
+    trainer.generate(QUERIES, **asked)
+    trainer.generate(QUERIES, num_beams=2, **asked)
+    trainer.step(*make_batch())
+    trainer.generate(QUERIES, **asked)
+    trainer.save_checkpoint(tmp_path)
+    trainer.load_checkpoint(tmp_path)
+    trainer.generate(QUERIES, num_beams=2, **asked)
+    assert versions == [0, 0, 1, 2]
+
+
+def test_a_model_is_tried_once(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(policy_sampler, "obstacle", lambda model: tried.append(model))
+    trainer = make_trainer()
+    for _ in range(2):
+        trainer.generate(QUERIES, do_sample=False, max_new_tokens=2)
+    assert tried == [trainer.model.pretrained_model]
+    trainer.model.pretrained_model = tiny_gpt2(1)
+    trainer.generate(QUERIES, do_sample=False, max_new_tokens=2)
+    assert tried[1:] == [trainer.model.pretrained_model]
+
+
+def test_a_warning_points_at_the_call(make_trainer: Any) -> None:
+    with pytest.warns(UserWarning, match="top_k=3") as caught:
+        make_trainer().generate(QUERIES, do_sample=True, top_k=3, max_new_tokens=2)
+    assert [warning.filename for warning in caught if "top_k=3" in str(warning.message)] == [__file__]
