@@ -258,7 +258,7 @@ def test_what_is_kept_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
         table[:, -1:] = numbers[: len(tokens)]
         ones = torch.ones_like(tokens, dtype=torch.bool)
         found = Rollout(tokens=tokens, attention=ones, mask=mask, sampler_logprobs=table, values=table + 10)
-        seen.keep(state, queries, responses, found)
+        seen.keep(state, found)
 
     keep(state, words, words)
     found = seen.find(state, words[3:], words[3:])

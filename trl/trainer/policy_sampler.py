@@ -79,7 +79,7 @@ class PolicySampler:
         temperature: float,
         remember: bool,
     ) -> Tensor | list[Tensor]:
-        """Implements `PPOTrainer.generate`.
+        """Implements `PPOTrainer.generate`: the responses of `sample`'s rollout, in the form that was asked for.
 
         Args:
             model: the policy, wrapped for its processes.
@@ -91,29 +91,60 @@ class PolicySampler:
             temperature: of the update's logprobs.
             remember: keep logprobs and values for `recall`.
         """
+        single = isinstance(query_tensor, Tensor)
         queries = [query_tensor] if isinstance(query_tensor, Tensor) else query_tensor
+        kwargs = dict(generation_kwargs)
+        if single and (mask := kwargs.get("attention_mask")) is not None:
+            mask = torch.as_tensor(mask)
+            if mask.numel() == queries[0].numel() and bool(mask.all()):  # says nothing that the query does not
+                del kwargs["attention_mask"]
+        rollout = self.sample(
+            model,
+            queries,
+            kwargs,
+            length_sampler=length_sampler,
+            batch_size=batch_size,
+            temperature=temperature,
+            remember=remember,
+        )
+        rows, responses = rollout_rows(rollout)
+        if return_prompt and rollout.encoder_tokens is None:
+            responses = [torch.cat(pair) for pair in zip(rows, responses, strict=True)]
+        return responses[0].unsqueeze(0) if single else responses
+
+    def sample(
+        self,
+        model: nn.Module,
+        queries: list[Tensor],
+        generation_kwargs: Mapping[str, Any],
+        *,
+        length_sampler: Callable[[], int] | None,
+        batch_size: int,
+        temperature: float,
+        remember: bool,
+    ) -> Rollout:
+        """Checks the arguments, which are those of `generate`, and samples one response to each of `B` queries.
+
+        Raises:
+            ValueError: as `PPOTrainer.generate`.
+        """
         check_lists(None, query_tensor=queries)
         check_tokens("query_tensor", queries, vocabulary=vocabulary_sizes(model)[0])
         lengths = [len(query) for query in queries]
         check_room(lengths, context_length(model, encoder=True), "the query")
         policy = self._unwrap(model)
         kwargs = {"pad_token_id": self.collator.pad_token_id} | dict(generation_kwargs)
-        if isinstance(query_tensor, Tensor) and (mask := kwargs.get("attention_mask")) is not None:
-            mask = torch.as_tensor(mask)
-            if mask.numel() == lengths[0] and bool(mask.all()):  # says nothing that the query does not
-                del kwargs["attention_mask"]
         check_sampling(policy.generation_config, kwargs)
-        seq2seq = bool(policy.is_encoder_decoder)
         limits = new_token_limits(
             policy.generation_config,
             kwargs,
             lengths,
             batch_size=batch_size,
             length_sampler=length_sampler,
-            is_encoder_decoder=seq2seq,
+            is_encoder_decoder=policy.is_encoder_decoder,
         )
         if limits is not None:
-            check_context(lengths, limits, context_length(model), is_encoder_decoder=seq2seq)
+            check_context(lengths, limits, context_length(model), is_encoder_decoder=policy.is_encoder_decoder)
         unseen = unseen_by_scoring(policy.generation_config, kwargs, temperature)
         self._warn_of_reshaped_sampling(unseen, temperature)
         engine, request = self._engine_for(
@@ -127,12 +158,9 @@ class PolicySampler:
         engine.update_weights(self.version)
         with eval_mode(policy), self.compute.fresh_passes():
             rollout = engine.generate(queries, request)
-        rows, responses = rollout_rows(rollout)
         if rollout.values is not None:
-            self._seen.keep(self._state(policy, temperature), rows, responses, rollout)
-        if return_prompt and not seq2seq:
-            responses = [torch.cat(pair) for pair in zip(rows, responses, strict=True)]
-        return responses[0].unsqueeze(0) if isinstance(query_tensor, Tensor) else responses
+            self._seen.keep(self._state(policy, temperature), rollout)
+        return rollout
 
     def recall(
         self, model: nn.Module, queries: Sequence[Tensor], responses: Sequence[Tensor], temperature: float
@@ -229,7 +257,7 @@ class PolicySampler:
             warnings.warn(
                 f"responses are sampled with {settings}, which the log-probabilities of the update (softmax at "
                 f"PPOConfig.temperature={temperature}) do not know of: expect a biased ratio and a negative KL",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -240,7 +268,7 @@ class SeenNumbers:
         self._state: State = ()
         self._rows: dict[tuple[bytes, bytes], tuple[Tensor, Tensor]] = {}
 
-    def keep(self, state: State, queries: Sequence[Tensor], responses: Sequence[Tensor], rollout: Rollout) -> None:
+    def keep(self, state: State, rollout: Rollout) -> None:
         """Adds the rows of a rollout that has logprobs and values; drops those of any other state."""
         assert rollout.sampler_logprobs is not None and rollout.values is not None
         if state != self._state:
@@ -248,7 +276,7 @@ class SeenNumbers:
             self._state = state
         sizes = rollout.mask.sum(dim=1).tolist()
         numbers = [table[rollout.mask].split(sizes) for table in (rollout.sampler_logprobs, rollout.values)]
-        for query, response, logprobs, values in zip(queries, responses, *numbers, strict=True):
+        for query, response, logprobs, values in zip(*rollout_rows(rollout), *numbers, strict=True):
             self._rows[_key(query, response)] = (logprobs, values)
         for key in list(self._rows)[: max(0, len(self._rows) - _MOST_RESPONSES)]:
             del self._rows[key]
