@@ -1,8 +1,8 @@
 """glibc malloc settings that keep freed memory in the process between steps.
 
 Replaces glibc's own settings, under which a step's large blocks are returned to the system and zeroed again by the next
-step. Gain on two cores of an Intel Xeon with AMX: 1.01 times the cycles of the main job (`python bench/each_kernel.py
---only nothing`, with and without `--config '{"keep_memory": false}'`). Off with `PPOConfig.keep_memory=False` or
+step. Gain on two cores of an Intel Xeon with AMX: 1.01 times the cycles of the main job, within the noise (`python
+bench/each_kernel.py --only nothing`, with and without `--config '{"keep_memory": false}'`). Off with `PPOConfig.keep_memory=False` or
 `TRL_KERNELS=off`.
 """
 

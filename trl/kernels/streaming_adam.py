@@ -3,7 +3,8 @@
 Replaces torch's Adam step on float32 gradients after bfloat16 passes: each chunk stays in the processor's cache while
 its gradient is cast to float32, torch's Adam kernel is applied and the weights are cast back to bfloat16. Gain for 135M
 parameters: 540 MB of gradients, and on two cores of a Zen 4 EPYC 34 instead of 41 ms for their norm
-(`python bench/compare.py --job main`, docs/performance.md). Off with `TRL_KERNELS=off`, but for `NarrowAdam`, whose
+(`python bench/compare.py --job main`, docs/performance.md); on an Intel Xeon with AMX it costs a twentieth of a cycle
+(`python bench/each_kernel.py`). Off with `TRL_KERNELS=off`, but for `NarrowAdam`, whose
 bfloat16 moments are a setting (`PPOConfig.optimizer_state_dtype`) and have no counterpart in torch.
 """
 
