@@ -104,7 +104,7 @@ def test_a_run_goes_back_to_before_the_spike(server: Server, tmp_path: Path) -> 
     assert kls(wanted.report) == [False, False, False, True, False, False]
     assert wanted.report["rows"][-1]["run/rollbacks"] == 1
     assert wanted.report["counts"]["before step"] == 20
-    assert "went back to step 2" in (tmp_path / "whole" / "run" / "events.log").read_text()
+    assert "rolled back to step 2" in (tmp_path / "whole" / "run" / "events.log").read_text()
     folder = tmp_path / "killed"
     ended = server.run(folder, {**job, "orders": [SHAKEN, at("scoring", 4 * 4 + 2)]})
     assert ended.status == KILLED

@@ -219,7 +219,7 @@ def test_r7_settings_are_the_users_and_their_changes_are_named(
     trainer = build("lora", learning_rate=5e-3, cliprange=0.3, seed=4)
     with caplog.at_level(logging.WARNING):
         trainer.load_checkpoint(folder)
-    assert "settings have changed, and count from here on: learning_rate was 0.01, is 0.005" in caplog.text
+    assert "settings have changed; the new values are used: learning_rate was 0.01, is 0.005" in caplog.text
     assert "cliprange was 0.2, is 0.3" in caplog.text
     assert "the optimizer was made with lr=0.01, now with 0.005: the new value counts" in caplog.text
     assert "the new seed has no effect" in caplog.text
@@ -241,7 +241,7 @@ def test_a_rate_that_the_optimizer_does_not_take_is_not_said_to_count(
     (row,) = advance(other, 1)
     assert row["ppo/learning_rate"] == 1e-4
     assert "learning_rate was 0.0001, is 0.01, and has no effect: the optimizer goes on at 0.0001" in caplog.text
-    assert "count from here on" not in caplog.text
+    assert "the new values are used" not in caplog.text
 
 
 def grouped(head_rate: float, **trunk: Any) -> PPOTrainer:

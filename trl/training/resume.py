@@ -337,7 +337,7 @@ def _harmless_differences(trainer: RunState, checkpoint: Checkpoint) -> list[str
         remarks.append(f"learning_rate was {old}, is {new}, and has no effect: the optimizer goes on at {rate:g}")
     if changed:
         words = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
-        remarks.append(f"settings have changed, and count from here on: {words}")
+        remarks.append(f"settings have changed; the new values are used: {words}")
     if "seed" in changed:
         remarks.append("the generators go on where they were; the new seed has no effect")
     others = {"device": state["device"], "mixed_precision": state["mixed_precision"], **checkpoint.versions}
