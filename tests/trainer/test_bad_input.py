@@ -162,7 +162,7 @@ def make_trainer_with(optimizer: Any, scheduler: Any = None, model: Any = None) 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
     optimizer = torch.optim.Adam(tiny_gpt2().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="the Adam that is given holds none of the model's 30 trained parameters"):
+    with pytest.raises(ValueError, match="the given Adam holds none of the model's 30 trainable parameters"):
         make_trainer_with(optimizer)
 
 
@@ -180,7 +180,7 @@ def test_a_scheduler_of_another_optimizer_gives_a_warning() -> None:
     optimizers = [torch.optim.Adam(model.parameters(), lr=0.1) for _ in range(2)]
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizers[0])
     for given in (optimizers[1], None):
-        with pytest.warns(UserWarning, match="ConstantLR that is given does not drive the trainer's optimizer"):
+        with pytest.warns(UserWarning, match="the given ConstantLR does not drive the trainer's optimizer"):
             make_trainer_with(given, scheduler, model)
 
 

@@ -225,7 +225,7 @@ def test_model_inputs_with_other_tokens_are_refused(make_trainer: Any, make_batc
             inputs = super().prepare_model_inputs(queries, responses)
             return inputs | {"token_type_ids": inputs["input_ids"]}
 
-    with pytest.raises(ValueError, match="row 0 of the model inputs holds 6 tokens, where queries and responses say 5"):
+    with pytest.raises(ValueError, match="row 0 of the model inputs has 6 tokens, but its query and response give 5"):
         make_trainer(trainer_class=Longer).step(*make_batch())
     with pytest.raises(ValueError, match="returned token_type_ids, which passes do not read"):
         make_trainer(trainer_class=Wider).step(*make_batch())

@@ -32,7 +32,7 @@ from trl.trainer.tracking import check_trackers, settings_to_track
 from trl.training.batch import Batch
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
-from trl.training.optimizers import group_settings, inner, unheld
+from trl.training.optimizers import group_settings, inner, missing_parameters
 from trl.training.processes import check_same, make_accelerator
 from trl.training.resume import settings_of
 from trl.training.setup import Recipe
@@ -132,7 +132,7 @@ class PolicyTrainer(ResumableTrainer):
             model, optimizer, loader, lr_scheduler
         )
         self._optimizer_made_with = group_settings(inner(self.optimizer))
-        self._left_out = dict(unheld(self.optimizer, self.model))  # known to the caller, so no warning
+        self._left_out = dict(missing_parameters(self.optimizer, self.model))  # known to the caller, so no warning
         self.compute = Compute(self.model, config.dtype, self.accelerator)
         if reference is not None:
             self.compute.adopt_reference(reference, model)
@@ -249,13 +249,13 @@ class PolicyTrainer(ResumableTrainer):
         """Takes up changed settings, and checks that the model can be trained as it is now."""
         self.config.validate()
         self.kl_ctl = self._live_settings.follow(self.config, self.optimizer, self.kl_ctl)
-        self._warn_of_unheld()
+        self._warn_of_missing_parameters()
         if self.is_peft_model:
             check_adapters_on(self.model)
 
-    def _warn_of_unheld(self) -> None:
+    def _warn_of_missing_parameters(self) -> None:
         """Warns about parameters that became trainable after the optimizer was built."""
-        now = unheld(self.optimizer, self.model)
+        now = missing_parameters(self.optimizer, self.model)
         if new := [name for name, p in now.items() if self._left_out.get(name) is not p]:
             warnings.warn(
                 f"{len(new)} parameters, such as {new[0]}, are to be trained since the trainer was made, but its optimizer does "

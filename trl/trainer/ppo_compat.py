@@ -18,6 +18,7 @@ from trl.functional import importance_weights, masked_sum
 from trl.protocols import Reduce
 from trl.training.batch import Batch
 from trl.training.evaluator import Evaluated, Evaluator
+from trl.training.statistics import stack_statistics
 from trl.types import ActorCritic, Evaluation, Rollout, take
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def share_of_mean(
 def update_by_methods(trainer: PPOTrainer, experience: ActorCritic, batch: Batch) -> dict[str, Tensor]:
     """Runs the update through the trainer's methods; returns their statistics, one row per optimizer step."""
     try:
-        return _stack(_history(trainer, experience, batch))
+        return stack_statistics(_history(trainer, experience, batch))
     finally:
         trainer._given_minibatch = GivenMinibatch()
 
@@ -172,15 +173,3 @@ def _pool(stats: dict[str, Tensor], counted: Tensor, trainer: PPOTrainer) -> dic
     values = torch.stack([stats[name].to(tokens) for name in names] + [torch.ones_like(tokens)])
     sums = trainer._reduce((values * tokens).masked_fill(tokens == 0, 0.0))
     return stats | dict(zip(names, sums[:-1] / sums[-1], strict=True))
-
-
-def _stack(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Like `stack_updates`, for dicts of tensors."""
-    stacked = {}
-    for name in history[0]:
-        column = [stats[name] for stats in history]
-        if column[0].dim() < 2 and column[0].numel() == 1:
-            stacked[name] = torch.stack([x.reshape(()).float().cpu() for x in column])
-        else:
-            stacked[name] = torch.cat([x.flatten() for x in column]).unsqueeze(0)
-    return stacked

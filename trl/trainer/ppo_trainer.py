@@ -33,6 +33,7 @@ from trl.training.evaluator import Evaluated, Evaluator
 from trl.training.loop import means_of
 from trl.training.processes import whole_gradients
 from trl.training.scores import ScoreSettings
+from trl.training.statistics import update_statistics
 from trl.types import ActorCritic, Experience, Rollout
 
 # Keys that `prepare_model_inputs` may return: those that forward passes read, and what language-model collators add.
@@ -321,9 +322,4 @@ class PPOTrainer(OnlineTrainer):
         with whole_gradients(self.accelerator):
             updater.clear()
             updater.accumulate(objective, last=True)
-            norm, stepped, seconds = updater.step()
-        return stats | {
-            "grad_norm": torch.tensor(norm),
-            "skipped_updates": torch.tensor(float(not stepped)),
-            "time/ppo/optimizer_step": torch.tensor(seconds),
-        }
+            return stats | update_statistics(*updater.step())
