@@ -23,7 +23,7 @@ LengthSampler = Callable[[], int]
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
-    """What a run samples from, and its schedule; the same on every process."""
+    """Prompts, sampling settings and schedule of a run; the same on every process."""
 
     prompts: list[Prompt]
     eval_prompts: list[Prompt]

@@ -78,7 +78,7 @@ def check_scheduler(scheduler: LRScheduler, optimizer: torch.optim.Optimizer | N
         warnings.warn(
             f"the given {type(scheduler).__name__} does not drive the trainer's optimizer and will not change its learning "
             "rate: pass both, with the scheduler built from the optimizer",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 
