@@ -139,7 +139,7 @@ def test_a_sample_without_a_score_is_left_out_of_its_group_and_of_the_loss() -> 
     assert_close(experience.advantages[0, Q - 1], -1 / (2**0.5 + 1e-4))  # of 1 and 3 alone
     (minibatch,) = algorithm.minibatches(experience)
     assert float(minibatch.denominator) == B - 1
-    with pytest.raises(ValueError, match="nothing to learn from"):
+    with pytest.raises(ValueError, match="no response token counts on any process"):
         list(algorithm.minibatches(algorithm.experience(rollout(), scored([None] * B))))
 
 

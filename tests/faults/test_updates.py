@@ -54,7 +54,7 @@ def test_memory_that_runs_out_changes_the_microbatch_alone(server: Server, tmp_p
     plain = server.run(tmp_path / "plain", job)
     ended = server.run(tmp_path / "short", {**job, "orders": [losses("memory", STEP_4, STEP_4)]})
     assert plain.status == ended.status == 0, ended.log[-3000:]
-    assert "out of memory with a microbatch of 2: from now on it is 1" in ended.log
+    assert "out of memory with a microbatch of 2: reducing it to 1" in ended.log
     wanted = final_weights(tmp_path / "plain")
     for name, tensor in final_weights(tmp_path / "short").items():
         assert_close(tensor, wanted[name], tol=1e-6)
@@ -104,7 +104,7 @@ def test_a_run_goes_back_to_before_the_spike(server: Server, tmp_path: Path) -> 
     assert kls(wanted.report) == [False, False, False, True, False, False]
     assert wanted.report["rows"][-1]["run/rollbacks"] == 1
     assert wanted.report["counts"]["before step"] == 20
-    assert "went back to step 2" in (tmp_path / "whole" / "run" / "events.log").read_text()
+    assert "rolled back to step 2" in (tmp_path / "whole" / "run" / "events.log").read_text()
     folder = tmp_path / "killed"
     ended = server.run(folder, {**job, "orders": [SHAKEN, at("scoring", 4 * 4 + 2)]})
     assert ended.status == KILLED

@@ -401,7 +401,7 @@ def test_the_base_of_an_adapter_is_held_narrow(
 ) -> None:
     with caplog.at_level("INFO", logger="trl.training.compute"):
         trainer = make_trainer(dtype="bfloat16", model=adapted(), learning_rate=1e-2)
-    assert "frozen weights under the adapter are held in bfloat16" in caplog.text
+    assert "frozen weights under the adapter in bfloat16" in caplog.text
     kinds = {("lora_" in n or "v_head" in n): p.dtype for n, p in trainer.model.named_parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
     before = weights_of(trainer)
@@ -435,7 +435,7 @@ def test_training_what_was_frozen_is_an_error(make_trainer: Any, make_batch: Any
     trainer = make_trainer(dtype="bfloat16", model=adapted())
     trainer.model.pretrained_model.base_model.model.transformer.wte.weight.requires_grad_(True)
     told = pytest.warns(UserWarning, match="its optimizer does not hold them")
-    with told, pytest.raises(RuntimeError, match="were frozen when the trainer was made"):
+    with told, pytest.raises(RuntimeError, match="were frozen when the trainer was built"):
         trainer.step(*make_batch())
 
 

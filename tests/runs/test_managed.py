@@ -193,7 +193,7 @@ def test_batches_without_any_score_are_skipped_and_end_the_run_in_the_end(tmp_pa
         return [None if empty else 1.0 for empty in [next(calls)] * len(prompts)]
 
     trainer = fresh("plain sgd")
-    with pytest.raises(NothingScored, match="no sample of 3 batches in a row has a score"):
+    with pytest.raises(NothingScored, match="3 batches in a row have no scored sample"):
         run(trainer, reward=nothing, steps=9, run_dir=tmp_path / "run", save_every=1)
     rows, _ = recorded(tmp_path / "run")
     assert [row["run/skipped_batches"] for row in rows] == [1, 1, 2, 3]  # the fifth step is not one
@@ -288,12 +288,11 @@ def test_an_evaluation_counts_every_prompt_once(monkeypatch: pytest.MonkeyPatch)
     for rank in range(3):
         monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda self, rank=rank: rank))
         monkeypatch.setattr(evaluation, "judge", lambda t, r, drawn, _: passes.append(len(drawn.samples)) or r(drawn))
-        monkeypatch.setattr(evaluation, "share_bytes", lambda _, data: told.append(data) or [b"[[1.0, 0, 1, true]]"])
+        monkeypatch.setattr(evaluation, "share_json", lambda _, rows: told.append(rows) or [[[1.0, 0, 1, True]]])
         by_word = lambda drawn: as_reward(counted).score(drawn.samples)  # noqa: E731
         evaluation.evaluate_prompts(trainer, loaded, by_word, {"max_new_tokens": 2})
-    rows = [json.loads(data) for data in told]
     assert passes == [2, 2, 2]  # as many forward passes everywhere
-    assert [[row[0] for row in part] for part in rows] == [[40.0, 41.0], [42.0, 43.0], []]
+    assert [[row[0] for row in part] for part in told] == [[40.0, 41.0], [42.0, 43.0], []]
 
 
 # Callbacks -----------------------------------------------------------------------------------------------------------
@@ -330,8 +329,8 @@ def test_callbacks_see_everything_and_can_end_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"episodes": 4, "steps": 3}, "steps=3 and episodes=4: exactly one"),
-        ({"steps": None}, "steps=None and episodes=None: exactly one"),
+        ({"episodes": 4, "steps": 3}, "steps=3 and episodes=4: set exactly one"),
+        ({"steps": None}, "steps=None and episodes=None: set exactly one"),
         ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
         ({"save_every": 1.5}, "save_every=1.5 must be"),
         ({"keep_last": None}, "keep_last=None must be"),
@@ -340,17 +339,17 @@ def test_callbacks_see_everything_and_can_end_the_run(tmp_path: Path) -> None:
         ({"resume": "yes"}, "resume='yes' must be one of False, True, 'auto'"),
         ({"on_spike": "panic"}, "on_spike='panic' must be one of None, 'warn', 'skip', 'rollback'"),
         ({"on_disk_error": "x"}, "on_disk_error='x' must be one of 'stop', 'go_on'"),
-        ({"resume": True}, "resume=True needs a run_dir"),
+        ({"resume": True}, "resume=True needs the run_dir"),
         ({"eval_every": 2}, "eval_every=2 needs eval_prompts"),
-        ({"generation": {"return_prompt": True}}, "must not hold return_prompt"),
-        ({"generation": {"max_new_tokens": 64}}, "max_new_tokens=64 leave no room for a prompt"),
+        ({"generation": {"return_prompt": True}}, "must not contain return_prompt"),
+        ({"generation": {"max_new_tokens": 64}}, "max_new_tokens=64 leaves no room for a prompt"),
         ({"generation": {"max_new_tokens": 62}}, "more than max_tokens=2"),
-        ({"length_sampler": LengthSampler(2, 65)}, "max_new_tokens=64 leave no room for a prompt"),
+        ({"length_sampler": LengthSampler(2, 65)}, "max_new_tokens=64 leaves no room for a prompt"),
         ({"length_sampler": LengthSampler(2, 63)}, "more than max_tokens=2"),
         ({"length_sampler": lambda: 3, "generation": {"max_new_tokens": 62}}, "more than max_tokens=2"),
         (
             {"length_sampler": LengthSampler(2, 4), "generation": {}, "eval_prompts": HELD_OUT},
-            "max_new_tokens=64 leave",
+            "max_new_tokens=64 leaves",
         ),
         ({"prompts": []}, "there are no prompts"),
         ({"reward": 3}, "expected a function"),
@@ -387,7 +386,9 @@ def test_a_length_sampler_of_unknown_range_is_held_to_the_room(caplog: pytest.Lo
         )
     assert drawn == [3] * 4 + [9] * 4 + [4] * 4 + [9] * 4 + [5] * 4 + [9] * 4
     said = [r.getMessage() for r in caplog.records if "length_sampler drew" in r.getMessage()]
-    assert len(said) == 1 and "drew 80 new tokens, but 55 tokens before them leave room for 9" in said[0]
+    assert (
+        len(said) == 1 and "drew 80 new tokens, but the longest prompt has 55 tokens and leaves room for 9" in said[0]
+    )
 
 
 def test_a_length_sampler_of_known_range_leaves_room() -> None:

@@ -43,7 +43,7 @@ BAD_STEPS: dict[str, tuple[Callable[[list, list, list], Any], str]] = {
     ),
     "a mask of zeros": (
         lambda q, r, s: (q, r, s, [torch.zeros(len(x)) for x in r]),
-        r"response_masks leave every sample out",
+        r"response_masks exclude every sample",
     ),
     "a NaN token reward": (
         lambda q, r, s: (q, r, s, None, [torch.full((len(x),), math.nan) for x in r]),
@@ -98,9 +98,12 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "kl_penalty": ({"kl_penalty": "k9"}, "kl_penalty='k9' must be one of kl, abs, mse, k3, full"),
     "loss_denominator": ({"loss_denominator": "x"}, "loss_denominator='x' must be one of minibatch, batch"),
     "dual_clip": ({"dual_clip": 1.0}, "dual_clip=1.0 must be a number above 1 or None"),
-    "score norm": ({"use_score_norm": True}, "use_score_norm=True works with use_score_scaling=True only"),
-    "hub": ({"push_to_hub_if_best_kwargs": {"private": True}}, "needs a repo_id"),
-    "accumulation": ({"accelerator_kwargs": {"gradient_accumulation_steps": 2}}, "on PPOConfig"),
+    "score norm": ({"use_score_norm": True}, "use_score_norm=True needs use_score_scaling=True"),
+    "hub": ({"push_to_hub_if_best_kwargs": {"private": True}}, "must contain repo_id"),
+    "accumulation": (
+        {"accelerator_kwargs": {"gradient_accumulation_steps": 2}},
+        "set PPOConfig.gradient_accumulation_steps",
+    ),
     "missing_eos_penalty": (
         {"missing_eos_penalty": math.inf},
         "missing_eos_penalty=inf must be a finite number or None",
@@ -140,7 +143,10 @@ def test_config_changed_for_the_worse_is_refused_at_the_next_step(make_trainer: 
             "model must have a value head, not be a str: load it with AutoModelForCausalLMWithValueHead",
         ),
         ({"tokenizer": "gpt2"}, "tokenizer must be a transformers tokenizer, not str"),
-        ({"ref_model": "gpt2"}, "ref_model must have a value head, not be a str: make it with create_reference_model"),
+        (
+            {"ref_model": "gpt2"},
+            "ref_model must have a value head, not be a str: create it with create_reference_model",
+        ),
         ({"dataset": [1, 2, 3]}, "dataset must be a torch Dataset or a datasets.Dataset, not list"),
     ],
 )
@@ -162,7 +168,7 @@ def make_trainer_with(optimizer: Any, scheduler: Any = None, model: Any = None) 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
     optimizer = torch.optim.Adam(tiny_gpt2().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="the Adam that is given holds none of the model's 30 trained parameters"):
+    with pytest.raises(ValueError, match="the given Adam holds none of the model's 30 trainable parameters"):
         make_trainer_with(optimizer)
 
 
@@ -180,7 +186,7 @@ def test_a_scheduler_of_another_optimizer_gives_a_warning() -> None:
     optimizers = [torch.optim.Adam(model.parameters(), lr=0.1) for _ in range(2)]
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizers[0])
     for given in (optimizers[1], None):
-        with pytest.warns(UserWarning, match="ConstantLR that is given does not drive the trainer's optimizer"):
+        with pytest.warns(UserWarning, match="the given ConstantLR does not drive the trainer's optimizer"):
             make_trainer_with(given, scheduler, model)
 
 

@@ -35,7 +35,7 @@ def test_under_an_optimizer_of_the_users_a_changed_rate_gives_a_warning(schedule
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step) if scheduled else None
     trainer = make_trainer(model=model, optimizer=optimizer, lr_scheduler=scheduler)
     trainer.config.learning_rate = 1.0
-    with pytest.warns(UserWarning, match="learning_rate .the given optimizer or scheduler rules it.*no effect"):
+    with pytest.warns(UserWarning, match="learning_rate .set by the given optimizer or scheduler.*no effect"):
         assert trainer.step(*make_batch())["ppo/learning_rate"] == 0.1
     with warnings.catch_warnings():
         warnings.simplefilter("error")

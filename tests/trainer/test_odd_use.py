@@ -225,9 +225,9 @@ def test_model_inputs_with_other_tokens_are_refused(make_trainer: Any, make_batc
             inputs = super().prepare_model_inputs(queries, responses)
             return inputs | {"token_type_ids": inputs["input_ids"]}
 
-    with pytest.raises(ValueError, match="row 0 of the model inputs holds 6 tokens, where queries and responses say 5"):
+    with pytest.raises(ValueError, match="row 0 of the model inputs has 6 tokens, but its query and response give 5"):
         make_trainer(trainer_class=Longer).step(*make_batch())
-    with pytest.raises(ValueError, match="returned token_type_ids, which passes do not read"):
+    with pytest.raises(ValueError, match="returned token_type_ids, which forward passes do not read"):
         make_trainer(trainer_class=Wider).step(*make_batch())
 
 
@@ -330,7 +330,9 @@ def test_a_response_that_a_stop_string_ended_is_finished(form: Any, tmp_path: Pa
 def test_optimizer_steps_of_one_token_each_are_told(make_trainer: Any, make_batch: Any) -> None:
     queries, responses, scores = make_batch()
     responses = [r[:1] for r in responses]
-    with pytest.warns(UserWarning, match="every optimizer step sees a single token: whitened, its advantage is 0"):
+    with pytest.warns(
+        UserWarning, match="every optimizer step trains on a single token, whose whitened advantage is 0"
+    ):
         make_trainer(mini_batch_size=1).step(queries, responses, scores)
     make_trainer(mini_batch_size=2).step(queries, responses, scores)
 

@@ -226,7 +226,7 @@ def test_train_refuses_a_step_that_it_would_not_call(make_trainer: Any) -> None:
         def step(self, *args: Any, **kwargs: Any) -> Any:
             raise AssertionError
 
-    with pytest.raises(ValueError, match="Own has a step of its own, which train does not call"):
+    with pytest.raises(ValueError, match="Own overrides step, which train does not call"):
         make_trainer(trainer_class=Own).train(["a"], reward=lambda prompts, completions: [1.0], steps=1)
 
 
@@ -366,7 +366,7 @@ def test_a_loss_of_ones_own_that_leaves_the_sampler_out_is_an_error(make_trainer
     trainer = make_trainer(trainer_class=Mine)
     before, batch = weights_of(trainer), make_batch()
     seen = [torch.full((len(response),), -3.0) for response in batch[1]]
-    with pytest.raises(RuntimeError, match=r"sampler_logprobs, and Mine computes its loss without them"):
+    with pytest.raises(RuntimeError, match=r"sampler_logprobs, but the loss of Mine ignores them"):
         trainer.step(*batch, sampler_logprobs=seen)
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(trainer).items())
     trainer.step(*batch)
@@ -492,7 +492,7 @@ def test_tensorboard_gets_numbers_and_an_escaped_table(tmp_path: Path, make_batc
     stats = trainer.step(queries, responses, scores)
     texts = {"query": ["<script>alert(1)</script>"] * 4, "response": ["a | b\nc"] * 4}
     trainer.log_stats(stats, texts, scores)
-    with pytest.warns(UserWarning, match=r"no \['response'\]"):
+    with pytest.warns(UserWarning, match=r"no columns \['response'\]"):
         trainer.log_stats(stats, {"query": ["x"] * 4}, scores)
     trainer.accelerator.end_training()
     folder = next(tmp_path.rglob("events.out*")).parent

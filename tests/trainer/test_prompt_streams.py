@@ -39,13 +39,13 @@ def test_another_stream_is_refused_when_a_run_is_resumed(make_trainer: Any, tmp_
     next(half_read)
     train(make_trainer, stream(), 1, tmp_path / "run")
     for other in (half_read, stream(12), reversed(list(stream()))):
-        with pytest.raises(ValueError, match="the prompts are not those"):
+        with pytest.raises(ValueError, match="its prompts have other ids or tokens"):
             train(make_trainer, other, 2, tmp_path / "run")
 
 
 def test_processes_with_different_prompts_are_refused(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after `split_dataset_by_node`: this process has one part, the other another one."""
-    monkeypatch.setattr("trl.runs.managed.share_bytes", lambda accelerator, data: [data, b"another digest"])
+    monkeypatch.setattr("trl.runs.inputs.share_bytes", lambda accelerator, data: [data, b"another digest"])
     with pytest.raises(ValueError, match="the prompts differ between processes"):
         train(make_trainer, stream(), 1)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.helpers import tiny_gpt2, tiny_llama
 from tests.models.lora import lora, stir
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from trl.trainer.policy_sampler import SeenNumbers
+from trl.trainer.policy_sampler import ResponseCache
 from trl.training import evaluator
 from trl.types import Rollout
 
@@ -172,7 +172,7 @@ def test_a_change_that_torch_counts_is_seen(make_trainer: Any, make_batch: Any, 
         with torch.no_grad():
             CHANGES[how](trainer)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* parameters, such as .* are to be trained since the trainer was made")
+        warnings.filterwarnings("ignore", ".* parameters, such as .* became trainable after the trainer was built")
         trainer.step(queries, responses, scores)
     assert passes == ([False] if how in ("nothing", "modes") else [True, False])
 
@@ -247,7 +247,7 @@ def test_copies_and_slices_are_known_by_their_tokens(
 
 
 def test_what_is_kept_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, state = SeenNumbers(), (1.0, 2)
+    seen, state = ResponseCache(), (1.0, 2)
     words, numbers = [torch.tensor([i]) for i in range(5)], torch.arange(5.0)[:, None]
 
     def keep(state: Any, queries: list[Tensor], responses: list[Tensor]) -> None:
@@ -258,7 +258,7 @@ def test_what_is_kept_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
         table[:, -1:] = numbers[: len(tokens)]
         ones = torch.ones_like(tokens, dtype=torch.bool)
         found = Rollout(tokens=tokens, attention=ones, mask=mask, sampler_logprobs=table, values=table + 10)
-        seen.keep(state, found)
+        seen.add(state, found)
 
     keep(state, words, words)
     found = seen.find(state, words[3:], words[3:])
@@ -269,7 +269,7 @@ def test_what_is_kept_and_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     keep(state, [torch.tensor([7, 8])], words[:1])
     assert seen.find(state, [torch.tensor([7, 8])], words[:1]) is not None
     assert seen.find(state, [torch.tensor([7])], [torch.tensor([8, 0])]) is None
-    monkeypatch.setattr("trl.trainer.policy_sampler._MOST_RESPONSES", 3)
+    monkeypatch.setattr("trl.trainer.policy_sampler._MAX_CACHED_RESPONSES", 3)
     keep(state, words[:1], words[:1])
     assert seen.find(state, words[1:2], words[1:2]) is None
     assert seen.find(state, words[3:], words[3:]) is not None

@@ -37,7 +37,7 @@ def test_nothing_is_started_before(
     make_trainer: Any, nothing_installed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """No process group, no random numbers, and no folder of another tracker."""
-    monkeypatch.setattr("trl.trainer.policy_trainer.make_accelerator", None)
+    monkeypatch.setattr("trl.trainer.construction.make_accelerator", None)
     folder = {"logging_dir": str(tmp_path / "logs")}
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     before = torch.get_rng_state()

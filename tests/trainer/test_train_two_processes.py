@@ -35,4 +35,4 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     assert first["drawn"][:4] != first["drawn"][4:]  # to one prompt, from one seed
     assert first["excluded"] == [0.5, 0.0]
     assert "process 1 failed with RewardFailed" in first["broken"] and "on rank 1 alone" in second["broken"]
-    assert "holds a run already" in first["again"] and "holds a run already" in second["again"]
+    assert "already contains a run" in first["again"] and "already contains a run" in second["again"]

@@ -167,7 +167,7 @@ def test_automatic_choice_of_a_large_model(flag: bool, dtype: torch.dtype, monke
 
 def test_two_ways_of_asking_for_bfloat16() -> None:
     accelerator = SimpleNamespace(mixed_precision="bf16", num_processes=1, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="mixed_precision='bf16' both say"):
+    with pytest.raises(ValueError, match="mixed_precision='bf16' both set"):
         Compute(policy(), "bfloat16", accelerator)
     assert not Compute(policy(), "auto", accelerator).narrow  # accelerate's own way is left alone
 

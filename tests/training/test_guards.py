@@ -317,7 +317,7 @@ def test_r15_the_microbatch_halves_and_the_step_stays(caplog: pytest.LogCaptureF
     assert guards.largest_microbatch is not None and guards.largest_microbatch <= 3
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == (
-        f"out of memory with a microbatch of {rows}: from now on it is {rows // 2}; what an optimizer step sees stays the same"
+        f"out of memory with a microbatch of {rows}: reducing it to {rows // 2}; minibatches stay the same"
     )
     assert len(lines) <= 2  # each time once, and not again for the second and third minibatch
 

@@ -101,16 +101,16 @@ def test_a_step(make_trainer: Any, make_batch: Any, dtype: str) -> None:  # noqa
 def test_a_checkpoint_of_the_other_kind_is_refused_by_the_settings_name(tmp_path: Path, make_trainer: Any) -> None:  # noqa: F811
     make_trainer().save_checkpoint(tmp_path)
     with pytest.raises(
-        ValueError, match=r"torch\.optim\.adam\.Adam, is a .*NarrowAdam \(PPOConfig\.optimizer_state_dtype"
+        ValueError, match=r"torch\.optim\.adam\.Adam, is a .*NarrowAdam \(see PPOConfig\.optimizer_state_dtype"
     ):
         make_trainer(optimizer_state_dtype="bfloat16").load_checkpoint(tmp_path)
 
 
 def test_what_it_is_not_for(make_trainer: Any) -> None:  # noqa: F811
-    with pytest.raises(ValueError, match="optimizer_state_dtype='float16' must be 'float32' or 'bfloat16'"):
+    with pytest.raises(ValueError, match="optimizer_state_dtype='float16' must be one of float32, bfloat16"):
         make_trainer(optimizer_state_dtype="float16")
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
-    with pytest.raises(ValueError, match="not for the SGD that is given"):
+    with pytest.raises(ValueError, match="not to the given SGD"):
         make_trainer(model=model, optimizer=SGD(model.parameters(), lr=1e-3), optimizer_state_dtype="bfloat16")
-    with pytest.raises(ValueError, match=r"for float32 weights on a CPU or a GPU, not for torch\.bfloat16 on cpu"):
+    with pytest.raises(ValueError, match=r"needs float32 weights on a CPU or CUDA device, not torch\.bfloat16 on cpu"):
         make_adam([nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))], 1e-3, narrow=True)

@@ -135,7 +135,7 @@ def test_r7_another_optimizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_r7_another_adapter_is_refused(tmp_path: Path) -> None:
-    refuses(build("full"), saved(tmp_path, "lora"), "the policy lacks .*lora_A.* and 1 more; the policy has beside")
+    refuses(build("full"), saved(tmp_path, "lora"), "the policy lacks .*lora_A.* and 1 more; the policy has additional")
 
 
 def test_r7_another_base_model_is_refused(tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ def test_r7_settings_are_the_users_and_their_changes_are_named(
     trainer = build("lora", learning_rate=5e-3, cliprange=0.3, seed=4)
     with caplog.at_level(logging.WARNING):
         trainer.load_checkpoint(folder)
-    assert "settings have changed, and count from here on: learning_rate was 0.01, is 0.005" in caplog.text
+    assert "settings have changed; the new values are used: learning_rate was 0.01, is 0.005" in caplog.text
     assert "cliprange was 0.2, is 0.3" in caplog.text
-    assert "the optimizer was made with lr=0.01, now with 0.005: the new value counts" in caplog.text
+    assert "the optimizer was built with lr=0.01, now with 0.005: the new value is used" in caplog.text
     assert "the new seed has no effect" in caplog.text
     assert trainer.optimizer.param_groups[0]["lr"] == 5e-3
     assert trainer.config.cliprange == 0.3
@@ -240,8 +240,8 @@ def test_a_rate_that_the_optimizer_does_not_take_is_not_said_to_count(
         other.load_checkpoint(tmp_path)
     (row,) = advance(other, 1)
     assert row["ppo/learning_rate"] == 1e-4
-    assert "learning_rate was 0.0001, is 0.01, and has no effect: the optimizer goes on at 0.0001" in caplog.text
-    assert "count from here on" not in caplog.text
+    assert "learning_rate was 0.0001, is 0.01, which has no effect: the optimizer continues at 0.0001" in caplog.text
+    assert "the new values are used" not in caplog.text
 
 
 def grouped(head_rate: float, **trunk: Any) -> PPOTrainer:
@@ -266,8 +266,8 @@ def test_settings_of_a_group_are_the_users_too(tmp_path: Path, caplog: pytest.Lo
         other.load_checkpoint(tmp_path)
     assert [group["lr"] for group in other.optimizer.param_groups] == [1e-3, 5e-2]
     assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.1, 0]
-    assert "group 0 of the optimizer was made with weight_decay=0, now with 0.1: the new value counts" in caplog.text
-    assert "group 1 of the optimizer was made with lr=0.01, now with 0.05: the new value counts" in caplog.text
+    assert "group 0 of the optimizer was built with weight_decay=0, now with 0.1: the new value is used" in caplog.text
+    assert "group 1 of the optimizer was built with lr=0.01, now with 0.05: the new value is used" in caplog.text
 
 
 def test_a_rate_that_was_changed_by_hand_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -280,7 +280,7 @@ def test_a_rate_that_was_changed_by_hand_goes_on(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         other.load_checkpoint(tmp_path)
     assert [group["lr"] for group in other.optimizer.param_groups] == [1e-3, 3e-3]
-    assert "was made with" not in caplog.text
+    assert "was built with" not in caplog.text
 
 
 def test_r7_a_schedule_goes_on_even_if_its_start_was_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -292,7 +292,7 @@ def test_r7_a_schedule_goes_on_even_if_its_start_was_changed(tmp_path: Path, cap
     other.optimizer.param_groups[0]["lr"] = 1.0
     other.load_checkpoint(tmp_path)
     assert other.optimizer.param_groups[0]["lr"] == rate != 1e-2
-    assert "the scheduler's saved state rules" in caplog.text
+    assert "the scheduler's saved state takes precedence" in caplog.text
 
 
 def test_r7_a_fixed_coefficient_is_a_setting(tmp_path: Path) -> None:
@@ -307,10 +307,7 @@ def test_r7_other_versions_are_named(tmp_path: Path, caplog: pytest.LogCaptureFi
     monkeypatch.setattr("trl.state.checkpoints.versions", lambda: {"torch": "1.0"})
     folder = saved(tmp_path, "lora")
     build("lora").load_checkpoint(folder)
-    assert (
-        f"may differ in rounding from the run without an interruption: torch was 1.0, is {torch.__version__}"
-        in caplog.text
-    )
+    assert f"may differ in rounding from an uninterrupted run: torch was 1.0, is {torch.__version__}" in caplog.text
 
 
 def test_no_secret_of_the_settings_is_stored(tmp_path: Path) -> None:

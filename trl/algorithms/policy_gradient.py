@@ -34,7 +34,7 @@ class KLPenalty:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyGradient:
-    """The choices that make a critic-free algorithm; `policy_gradient` has their defaults."""
+    """Choices that define a critic-free algorithm; `policy_gradient` has the defaults."""
 
     name: str
     advantages: Advantages
@@ -50,7 +50,7 @@ class PolicyGradient:
         return self.kl is not None
 
     def bind(self, setup: Setup) -> CriticFree:
-        """Returns the algorithm, working on a trainer's models."""
+        """Returns the algorithm for a trainer's models."""
         return CriticFree(setup=setup, choices=self)
 
 
@@ -89,7 +89,7 @@ def policy_gradient(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CriticFree:
-    """A policy gradient at work: one score per sequence, no critic, no whitening."""
+    """A policy gradient bound to a trainer's models: one score per sequence, no critic, no whitening."""
 
     setup: Setup
     choices: PolicyGradient
@@ -98,11 +98,11 @@ class CriticFree:
         """Evaluates the rollout and compares the scores of each group.
 
         Raises:
-            ValueError: if the reward gave rewards for single tokens, which would be lost.
+            ValueError: if there are token rewards, which would be ignored.
         """
         rollout, scores, token_rewards = scores_of(rollout, scored)
         if token_rewards is not None:
-            raise ValueError(f"{self.choices.name} learns from one score per response: token rewards are not used")
+            raise ValueError(f"{self.choices.name} learns from one score per response and cannot use token rewards")
         evaluated = self.setup.evaluate(rollout)
         counted = rollout.mask.any(dim=1)
         advantages = self.choices.advantages(scores, rollout.group, counted)  # [B]
@@ -116,30 +116,34 @@ class CriticFree:
         )
 
     def minibatches(self, experience: Experience) -> Iterator[Minibatch[Experience]]:
-        """Shuffled minibatches, for every epoch; each is divided by the sum of its tokens' weights."""
-        setup, counted = self.setup, False
+        """Yields shuffled minibatches for every epoch; the denominator is the sum of the tokens' weights.
+
+        Raises:
+            ValueError: if no process has a counted token.
+        """
+        setup, empty = self.setup, True
         for part in shuffled(experience, size=setup.size, epochs=setup.epochs, generator=setup.generator):
             mask = part.rollout.mask
-            total = setup.reduce(self.choices.aggregate(mask)[1].float())
-            if total == 0:  # a step with zero gradients would still move the weights by their momentum
+            denominator = setup.reduce(self.choices.aggregate(mask)[1].float())
+            if denominator == 0:  # a step with zero gradients would still move the weights by their momentum
                 continue
-            counted = True
+            empty = False
             mean, var, _ = masked_moments(part.advantages, mask, setup.reduce)
             means = {"policy/advantages_mean": mean, "policy/advantages_std": var.sqrt()}
-            yield Minibatch(experience=part, denominator=total, means=means)
-        if not counted:
-            raise ValueError("no response token counts, on any process: there is nothing to learn from")
+            yield Minibatch(experience=part, denominator=denominator, means=means)
+        if empty:
+            raise ValueError("no response token counts on any process: the update would have no gradient")
 
     def loss(self, experience: Experience) -> Loss:
-        """Negated objective of one microbatch, plus its KL penalty."""
+        """Loss of one microbatch: the negated surrogate objective plus the KL penalty."""
         setup, choices, rollout = self.setup, self.choices, experience.rollout
         mask = rollout.mask
-        now = evaluate(
+        evaluation = evaluate(
             setup.policy, rollout, temperature=setup.temperature, entropy=True, values=False, response_only=True
         )
-        assert now.entropy is not None
+        assert evaluation.entropy is not None
         # Select before any function of these: the gradient of a value that is masked afterwards would be 0 * nan.
-        logprobs = now.logprobs.masked_fill(~mask, 0.0)
+        logprobs = evaluation.logprobs.masked_fill(~mask, 0.0)
         old_logprobs = experience.old_logprobs.masked_fill(~mask, 0.0)
         ratio = choices.ratio(logprobs, old_logprobs, mask)
         surrogate = choices.surrogate(ratio, experience.advantages)
@@ -148,10 +152,10 @@ class CriticFree:
             surrogate = surrogate * importance_weights(
                 old_logprobs, rollout.sampler_logprobs, mask, cap=choices.importance_cap
             )
-        weights, total = choices.aggregate(mask)
+        weights, weight_sum = choices.aggregate(mask)
 
         def weighted(values: Tensor) -> Tally:
-            return Tally((weights * values.masked_fill(~mask, 0.0)).sum(), total)
+            return Tally((weights * values.masked_fill(~mask, 0.0)).sum(), weight_sum)
 
         terms = {"loss/policy": weighted(-surrogate)}
         objective = terms["loss/policy"].sum
@@ -165,8 +169,8 @@ class CriticFree:
             objective=objective,
             metrics={
                 **terms,
-                "loss/total": Tally(objective, total),
-                "policy/entropy": Tally.of(now.entropy.detach(), mask),
+                "loss/total": Tally(objective, weight_sum),
+                "policy/entropy": Tally.of(evaluation.entropy.detach(), mask),
                 "policy/approxkl": Tally.of(0.5 * drift**2, mask),
                 "policy/policykl": Tally.of(-drift, mask),
                 "policy/clipfrac": Tally.of(clipped.float(), mask),

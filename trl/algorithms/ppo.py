@@ -74,7 +74,7 @@ class PPO:
             policy.logprobs,
             ref_logprobs,
             rollout.mask.long(),
-            **{name: given for name, given in per_token.items() if given is not None},
+            **{name: values for name, values in per_token.items() if values is not None},
         )
         if shaping.whiten:
             rewards = masked_whiten(rewards, rollout.mask, shift_mean=False, reduce=reduce)
@@ -162,17 +162,17 @@ def ppo_loss(policy: nn.Module, settings: PPOSettings) -> LossFn[ActorCritic]:
 
     def loss(experience: ActorCritic) -> Loss:
         rollout = experience.rollout
-        now = evaluate(policy, rollout, temperature=settings.temperature, entropy=True, response_only=True)
-        assert now.values is not None and now.entropy is not None
+        evaluation = evaluate(policy, rollout, temperature=settings.temperature, entropy=True, response_only=True)
+        assert evaluation.values is not None and evaluation.entropy is not None
         weights = None
         if rollout.sampler_logprobs is not None:
             weights = importance_weights(
                 experience.old_logprobs, rollout.sampler_logprobs, rollout.mask, cap=settings.importance_cap
             )
         return ppo_terms(
-            now.logprobs,
-            now.values,
-            now.entropy,
+            evaluation.logprobs,
+            evaluation.values,
+            evaluation.entropy,
             old_logprobs=experience.old_logprobs,
             old_values=experience.old_values,
             advantages=experience.advantages,
@@ -211,24 +211,22 @@ def ppo_minibatches(
     Raises:
         ValueError: if no process has a counted token.
     """
-    count, counted = len(experience), experience.rollout.mask
-    all_tokens, empty_rows = reduce(torch.stack([counted.sum(), (~counted.any(dim=1)).sum()]).float())
+    batch_mask = experience.rollout.mask
+    all_tokens, empty_rows = reduce(torch.stack([batch_mask.sum(), (~batch_mask.any(dim=1)).sum()]).float())
     if all_tokens == 0:
-        raise ValueError("no response token counts, on any process: there is nothing to learn from")
-    mean_tokens, some_empty = all_tokens * size / count, bool(empty_rows > 0)
+        raise ValueError("no response token counts on any process: the update would have no gradient")
+    mean_tokens, any_empty = all_tokens * size / len(experience), bool(empty_rows > 0)
     for part in shuffled(experience, size=size, epochs=epochs, generator=generator):
         mask = part.rollout.mask
-        counted_tokens = mean_tokens if denominator == "batch" and not some_empty else reduce(mask.sum().float())
-        if some_empty and counted_tokens == 0:
+        counted_tokens = mean_tokens if denominator == "batch" and not any_empty else reduce(mask.sum().float())
+        if any_empty and counted_tokens == 0:
             continue
-        tokens = mean_tokens if denominator == "batch" else counted_tokens
-        white = masked_whiten(part.advantages, mask, reduce=reduce)
-        part = replace(part, advantages=white)
+        whitened = masked_whiten(part.advantages, mask, reduce=reduce)
         yield Minibatch(
-            experience=part,
-            denominator=tokens,
+            experience=replace(part, advantages=whitened),
+            denominator=mean_tokens if denominator == "batch" else counted_tokens,
             means=experience_statistics(
-                advantages=white, returns=part.returns, values=part.old_values, mask=mask, reduce=reduce
+                advantages=whitened, returns=part.returns, values=part.old_values, mask=mask, reduce=reduce
             ),
         )
 

@@ -21,19 +21,21 @@ from trl.trackers import CompletionRecord, NullRunDirectory, RunDirectory, read_
 from trl.trackers.environment import differences
 from trl.trackers.plain import plain
 from trl.training.guards import SkippedUpdate
-from trl.training.processes import run_together, share_bytes
+from trl.training.processes import run_together, share_json
 from trl.training.resume import save_training
 from trl.training.run_state import Learner
 from trl.types import Experience, Rollout
 
 logger = logging.getLogger(__name__)
 
-_MOST_WAITING = 1000  # maximum number of rows held back by disk errors
-_MOST_DUMPS = 20  # maximum number of skipped minibatches dumped per call to `train`
-_SAVES_APART = 125  # save interval in save durations; with the early first save, still under 1% of an hour
-_LONGEST_INTERVAL = 1800.0  # maximum seconds between checkpoints
-_FIRST_INTERVAL = 60.0  # seconds to the first checkpoint, while the duration of a save is still unknown
-_SAVED = re.compile(r"\S+ checkpoint of step (\d+) saved in ")  # event line that `save` writes, with its time stamp
+_MAX_PENDING_ROWS = 1000  # rows held back by disk errors
+_MAX_DUMPS = 20  # skipped minibatches dumped per call to `train`
+_SAVE_INTERVAL_FACTOR = 125  # save interval in save durations; with the early first save, still under 1% of an hour
+_MAX_SAVE_INTERVAL = 1800.0  # maximum seconds between checkpoints
+_FIRST_SAVE_INTERVAL = 60.0  # seconds to the first checkpoint, while the duration of a save is still unknown
+_SAVED_EVENT = re.compile(
+    r"\S+ checkpoint of step (\d+) saved in "
+)  # event line that `save` writes, with its time stamp
 
 
 class Keeper:
@@ -46,29 +48,29 @@ class Keeper:
     def __init__(self, trainer: Learner, options: TrainOptions, save_every: int | None) -> None:
         self._trainer = trainer
         self._options = options
-        self._mode: OnDiskError = options.on_disk_error
-        self._every = save_every
+        self._on_disk_error: OnDiskError = options.on_disk_error
+        self._save_every = save_every
         self.path = None if options.run_dir is None else run_folder(options.run_dir)
         self.disk_errors = 0
         self.last_step: int | None = None
         """Step of the newest checkpoint."""
-        self._last: Path | None = None
-        self._rows: list[tuple[int, Mapping[str, Any], Sequence[CompletionRecord]]] = []
-        self._events: list[str] = []
-        self._dumps = 0
-        self._saved_at, self._save_took = time.monotonic(), 0.0
-        self._run: RunDirectory | NullRunDirectory = run_together(trainer.accelerator, self._opened, ValueError)
+        self._last_path: Path | None = None
+        self._pending_rows: list[tuple[int, Mapping[str, Any], Sequence[CompletionRecord]]] = []
+        self._pending_events: list[str] = []
+        self._dump_count = 0
+        self._saved_at, self._save_seconds = time.monotonic(), 0.0
+        self._run: RunDirectory | NullRunDirectory = run_together(trainer.accelerator, self._open, ValueError)
 
-    def _opened(self) -> RunDirectory | NullRunDirectory:
+    def _open(self) -> RunDirectory | NullRunDirectory:
         if self.path is None or not self._trainer.accelerator.is_main_process:
             return NullRunDirectory()
         exists = RunDirectory.exists(self.path)
         if exists and self._options.resume is False:
             raise ValueError(
-                f"{self.path} holds a run already: resume='auto' goes on with it; else name another folder, or remove it"
+                f"{self.path} already contains a run: pass resume='auto' to continue it, choose another folder, or remove it"
             )
         if not exists and self._options.resume is True:
-            raise ValueError(f"resume=True, and {self.path} is not the folder of a run; resume='auto' begins one")
+            raise ValueError(f"resume=True, but {self.path} contains no run; resume='auto' would start one")
         if not exists:
             return RunDirectory.create(self.path)
         run = RunDirectory.open(self.path)
@@ -80,16 +82,16 @@ class Keeper:
         """Checkpoint folder; None if the run has no folder."""
         return None if self.path is None else self.path / "checkpoints"
 
-    def begin(self, step: int, found: Path | None, config: Mapping[str, Any]) -> None:
-        """Removes records after `step`, where the run starts or resumes, and writes the settings.
+    def begin(self, step: int, checkpoint: Path | None, config: Mapping[str, Any]) -> None:
+        """Removes records after `step`, where the run starts or resumes from `checkpoint`, and writes the settings.
 
         Raises:
             ValueError: if the run has records but no checkpoint, unless it was stopped before its first checkpoint and
                 `resume="auto"` may start it over.
         """
-        self.last_step, self._last = (step if found else None), found
+        self.last_step, self._last_path = (None if checkpoint is None else step), checkpoint
         run = self._run
-        if found is None:
+        if checkpoint is None:
             run_together(self._trainer.accelerator, self._check_nothing_is_lost, ValueError)
 
         def write() -> None:
@@ -107,17 +109,16 @@ class Keeper:
         if not isinstance(run, RunDirectory):
             return
         lines = (run.path / "events.log").read_text(encoding="utf-8", errors="replace").splitlines()
-        saved = [match[1] for line in lines if (match := _SAVED.match(line))]
-        if not saved and (run.last_step is None or self._options.resume == "auto"):
+        saved_steps = [match[1] for line in lines if (match := _SAVED_EVENT.match(line))]
+        if not saved_steps and (run.last_step is None or self._options.resume == "auto"):
             return
         records = "no records" if run.last_step is None else f"records up to step {run.last_step}"
-        if saved:
-            hint = f"the last was of step {saved[-1]}: put it back, or begin afresh in another folder or by removing this one"
+        if saved_steps:
+            hint = f"the last one was of step {saved_steps[-1]}: restore it, remove the folder, or choose another one"
         else:
-            hint = "it was stopped before the first: resume='auto' takes the records off and begins again"
+            hint = "the run was stopped before its first: resume='auto' would delete the records and start over"
         raise ValueError(
-            f"resume={self._options.resume!r}: {run.path} has {records} and no checkpoint from which the run could go "
-            f"on; {hint}"
+            f"resume={self._options.resume!r}: {run.path} has {records} but no checkpoint to resume from; {hint}"
         )
 
     def _changed_settings(self, run: RunDirectory, config: Mapping[str, Any]) -> list[str]:
@@ -126,25 +127,27 @@ class Keeper:
             before = run.read_config()
             if not isinstance(before, dict | None):
                 raise ValueError(
-                    f"{run.path}/config.resolved.yaml holds a {type(before).__name__}, not settings by name"
+                    f"{run.path}/config.resolved.yaml contains a {type(before).__name__}, not a mapping of settings"
                 )
         except ValueError as error:
-            text = f"what has changed about the settings is not known, and they are written anew: {error}"
-            logger.warning("%s", text)
-            return [text]
-        changed = differences(before, plain(config)) if before is not None else []
-        return [f"setting changed: {line}" for line in changed]
+            message = (
+                f"previous settings cannot be read, so changes to them are unknown; the file is rewritten: {error}"
+            )
+            logger.warning("%s", message)
+            return [message]
+        changes = differences(before, plain(config)) if before is not None else []
+        return [f"setting changed: {change}" for change in changes]
 
     # Records ---------------------------------------------------------------------------------------------------------
 
     def event(self, text: str) -> None:
         """Appends a line to events.log; if the disk fails, it is written with the next records."""
         if isinstance(self._run, RunDirectory):
-            self._events.append(text)
+            self._pending_events.append(text)
             try:
                 self._write_events()
             except OSError as error:
-                logger.warning("an event waits for the disk: %s", error)
+                logger.warning("an event could not be written, will retry with the next records: %s", error)
 
     def record(self, step: int, row: Mapping[str, Any], records: Sequence[CompletionRecord]) -> None:
         """Writes the metrics row and the samples of a step.
@@ -152,25 +155,25 @@ class Keeper:
         Raises:
             OSError: if they cannot be written and disk errors stop the run.
         """
-        self._rows.append((step, row, records))
-        if len(self._rows) > _MOST_WAITING:
-            self._mode = "stop"  # memory is finite, and no row may be dropped
+        self._pending_rows.append((step, row, records))
+        if len(self._pending_rows) > _MAX_PENDING_ROWS:
+            self._on_disk_error = "stop"  # memory is finite, and no row may be dropped
         self._attempt(self._write_records, f"the records of step {step}")
 
     def _write_events(self) -> None:
-        while self._events:
-            self._run.event(self._events[0])
-            del self._events[0]
+        while self._pending_events:
+            self._run.event(self._pending_events[0])
+            del self._pending_events[0]
 
     def _write_records(self) -> None:
         self._write_events()
-        while self._rows:
-            step, row, records = self._rows[0]
+        while self._pending_rows:
+            step, row, records = self._pending_rows[0]
             self._run.log_completions(records, step)
             self._run.log(row, step)
-            del self._rows[0]
+            del self._pending_rows[0]
 
-    def _attempt(self, work: Callable[[], Any], what: str) -> bool:
+    def _attempt(self, work: Callable[[], Any], description: str) -> bool:
         """Runs `work` and returns whether it succeeded, on every process.
 
         Raises:
@@ -179,10 +182,10 @@ class Keeper:
         try:
             run_together(self._trainer.accelerator, work, OSError)
         except (OSError, CheckpointError) as error:
-            if self._mode == "stop":
+            if self._on_disk_error == "stop":
                 raise
             self.disk_errors += 1
-            logger.warning("%s could not be written, and will be tried again: %s", what, error)
+            logger.warning("%s could not be written, will retry: %s", description, error)
             return False
         return True
 
@@ -195,9 +198,9 @@ class Keeper:
         """
         if self.path is None:
             return False
-        if self._every is not None:
-            return step % self._every == 0
-        interval = min(_SAVES_APART * self._save_took, _LONGEST_INTERVAL) if self._save_took else _FIRST_INTERVAL
+        if self._save_every is not None:
+            return step % self._save_every == 0
+        interval = min(_SAVE_INTERVAL_FACTOR * self._save_seconds, _MAX_SAVE_INTERVAL) or _FIRST_SAVE_INTERVAL
         return time.monotonic() - self._saved_at >= interval
 
     def save(
@@ -209,40 +212,33 @@ class Keeper:
             The checkpoint's path; None if writing failed and the run continues.
         """
         assert self.checkpoints is not None
-        started = time.monotonic()
-        saved: list[Path] = []
+        started, options = time.monotonic(), self._options
+        path: Path | None = None
 
         def sync() -> None:
             self._write_records()
             self._run.sync()
 
-        def write() -> None:
-            options = self._options
-            saved.append(
-                save_training(
-                    self._trainer, self.checkpoints or "", step=step, extra=extra, keep_last=options.keep_last,
-                    metric=metric if options.keep_best else None, keep_steps=keep_steps,
-                )
-            )  # fmt: skip
-
         if self._attempt(sync, f"the records up to step {step}"):
-            # save_training itself reports failure to all processes.
             try:
-                write()
+                path = save_training(  # raises on all processes or on none
+                    self._trainer, self.checkpoints, step=step, extra=extra, keep_last=options.keep_last,
+                    metric=metric if options.keep_best else None, keep_steps=keep_steps,
+                )  # fmt: skip
             except CheckpointError as error:
-                if self._mode == "stop":
+                if self._on_disk_error == "stop":
                     self.event(f"checkpoint of step {step} failed: {error}")
                     raise
                 self.disk_errors += 1
-                logger.warning("%s; it will be tried again", error)
+                logger.warning("%s; will retry", error)
         self._saved_at = time.monotonic()
-        self._save_took = self._saved_at - started
-        if not saved:
-            self.event(f"checkpoint of step {step} failed; it will be tried again")
+        self._save_seconds = self._saved_at - started
+        if path is None:
+            self.event(f"checkpoint of step {step} failed; will retry")
             return None
-        self.last_step, self._last = step, saved[0]
-        self.event(f"checkpoint of step {step} saved in {self._save_took:.2f} s")
-        return saved[0]
+        self.last_step, self._last_path = step, path
+        self.event(f"checkpoint of step {step} saved in {self._save_seconds:.2f} s")
+        return path
 
     def insist(self, work: Callable[[], bool], waits: Sequence[float] = (0.1, 1.0)) -> None:
         """Runs work that the end of a run requires, retrying on disk errors; the last failure raises."""
@@ -250,52 +246,43 @@ class Keeper:
             if work():
                 return
             time.sleep(wait)
-        self._mode = "stop"
+        self._on_disk_error = "stop"
         work()
 
-    @property
-    def kept(self) -> tuple[Path | None, Path | None]:
+    def newest_and_best(self) -> tuple[Path | None, Path | None]:
         """Paths of the newest and the best checkpoint. Every process must call this."""
         if self.checkpoints is None:
             return None, None
-        main = self._trainer.accelerator.is_main_process
-        own = (best_name(self.checkpoints) or "") if main else ""
-        name = share_bytes(self._trainer.accelerator, own.encode())[0].decode()
-        return self._last, self.checkpoints / name if name else None
+        accelerator = self._trainer.accelerator
+        best = share_json(accelerator, best_name(self.checkpoints) if accelerator.is_main_process else None)[0]
+        return self._last_path, self.checkpoints / best if best else None
 
     # The end ---------------------------------------------------------------------------------------------------------
 
     def finish(self, summary: Mapping[str, Any], *, model: bool) -> None:
         """Writes the summary, including the run's last row, and with `model` also the model in transformers format."""
 
-        def write() -> bool:
-            def all_of_it() -> None:
-                self._write_records()
-                if model and isinstance(self._run, RunDirectory):
-                    self._write_model(self._run.path)
-                self._run.write_summary(
-                    {**summary, "run/disk_errors": self.disk_errors, "metrics": without_times(self._last_row())}
-                )
+        def write() -> None:
+            self._write_records()
+            if model and isinstance(self._run, RunDirectory):
+                self._write_model(self._run.path)
+            self._run.write_summary(
+                {**summary, "run/disk_errors": self.disk_errors, "metrics": without_times(self._last_row())}
+            )
 
-            return self._attempt(all_of_it, "model and summary")
-
-        self.insist(write)
+        self.insist(lambda: self._attempt(write, "model and summary"))
 
     def _last_row(self) -> Mapping[str, Any]:
-        """Last metrics row on disk: a `train` call resumed after the final step adds none itself."""
+        """Last metrics row on disk, which an earlier `train` call wrote if this one resumed after the final step."""
         if not isinstance(self._run, RunDirectory):
             return {}
         rows = read_metrics(self._run.path)
         return rows[-1] if rows else {}
 
-    def say_last(self, text: str) -> None:
-        """Writes the run's last event, insisting that it reaches the disk."""
-
-        def write() -> bool:
-            return self._attempt(self._write_events, "the last event")
-
+    def insist_on_event(self, text: str) -> None:
+        """Writes an event, retrying on disk errors like `insist`."""
         self.event(text)
-        self.insist(write)
+        self.insist(lambda: self._attempt(self._write_events, "an event"))
 
     def close(self) -> None:
         """Releases the run's write lock."""
@@ -327,10 +314,10 @@ class Keeper:
 
     def dump(self, step: int, skipped: SkippedUpdate) -> None:
         """Dumps this process's minibatch of a skipped, non-finite update for inspection; never stops the run."""
-        rank, number = self._trainer.accelerator.process_index, self._dumps
-        if self.path is None or number >= _MOST_DUMPS:
+        rank, number = self._trainer.accelerator.process_index, self._dump_count
+        if self.path is None or number >= _MAX_DUMPS:
             return
-        self._dumps += 1
+        self._dump_count += 1
         name = f"step-{step:08d}-process-{rank}-{skipped.in_a_row}.safetensors"
         text = f"step {step}: optimizer step skipped ({skipped.in_a_row} in a row), gradient norm {skipped.grad_norm}"
         if skipped.experience is not None:
@@ -338,15 +325,15 @@ class Keeper:
                 files.make_folder(self.path / "dumps")
                 pieces = safetensors_pieces(_tensors_of(skipped.experience))
                 files.write_atomic(self.path / "dumps" / name, b"".join(bytes(piece) for piece in pieces))
-                text += f"; its minibatch is in dumps/{name}"
+                text += f"; minibatch written to dumps/{name}"
             except OSError as error:
                 self.disk_errors += 1
-                logger.warning("a skipped minibatch could not be kept: %s", error)
+                logger.warning("a skipped minibatch could not be written: %s", error)
         self.event(text)
 
 
 def _tensors_of(experience: Experience) -> dict[str, Tensor]:
     """Tensors of an experience and its rollout by name, without the extra fields of `Rollout` subclasses."""
     pairs = [(experience.rollout, fields(Rollout)), (experience, fields(experience))]
-    found = {field.name: getattr(owner, field.name) for owner, names in pairs for field in names}
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    values = {field.name: getattr(owner, field.name) for owner, owner_fields in pairs for field in owner_fields}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}

@@ -68,27 +68,29 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.episodes is None):
-            raise ValueError(f"steps={self.steps!r} and episodes={self.episodes!r}: exactly one of them is expected")
+            raise ValueError(f"steps={self.steps!r} and episodes={self.episodes!r}: set exactly one of them")
         for name in ("steps", "episodes", "eval_every", "save_every", "keep_last", "max_skipped_updates"):
             value = getattr(self, name)
-            wrong = not isinstance(value, int) or isinstance(value, bool) or value < 1
-            if wrong and (value is not None or name == "keep_last"):
+            invalid = not isinstance(value, int) or isinstance(value, bool) or value < 1
+            if invalid and (value is not None or name == "keep_last"):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         choices = {"on_spike": (None, *get_args(OnSpike)), "on_disk_error": get_args(OnDiskError)}
         for name, allowed in (choices | {"resume": (False, True, "auto")}).items():
             value = getattr(self, name)
             # Compare types, too: 0 == False, but is not a valid choice.
-            if not any(value == one and type(value) is type(one) for one in allowed):
+            if not any(value == choice and type(value) is type(choice) for choice in allowed):
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
         if self.resume is True and self.run_dir is None:
-            raise ValueError("resume=True needs a run_dir, in which the run is")
+            raise ValueError("resume=True needs the run_dir of the run to resume")
         if self.eval_every is not None and self.eval_prompts is None:
             raise ValueError(f"eval_every={self.eval_every} needs eval_prompts")
-        longest = (self.generation or {}).get("max_new_tokens", 1)
-        if not isinstance(longest, int) or isinstance(longest, bool) or longest < 1:
-            raise ValueError(f"generation: max_new_tokens={longest!r} must be a whole number of at least 1")
+        max_new_tokens = (self.generation or {}).get("max_new_tokens", 1)
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise ValueError(f"generation: max_new_tokens={max_new_tokens!r} must be a whole number of at least 1")
         if "return_prompt" in (self.generation or {}):
-            raise ValueError("generation must not hold return_prompt: the loop needs responses alone")
+            raise ValueError(
+                "generation must not contain return_prompt: the loop needs responses without their prompts"
+            )
 
     def target(self, batch_size: int) -> int:
         """Total steps of the run, for steps of `batch_size` samples over all processes."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
-_BETWEEN_LINES = 10.0  # seconds between two plain lines
+_LINE_INTERVAL = 10.0  # seconds between two plain lines
 
 
 class Progress(Protocol):
@@ -34,16 +34,16 @@ class NoProgress:
         """Does nothing."""
 
 
-def progress_for(wanted: bool | None, *, done: int, target: int, stream: TextIO | None = None) -> Progress:
+def progress_for(show: bool | None, *, done: int, target: int, stream: TextIO | None = None) -> Progress:
     """Returns a progress bar if `stream` is a terminal and rich is installed, else plain lines.
 
     Args:
-        wanted: False shows nothing; True and None are the same.
+        show: False shows nothing; True and None are the same.
         done: steps already done.
         target: total steps of the run.
         stream: output stream; standard error if None.
     """
-    if wanted is False:
+    if show is False:
         return NoProgress()
     stream = sys.stderr if stream is None else stream
     if stream.isatty() and importlib.util.find_spec("rich") is not None:
@@ -57,17 +57,17 @@ class PlainProgress:
     def __init__(self, stream: TextIO, done: int, target: int) -> None:
         self._stream, self._done, self._target = stream, done, target
         self._started = time.monotonic()
-        self._shown: float | None = None
+        self._last_line: float | None = None
 
     def update(self, step: int, row: Mapping[str, Any]) -> None:
         """Prints a line if one is due."""
         now = time.monotonic()
-        waits = self._shown is not None and now - self._shown < _BETWEEN_LINES
-        if waits and step < self._target and "eval/score_mean" not in row:
+        too_soon = self._last_line is not None and now - self._last_line < _LINE_INTERVAL
+        if too_soon and step < self._target and "eval/score_mean" not in row:
             return
-        self._shown = now
-        left = (now - self._started) / max(1, step - self._done) * (self._target - step)
-        self._stream.write(f"step {step}/{self._target}  {numbers(row)}  ETA {clock(left)}\n")
+        self._last_line = now
+        remaining = (now - self._started) / max(1, step - self._done) * (self._target - step)
+        self._stream.write(f"step {step}/{self._target}  {numbers(row)}  ETA {clock(remaining)}\n")
         self._stream.flush()
 
     def close(self) -> None:
@@ -102,8 +102,8 @@ class RichProgress:
 
 def numbers(row: Mapping[str, Any]) -> str:
     """Formats a row's score, KL, evaluation score and speed."""
-    shown = {"score": "score/mean", "KL": "objective/kl", "eval": "eval/score_mean"}
-    words = [f"{word} {_number(row[key])}" for word, key in shown.items() if key in row]
+    columns = {"score": "score/mean", "KL": "objective/kl", "eval": "eval/score_mean"}
+    words = [f"{word} {_number(row[key])}" for word, key in columns.items() if key in row]
     if "time/tokens_per_second" in row:
         words.append(f"{float(row['time/tokens_per_second']):.0f} tokens/s")
     return "  ".join(words)

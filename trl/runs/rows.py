@@ -1,33 +1,40 @@
-"""Metrics rows of a managed run, and the timing of its steps."""
+"""Metrics rows of a managed run, the timing of its steps, and the tracker behind `log_with`."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl.runs.samples import totals
+from trl.trackers import CompletionRecord
 from trl.trackers.plain import as_number
 from trl.types import Scored
 
 
-def numbers_of(stats: Mapping[str, Any], scored: Scored) -> dict[str, Any]:
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and population standard deviation; NaN without values."""
+    if not values:
+        return math.nan, math.nan
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+
+
+def scalars_of(stats: Mapping[str, Any], scored: Scored) -> dict[str, Any]:
     """Collects the scalars of a step and its rewards into a row; timings get the prefix `time/`.
 
     Args:
         stats: statistics from `PPOTrainer.step`; arrays are dropped.
         scored: scores of the samples of all processes.
     """
-    known = [total for total in totals(scored) if total is not None]
-    mean = math.fsum(known) / len(known) if known else math.nan
-    spread = math.sqrt(math.fsum((total - mean) ** 2 for total in known) / len(known)) if known else math.nan
+    mean, std = mean_and_std([total for total in totals(scored) if total is not None])
     row = {
         (rest if (rest := key.partition("/")[2]).startswith("time/") else key): number
         for key, value in stats.items()
         if (number := as_number(value)) is not None
     }
-    return {"score/mean": mean, "score/std": spread, **row, **scored.statistics()}
+    return {"score/mean": mean, "score/std": std, **row, **scored.statistics()}
 
 
 class Clock:
@@ -35,20 +42,25 @@ class Clock:
 
     def __init__(self) -> None:
         self._last = self._started = time.perf_counter()
-        self.laps: dict[str, float] = {}
+        self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
         """Ends the part `name` and records its duration."""
         now = time.perf_counter()
-        self.laps[f"time/{name}"], self._last = now - self._last, now
+        self._laps[f"time/{name}"], self._last = now - self._last, now
 
-    def total(self) -> float:
-        """Seconds since the step began; also recorded as `time/step`."""
-        self.laps["time/step"] = time.perf_counter() - self._started
-        return self.laps["time/step"]
+    def times(self, records: Sequence[CompletionRecord]) -> dict[str, float]:
+        """Seconds of the parts and of the step so far, and its speed over the samples of all processes."""
+        seconds = time.perf_counter() - self._started
+        return {
+            **self._laps,
+            "time/step": seconds,
+            "time/tokens_per_second": sum(record.length for record in records) / seconds,
+            "time/samples_per_second": len(records) / seconds,
+        }
 
 
-class Logged:
+class AccelerateTracker:
     """Tracker that forwards to accelerate's trackers, as selected by `PPOConfig.log_with`."""
 
     def __init__(self, accelerator: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from trl.rewards.isolation import drawing_from
 from trl.rollout import stop_strings, stop_tokens
 from trl.state.rng import own_numbers
 from trl.trackers import CompletionRecord
-from trl.training.processes import run_together, share_bytes
+from trl.training.processes import run_together, share_json
 from trl.training.run_state import Learner
 from trl.types import Sample, Scored
 
@@ -45,8 +44,8 @@ def draw(
     """Samples a response to each prompt with `PPOTrainer.generate`."""
     queries = [prompt.tokens.to(trainer.current_device) for prompt in prompts]
     responses = list(trainer.generate(queries, length_sampler, return_prompt=False, **generation))
-    own = [response[int(trainer.is_encoder_decoder) :].tolist() for response in responses]
-    texts = [trainer.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in own]
+    completions = [response[int(trainer.is_encoder_decoder) :].tolist() for response in responses]
+    texts = [trainer.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in completions]
     config = trainer.accelerator.unwrap_model(trainer.model).generation_config
     stops, strings = set(stop_tokens(config, generation)), stop_strings(config, generation)
     samples = [
@@ -57,34 +56,35 @@ def draw(
             completion_ids=tuple(tokens),
             columns=prompt.columns,
         )
-        for prompt, text, tokens in zip(prompts, texts, own, strict=True)
+        for prompt, text, tokens in zip(prompts, texts, completions, strict=True)
     ]
     finished = [
-        bool(tokens) and (tokens[-1] in stops or _holds_one(strings, trainer.tokenizer, tokens)) for tokens in own
+        bool(tokens) and (tokens[-1] in stops or _contains_any(strings, trainer.tokenizer, tokens))
+        for tokens in completions
     ]
     return Drawn(prompts=list(prompts), responses=responses, samples=samples, finished=finished)
 
 
-def _holds_one(strings: Sequence[str], tokenizer: Any, tokens: Sequence[int]) -> bool:
-    """Whether a response contains one of `strings`; it ends where the first one does."""
+def _contains_any(strings: Sequence[str], tokenizer: Any, tokens: Sequence[int]) -> bool:
+    """Whether a response contains one of the stop `strings`, at the first of which it ends."""
     text = tokenizer.decode(tokens) if strings else ""
     return any(string in text for string in strings)
 
 
-def judge(trainer: Learner, reward: Reward, drawn: Drawn, numbers: str) -> Scored:
+def judge(trainer: Learner, reward: Reward, drawn: Drawn, stream: str) -> Scored:
     """Scores samples; a failure on one process fails on all.
 
     The reward has its own random streams, isolated from the run's generators and seeded by the run's seed, the process
-    rank and `numbers` (such as "step/12").
+    rank and `stream` (such as "step/12").
     """
-    stream = f"{trainer.config.seed or 0}/{numbers}/{trainer.accelerator.process_index}"
+    stream = f"{trainer.config.seed or 0}/{stream}/{trainer.accelerator.process_index}"
     seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:7], "big")
 
-    def scored() -> Scored:
+    def score() -> Scored:
         with own_numbers(seed, trainer.accelerator.device, trainer._generator), drawing_from(stream):
             return score_apart(reward, drawn.samples)
 
-    return run_together(trainer.accelerator, scored)
+    return run_together(trainer.accelerator, score)
 
 
 def totals(scored: Scored) -> list[float | None]:
@@ -95,20 +95,20 @@ def totals(scored: Scored) -> list[float | None]:
     ]
 
 
-def arguments_of_step(
-    drawn: Drawn, scored: Scored, *, leaves_out: bool, token_rewards: bool, offset: int, group_size: int
+def prepare_arguments(
+    drawn: Drawn, scored: Scored, *, masks: bool, token_rewards: bool, offset: int, group_size: int
 ) -> dict[str, Any]:
     """Builds the arguments of `prepare`. A sample without a score is masked out, so that the batch keeps its size.
 
     Args:
         drawn: the samples.
         scored: their scores.
-        leaves_out: whether any sample on any process has no score.
+        masks: whether any sample on any process has no score.
         token_rewards: whether any sample on any process has token rewards.
         offset: number of unsampled tokens at the start of a response: 1 for an encoder-decoder, else 0.
-        group_size: successive samples that answer the same prompt.
+        group_size: number of successive samples that answer the same prompt.
     """
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "queries": drawn.queries,
         "responses": drawn.responses,
         "scores": [
@@ -116,38 +116,37 @@ def arguments_of_step(
         ],
         "group": [i // group_size for i in range(len(drawn.responses))],
     }
-    if leaves_out:
-        found["response_masks"] = [
+    if masks:
+        arguments["response_masks"] = [
             torch.full_like(response, int(score is not None))
             for response, score in zip(drawn.responses, scored.scores, strict=True)
         ]
     if token_rewards:
-        found["token_rewards"] = [
+        arguments["token_rewards"] = [
             torch.tensor([0.0] * offset + list(tokens or [0.0] * (len(response) - offset)), dtype=torch.float)
             for response, tokens in zip(drawn.responses, scored.token_rewards, strict=True)
         ]
-    return found
+    return arguments
 
 
-def told_to_all(trainer: Learner, scored: Scored) -> Scored:
-    """Gathers every rank's `Scored`, concatenated in rank order, on every process."""
-    parts = [json.loads(part) for part in share_bytes(trainer.accelerator, json.dumps(asdict(scored)).encode())]
+def gather_scored(accelerator: Any, scored: Scored) -> Scored:
+    """Gathers every rank's `Scored`, concatenated in rank order. Every process must call this."""
+    parts = share_json(accelerator, asdict(scored))
     names = list(dict.fromkeys(name for part in parts for name in part["components"]))
-    absent = [[None] * len(part["scores"]) for part in parts]
     return Scored(
         **{
             field: [value for part in parts for value in part[field]]
             for field in ("scores", "token_rewards", "seconds", "errors", "tracebacks")
         },
         components={
-            name: [v for part, none in zip(parts, absent, strict=True) for v in part["components"].get(name, none)]
+            name: [v for part in parts for v in part["components"].get(name, [None] * len(part["scores"]))]
             for name in names
         },
     )
 
 
-def records(
-    trainer: Learner,
+def gather_records(
+    accelerator: Any,
     drawn: Drawn,
     scored: Scored,
     *,
@@ -157,13 +156,13 @@ def records(
     """Gathers a record of every sample of every process. Every process must call this.
 
     Args:
-        trainer: this process's trainer.
+        accelerator: spans the processes.
         drawn: this process's samples.
         scored: their scores.
         kl: KL to the reference per sample, summed over tokens; None if unknown.
         advantages: advantage per sample, averaged over tokens; None if unknown.
     """
-    own = [
+    local_records = [
         {
             "prompt_id": drawn.prompts[i].id,
             "prompt": sample.prompt,
@@ -179,5 +178,5 @@ def records(
         }
         for i, (sample, total) in enumerate(zip(drawn.samples, totals(scored), strict=True))
     ]
-    parts = share_bytes(trainer.accelerator, json.dumps(own).encode())
-    return [CompletionRecord(**fields) for part in parts for fields in json.loads(part)]
+    parts = share_json(accelerator, local_records)
+    return [CompletionRecord(**fields) for part in parts for fields in part]

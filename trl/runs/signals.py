@@ -10,7 +10,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_WATCHED = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class SignalWatch:
@@ -21,23 +21,23 @@ class SignalWatch:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is not threading.main_thread():
-            logger.info("not in the main thread: SIGTERM and SIGINT do what they did before")
+            logger.info("not in the main thread: SIGTERM and SIGINT keep their handlers")
             return self
-        for number in _WATCHED:
-            self._before[number] = signal.signal(number, self._note)
+        for number in _SIGNALS:
+            self._previous_handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             # None: the handler was not installed from Python and cannot be restored from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before.clear()
+        self._previous_handlers.clear()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None:

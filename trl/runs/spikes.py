@@ -59,25 +59,25 @@ class SpikeSettings:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
-class SpikeWatch:
+class SpikeDetector:
     """Compares a step's KL and loss with those of recent steps. Its inputs must be the same on every process."""
 
     def __init__(self, settings: SpikeSettings) -> None:
         self.settings = settings
         self.in_a_row = 0  # consecutive batches skipped or rolled back so far
-        self._seen = {name: deque[float](maxlen=settings.window) for name in ("kl", "loss")}
+        self._history = {name: deque[float](maxlen=settings.window) for name in ("kl", "loss")}
 
-    def look(self, name: str, value: float) -> str | None:
-        """Reason why `value` of "kl" or "loss" is a spike; None if it is not."""
-        settings, seen = self.settings, self._seen[name]
+    def spike(self, name: str, value: float) -> str | None:
+        """Why `value` of "kl" or "loss" is a spike; None if it is not."""
+        settings, history = self.settings, self._history[name]
         factor, above = getattr(settings, name), getattr(settings, f"{name}_above")
         value = abs(value) if name == "loss" else value
         if not math.isfinite(value):
             return f"the {name} is {value}"
         if above is not None and value > above:
             return f"the {name} is {value:.4g}, above {above:g}"
-        if factor is not None and len(seen) >= min(settings.least, settings.window):
-            median = max(statistics.median(seen), getattr(settings, f"{name}_floor"))
+        if factor is not None and len(history) >= min(settings.least, settings.window):
+            median = max(statistics.median(history), getattr(settings, f"{name}_floor"))
             if value > factor * median:
                 return f"the {name} is {value:.4g}, more than {factor:g} times {median:.4g}"
         return None
@@ -85,9 +85,9 @@ class SpikeWatch:
     def remember(self, name: str, value: float) -> None:
         """Adds `value` to the history that the median is computed from."""
         if math.isfinite(value):
-            self._seen[name].append(abs(value) if name == "loss" else value)
+            self._history[name].append(abs(value) if name == "loss" else value)
 
-    def count(self, why: str) -> None:
+    def count(self, reason: str) -> None:
         """Counts a batch that was skipped or rolled back.
 
         Raises:
@@ -96,17 +96,17 @@ class SpikeWatch:
         self.in_a_row += 1
         if self.in_a_row > self.settings.most_in_a_row:
             raise SpikeError(
-                f"{self.in_a_row} batches in a row spiked; the last one since {why}. Look at the learning rate, the scores "
-                "and objective/kl"
+                f"{self.in_a_row} batches in a row spiked (most_in_a_row={self.settings.most_in_a_row}); the last because "
+                f"{reason}. Check the learning rate, the scores and objective/kl"
             )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable state, for checkpoints."""
-        return {"in_a_row": self.in_a_row, **{name: list(seen) for name, seen in self._seen.items()}}
+        return {"in_a_row": self.in_a_row, **{name: list(history) for name, history in self._history.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
         self.in_a_row = state["in_a_row"]
-        for name, seen in self._seen.items():
-            seen.clear()
-            seen.extend(state[name])
+        for name, history in self._history.items():
+            history.clear()
+            history.extend(state[name])

@@ -106,4 +106,4 @@ class BaseTrainer:
             try:
                 find_file(source, "README.md", {} if token is None else {"token": token})
             except (OSError, ValueError) as error:
-                logger.info("the card of %s could not be read, the new one names no licence: %s", source, error)
+                logger.info("the model card of %s could not be read; the new card names no licence: %s", source, error)

@@ -15,7 +15,7 @@ from trl.trackers.plain import plain
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 # Settings left out of the card: they describe the run rather than the algorithm, or may contain paths.
-_NOT_SHOWN = (
+_HIDDEN_SETTINGS = (
     "task_name", "model_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "tracker_project_name",
     "push_to_hub_if_best_kwargs", "compare_steps",
 )  # fmt: skip
@@ -144,7 +144,7 @@ def _front_matter(source: str) -> dict[str, Any]:
 
 def _settings(config: Any) -> dict[str, Any]:
     """The learning rate and all settings that differ from their defaults."""
-    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_SHOWN}
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _HIDDEN_SETTINGS}
     defaults = {f.name: _default(f) for f in fields(config)}
     return plain(
         {name: value for name, value in settings.items() if name == "learning_rate" or value != defaults[name]}

@@ -49,7 +49,7 @@ def check_tokens(name: str, sequences: Sequence[Tensor], *, vocabulary: int | No
             raise ValueError(f"{name}[{i}] contains token id {low if low < 0 else high}; expected ids {allowed}")
 
 
-def check_room(lengths: Sequence[int], context: int | None, what: str) -> None:
+def check_room(lengths: Sequence[int], context: int | None, name: str) -> None:
     """Checks that no sequence is longer than the model's context.
 
     Raises:
@@ -60,7 +60,7 @@ def check_room(lengths: Sequence[int], context: int | None, what: str) -> None:
     for i, length in enumerate(lengths):
         if length > context:
             raise ValueError(
-                f"{what} of sample {i} is {length} tokens long; the model's context length is {context}: shorten it"
+                f"{name} of sample {i} is {length} tokens long; the model's context length is {context}: shorten it"
             )
 
 
@@ -73,7 +73,7 @@ def check_scores(scores: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         ValueError: if one is not; names the score and the problem.
     """
-    flat = []
+    scalars = []
     for i, score in enumerate(scores):
         if score.dim() > 1 or score.numel() != 1:
             raise ValueError(f"scores[{i}] must be one number (0-D or 1-D), not of shape {tuple(score.shape)}")
@@ -82,8 +82,8 @@ def check_scores(scores: Sequence[Tensor]) -> list[Tensor]:
         number = score.reshape(()).float()
         if not torch.isfinite(number):
             raise ValueError(f"scores[{i}] is {score.item()}: scores must be numbers that are finite in float32")
-        flat.append(number)
-    return flat
+        scalars.append(number)
+    return scalars
 
 
 def check_per_token(name: str, values: Sequence[Tensor], responses: Sequence[Tensor]) -> None:
@@ -121,6 +121,6 @@ def check_start(responses: Sequence[Tensor], start: int | None) -> None:
         warnings.warn(
             f"{len(first_tokens)} of {len(responses)} responses do not begin with the decoder's start token {start} but, for "
             f"example, with {first_tokens[0]}. The first token of an encoder-decoder's response is decoder input and is not "
-            "trained on: was the start token stripped?",
+            "trained on. Was the start token stripped?",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Checks and builds the parts of a trainer: model, reference and optimizer."""
+"""Checks and builds the parts of a trainer: accelerator, model, reference and optimizer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
+from trl.kernels.allocator import keep_freed_memory
 from trl.models import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
@@ -23,12 +26,17 @@ from trl.models.adapters import adapter_starts_at_zero, frozen_copy
 from trl.models.reference import check_reference
 from trl.models.trunk import is_encoder_decoder
 from trl.trainer.ppo_config import PPOConfig
+from trl.trainer.tracking import settings_to_track
 from trl.training.optimizers import check_optimizer, check_scheduler, make_adam
+from trl.training.processes import check_same, make_accelerator
+from trl.training.resume import settings_of
 
 logger = logging.getLogger(__name__)
 
+# Settings that may differ between processes: names, and the seed of a loop of the user's own.
+_MAY_DIFFER = ("seed", "task_name", "model_name", "tracker_project_name")
 # Settings that only PPO reads.
-_PPO_ALONE = (
+_PPO_SETTINGS = (
     "adap_kl_ctrl", "init_kl_coef", "target", "horizon", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef",
     "kl_penalty", "whiten_rewards", "use_score_scaling", "use_score_norm", "score_clip", "missing_eos_penalty", "dual_clip",
     "value_warmup_steps", "loss_denominator", "importance_cap",
@@ -61,6 +69,27 @@ def check_parts(config: Any, model: Any, tokenizer: Any, optimizer: Any, lr_sche
         check_scheduler(lr_scheduler, optimizer)
 
 
+def start_accelerator(config: PPOConfig) -> Accelerator:
+    """Joins the processes of the launch and starts the trackers. Every process must call this.
+
+    Raises:
+        ValueError: if settings other than seed and names differ between processes.
+    """
+    accelerator = make_accelerator(
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(**config.project_kwargs),
+        **config.accelerator_kwargs,
+    )
+    check_same(accelerator, {k: v for k, v in settings_of(config).items() if k not in _MAY_DIFFER})
+    if config.keep_memory and accelerator.device.type == "cpu":
+        keep_freed_memory()
+    if config.log_with is not None:
+        accelerator.init_trackers(
+            config.tracker_project_name, config=settings_to_track(config), init_kwargs=dict(config.tracker_kwargs)
+        )
+    return accelerator
+
+
 def make_reference(
     model: PreTrainedModelWrapper, ref_model: Any, num_shared_layers: int | None
 ) -> PreTrainedModelWrapper | None:
@@ -68,25 +97,27 @@ def make_reference(
     if ref_model is not None:
         if not isinstance(ref_model, PreTrainedModelWrapper):
             raise ValueError(
-                f"ref_model must have a value head, not be a {type(ref_model).__name__}: make it with "
+                f"ref_model must have a value head, not be a {type(ref_model).__name__}: create it with "
                 "create_reference_model(model)"
             )
         check_reference(ref_model, model)
         if num_shared_layers is not None:
-            warnings.warn(f"num_shared_layers={num_shared_layers} is ignored, since a ref_model is given", stacklevel=5)
+            warnings.warn(
+                f"num_shared_layers={num_shared_layers} is ignored because a ref_model is given", stacklevel=4
+            )
         return ref_model
     if not model.is_peft_model:
         return create_reference_model(model, num_shared_layers=num_shared_layers)
     if num_shared_layers is not None:
         warnings.warn(
             f"num_shared_layers={num_shared_layers} is ignored: with an adapter, the reference is the model without it",
-            stacklevel=5,
+            stacklevel=4,
         )
     if adapter_starts_at_zero(model):
         return None
     logger.warning(
-        "the adapter is not at zero at the start, so that the model without it is not where training starts: the "
-        "reference is a frozen copy of the whole model"
+        "the adapter does not start at zero, so disabling it does not give the initial policy: using a frozen copy of the "
+        "whole model as the reference"
     )
     return frozen_copy(model)
 
@@ -94,53 +125,53 @@ def make_reference(
 def make_optimizer(
     config: PPOConfig, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None
 ) -> torch.optim.Optimizer:
-    """The given optimizer, or Adam at `config.learning_rate`; warns of trained weights that are too coarse for it."""
-    if narrow := {str(p.dtype) for p in trained if p.dtype in (torch.bfloat16, torch.float16)}:
+    """The given optimizer, or Adam at `config.learning_rate`; warns if the trained weights are half precision."""
+    if half_dtypes := {str(p.dtype) for p in trained if p.dtype in (torch.bfloat16, torch.float16)}:
         logger.warning(
-            "the trained weights are %s: an update smaller than their spacing is lost%s. For half-precision compute with "
+            "the trained weights are %s, which loses updates smaller than their spacing%s. For half-precision compute with "
             "float32 weights, load them in float32 and set accelerator_kwargs={'mixed_precision': 'bf16'}",
-            ", ".join(sorted(narrow)),
-            ", and Adam's second moment underflows to 0, which makes its updates far too large"
-            if str(torch.float16) in narrow
+            ", ".join(sorted(half_dtypes)),
+            ", and Adam's second moment underflows to 0, which makes updates far too large"
+            if str(torch.float16) in half_dtypes
             else "",
         )
     if optimizer is None:
         return make_adam(trained, float(config.learning_rate or 0), narrow=config.optimizer_state_dtype != "float32")
     if config.optimizer_state_dtype != "float32":
         raise ValueError(
-            f"optimizer_state_dtype={config.optimizer_state_dtype!r} is for the Adam that the trainer makes, not for the "
-            f"{type(optimizer).__name__} that is given"
+            f"optimizer_state_dtype={config.optimizer_state_dtype!r} applies to the trainer's own Adam, not to the given "
+            f"{type(optimizer).__name__}"
         )
     return optimizer
 
 
 def critic_free(model: Any) -> Any:
-    """The model in a wrapper whose value head takes no part in training; anything but a model is returned as it is.
+    """Wraps a model with an unused, frozen value head; returns anything but a model unchanged.
 
     Args:
         model: a transformers language model, a PEFT model, or one with a value head, which is frozen.
     """
     if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModelWrapper):
-        separate = is_encoder_decoder(model)
-        kind = AutoModelForSeq2SeqLMWithValueHead if separate else AutoModelForCausalLMWithValueHead
-        model = kind.from_pretrained(model)
+        seq2seq = is_encoder_decoder(model)
+        wrapper = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
+        model = wrapper.from_pretrained(model)
         for parameter in model.v_head.parameters():
-            nn.init.zeros_(parameter)  # the same in every process and in a resumed run
+            nn.init.zeros_(parameter)  # identical on every process and in a resumed run
     if isinstance(model, PreTrainedModelWrapper):
         model.v_head.requires_grad_(False)
     return model
 
 
 def check_unused_settings(config: Any, algorithm: str) -> None:
-    """Checks that settings which belong to PPO alone have their defaults.
+    """Rejects changes to settings that only PPO reads.
 
     Raises:
-        ValueError: if one has another value, which would be ignored.
+        ValueError: if a setting would be ignored; names each.
     """
     if not isinstance(config, PPOConfig):
         return
     defaults = {f.name: f.default for f in fields(PPOConfig)}
-    if changed := [name for name in _PPO_ALONE if getattr(config, name) != defaults[name]]:
+    if changed := [name for name in _PPO_SETTINGS if getattr(config, name) != defaults[name]]:
         raise ValueError(
-            f"{', '.join(changed)}: settings of PPO, which {algorithm} does not read; its own are arguments of the algorithm"
+            f"{', '.join(changed)}: only PPO uses these settings; {algorithm} takes its own as arguments of the algorithm"
         )

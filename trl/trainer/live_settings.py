@@ -10,7 +10,7 @@ from trl.trainer.kl_controllers import AdaptiveKLController, FixedKLController, 
 from trl.trainer.ppo_config import PPOConfig
 
 # Settings that other objects copy when the trainer is built; all others are read from the configuration at every call.
-_PASSED_ON = ("learning_rate", "init_kl_coef", "adap_kl_ctrl", "target", "horizon")
+_COPIED = ("learning_rate", "init_kl_coef", "adap_kl_ctrl", "target", "horizon")
 _READ_ONCE = (
     "seed", "log_with", "tracker_kwargs", "tracker_project_name", "project_kwargs", "accelerator_kwargs", "dtype",
     "optimizer_state_dtype", "keep_memory", "gradient_checkpointing",
@@ -24,17 +24,17 @@ class LiveSettings:
 
     Args:
         config: configuration that the trainer was built with.
-        rate_is_ours: whether `config.learning_rate` is in charge, i.e. the trainer made its own optimizer and there is
-            no scheduler.
+        controls_rate: whether `config.learning_rate` sets the learning rate, i.e. the trainer created the optimizer and
+            there is no scheduler.
     """
 
-    def __init__(self, config: PPOConfig, *, rate_is_ours: bool) -> None:
-        self._rate_is_ours = rate_is_ours
-        self._seen = self._look(config)
+    def __init__(self, config: PPOConfig, *, controls_rate: bool) -> None:
+        self._controls_rate = controls_rate
+        self._last = self._copy(config)
 
     @staticmethod
-    def _look(config: PPOConfig) -> dict[str, Any]:
-        return {name: copy.copy(getattr(config, name)) for name in (*_PASSED_ON, *_READ_ONCE)}
+    def _copy(config: PPOConfig) -> dict[str, Any]:
+        return {name: copy.copy(getattr(config, name)) for name in (*_COPIED, *_READ_ONCE)}
 
     def follow(self, config: PPOConfig, optimizer: Any, controller: KLController) -> KLController:
         """Applies changed settings, and warns about those that no longer have an effect.
@@ -43,23 +43,25 @@ class LiveSettings:
             The KL controller to use. A changed `init_kl_coef` resets the coefficient; if only `adap_kl_ctrl` changed,
             the current coefficient is kept.
         """
-        before, self._seen = self._seen, self._look(config)
-        changed = [name for name in self._seen if self._seen[name] != before[name]]
-        late = [name for name in changed if name in _READ_ONCE or (name == "learning_rate" and not self._rate_is_ours)]
-        if late:
-            reason = " (the given optimizer or scheduler rules it)" if "learning_rate" in late else ""
+        before, self._last = self._last, self._copy(config)
+        changed = [name for name in self._last if self._last[name] != before[name]]
+        ignored = [
+            name for name in changed if name in _READ_ONCE or (name == "learning_rate" and not self._controls_rate)
+        ]
+        if ignored:
+            reason = " (set by the given optimizer or scheduler)" if "learning_rate" in ignored else ""
             warnings.warn(
-                f"changing {', '.join(late)}{reason} on the configuration after the trainer was made has no effect",
+                f"changing {', '.join(ignored)}{reason} on the configuration after the trainer was built has no effect",
                 stacklevel=4,
             )
-        if "learning_rate" in changed and self._rate_is_ours:
+        if "learning_rate" in changed and self._controls_rate:
             for group in optimizer.param_groups:
                 group["lr"] = float(config.learning_rate or 0)
         if "init_kl_coef" in changed or "adap_kl_ctrl" in changed:
-            made = controller_for(config)
+            new_controller = controller_for(config)
             if "init_kl_coef" not in changed:
-                made.value = controller.value
-            return made
+                new_controller.value = controller.value
+            return new_controller
         if isinstance(controller, AdaptiveKLController):
             for name in {"target", "horizon"} & set(changed):
                 setattr(controller, name, getattr(config, name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,15 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from trl.core import PPODecorators
 from trl.functional import masked_sum
 from trl.models import RolloutAboveFrozen
 from trl.protocols import Algorithm
-from trl.trainer.given import check_batch, check_extras, rows_of, scored_by_caller
 from trl.trainer.policy_trainer import PolicyTrainer
-from trl.trainer.ppo_config import PPOConfig
+from trl.trainer.step_arguments import check_batch, check_extras, split_rollout, to_scored
 from trl.training.batch import Batch
 from trl.training.evaluator import Evaluated, Evaluator
 from trl.training.loop import Updater, optimize
@@ -30,22 +27,17 @@ from trl.training.setup import Recipe, Setup
 from trl.training.statistics import pooled_mean, stack_updates
 from trl.types import Evaluation, Experience, Rollout, Tally
 
-logger = logging.getLogger(__name__)
-# Settings that may differ between processes: names, and the seed of a loop of the user's own.
-_MAY_DIFFER = ("seed", "task_name", "model_name", "tracker_project_name")
-_TRAINER_COLUMNS = ("label", "query", "response")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """An evaluated batch: what `prepare` returns and `learn` takes."""
+    """An evaluated batch, returned by `prepare` and passed to `learn`."""
 
     batch: Batch
     experience: Experience
-    kl_coef: float | None  # KL coefficient in the rewards; None if they hold no KL
+    kl_coef: float | None  # KL coefficient in the rewards; None if they include no KL
     temperature: float  # of the log-probabilities
-    frozen: list[tuple[int, int]]  # identity and version of each frozen parameter, behind cached states of layers
-    rows: int  # samples that count, over all processes
+    frozen: list[tuple[int, int]]  # identity and version of each frozen parameter that cached states depend on
+    rows: int  # samples that are trained on, over all processes
     timing: dict[str, float]  # seconds by statistics key
     seconds: float  # total time of `prepare`
 
@@ -55,10 +47,10 @@ class OnlineTrainer(PolicyTrainer):
 
     Args:
         config: settings of the run. Changes to it apply from the next call, except for what the trainer is built from
-            (seed, trackers, accelerator, dtype, memory); changing those has no effect and warns. Settings that belong
-            to PPO alone must keep their defaults: an algorithm has its own.
-        model: policy: a transformers language model, or one with a value head, which is then not used. For a PEFT
-            model, only the adapter is trained.
+            (seed, trackers, accelerator, dtype, memory); changing those has no effect and warns. Settings that only PPO
+            reads must keep their defaults: an algorithm has its own.
+        model: policy: a transformers language model, or one with a value head, which is not used. For a PEFT model,
+            only the adapter is trained.
         ref_model: frozen reference model, if the algorithm uses one. If None: for a PEFT model whose adapter starts at
             zero, the model with the adapter disabled; otherwise a frozen copy of `model`.
         tokenizer: the model's tokenizer. Without a pad token, eos is used for padding; this is safe because masks come
@@ -75,26 +67,9 @@ class OnlineTrainer(PolicyTrainer):
             `optimizer` holds none of the model's trainable parameters, or if `lr_scheduler` needs a metric at each step.
     """
 
-    def __init__(
-        self,
-        config: PPOConfig | None = None,
-        model: Any = None,
-        ref_model: Any = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        dataset: Any = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        data_collator: Callable[..., Any] | None = None,
-        num_shared_layers: int | None = None,
-        lr_scheduler: Any = None,
-        *,
-        algorithm: Recipe | None = None,
-    ) -> None:
+    def _check_algorithm(self, algorithm: Recipe | None) -> None:
         if algorithm is None and type(self) is OnlineTrainer:
-            raise ValueError("algorithm must be given, such as trl.algorithms.grpo(); PPO has PPOTrainer")
-        super().__init__(
-            config, model, ref_model, tokenizer, dataset, optimizer, data_collator, num_shared_layers, lr_scheduler,
-            algorithm=algorithm,
-        )  # fmt: skip
+            raise ValueError("algorithm must be given, such as trl.algorithms.grpo(); for PPO, use PPOTrainer")
 
     # One step --------------------------------------------------------------------------------------------------------
 
@@ -124,7 +99,7 @@ class OnlineTrainer(PolicyTrainer):
             sampler_logprobs: one tensor per response with the log-probability of each token under the distribution that
                 sampled it, if that was not the policy. The policy loss is then weighted by
                 min(π_old / π_sampler, importance_cap).
-            rollout: what a `RolloutEngine` returned, in place of queries, responses and sampler_logprobs.
+            rollout: result of a `RolloutEngine`, instead of queries, responses and sampler_logprobs.
 
         Returns:
             Statistics by name: floats, and arrays for distributions (docs/ppo.md lists them).
@@ -160,7 +135,7 @@ class OnlineTrainer(PolicyTrainer):
             response_masks: `B`, or None.
             token_rewards: `B`, or None.
             sampler_logprobs: `B`, or None.
-            rollout: in place of queries, responses and sampler_logprobs.
+            rollout: instead of queries, responses and sampler_logprobs.
             group: one number per response, equal for responses to one prompt; by default, equal for equal queries.
         """
         self._begin_call()
@@ -168,8 +143,8 @@ class OnlineTrainer(PolicyTrainer):
         timing: dict[str, float] = {}
         if rollout is not None:
             if not (queries is None and responses is None and sampler_logprobs is None):
-                raise ValueError("give either rollout, or queries and responses")
-            queries, responses, sampler_logprobs = rows_of(rollout)
+                raise ValueError("pass either rollout, or queries and responses")
+            queries, responses, sampler_logprobs = split_rollout(rollout)
             group = rollout.group.tolist()
         queries, responses, scores = self._step_safety_checker(
             int(self.config.batch_size or 1), queries, responses, scores
@@ -185,13 +160,18 @@ class OnlineTrainer(PolicyTrainer):
                 response_masks=response_masks,
                 sampler_logprobs=sampler_logprobs,
             )
-        rows = self._rows_that_count(rollout)
-        scored = scored_by_caller(scores, token_rewards, skip=int(self.is_encoder_decoder))
-        evaluate = _Timed(self._evaluation(batch, self._evaluator(self._recalled(batch))))
+        rows = self._count_rows(rollout)
+        scored = to_scored(scores, token_rewards, skip=int(self.is_encoder_decoder))
+        evaluation = self._evaluation(batch, self._evaluator(self._recalled(batch)))
+        padding_seconds = timing["forward_pass"]
+
+        def evaluate(rollout: Rollout) -> Evaluated:
+            with _timed(timing, "forward_pass"):
+                return evaluation(rollout)
+
         with _timed(timing, "compute_rewards"):
             experience = self._algorithm(evaluate).experience(rollout, scored)
-        timing["forward_pass"] += evaluate.seconds
-        timing["compute_rewards"] -= evaluate.seconds
+        timing["compute_rewards"] -= timing["forward_pass"] - padding_seconds
         return Prepared(
             batch=batch,
             experience=experience,
@@ -206,18 +186,18 @@ class OnlineTrainer(PolicyTrainer):
     def learn(self, prepared: Prepared) -> dict[str, Any]:
         """Second half of `step`: optimises on a batch from `prepare` and returns the step's statistics.
 
-        Batches may be learnt later and in any order: rewards and advantages stay those of `prepare`, except where an
-        overridden `loss` computes advantages of its own.
+        Batches may be trained on later and in any order: rewards and advantages stay those of `prepare`, except if an
+        overridden `loss` computes its own advantages.
 
         Raises:
-            ValueError: if a setting is invalid, or `config.temperature` is not that of `prepare`.
+            ValueError: if a setting is invalid, or `config.temperature` has changed since `prepare`.
             NonFiniteError: as `step`.
         """
         self._begin_call()
         if prepared.temperature != self.config.temperature:
             raise ValueError(
-                f"temperature={self.config.temperature} was {prepared.temperature} when the batch was prepared, and so are its "
-                "log-probabilities: prepare it again"
+                f"temperature={self.config.temperature} was {prepared.temperature} when the batch was prepared, and its "
+                "log-probabilities depend on it: prepare the batch again"
             )
         with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache), whole_gradients(self.accelerator):
             started = time.perf_counter()
@@ -225,7 +205,7 @@ class OnlineTrainer(PolicyTrainer):
             rollout = experience.rollout
             if isinstance(rollout, RolloutAboveFrozen):
                 rollout = rollout.without_states()
-            if prepared.frozen != self._frozen_versions():  # cached states of layers that have changed, or learn now
+            if prepared.frozen != self._frozen_versions():  # frozen layers have changed since
                 experience = replace(experience, rollout=rollout)
             self._before_update(experience)
             with _timed(timing, f"time/{self.name}/optimize_step"):
@@ -235,7 +215,7 @@ class OnlineTrainer(PolicyTrainer):
             with _timed(timing, f"time/{self.name}/calc_stats"):
                 stats = self._statistics(experience, prepared.batch, prepared.kl_coef, train_stats)
             rate = self.optimizer.param_groups[0]["lr"]
-            # An optimizer such as Adafactor may make a rate of its own.
+            # An optimizer such as Adafactor may choose its own rate.
             stats[f"{self.name}/learning_rate"] = math.nan if rate is None else float(rate)
             self._after_update(stats, prepared.rows)
             if self.lr_scheduler is not None:
@@ -245,7 +225,7 @@ class OnlineTrainer(PolicyTrainer):
             return stats | timing | memory_statistics(self.current_device)
 
     def _evaluator(self, known: Evaluation | None = None) -> Evaluator:
-        """Evaluates rollouts at the current settings; `known` is the policy's evaluation, if sampling has computed it."""
+        """Evaluator with the current settings; `known` is the policy's evaluation, if sampling has computed it."""
         return Evaluator(
             policy=self.model,
             ref_model=self.ref_model,
@@ -255,11 +235,11 @@ class OnlineTrainer(PolicyTrainer):
             temperature=self.config.temperature,
             known=known,
             values=self.recipe is None,
-            compare=self._compares,
+            compare=self._uses_reference,
         )
 
     def _evaluation(self, batch: Batch, evaluator: Evaluator) -> Callable[[Rollout], Evaluated]:
-        """How the rollout of `batch` is evaluated: by `evaluator`, unless a subclass has a way of its own."""
+        """Function that evaluates the rollout of `batch`: `evaluator`, unless a subclass overrides this."""
         return evaluator
 
     def _setup(self, evaluate: Callable[[Rollout], Evaluated]) -> Setup:
@@ -307,7 +287,7 @@ class OnlineTrainer(PolicyTrainer):
         )
 
     def _not_updated(self) -> list[nn.Parameter]:
-        """Trainable parameters that this step leaves as they are."""
+        """Trainable parameters that this step does not update."""
         return []
 
     def _before_update(self, experience: Experience) -> None:
@@ -320,21 +300,20 @@ class OnlineTrainer(PolicyTrainer):
     def _check_trainable(self) -> None:
         if type(self).step is not OnlineTrainer.step:
             raise ValueError(
-                f"{type(self).__name__} has a step of its own, which train does not call: it calls the two halves of step, "
-                "prepare and learn. Override these, or write the loop around generate and step"
+                f"{type(self).__name__} overrides step, which train does not call: it calls the two halves of step, prepare "
+                "and learn. Override those, or write your own loop around generate and step"
             )
 
-    # What a step needs to know ---------------------------------------------------------------------------------------
+    # Parts of a step ---------------------------------------------------------------------------------------
 
     def reference_kl(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor | None:
         """KL to the reference, `[B]`: log p - log p_ref in nats, summed over each response's tokens.
 
         Takes queries and responses as `step` does and updates nothing; None if the algorithm has no reference.
         """
-        local = [[t.to(self.current_device) for t in tokens] for tokens in (queries, responses)]
-        batch = self._batch(local[0], local[1])
-        if not self._compares:
+        if not self._uses_reference:
             return None
+        batch = self._batch(*([t.to(self.current_device) for t in tokens] for tokens in (queries, responses)))
         evaluated = self._evaluation(batch, self._evaluator(self._recalled(batch)))(batch.rollout())
         assert evaluated.ref_logprobs is not None
         return masked_sum(evaluated.policy.logprobs - evaluated.ref_logprobs, evaluated.rollout.mask, dim=1)
@@ -364,15 +343,15 @@ class OnlineTrainer(PolicyTrainer):
             device=self.current_device,
         )
 
-    def _rows_that_count(self, rollout: Rollout) -> int:
-        """Number of samples that count, over all processes, which must all call this.
+    def _count_rows(self, rollout: Rollout) -> int:
+        """Number of samples to train on, over all processes, which must all call this.
 
         Raises:
-            ValueError: if none counts.
+            ValueError: if there are none.
         """
         rows = int(self._reduce(rollout.mask.any(dim=1).sum().float()))
         if rows == 0:
-            raise ValueError("response_masks leave every sample out, on every process: there is nothing to learn from")
+            raise ValueError("response_masks exclude every sample on every process: there is nothing to train on")
         return rows
 
     def _push_if_best(self, experience: Experience) -> None:
@@ -388,23 +367,9 @@ class OnlineTrainer(PolicyTrainer):
         self._compared += 1
 
 
-class _Timed:
-    """Adds up the seconds spent in a function."""
-
-    def __init__(self, function: Callable[[Rollout], Evaluated]) -> None:
-        self._function = function
-        self.seconds = 0.0
-
-    def __call__(self, rollout: Rollout) -> Evaluated:
-        started = time.perf_counter()
-        try:
-            return self._function(rollout)
-        finally:
-            self.seconds += time.perf_counter() - started
-
-
 @contextmanager
 def _timed(timing: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds spent in the block to `timing[name]`."""
     started = time.perf_counter()
     yield
-    timing[name] = time.perf_counter() - started
+    timing[name] = timing.get(name, 0.0) + time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Samples from the policy for `PPOTrainer.generate`, and keeps what the engine saw for `step`."""
+"""Samples from the policy for `PPOTrainer.generate`, and caches the engine's logprobs and values for `step`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from trl.types import Rollout, Sampling
 
 logger = logging.getLogger(__name__)
 
-# Maximum number of responses whose logprobs and values are kept; the oldest are dropped first.
-_MOST_RESPONSES = 2**14
+# Maximum number of responses whose logprobs and values are cached; the oldest are dropped first.
+_MAX_CACHED_RESPONSES = 2**14
 
 State = tuple[Any, ...]
 
@@ -46,7 +46,7 @@ class PolicySampler:
     """Samples from a trainer's policy with the engine that a call needs.
 
     Args:
-        accelerator: spans the processes, each of which samples with random numbers of its own.
+        accelerator: spans the processes, each of which samples with its own random numbers.
         compute: runs forward passes in the trainer's dtype.
         collator: knows the tokenizer and its pad token.
     """
@@ -56,16 +56,16 @@ class PolicySampler:
         self.compute = compute
         self.collator = collator
         self.version = 0
-        self._seen = SeenNumbers()
+        self._cache = ResponseCache()
         self._unwrapped: tuple[nn.Module, PreTrainedModelWrapper] | None = None
-        self._trial: tuple[nn.Module, str | None] | None = None  # a model, and what `obstacle` says of it
+        self._self_check: tuple[nn.Module, str | None] | None = None  # a model, and its `obstacle` to our own loop
         self._logged: set[str] = set()
         self._warned: set[tuple[str, ...]] = set()
 
     def weights_changed(self) -> None:
-        """Starts a new version of the policy and drops what was seen of the last one."""
+        """Starts a new version of the policy and drops the logprobs and values of the last one."""
         self.version += 1
-        self._seen.clear()
+        self._cache.clear()
 
     def generate(
         self,
@@ -77,7 +77,7 @@ class PolicySampler:
         batch_size: int,
         return_prompt: bool,
         temperature: float,
-        remember: bool,
+        cache: bool,
     ) -> Tensor | list[Tensor]:
         """Implements `PPOTrainer.generate`: the responses of `sample`'s rollout, in the form that was asked for.
 
@@ -89,7 +89,7 @@ class PolicySampler:
             batch_size: queries sampled together.
             return_prompt: prepend the query to the response (decoder-only models).
             temperature: of the update's logprobs.
-            remember: keep logprobs and values for `recall`.
+            cache: keep logprobs and values for `recall`.
         """
         single = isinstance(query_tensor, Tensor)
         queries = [query_tensor] if isinstance(query_tensor, Tensor) else query_tensor
@@ -105,7 +105,7 @@ class PolicySampler:
             length_sampler=length_sampler,
             batch_size=batch_size,
             temperature=temperature,
-            remember=remember,
+            cache=cache,
         )
         rows, responses = rollout_rows(rollout)
         if return_prompt and rollout.encoder_tokens is None:
@@ -121,7 +121,7 @@ class PolicySampler:
         length_sampler: Callable[[], int] | None,
         batch_size: int,
         temperature: float,
-        remember: bool,
+        cache: bool,
     ) -> Rollout:
         """Checks the arguments, which are those of `generate`, and samples one response to each of `B` queries.
 
@@ -130,55 +130,67 @@ class PolicySampler:
         """
         check_lists(None, query_tensor=queries)
         check_tokens("query_tensor", queries, vocabulary=vocabulary_sizes(model)[0])
-        lengths = [len(query) for query in queries]
-        check_room(lengths, context_length(model, encoder=True), "the query")
+        check_room([len(query) for query in queries], context_length(model, encoder=True), "the query")
         policy = self._unwrap(model)
         kwargs = {"pad_token_id": self.collator.pad_token_id} | dict(generation_kwargs)
         check_sampling(policy.generation_config, kwargs)
-        limits = new_token_limits(
-            policy.generation_config,
-            kwargs,
-            lengths,
-            batch_size=batch_size,
-            length_sampler=length_sampler,
-            is_encoder_decoder=policy.is_encoder_decoder,
-        )
-        if limits is not None:
-            check_context(lengths, limits, context_length(model), is_encoder_decoder=policy.is_encoder_decoder)
-        unseen = unseen_by_scoring(policy.generation_config, kwargs, temperature)
-        self._warn_of_reshaped_sampling(unseen, temperature)
+        limits = self._limits(policy, queries, kwargs, batch_size, length_sampler)
+        reshaping = unseen_by_scoring(policy.generation_config, kwargs, temperature)
+        self._warn_of_reshaped_sampling(reshaping, temperature)
         engine, request = self._engine_for(
             policy,
             kwargs,
             limits,
             batch_size,
             limits_are_drawn=length_sampler is not None,
-            watch=remember and not unseen,
+            watch=cache and not reshaping,
         )
         engine.update_weights(self.version)
         with eval_mode(policy), self.compute.fresh_passes():
             rollout = engine.generate(queries, request)
         if rollout.values is not None:
-            self._seen.keep(self._state(policy, temperature), rollout)
+            self._cache.add(self._state(policy, temperature), rollout)
         return rollout
+
+    def _limits(
+        self,
+        policy: PreTrainedModelWrapper,
+        queries: Sequence[Tensor],
+        kwargs: Mapping[str, Any],
+        batch_size: int,
+        length_sampler: Callable[[], int] | None,
+    ) -> Sequence[int] | None:
+        """Maximum new tokens of each response, checked to fit the context; None if only `generate` knows them."""
+        lengths, seq2seq = [len(query) for query in queries], bool(policy.is_encoder_decoder)
+        limits = new_token_limits(
+            policy.generation_config,
+            kwargs,
+            lengths,
+            batch_size=batch_size,
+            length_sampler=length_sampler,
+            is_encoder_decoder=seq2seq,
+        )
+        if limits is not None:
+            check_context(lengths, limits, context_length(policy), is_encoder_decoder=seq2seq)
+        return limits
 
     def recall(
         self, model: nn.Module, queries: Sequence[Tensor], responses: Sequence[Tensor], temperature: float
     ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Returns logprobs and values, one per sampled token, that the engine saw in `generate`.
+        """Logprobs and values of the sampled tokens, as the engine computed them in `generate`.
 
-        None, on every process, unless every process has them for its whole batch, from the policy as it is now. Every
-        process must call this.
+        None, on every process, unless every process has them for its whole batch, from the current policy. Every process
+        must call this.
         """
-        seen = self._seen.find(self._state(self._unwrap(model), temperature), queries, responses)
-        missing = torch.tensor(float(seen is None), device=self.accelerator.device)
+        cached = self._cache.find(self._state(self._unwrap(model), temperature), queries, responses)
+        missing = torch.tensor(float(cached is None), device=self.accelerator.device)
         if float(sum_over_processes(self.accelerator, missing)) > 0:
             self._log_once(
-                "score_while_sampling: a scoring pass is made all the same, for a batch with responses that generate did "
-                "not sample from the policy's plain distribution since its weights changed last"
+                "score_while_sampling: running the scoring pass, since generate did not sample every response of the batch "
+                "from the current policy's unmodified distribution"
             )
             return None
-        return seen
+        return cached
 
     def _unwrap(self, model: nn.Module) -> PreTrainedModelWrapper:
         """`accelerator.unwrap_model`, which walks all modules, once per model."""
@@ -196,7 +208,7 @@ class PolicySampler:
         limits_are_drawn: bool,
         watch: bool,
     ) -> tuple[RolloutEngine, Sampling]:
-        """Returns our own loop and the request to it; or transformers' `generate`, with the reason logged once.
+        """Returns our own decoding loop, or transformers' `generate` with the reason logged once, and the request to it.
 
         Args:
             policy: the unwrapped policy.
@@ -204,15 +216,15 @@ class PolicySampler:
             limits: maximum new tokens of each response; None leaves them to `generate`.
             batch_size: queries sampled together.
             limits_are_drawn: whether a length sampler drew the limits, which then override `kwargs`.
-            watch: have our own loop watch the critic, unless it samples greedily.
+            watch: record the critic's values in our own loop, unless it samples greedily.
         """
         model, pad_token = policy.pretrained_model, self.collator.pad_token_id
-        if self._trial is None or self._trial[0] is not model:
+        if self._self_check is None or self._self_check[0] is not model:
             with eval_mode(policy):
-                self._trial = (model, obstacle(model))
-        problem = self._trial[1]
-        drawn: dict[str, Any] = {"max_new_tokens": 1} if limits_are_drawn else {}  # any number: the limits say which
-        request = own_sampling(policy.generation_config, kwargs | drawn)
+                self._self_check = (model, obstacle(model))
+        problem = self._self_check[1]
+        placeholder: dict[str, Any] = {"max_new_tokens": 1} if limits_are_drawn else {}  # `limits` replaces it
+        request = own_sampling(policy.generation_config, kwargs | placeholder)
         reason = problem or (request if isinstance(request, str) else None)
         if isinstance(request, Sampling) and limits is not None and reason is None:
             critic = policy.watch_values if watch and not request.greedy else nullcontext
@@ -234,13 +246,15 @@ class PolicySampler:
         )
 
     def _seed(self) -> int:
-        """Draws a seed from torch's global generator, and tells the processes apart by their rank."""
+        """Draws a seed from torch's global generator and adds the rank, since processes may share the generator's state."""
         return int(torch.randint(2**62, (), dtype=torch.int64)) + self.accelerator.process_index
 
     def _state(self, policy: PreTrainedModelWrapper, temperature: float) -> State:
-        """Identifies what logprobs and values depend on besides the tokens, as far as torch counts its changes."""
+        """Identifies everything that logprobs and values depend on besides the tokens, by torch's version counters."""
         tensors = (*policy.parameters(), *policy.buffers())
-        counts = [(id(t), None if t.is_inference() else t._version) for t in tensors]  # inference tensors count nothing
+        counts = [
+            (id(t), None if t.is_inference() else t._version) for t in tensors
+        ]  # inference tensors have no counter
         adapters = adapter_state(policy) if policy.is_peft_model else ()
         return float(temperature), self.version, tuple(counts), adapters
 
@@ -249,42 +263,42 @@ class PolicySampler:
             self._logged.add(message)
             logger.info(message)
 
-    def _warn_of_reshaped_sampling(self, unseen: Mapping[str, Any], temperature: float) -> None:
-        names = tuple(unseen)
-        if unseen and names not in self._warned:
+    def _warn_of_reshaped_sampling(self, reshaping: Mapping[str, Any], temperature: float) -> None:
+        names = tuple(reshaping)
+        if names and names not in self._warned:
             self._warned.add(names)
-            settings = ", ".join(f"{name}={value!r}" for name, value in unseen.items())
+            settings = ", ".join(f"{name}={value!r}" for name, value in reshaping.items())
             warnings.warn(
-                f"responses are sampled with {settings}, which the log-probabilities of the update (softmax at "
-                f"PPOConfig.temperature={temperature}) do not know of: expect a biased ratio and a negative KL",
+                f"responses are sampled with {settings}, but the update's log-probabilities (softmax at "
+                f"PPOConfig.temperature={temperature}) ignore these settings: expect a biased ratio and a negative KL",
                 stacklevel=5,
             )
 
 
-class SeenNumbers:
-    """Logprobs and values that an engine saw, by the tokens of query and response, for one state of the policy."""
+class ResponseCache:
+    """Logprobs and values computed while sampling, by the tokens of query and response, for one state of the policy."""
 
     def __init__(self) -> None:
         self._state: State = ()
         self._rows: dict[tuple[bytes, bytes], tuple[Tensor, Tensor]] = {}
 
-    def keep(self, state: State, rollout: Rollout) -> None:
-        """Adds the rows of a rollout that has logprobs and values; drops those of any other state."""
+    def add(self, state: State, rollout: Rollout) -> None:
+        """Adds the rows of a rollout with logprobs and values; drops those of any other state."""
         assert rollout.sampler_logprobs is not None and rollout.values is not None
         if state != self._state:
             self.clear()
             self._state = state
         sizes = rollout.mask.sum(dim=1).tolist()
-        numbers = [table[rollout.mask].split(sizes) for table in (rollout.sampler_logprobs, rollout.values)]
-        for query, response, logprobs, values in zip(*rollout_rows(rollout), *numbers, strict=True):
+        columns = [tensor[rollout.mask].split(sizes) for tensor in (rollout.sampler_logprobs, rollout.values)]
+        for query, response, logprobs, values in zip(*rollout_rows(rollout), *columns, strict=True):
             self._rows[_key(query, response)] = (logprobs, values)
-        for key in list(self._rows)[: max(0, len(self._rows) - _MOST_RESPONSES)]:
+        for key in list(self._rows)[: max(0, len(self._rows) - _MAX_CACHED_RESPONSES)]:
             del self._rows[key]
 
     def find(
         self, state: State, queries: Sequence[Tensor], responses: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Returns logprobs and values of these responses; None if one is missing or the policy's state is another."""
+        """Logprobs and values of these responses; None if one is missing or they belong to another state."""
         rows = [self._rows.get(_key(q, r)) for q, r in zip(queries, responses, strict=True)]
         known = [row for row in rows if row is not None]
         if state != self._state or len(known) < len(rows):

@@ -8,46 +8,47 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import ProjectConfiguration
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from trl.core import set_seed
 from trl.data import PadCollator, prompt_loader
 from trl.functional import Moments
-from trl.kernels.allocator import keep_freed_memory
 from trl.models.adapters import check_adapters_on
 from trl.models.recompute import recompute_activations
 from trl.redaction import remember_secrets
 from trl.rollout import stop_tokens
 from trl.state.fingerprints import Fingerprints
-from trl.trainer.construction import check_parts, check_unused_settings, critic_free, make_optimizer, make_reference
+from trl.trainer.construction import (
+    check_parts,
+    check_unused_settings,
+    critic_free,
+    make_optimizer,
+    make_reference,
+    start_accelerator,
+)
 from trl.trainer.kl_controllers import controller_for
 from trl.trainer.live_settings import LiveSettings
 from trl.trainer.policy_sampler import PolicySampler
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.resumable import ResumableTrainer
-from trl.trainer.tracking import check_trackers, settings_to_track
+from trl.trainer.tracking import check_trackers
 from trl.training.batch import Batch
 from trl.training.compute import Compute
 from trl.training.guards import UpdateGuards
-from trl.training.optimizers import group_settings, inner, unheld
-from trl.training.processes import check_same, make_accelerator
-from trl.training.resume import settings_of
+from trl.training.optimizers import group_settings, inner, missing_parameters
 from trl.training.setup import Recipe
 from trl.types import Evaluation, Experience
 
-# Settings that may differ between processes: names, and the seed of a loop of the user's own.
-_MAY_DIFFER = ("seed", "task_name", "model_name", "tracker_project_name")
 _TRAINER_COLUMNS = ("label", "query", "response")
 
 
 class PolicyTrainer(ResumableTrainer):
-    """A trainer's models, optimizer, data and sampling. `OnlineTrainer` says what the arguments are."""
+    """A trainer's models, optimizer, data and sampling. `OnlineTrainer` documents the arguments."""
 
     recipe: Recipe | None = None
-    """The algorithm's choices; None where a subclass makes its own algorithm."""
+    """The algorithm's choices; None if a subclass builds its own algorithm."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class PolicyTrainer(ResumableTrainer):
         *,
         algorithm: Recipe | None = None,
     ) -> None:
+        self._check_algorithm(algorithm)
         if algorithm is not None:
             check_unused_settings(config, algorithm.name)
             model, ref_model = critic_free(model), critic_free(ref_model)
@@ -77,33 +79,20 @@ class PolicyTrainer(ResumableTrainer):
         self.tokenizer = tokenizer
         self.is_encoder_decoder = bool(model.is_encoder_decoder)
         self.is_peft_model = bool(model.is_peft_model)
-        self.accelerator = make_accelerator(
-            log_with=config.log_with,
-            project_config=ProjectConfiguration(**config.project_kwargs),
-            **config.accelerator_kwargs,
-        )
+        self.accelerator = start_accelerator(config)
         self.is_distributed = self.accelerator.num_processes > 1
-        check_same(self.accelerator, {k: v for k, v in settings_of(config).items() if k not in _MAY_DIFFER})
-        if config.keep_memory and self.accelerator.device.type == "cpu":
-            keep_freed_memory()
-        if config.log_with is not None:
-            self.accelerator.init_trackers(
-                config.tracker_project_name,
-                config=settings_to_track(config),
-                init_kwargs=dict(config.tracker_kwargs),
-            )
         self.current_device = self.accelerator.device
-        reference = make_reference(model, ref_model, num_shared_layers) if self._compares else None
+        reference = make_reference(model, ref_model, num_shared_layers) if self._uses_reference else None
         self.dataset = dataset
         self.data_collator = PadCollator(tokenizer)
         if dataset is None:
             warnings.warn(
-                "no dataset is given: trainer.dataloader is None, and step takes what you give it", stacklevel=4
+                "no dataset is given: trainer.dataloader is None, so pass your own batches to step", stacklevel=3
             )
         self._forward_columns = list(inspect.signature(model.forward).parameters)
         self._prepare_models(model, reference, optimizer, lr_scheduler, dataset, data_collator)
         self.kl_ctl = controller_for(config)
-        self._live_settings = LiveSettings(config, rate_is_ours=optimizer is None and lr_scheduler is None)
+        self._live_settings = LiveSettings(config, controls_rate=optimizer is None and lr_scheduler is None)
         self.current_step = 0
         self.score_moments = Moments()
         self._generator = torch.Generator().manual_seed(int(config.seed or 0))
@@ -116,8 +105,11 @@ class PolicyTrainer(ResumableTrainer):
         self.fingerprints = Fingerprints()
         self._sampler = PolicySampler(self.accelerator, self.compute, self.data_collator)
 
+    def _check_algorithm(self, algorithm: Recipe | None) -> None:
+        """Raises ValueError if the trainer needs an algorithm and none is given."""
+
     @property
-    def _compares(self) -> bool:
+    def _uses_reference(self) -> bool:
         """Whether the algorithm compares the policy with a reference."""
         return self.recipe is None or self.recipe.uses_reference
 
@@ -132,7 +124,7 @@ class PolicyTrainer(ResumableTrainer):
             model, optimizer, loader, lr_scheduler
         )
         self._optimizer_made_with = group_settings(inner(self.optimizer))
-        self._left_out = dict(unheld(self.optimizer, self.model))  # known to the caller, so no warning
+        self._missing = missing_parameters(self.optimizer, self.model)  # known to the caller, so no warning
         self.compute = Compute(self.model, config.dtype, self.accelerator)
         if reference is not None:
             self.compute.adopt_reference(reference, model)
@@ -225,44 +217,41 @@ class PolicyTrainer(ResumableTrainer):
             batch_size=batch_size,
             return_prompt=return_prompt,
             temperature=self.config.temperature,
-            remember=self.config.score_while_sampling,
+            cache=self.config.score_while_sampling,
         )
 
     def _recalled(self, batch: Batch) -> Evaluation | None:
-        """What the engine saw in `generate`, in place of a scoring pass; None unless every process has its whole batch."""
+        """Evaluation cached by `generate`, which saves the scoring pass; None unless every process has its whole batch."""
         if not self.config.score_while_sampling:
             return None
-        seen = self._sampler.recall(self.model, batch.queries, batch.responses, self.config.temperature)
-        if seen is None:
+        cached = self._sampler.recall(self.model, batch.queries, batch.responses, self.config.temperature)
+        if cached is None:
             return None
         # The decoder's start token was not sampled, so it has no log-probability or value.
-        start = [v.new_zeros(1) for v in seen[0]] if self.is_encoder_decoder else None
-        placed = [
-            batch.place(part if start is None else [torch.cat(pair) for pair in zip(start, part, strict=True)])
-            for part in seen
-        ]
-        return Evaluation(logprobs=placed[0], values=placed[1], entropy=None)
+        start = int(self.is_encoder_decoder)
+        logprobs, values = (batch.place([nn.functional.pad(row, (start, 0)) for row in rows]) for rows in cached)
+        return Evaluation(logprobs=logprobs, values=values, entropy=None)
 
-    # What a call needs to know ---------------------------------------------------------------------------------------
+    # Checks before each call ---------------------------------------------------------------------------------------
 
     def _begin_call(self) -> None:
-        """Takes up changed settings, and checks that the model can be trained as it is now."""
+        """Applies changed settings and checks that the model can be trained in its current state."""
         self.config.validate()
         self.kl_ctl = self._live_settings.follow(self.config, self.optimizer, self.kl_ctl)
-        self._warn_of_unheld()
+        self._warn_of_missing_parameters()
         if self.is_peft_model:
             check_adapters_on(self.model)
 
-    def _warn_of_unheld(self) -> None:
+    def _warn_of_missing_parameters(self) -> None:
         """Warns about parameters that became trainable after the optimizer was built."""
-        now = unheld(self.optimizer, self.model)
-        if new := [name for name, p in now.items() if self._left_out.get(name) is not p]:
+        missing = missing_parameters(self.optimizer, self.model)
+        if new := [name for name, p in missing.items() if self._missing.get(name) is not p]:
             warnings.warn(
-                f"{len(new)} parameters, such as {new[0]}, are to be trained since the trainer was made, but its optimizer does "
-                "not hold them: they stay as they are. Make a new trainer, or trainer.optimizer.add_param_group",
+                f"{len(new)} parameters, such as {new[0]}, became trainable after the trainer was built, but its optimizer "
+                "does not hold them and will not update them: build a new trainer, or call trainer.optimizer.add_param_group",
                 stacklevel=4,
             )
-        self._left_out = now
+        self._missing = missing
 
     def _stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end a response: `config.stop_token_ids`, or those of the model and tokenizer."""
@@ -276,4 +265,4 @@ class PolicyTrainer(ResumableTrainer):
 
     def _saved_model(self) -> Any:
         model = super()._saved_model()
-        return model if self.recipe is None else model.pretrained_model  # its value head takes no part
+        return model if self.recipe is None else model.pretrained_model  # without its unused value head

@@ -1,8 +1,8 @@
 """PPO by the overridden methods of a subclass, as TRL 0.4.6 called them.
 
 `step` always calls `prepare_model_inputs`, `compute_rewards`, `record_step_stats` and `gather_stats`. It calls
-`batched_forward_pass`, `loss` and `train_minibatch` if a subclass or the trainer itself overrides them: then evaluation and
-update go through the functions here, which need more memory, and do not trim padding.
+`batched_forward_pass`, `loss` and `train_minibatch` if a subclass or the instance overrides them: evaluation and update then
+run through the functions here, which need more memory and do not trim padding.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from trl.functional import importance_weights, masked_sum
 from trl.protocols import Reduce
 from trl.training.batch import Batch
 from trl.training.evaluator import Evaluated, Evaluator
+from trl.training.statistics import stack_statistics
 from trl.types import ActorCritic, Evaluation, Rollout, take
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ def is_overridden(trainer: Any, base: type, *names: str) -> bool:
 
 
 class MethodEvaluator:
-    """Evaluates a batch by an overridden `batched_forward_pass`, whose masks say which tokens count.
+    """Evaluates a batch by an overridden `batched_forward_pass`, whose masks mark the tokens that count.
 
     Args:
         forward: the method.
         batch: queries, responses and inputs for it.
-        evaluator: models and settings; evaluates on the weights as stored, as an update by methods does.
+        evaluator: models and settings; uses the weights as stored, like an update by methods.
     """
 
     def __init__(self, forward: Callable[..., Any], batch: Batch, evaluator: Evaluator) -> None:
@@ -49,7 +50,7 @@ class MethodEvaluator:
             with evaluator.reference() as reference:
                 ref_logprobs = self._passes(reference)[0]
             exact = evaluator.kl_over_vocabulary(rollout)
-        masked_out = self._batch.rollout().mask & ~rollout.mask  # by response_masks, or for want of a score
+        masked_out = self._batch.rollout().mask & ~rollout.mask  # by response_masks, or for lack of a score
         return Evaluated(
             rollout=replace(rollout, mask=mask & ~masked_out),
             policy=Evaluation(logprobs=logprobs, values=values, entropy=None),
@@ -64,12 +65,11 @@ class MethodEvaluator:
 
 
 @dataclass(kw_only=True)
-class GivenMinibatch:
-    """What the signatures of `loss` and `train_minibatch` cannot carry of the current minibatch."""
+class MinibatchContext:
+    """Properties of the current minibatch that the signatures of `loss` and `train_minibatch` have no room for."""
 
-    batch_tokens: Tensor | None = (
-        None  # scalar: mean tokens per minibatch over all processes, for loss_denominator="batch"
-    )
+    # Scalar: mean tokens per minibatch over all processes, for loss_denominator="batch".
+    batch_tokens: Tensor | None = None
     weights: Tensor | None = None  # [b, S] importance weights of the policy loss, if sampler_logprobs were given
     weighted: bool = False  # whether `loss` has applied the weights
 
@@ -83,8 +83,8 @@ class GivenMinibatch:
             return None
         if self.weights.shape != counted.shape:
             raise RuntimeError(
-                f"loss was given a mask of shape {tuple(counted.shape)}; the minibatch, for which step has sampler_logprobs, "
-                f"has {tuple(self.weights.shape)}"
+                f"loss was given a mask of shape {tuple(counted.shape)}, but the minibatch's sampler_logprobs have shape "
+                f"{tuple(self.weights.shape)}"
             )
         self.weighted = True
         return self.weights
@@ -93,8 +93,8 @@ class GivenMinibatch:
         """Raises RuntimeError if there are importance weights and `loss` has not applied them."""
         if self.weights is not None and not self.weighted:
             raise RuntimeError(
-                f"step was given sampler_logprobs, and {trainer} computes its loss without them: call super().loss, which "
-                "weights the policy loss by them, or give none"
+                f"step was given sampler_logprobs, but the loss of {trainer} ignores them: call super().loss, which weights "
+                "the policy loss by them, or do not pass them"
             )
 
 
@@ -122,9 +122,9 @@ def share_of_mean(
 def update_by_methods(trainer: PPOTrainer, experience: ActorCritic, batch: Batch) -> dict[str, Tensor]:
     """Runs the update through the trainer's methods; returns their statistics, one row per optimizer step."""
     try:
-        return _stack(_history(trainer, experience, batch))
+        return stack_statistics(_history(trainer, experience, batch))
     finally:
-        trainer._given_minibatch = GivenMinibatch()
+        trainer._minibatch_context = MinibatchContext()
 
 
 def _history(trainer: PPOTrainer, experience: ActorCritic, batch: Batch) -> list[dict[str, Tensor]]:
@@ -146,16 +146,16 @@ def _history(trainer: PPOTrainer, experience: ActorCritic, batch: Batch) -> list
                 weights = importance_weights(
                     part.old_logprobs, part.rollout.sampler_logprobs, mask, cap=config.importance_cap
                 )
-            trainer._given_minibatch = GivenMinibatch(batch_tokens=batch_tokens, weights=weights)
-            rows_of = batch.rows(rows)
+            trainer._minibatch_context = MinibatchContext(batch_tokens=batch_tokens, weights=weights)
+            minibatch = batch.rows(rows)
             logprobs, logits, values, _ = trainer.batched_forward_pass(
-                trainer.model, rows_of.queries, rows_of.responses, rows_of.inputs, return_logits=True
+                trainer.model, minibatch.queries, minibatch.responses, minibatch.inputs, return_logits=True
             )
             assert logits is not None
             stats = trainer.train_minibatch(
                 part.old_logprobs, part.old_values, part.rewards, logprobs, logits, values, mask.long()
             )
-            trainer._given_minibatch.check_weighted(type(trainer).__name__)
+            trainer._minibatch_context.check_weighted(type(trainer).__name__)
             history.append(_pool({n: torch.as_tensor(v).detach() for n, v in stats.items()}, mask, trainer))
             if trainer._stops_early(float(history[-1]["policy/policykl"])):
                 return history
@@ -172,15 +172,3 @@ def _pool(stats: dict[str, Tensor], counted: Tensor, trainer: PPOTrainer) -> dic
     values = torch.stack([stats[name].to(tokens) for name in names] + [torch.ones_like(tokens)])
     sums = trainer._reduce((values * tokens).masked_fill(tokens == 0, 0.0))
     return stats | dict(zip(names, sums[:-1] / sums[-1], strict=True))
-
-
-def _stack(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Like `stack_updates`, for dicts of tensors."""
-    stacked = {}
-    for name in history[0]:
-        column = [stats[name] for stats in history]
-        if column[0].dim() < 2 and column[0].numel() == 1:
-            stacked[name] = torch.stack([x.reshape(()).float().cpu() for x in column])
-        else:
-            stacked[name] = torch.cat([x.flatten() for x in column]).unsqueeze(0)
-    return stacked

@@ -12,9 +12,12 @@ import numpy as np
 
 from trl.trackers.plain import plain
 
-KL_PENALTIES = ("kl", "abs", "mse", "k3", "full")
-LOSS_DENOMINATORS = ("minibatch", "batch")
-DTYPES = ("auto", "float32", "bfloat16")
+_CHOICES = {
+    "kl_penalty": ("kl", "abs", "mse", "k3", "full"),
+    "loss_denominator": ("minibatch", "batch"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "optimizer_state_dtype": ("float32", "bfloat16"),
+}
 
 
 @dataclass
@@ -150,9 +153,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         if self.forward_batch_size is not None:
-            warnings.warn(
-                "forward_batch_size is the old name of mini_batch_size: set that instead", UserWarning, stacklevel=3
-            )
+            warnings.warn("forward_batch_size is deprecated: set mini_batch_size instead", UserWarning, stacklevel=3)
             self.mini_batch_size = self.forward_batch_size
         self.validate()
 
@@ -173,8 +174,12 @@ class PPOConfig:
             ValueError: if a setting is out of range; the message names the field, its value and what is expected.
         """
         for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # as a search over settings draws them
+            if isinstance(value, np.generic):  # hyperparameter searches draw NumPy scalars
                 setattr(self, name, value.item())
+        self._check_values()
+        self._check_combinations()
+
+    def _check_values(self) -> None:
         for name in (
             "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps", "group_size",
         ):  # fmt: skip
@@ -209,24 +214,19 @@ class PPOConfig:
             raise ValueError(f"missing_eos_penalty={penalty!r} must be a finite number or None")
         if self.early_stopping and not (_is_number(self.target_kl) and (self.target_kl or 0) > 0):
             raise ValueError(f"target_kl={self.target_kl!r} must be a number above 0 for early_stopping")
-        if self.kl_penalty not in KL_PENALTIES:
-            raise ValueError(f"kl_penalty={self.kl_penalty!r} must be one of {', '.join(KL_PENALTIES)}")
-        if self.loss_denominator not in LOSS_DENOMINATORS:
-            raise ValueError(
-                f"loss_denominator={self.loss_denominator!r} must be one of {', '.join(LOSS_DENOMINATORS)}"
-            )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
-        if self.optimizer_state_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"optimizer_state_dtype={self.optimizer_state_dtype!r} must be 'float32' or 'bfloat16'")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+
+    def _check_combinations(self) -> None:
         if self.use_score_norm and not self.use_score_scaling:
-            raise ValueError("use_score_norm=True works with use_score_scaling=True only")
+            raise ValueError("use_score_norm=True needs use_score_scaling=True")
         assert self.batch_size is not None
         if self.batch_size % self.samples_per_update:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of mini_batch_size={self.mini_batch_size} x "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.samples_per_update}: the rest of the "
-                "batch would be lost"
+                "batch would not be trained on"
             )
         if self.batch_size % self.group_size:
             raise ValueError(
@@ -234,10 +234,10 @@ class PPOConfig:
                 "fewer responses than the others"
             )
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
-            raise ValueError("push_to_hub_if_best_kwargs needs a repo_id to push to")
+            raise ValueError("push_to_hub_if_best_kwargs must contain repo_id")
         for name in ("gradient_accumulation_steps", "gradient_accumulation_plugin"):
             if name in self.accelerator_kwargs:
-                raise ValueError(f"set gradient_accumulation_steps on PPOConfig, not {name} in accelerator_kwargs")
+                raise ValueError(f"set PPOConfig.gradient_accumulation_steps, not {name} in accelerator_kwargs")
 
     def to_dict(self) -> dict[str, Any]:
         """Settings by name, including `total_ppo_epochs`, with nested dictionaries flattened by "/"."""

@@ -20,8 +20,8 @@ from trl.functional import entropy, gae, k1, k1_abs, k2, k3, masked_whiten, shap
 from trl.models import PreTrainedModelWrapper
 from trl.trainer.online import OnlineTrainer
 from trl.trainer.ppo_compat import (
-    GivenMinibatch,
     MethodEvaluator,
+    MinibatchContext,
     is_overridden,
     share_of_mean,
     update_by_methods,
@@ -33,6 +33,7 @@ from trl.training.evaluator import Evaluated, Evaluator
 from trl.training.loop import means_of
 from trl.training.processes import whole_gradients
 from trl.training.scores import ScoreSettings
+from trl.training.statistics import update_statistics
 from trl.types import ActorCritic, Experience, Rollout
 
 # Keys that `prepare_model_inputs` may return: those that forward passes read, and what language-model collators add.
@@ -65,7 +66,7 @@ class PPOTrainer(OnlineTrainer):
             `optimizer` holds none of the model's trainable parameters, or if `lr_scheduler` needs a metric at each step.
     """
 
-    _given_minibatch = GivenMinibatch()
+    _minibatch_context = MinibatchContext()
 
     def __init__(
         self,
@@ -117,14 +118,14 @@ class PPOTrainer(OnlineTrainer):
 
     def _evaluation(self, batch: Batch, evaluator: Evaluator) -> Callable[[Rollout], Evaluated]:
         evaluator = replace(evaluator, exact_kl=self.config.kl_penalty == "full")
-        if self._updates_by_methods():  # on the weights as stored: so must be the evaluation that it is compared with
+        if self._updates_by_methods():  # on the weights as stored, so evaluate on those, too
             evaluator = replace(evaluator, compute=None, known=None)
         if is_overridden(self, PPOTrainer, "batched_forward_pass"):
             return MethodEvaluator(self.batched_forward_pass, batch, evaluator)
         if unread := sorted(set(batch.inputs) - _INPUTS):
             raise ValueError(
-                f"prepare_model_inputs returned {', '.join(unread)}, which passes do not read: override batched_forward_pass as "
-                "well, or leave it out"
+                f"prepare_model_inputs returned {', '.join(unread)}, which forward passes do not read: also override "
+                "batched_forward_pass, or return only what they read"
             )
         return evaluator
 
@@ -133,10 +134,10 @@ class PPOTrainer(OnlineTrainer):
 
     def _update(self, experience: Experience, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(experience, ActorCritic)
-        alone = self.config.samples_per_update == 1 < len(experience) and not self.is_distributed
-        if alone and int(experience.rollout.mask.sum(dim=1).max()) == 1:
+        single_sample = self.config.samples_per_update == 1 < len(experience) and not self.is_distributed
+        if single_sample and int(experience.rollout.mask.sum(dim=1).max()) == 1:
             warnings.warn(
-                "every optimizer step sees a single token: whitened, its advantage is 0, and the policy learns nothing. Set "
+                "every optimizer step trains on a single token, whose whitened advantage is 0: the policy learns nothing. Set "
                 "mini_batch_size * gradient_accumulation_steps above 1",
                 stacklevel=4,
             )
@@ -157,7 +158,7 @@ class PPOTrainer(OnlineTrainer):
     def _after_update(self, stats: Mapping[str, Any], rows: int) -> None:
         self.kl_ctl.update(stats["objective/kl"], rows)
 
-    # Its pieces ------------------------------------------------------------------------------------------------------
+    # Pieces of a step ------------------------------------------------------------------------------------------------------
 
     def batched_forward_pass(
         self,
@@ -183,16 +184,16 @@ class PPOTrainer(OnlineTrainer):
         rollout = Batch(
             queries=queries, responses=responses, inputs=model_inputs, is_encoder_decoder=self.is_encoder_decoder
         ).rollout()
-        result = evaluate_in_batches(
+        evaluation = evaluate_in_batches(
             model,
             rollout,
             batch_size=int(self.config.mini_batch_size or 1),
             temperature=self.config.temperature,
             return_logits=return_logits,
         )
-        assert result.values is not None
-        logits = None if result.logits is None else result.logits / self.config.temperature
-        return result.logprobs, logits, result.values, rollout.mask.long()
+        assert evaluation.values is not None
+        logits = None if evaluation.logits is None else evaluation.logits / self.config.temperature
+        return evaluation.logprobs, logits, evaluation.values, rollout.mask.long()
 
     def compute_rewards(
         self,
@@ -221,11 +222,13 @@ class PPOTrainer(OnlineTrainer):
         """
         if kl is None:
             if self.config.kl_penalty == "full":
-                raise ValueError("kl_penalty='full' cannot be made of logprobs: give kl [B, S]")
+                raise ValueError("kl_penalty='full' cannot be computed from logprobs: pass kl [B, S]")
             kl = _KL_OF_TOKEN[self.config.kl_penalty](logprobs, ref_logprobs)
-        flat = scores if isinstance(scores, Tensor) else torch.stack([torch.as_tensor(s).reshape(()) for s in scores])
+        stacked = (
+            scores if isinstance(scores, Tensor) else torch.stack([torch.as_tensor(s).reshape(()) for s in scores])
+        )
         return shape_rewards(
-            flat.to(kl.device), kl, masks.bool(), kl_coef=self.kl_ctl.value, token_rewards=token_rewards
+            stacked.to(kl.device), kl, masks.bool(), kl_coef=self.kl_ctl.value, token_rewards=token_rewards
         )
 
     def loss(
@@ -258,20 +261,20 @@ class PPOTrainer(OnlineTrainer):
             rewards, values, counted, gamma=float(self.config.gamma or 0), lam=float(self.config.lam or 0)
         )
         advantages = masked_whiten(advantages, counted, reduce=self._reduce)
-        spread = entropy(logits)
-        if spread.shape != counted.shape:  # TRL 0.4.6 took any logits here, such as [B, S]
-            spread = spread.mean().expand(counted.shape)
+        entropies = entropy(logits)
+        if entropies.shape != counted.shape:  # TRL 0.4.6 took any logits here, such as [B, S]
+            entropies = entropies.mean().expand(counted.shape)
         terms = ppo_terms(
             logprobs,
             vpreds,
-            spread,
+            entropies,
             old_logprobs=old_logprobs,
             old_values=values,
             advantages=advantages,
             returns=returns,
             mask=counted,
             settings=self._ppo_settings(),
-            weights=self._given_minibatch.weights_for(counted),
+            weights=self._minibatch_context.weights_for(counted),
         )
         means = means_of([{name: tally.detach() for name, tally in terms.metrics.items()}], self._reduce)
         stats = {name: torch.tensor(mean) for name, mean in means.items()}
@@ -308,22 +311,17 @@ class PPOTrainer(OnlineTrainer):
             RuntimeError: if `step` was given `sampler_logprobs` and an overridden `loss` ignores them.
         """
         policy_loss, value_loss, stats = self.loss(old_logprobs, values, rewards, logits, vpreds, logprobs, mask)
-        self._given_minibatch.check_weighted(type(self).__name__)
+        self._minibatch_context.check_weighted(type(self).__name__)
         objective = share_of_mean(
             policy_loss + value_loss,
             logprobs,
             vpreds,
             mask.bool(),
-            all_tokens=self._given_minibatch.batch_tokens,
+            all_tokens=self._minibatch_context.batch_tokens,
             reduce=self._reduce,
         )
         updater = self._updater()
         with whole_gradients(self.accelerator):
             updater.clear()
             updater.accumulate(objective, last=True)
-            norm, stepped, seconds = updater.step()
-        return stats | {
-            "grad_norm": torch.tensor(norm),
-            "skipped_updates": torch.tensor(float(not stepped)),
-            "time/ppo/optimizer_step": torch.tensor(seconds),
-        }
+            return stats | update_statistics(*updater.step())

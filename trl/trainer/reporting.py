@@ -1,4 +1,4 @@
-"""`ReportingTrainer`: a step's statistics, over all processes, and what trackers see of them."""
+"""`ReportingTrainer`: computes a step's statistics over all processes and logs them to trackers."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ class ReportingTrainer(BaseTrainer):
         if sampler_logprobs is not None:
             gap = (experience.old_logprobs - sampler_logprobs).abs()
             stats["objective/sampler_gap"] = pooled_mean(Tally.of(gap, mask), self._reduce)
-        everyone = gather_over_processes(self.accelerator, experience.scores)
-        self._scores_of_step = (experience.scores.cpu(), everyone.cpu())
+        all_scores = gather_over_processes(self.accelerator, experience.scores)
+        self._scores_of_step = (experience.scores.cpu(), all_scores.cpu())
         return stats_to_np(convert_to_scalar(self.gather_stats(stats)))
 
     def record_step_stats(self, kl_coef: float | None, **data: Any) -> dict[str, Any]:
         """Computes the statistics of a step. Every process must call this.
 
         Args:
-            kl_coef: KL coefficient used in this step's rewards; None if they hold no KL.
+            kl_coef: KL coefficient used in this step's rewards; None if they include no KL.
             **data: scores, logprobs, ref_logprobs, non_score_reward, masks [B, S], queries, responses, train_stats.
 
         Returns:
@@ -114,21 +114,21 @@ class ReportingTrainer(BaseTrainer):
         """
         if not self.accelerator.is_main_process:
             return
-        flat = torch.as_tensor([float(r) for r in rewards])
+        scores = torch.as_tensor([float(r) for r in rewards])
         logs = dict(stats)
         if missing := [c for c in columns_to_log if c not in batch]:
-            warnings.warn(f"the batch has no {missing}: no table of completions is logged", stacklevel=2)
+            warnings.warn(f"the batch has no columns {missing}: no table of completions is logged", stacklevel=2)
         else:
-            rows = list(zip(*(batch[c] for c in columns_to_log), flat.tolist(), strict=True))
+            rows = list(zip(*(batch[c] for c in columns_to_log), scores.tolist(), strict=True))
             logs |= completions_table(self.config.log_with, [*columns_to_log, "reward"], rows)
-        flat = self._of_all_processes(flat)
-        logs["env/reward_mean"] = flat.mean().item()
-        logs["env/reward_std"] = flat.std().item() if len(flat) > 1 else 0.0
-        logs["env/reward_dist"] = flat.numpy()
+        scores = self._scores_of_all_processes(scores)
+        logs["env/reward_mean"] = scores.mean().item()
+        logs["env/reward_std"] = scores.std().item() if len(scores) > 1 else 0.0
+        logs["env/reward_dist"] = scores.numpy()
         self.current_step += 1
         self.accelerator.log(logs, step=self.current_step)
 
-    def _of_all_processes(self, scores: Tensor) -> Tensor:
+    def _scores_of_all_processes(self, scores: Tensor) -> Tensor:
         """Scores of all processes `[n · B]`, given this process's `scores` [B], as gathered by `step`.
 
         Gathering here would hang if a script calls `log_stats` only on the main process.
@@ -138,7 +138,7 @@ class ReportingTrainer(BaseTrainer):
         if self._scores_of_step is not None and torch.equal(scores, self._scores_of_step[0]):
             return self._scores_of_step[1]
         warnings.warn(
-            "log_stats was given other rewards than step's scores: env/reward_* are of the main process alone",
+            "log_stats was given other rewards than step's scores: env/reward_* cover only the main process",
             stacklevel=3,
         )
         return scores

@@ -1,4 +1,4 @@
-"""`ResumableTrainer`: managed runs, checkpoints, and the state that they carry."""
+"""`ResumableTrainer`: managed runs and checkpoints."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ResumableTrainer(ReportingTrainer):
             episodes: total samples over all processes, as an alternative to `steps`; rounded up to whole steps.
             run_dir: run folder; None writes nothing.
             resume: "auto" resumes the run in `run_dir` or starts a new one; True requires an existing run; False
-                requires that there is none. A run whose checkpoints were deleted cannot be resumed.
+                requires that there is no run yet. A run whose checkpoints were deleted cannot be resumed.
             generation: arguments of `generate`. By default, up to 64 new tokens from the distribution that the update
                 scores.
             length_sampler: draws `max_new_tokens`, as in `generate`.
@@ -111,7 +111,7 @@ class ResumableTrainer(ReportingTrainer):
         return train(self, TrainOptions(**arguments))  # type: ignore[arg-type]  # a Learner, by its subclasses
 
     def _check_trainable(self) -> None:
-        """Raises ValueError if a subclass defines what a managed run would not call."""
+        """Raises ValueError if a subclass overrides a method that a managed run does not call."""
 
     # State -----------------------------------------------------------------------------------------------------------
 

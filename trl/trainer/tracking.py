@@ -25,7 +25,9 @@ def check_trackers(config: PPOConfig) -> None:
     for name in names:
         if name == "all":
             if not installed:
-                raise ImportError("log_with='all' needs an installed tracker, for example: pip install tensorboard")
+                raise ImportError(
+                    "log_with='all' needs at least one installed tracker, for example: pip install tensorboard"
+                )
         elif name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(
                 f"log_with={name!r} is not supported; expected one of {', '.join(LOGGER_TYPE_TO_CLASS)}, all"
@@ -37,7 +39,7 @@ def check_trackers(config: PPOConfig) -> None:
             LOGGER_TYPE_TO_CLASS[name].requires_logging_directory
             and ProjectConfiguration(**config.project_kwargs).logging_dir is None
         ):
-            raise ValueError(f"log_with={name!r} writes to a folder: set project_kwargs={{'logging_dir': ...}}")
+            raise ValueError(f"log_with={name!r} needs a folder to write to: set project_kwargs={{'logging_dir': ...}}")
 
 
 def _as_list(log_with: Any) -> list[Any]:

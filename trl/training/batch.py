@@ -41,9 +41,9 @@ class Batch:
 
         The number of an encoder-decoder's start token is dropped, since that token is given, not predicted.
         """
-        given = [1] * len(values) if self.is_encoder_decoder else [len(query) for query in self.queries]
+        prefix_lengths = [1] * len(values) if self.is_encoder_decoder else [len(query) for query in self.queries]
         sampled = [v[1:] for v in values] if self.is_encoder_decoder else values
-        columns = response_columns(self.attention, given, [len(v) for v in sampled])
+        columns = response_columns(self.attention, prefix_lengths, [len(v) for v in sampled])
         return place_on_columns(sampled, columns, self.attention[:, 1:].float())
 
     def rollout(
@@ -63,17 +63,17 @@ class Batch:
             sampler_logprobs: log-probability of each response token under the distribution that sampled it.
 
         Raises:
-            ValueError: if the padded inputs hold other tokens than queries and responses.
+            ValueError: if the padded inputs hold more or fewer tokens than queries and responses.
         """
         attention = self.attention.bool()
         lengths = [len(response) for response in self.responses]
         if not self.is_encoder_decoder:
             lengths = [len(query) + n for query, n in zip(self.queries, lengths, strict=True)]
-        for i, (held, length) in enumerate(zip(attention.sum(dim=1).tolist(), lengths, strict=True)):
-            if held != length:
+        for i, (attended, length) in enumerate(zip(attention.sum(dim=1).tolist(), lengths, strict=True)):
+            if attended != length:
                 raise ValueError(
-                    f"row {i} of the model inputs holds {held} tokens, where queries and responses say {length}: "
-                    "prepare_model_inputs may pad, not add or cut"
+                    f"row {i} of the model inputs has {attended} tokens, but its query and response give {length}: "
+                    "prepare_model_inputs may pad, but not add or remove tokens"
                 )
         counts = [torch.ones(len(r)) for r in self.responses] if response_masks is None else response_masks
         tokens = self.inputs["decoder_input_ids" if self.is_encoder_decoder else "input_ids"]

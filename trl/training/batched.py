@@ -13,7 +13,7 @@ from trl.models import RolloutAboveFrozen, abilities, evaluate, evaluate_exact_k
 from trl.types import Evaluation, Rollout, occupied, take
 
 # Tokens per forward pass without gradients, for models that can skip materialising their logits.
-_TOKENS_AT_ONCE = 2048
+_TOKENS_PER_PASS = 2048
 
 
 def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, Callable[[Tensor], Tensor]]]:
@@ -31,9 +31,9 @@ def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, Callab
         yield take(rollout, rows, columns), widen
 
 
-def _at_once(model: nn.Module, rollout: Rollout, batch_size: int) -> int:
+def _rows_per_pass(model: nn.Module, rollout: Rollout, batch_size: int) -> int:
     """Sequences per forward pass: `batch_size`, or more for a model that can skip materialising its logits."""
-    return max(batch_size, _TOKENS_AT_ONCE // rollout.tokens.shape[1]) if abilities(model).projects else batch_size
+    return max(batch_size, _TOKENS_PER_PASS // rollout.tokens.shape[1]) if abilities(model).projects else batch_size
 
 
 def with_frozen_states(
@@ -60,8 +60,8 @@ def with_frozen_states(
         depth = frozen_depth(policy)
         if depth == 0:
             return rollout
-        size = _at_once(policy, rollout, batch_size)
-        pieces = [take(rollout, slice(start, start + size)) for start in range(0, len(rollout), size)]
+        rows = _rows_per_pass(policy, rollout, batch_size)
+        pieces = [take(rollout, slice(start, start + rows)) for start in range(0, len(rollout), rows)]
         return RolloutAboveFrozen.of(rollout, torch.cat([frozen_states(policy, p, depth) for p in pieces]), depth)
 
 
@@ -81,16 +81,16 @@ def evaluate_in_batches(
     minibatch of the update.
     """
     if not return_logits:
-        batch_size = _at_once(model, rollout, batch_size)
-    found: dict[str, list[Tensor]] = {"logprobs": [], "values": [], "entropy": [], "logits": []}
+        batch_size = _rows_per_pass(model, rollout, batch_size)
+    results: dict[str, list[Tensor]] = {"logprobs": [], "values": [], "entropy": [], "logits": []}
     for piece, widen in _pieces(rollout, batch_size):
-        result = evaluate(
+        evaluation = evaluate(
             model, piece, temperature=temperature, entropy=entropy, values=values, return_logits=return_logits
         )
-        for name, parts in found.items():
-            if (part := getattr(result, name)) is not None:
+        for name, parts in results.items():
+            if (part := getattr(evaluation, name)) is not None:
                 parts.append(widen(part))
-    joined = {name: torch.cat(parts) if parts else None for name, parts in found.items()}
+    joined = {name: torch.cat(parts) if parts else None for name, parts in results.items()}
     assert joined["logprobs"] is not None
     return Evaluation(**joined)  # type: ignore[arg-type]
 

@@ -49,35 +49,35 @@ class Compute(Passes):
 
     On one process, bfloat16 copies replace the weights during passes, and the frozen base of an adapter is stored in
     bfloat16; across processes, where wrappers own the parameters, autocast is used instead. Accelerate's
-    `mixed_precision` and models that are not float32 are left alone.
+    `mixed_precision` and models that are not float32 are left as they are.
 
     Args:
         model: the policy, on its device, wrapped for its processes.
-        wanted: "auto", "float32" or "bfloat16".
+        dtype: "auto", "float32" or "bfloat16".
         accelerator: the accelerator that wrapped it.
     """
 
-    def __init__(self, model: nn.Module, wanted: ComputeDtype, accelerator: Any) -> None:
-        self.dtype, reason = choose_dtype(model, wanted)
+    def __init__(self, model: nn.Module, dtype: ComputeDtype, accelerator: Any) -> None:
+        self.dtype, reason = choose_dtype(model, dtype)
         self._copies: NarrowCopies | None = None
         self._base: list[nn.Parameter] = []  # permanently stored in bfloat16
         self._models = [model]
         self._device_type = accelerator.device.type
         if accelerator.mixed_precision != "no":
-            if wanted == "bfloat16":
+            if dtype == "bfloat16":
                 raise ValueError(
-                    f"dtype='bfloat16' and accelerate's mixed_precision={accelerator.mixed_precision!r} both say what to "
-                    "compute in: leave one of them out"
+                    f"dtype='bfloat16' and accelerate's mixed_precision={accelerator.mixed_precision!r} both set the "
+                    "compute dtype: set only one of them"
                 )
-            self.dtype, reason = torch.float32, f"accelerate's mixed_precision={accelerator.mixed_precision!r} decides"
+            self.dtype, reason = torch.float32, f"set by accelerate's mixed_precision={accelerator.mixed_precision!r}"
         elif self.dtype == torch.bfloat16 and accelerator.num_processes == 1:
             self._base = narrow_base(model)
             self._copies = NarrowCopies(model)
-        logger.info("passes are computed in %s: %s", str(self.dtype).removeprefix("torch."), reason)
+        logger.info("computing passes in %s: %s", str(self.dtype).removeprefix("torch."), reason)
         if self._base:
             size = sum(parameter.numel() for parameter in self._base)
             logger.info(
-                "the %s frozen weights under the adapter are held in bfloat16; what is saved is the adapter",
+                "storing the %s frozen weights under the adapter in bfloat16; checkpoints hold only the adapter",
                 f"{size:,}",
             )
 
@@ -89,8 +89,8 @@ class Compute(Passes):
     def passes(self, *, gradients_in_place: bool = False) -> AbstractContextManager[Any]:
         if any(parameter.requires_grad for parameter in self._base):
             raise RuntimeError(
-                "weights under the adapter were frozen when the trainer was made, and are held in bfloat16 for that: set "
-                "requires_grad before, or use PPOConfig.dtype='float32', to train them"
+                "weights under the adapter are stored in bfloat16, since they were frozen when the trainer was built: to "
+                "train them, set requires_grad before building it, or use PPOConfig.dtype='float32'"
             )
         if self._copies is not None:
             return self._copies.stand_in(gradients_in_place=gradients_in_place)

@@ -23,7 +23,7 @@ class Evaluated:
 
     rollout: Rollout  # with the cached states of frozen layers, where these apply
     policy: Evaluation
-    ref_logprobs: Tensor | None  # [B, S]; None if the reference was not asked
+    ref_logprobs: Tensor | None  # [B, S]; None if the reference was not evaluated
     exact_kl: Tensor | None = None  # [B, S], only on request
 
 
@@ -33,11 +33,11 @@ class Evaluator:
 
     policy: nn.Module  # wrapped for its processes
     ref_model: nn.Module | None  # None: the policy with its adapter off
-    compute: Compute | None  # None: on the weights as stored, and every layer in every pass
+    compute: Compute | None  # None: weights as stored, all layers in every pass
     accelerator: Any
     batch_size: int
     temperature: float
-    known: Evaluation | None = None  # the policy's evaluation, if sampling has computed it already
+    known: Evaluation | None = None  # the policy's evaluation, if sampling has already computed it
     values: bool = True  # evaluate the critic
     compare: bool = True  # evaluate the reference
     exact_kl: bool = False  # also compute the KL over the whole vocabulary
@@ -53,11 +53,11 @@ class Evaluator:
             if not self.compare:
                 return Evaluated(rollout=rollout, policy=policy, ref_logprobs=None)
             with self.reference() as reference:
-                common = rollout
+                shared = rollout
                 if isinstance(rollout, RolloutAboveFrozen) and not shares_frozen(self.policy, reference, rollout.depth):
-                    common = rollout.without_states()
-                ref_logprobs = self._evaluate(reference, common, entropy=False, values=False).logprobs
-            exact = self.kl_over_vocabulary(common)
+                    shared = rollout.without_states()
+                ref_logprobs = self._evaluate(reference, shared, entropy=False, values=False).logprobs
+            exact = self.kl_over_vocabulary(shared)
         return Evaluated(rollout=rollout, policy=policy, ref_logprobs=ref_logprobs, exact_kl=exact)
 
     @contextmanager

@@ -54,8 +54,8 @@ class UpdateGuards:
         """
         self.consecutive_skips += int(counts)
         warnings.warn(
-            f"{reason}: this optimizer step is skipped and the weights stay as they are. Look at the scores, the learning "
-            "rate and ppo/policy/ratio.",
+            f"{reason}: this optimizer step is skipped and the weights are unchanged. Check the scores, the learning rate "
+            "and ppo/policy/ratio.",
             stacklevel=3,
         )
         if self.on_skip is not None:
@@ -63,18 +63,18 @@ class UpdateGuards:
         if counts and self.max_skipped is not None and self.consecutive_skips >= self.max_skipped:
             raise NonFiniteError(
                 f"{self.consecutive_skips} optimizer steps in a row were skipped (max_skipped_updates={self.max_skipped}); "
-                f"the last one since {reason}"
+                f"the last because {reason}"
             )
 
-    def microbatch(self, wanted: int) -> int:
-        """Microbatch size to use: the configured size `wanted`, capped at the largest that fits."""
-        return wanted if self.largest_microbatch is None else min(wanted, self.largest_microbatch)
+    def microbatch(self, configured: int) -> int:
+        """Microbatch size to use: the configured size, capped at the largest that fits."""
+        return configured if self.largest_microbatch is None else min(configured, self.largest_microbatch)
 
     def halve_microbatch(self, size: int) -> None:
         """Halves the microbatch after `size` sequences (at least 2) ran out of memory."""
         self.largest_microbatch = size // 2
         logger.warning(
-            "out of memory with a microbatch of %d: from now on it is %d; what an optimizer step sees stays the same",
+            "out of memory with a microbatch of %d: reducing it to %d; minibatches stay the same",
             size,
             size // 2,
         )

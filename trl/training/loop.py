@@ -45,7 +45,7 @@ class Updater:
     optimizer: Any
     accelerator: Any
     max_grad_norm: float | None = None
-    # Not updated, like parameters the optimizer does not hold: their gradients are dropped before the norm is computed.
+    # Not updated, like parameters missing from the optimizer: their gradients are dropped before the norm is computed.
     frozen: Sequence[nn.Parameter] = field(default_factory=tuple)
     compute: Passes = field(default_factory=Passes)  # dtype and context of forward and backward passes
     guards: UpdateGuards = field(default_factory=UpdateGuards)
@@ -55,7 +55,7 @@ class Updater:
     def clear(self) -> None:
         """Drops all gradients, before the first microbatch of a minibatch."""
         self.optimizer.zero_grad()
-        self.model.zero_grad()  # also clears weights that the optimizer does not hold
+        self.model.zero_grad()  # also clears weights missing from the optimizer
         self.compute.discard()
         self._finite = None
 
@@ -91,17 +91,18 @@ class Updater:
             NonFiniteError: if too many consecutive steps were skipped.
         """
         started = time.perf_counter()
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        unused = [*self.frozen, *(p for p in self.model.parameters() if id(p) not in held)]
-        for parameter in unused:
+        optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        frozen = [*self.frozen, *(p for p in self.model.parameters() if id(p) not in optimized)]
+        for parameter in frozen:
             parameter.grad = None
-        self.compute.discard(unused)
+        self.compute.discard(frozen)
         narrow = self.compute.gradients()
         norm, scale = self._clip(narrow)
         finite = torch.ones(()) if self._finite is None else self._finite.float()
-        own = math.isfinite(norm) and bool(finite)
-        refused, without_loss = self.reduce(torch.stack([torch.full_like(finite, float(not own)), 1 - finite])).tolist()
-        if refused == 0:
+        local_finite = math.isfinite(norm) and bool(finite)
+        failures = torch.stack([torch.full_like(finite, float(not local_finite)), 1 - finite])
+        failed, without_loss = self.reduce(failures).tolist()
+        if failed == 0:
             if narrow:
                 # As the closure of the optimizer's own step, which updates the rest: hooks and schedulers see one step.
                 self.optimizer.step(lambda: self._step_narrow(narrow, scale))
@@ -114,7 +115,7 @@ class Updater:
         if not math.isfinite(norm):
             reason = f"gradient norm is {norm}"
         else:
-            reason = "the loss is not finite" if not own else "loss or gradient of another process is not finite"
+            reason = "loss or gradient of another process is not finite" if local_finite else "the loss is not finite"
         loss_scale = self._back_off()
         if loss_scale is not None:
             reason += f" at a loss scale of {loss_scale:g}, which is lowered"
@@ -221,7 +222,7 @@ def _gradient(
     minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater, microbatch_size: int, reduce: Reduce
 ) -> Measured:
     """Accumulates a minibatch's gradient, halving the microbatch until it fits on every process."""
-    alone = updater.accelerator.num_processes == 1
+    single_process = updater.accelerator.num_processes == 1
     while True:
         size = min(updater.guards.microbatch(microbatch_size), len(minibatch.experience))
         updater.clear()
@@ -230,9 +231,9 @@ def _gradient(
             updater.clear()  # gradients of the failed attempt take memory too
             if minibatch.denominator.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if not alone:
+        if not single_process:
             if measured is None:
-                _stand_in(minibatch, loss_fn, updater)
+                _join_all_reduce(minibatch, loss_fn, updater)
             if float(reduce(minibatch.denominator.new_tensor(float(measured is None)))) > 0:
                 measured = None
         if measured is not None:
@@ -242,7 +243,7 @@ def _gradient(
 
 def _gradient_in_pieces(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater, size: int) -> Measured | None:
     """One attempt at a minibatch's gradient; None if out of memory, raising instead if a retry cannot help."""
-    alone = updater.accelerator.num_processes == 1
+    single_process = updater.accelerator.num_processes == 1
     pieces = microbatches(minibatch.experience, size)
     tallies, arrays = [], []
     for i, piece in enumerate(pieces):
@@ -251,12 +252,12 @@ def _gradient_in_pieces(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Up
         try:
             with updater.exchanging(last), updater.computing(only=len(pieces) == 1):
                 loss = loss_fn(take(piece, slice(None), columns))
-                exchanging = last and not alone
+                exchanging = last and not single_process
                 updater.accumulate(loss.objective / minibatch.denominator, last=last)
         except RuntimeError as error:
             # Leaving an all-reduce halfway would hang the other processes.
-            lost = exchanging or isinstance(updater.model, FullyShardedDataParallel | FSDPModule)
-            if size == 1 or lost or not is_out_of_memory(error):
+            cannot_retry = exchanging or isinstance(updater.model, FullyShardedDataParallel | FSDPModule)
+            if size == 1 or cannot_retry or not is_out_of_memory(error):
                 raise
             return None
         tallies.append({name: tally.detach() for name, tally in loss.metrics.items()})
@@ -264,7 +265,7 @@ def _gradient_in_pieces(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Up
     return tallies, arrays
 
 
-def _stand_in(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater) -> None:
+def _join_all_reduce(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater) -> None:
     """Joins the other processes' gradient all-reduce with a minimal pass after running out of memory.
 
     The result is discarded: all processes restart the minibatch.
@@ -272,9 +273,9 @@ def _stand_in(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updater) -> 
     if isinstance(updater.model, DistributedDataParallel):
         # DDP syncs buffers in a minibatch's first forward pass, which has already started: do not sync them again.
         updater.model.require_forward_param_sync = False
-    one = take(minibatch.experience, slice(0, 1))
+    row = take(minibatch.experience, slice(0, 1))
     with updater.computing(only=False):
-        loss = loss_fn(take(one, slice(None), occupied(one.rollout.attention)))
+        loss = loss_fn(take(row, slice(None), occupied(row.rollout.attention)))
         updater.accumulate(loss.objective * 0, last=True)
 
 

@@ -27,36 +27,38 @@ def make_adam(parameters: Sequence[nn.Parameter], learning_rate: float, *, narro
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     if not narrow:
         return Adam(parameters, lr=learning_rate, fused=fused)
-    if strange := {f"{p.dtype} on {p.device.type}" for p in parameters if p.dtype != torch.float32 or not fused}:
+    if unsupported := {f"{p.dtype} on {p.device.type}" for p in parameters if p.dtype != torch.float32 or not fused}:
         raise ValueError(
-            f"optimizer_state_dtype='bfloat16' is for float32 weights on a CPU or a GPU, not for {', '.join(sorted(strange))}"
+            "optimizer_state_dtype='bfloat16' needs float32 weights on a CPU or CUDA device, not "
+            f"{', '.join(sorted(unsupported))}"
         )
     return NarrowAdam(parameters, lr=learning_rate, fused=True)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Rejects an optimizer that holds no trained parameter or needs a closure.
+    """Rejects an optimizer that holds no trainable parameter or needs a closure.
 
     Raises:
-        ValueError: if it holds none of the model's trained parameters, or its `step` needs a closure, like LBFGS.
+        ValueError: if it holds none of the model's trainable parameters, or its `step` needs a closure, like LBFGS.
     """
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f"{type(optimizer).__name__}.step needs a closure; the trainer makes each gradient once: use Adam or SGD"
+            f"{type(optimizer).__name__}.step needs a closure that computes the loss again, which the trainer cannot do: "
+            "use an optimizer such as Adam or SGD"
         )
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
-            f"the {type(optimizer).__name__} that is given holds none of the model's {len(trained)} trained parameters: make "
-            "it of [p for p in model.parameters() if p.requires_grad], with the model that the trainer is given"
+            f"the given {type(optimizer).__name__} holds none of the model's {len(trained)} trainable parameters: build it "
+            "from [p for p in model.parameters() if p.requires_grad], with the model that you pass to the trainer"
         )
 
 
-def unheld(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trained parameters of `model` that are missing from the optimizer, by name."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
+def missing_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters of `model` that are missing from the optimizer, by name."""
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized}
 
 
 def check_scheduler(scheduler: LRScheduler, optimizer: torch.optim.Optimizer | None) -> None:
@@ -69,14 +71,14 @@ def check_scheduler(scheduler: LRScheduler, optimizer: torch.optim.Optimizer | N
     needed = [name for name, p in inspect.signature(scheduler.step).parameters.items() if p.default is empty]
     if needed:
         raise ValueError(
-            f"lr_scheduler is a {type(scheduler).__name__}, whose step needs {', '.join(needed)}: leave it out, and call its "
-            'step yourself after each ppo_trainer.step, such as scheduler.step(stats["ppo/mean_scores"])'
+            f"lr_scheduler is a {type(scheduler).__name__}, whose step needs {', '.join(needed)}: do not pass it, and call "
+            'its step yourself after each ppo_trainer.step, such as scheduler.step(stats["ppo/mean_scores"])'
         )
     if optimizer is None or inner(scheduler.optimizer) is not inner(optimizer):
         warnings.warn(
-            f"the {type(scheduler).__name__} that is given does not drive the trainer's optimizer, whose learning rate stays "
-            "as it is: give both, the scheduler made of the optimizer",
-            stacklevel=3,
+            f"the given {type(scheduler).__name__} does not drive the trainer's optimizer and will not change its learning "
+            "rate: pass both, with the scheduler built from the optimizer",
+            stacklevel=5,
         )
 
 
@@ -88,7 +90,7 @@ def inner(wrapped: Any) -> Any:
 
 
 # Old class names in earlier checkpoints -> current names.
-_MOVED = {"trl.training.streaming.NarrowAdam": f"{NarrowAdam.__module__}.{NarrowAdam.__qualname__}"}
+_RENAMED_CLASSES = {"trl.training.streaming.NarrowAdam": f"{NarrowAdam.__module__}.{NarrowAdam.__qualname__}"}
 
 
 def kind(value: Any) -> str | None:
@@ -142,37 +144,37 @@ def optimizer_state(
 
 
 def _names(group: Mapping[str, Any], i: int, names: Mapping[int, str]) -> list[str]:
-    found = [names.get(id(parameter)) for parameter in group["params"]]
-    if None in found:
-        shape = tuple(group["params"][found.index(None)].shape)
-        raise ValueError(f"group {i} of the optimizer holds a parameter of shape {shape} that is not the model's")
-    return [name for name in found if name is not None]
+    group_names = [names.get(id(parameter)) for parameter in group["params"]]
+    if None in group_names:
+        shape = tuple(group["params"][group_names.index(None)].shape)
+        raise ValueError(f"group {i} of the optimizer holds a parameter of shape {shape} that the model does not have")
+    return [name for name in group_names if name is not None]
 
 
 def optimizer_differences(
     saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> list[str]:
     """Reasons why a saved state does not fit this optimizer; empty if it does."""
-    before, now = _MOVED.get(saved["class"], saved["class"]), kind(optimizer)
+    before, now = _RENAMED_CLASSES.get(saved["class"], saved["class"]), kind(optimizer)
     if before != now:
-        narrow = _MOVED["trl.training.streaming.NarrowAdam"] in (before, now)
-        hint = " (PPOConfig.optimizer_state_dtype makes it)" if narrow else ""
+        narrow = _RENAMED_CLASSES["trl.training.streaming.NarrowAdam"] in (before, now)
+        hint = " (see PPOConfig.optimizer_state_dtype)" if narrow else ""
         return [f"the optimizer was a {before}, is a {now}{hint}"]
     names = {id(parameter): name for name, parameter in named.items()}
     groups = [_names(group, i, names) for i, group in enumerate(optimizer.param_groups)]
     saved_groups = [group["parameters"] for group in saved["groups"]]
     if len(groups) != len(saved_groups):
-        return [f"the optimizer had {len(saved_groups)} groups of parameters, has {len(groups)}"]
-    found = []
+        return [f"the optimizer had {len(saved_groups)} parameter groups, has {len(groups)}"]
+    reasons = []
     for i, (old, new) in enumerate(zip(saved_groups, groups, strict=True)):
-        gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
-        if gone or come:
-            found.append(
+        removed, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+        if removed or added:
+            reasons.append(
                 f"group {i} of the optimizer had {len(old)} parameters, has {len(new)}"
-                + (f"; {gone[0]} is gone" if gone else "")
-                + (f"; {come[0]} is new" if come else "")
+                + (f"; {removed[0]} is gone" if removed else "")
+                + (f"; {added[0]} is new" if added else "")
             )
-    return found
+    return reasons
 
 
 def load_optimizer(
@@ -192,20 +194,20 @@ def load_optimizer(
         Remarks on every setting that the user changed.
     """
     remarks = []
-    ruled = {"lr", "initial_lr"} if scheduled else set()
+    scheduled_names = {"lr", "initial_lr"} if scheduled else set()
     for i, (group, old) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
         settings = decode(old["settings"], tensor)
         # Older checkpoints hold only the optimizer's defaults.
         then = decode(old.get("made_with", saved["defaults"]), tensor)
         now = group if "made_with" in old else optimizer.defaults
-        wishes = {name for name in then if name in now and now[name] != then[name]}
-        whole = "the optimizer" if len(optimizer.param_groups) == 1 else f"group {i} of the optimizer"
+        changed = {name for name in then if name in now and now[name] != then[name]}
+        owner = "the optimizer" if len(optimizer.param_groups) == 1 else f"group {i} of the optimizer"
         remarks += [
-            f"{whole} was made with {name}={then[name]}, now with {now[name]}: "
-            + ("the scheduler's saved state rules" if name in ruled else "the new value counts")
-            for name in sorted(wishes)
+            f"{owner} was built with {name}={then[name]}, now with {now[name]}: "
+            + ("the scheduler's saved state takes precedence" if name in scheduled_names else "the new value is used")
+            for name in sorted(changed)
         ]
-        group.update({name: value for name, value in settings.items() if name not in wishes - ruled})
+        group.update({name: value for name, value in settings.items() if name not in changed - scheduled_names})
     optimizer.state.clear()
     fused = {
         id(p): bool(group.get("fused") or group.get("capturable"))
@@ -215,12 +217,13 @@ def load_optimizer(
     for name, entries in saved["entries"].items():
         parameter = named[name]
         optimizer.state[parameter] = {
-            key: _placed(key, value, parameter, fused[id(parameter)]) for key, value in decode(entries, tensor).items()
+            key: _on_device(key, value, parameter, fused[id(parameter)])
+            for key, value in decode(entries, tensor).items()
         }
     return remarks
 
 
-def _placed(key: str, value: Any, parameter: nn.Parameter, fused: bool) -> Any:
+def _on_device(key: str, value: Any, parameter: nn.Parameter, fused: bool) -> Any:
     """Moves a state tensor to its parameter's device, except the step count, which unfused Adam keeps on the CPU."""
     if not isinstance(value, Tensor) or (key == "step" and not fused):
         return value

@@ -15,7 +15,10 @@ from torch import Tensor
 T = TypeVar("T")
 
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_LAUNCHED_ALONE = {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"}  # set by `accelerate launch` without torchrun
+_ACCELERATE_VARIABLES = {
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_MIXED_PRECISION",
+}  # set by `accelerate launch` without torchrun
 
 
 def make_accelerator(**settings: Any) -> Accelerator:
@@ -39,14 +42,14 @@ def make_accelerator(**settings: Any) -> Accelerator:
         return accelerator
     if started > 1:
         raise ValueError(
-            f"{started} processes were started together and accelerate sees one: each would train a model of its own. Start "
-            "them with torchrun; without a GPU, give cpu=True to an Accelerator or PartialState that your script makes "
-            "before the trainer, and leave 'cpu' out of PPOConfig.accelerator_kwargs or set it to True"
+            f"{started} processes were started but accelerate sees only one: each would train a separate model. Start them "
+            "with torchrun; without a GPU, pass cpu=True to any Accelerator or PartialState that your script creates before "
+            "the trainer, and either omit 'cpu' from PPOConfig.accelerator_kwargs or set it to True"
         )
-    if on_cpu and "WORLD_SIZE" not in os.environ and os.environ.keys() >= {"MASTER_ADDR", *_LAUNCHED_ALONE}:
+    if on_cpu and "WORLD_SIZE" not in os.environ and os.environ.keys() >= {"MASTER_ADDR", *_ACCELERATE_VARIABLES}:
         raise ValueError(
-            "accelerate launch was asked for several processes and has started this one alone (MASTER_ADDR is set, WORLD_SIZE "
-            "is not): on CPUs it needs MPI for more. Start them with `torchrun --nproc-per-node N script.py` or with "
+            "accelerate launch was asked for several processes but started only this one (MASTER_ADDR is set, WORLD_SIZE is "
+            "not): on CPUs it needs MPI to start more. Use `torchrun --nproc-per-node N script.py` or "
             "`accelerate launch --multi_gpu --num_processes N script.py`, which need no GPU; for one process, unset MASTER_ADDR"
         )
     return accelerator
@@ -69,12 +72,12 @@ def whole_gradients(accelerator: Any) -> Iterator[None]:
     The accumulation state is global to the process: a launcher's `--gradient_accumulation_steps` sets it, and so does
     any other `Accelerator`, such as the one of a reward model's training.
     """
-    due, passes = accelerator.sync_gradients, accelerator.gradient_accumulation_steps
+    before = accelerator.sync_gradients, accelerator.gradient_accumulation_steps
     accelerator.sync_gradients, accelerator.gradient_accumulation_steps = True, 1
     try:
         yield
     finally:
-        accelerator.sync_gradients, accelerator.gradient_accumulation_steps = due, passes
+        accelerator.sync_gradients, accelerator.gradient_accumulation_steps = before
 
 
 def share_bytes(accelerator: Any, data: bytes) -> list[bytes]:
@@ -90,18 +93,23 @@ def share_bytes(accelerator: Any, data: bytes) -> list[bytes]:
     return [row[:size].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
+def share_json(accelerator: Any, value: Any) -> list[Any]:
+    """Gathers every process's `value` as JSON, in rank order. Every process must call this."""
+    return [json.loads(data) for data in share_bytes(accelerator, json.dumps(value).encode())]
+
+
 def check_same(accelerator: Any, settings: Mapping[str, Any]) -> None:
     """Rejects settings (JSON by name) that differ between processes. Every process must call this.
 
     Raises:
         ValueError: on every process, naming each difference.
     """
-    told = [json.loads(part) for part in share_bytes(accelerator, json.dumps(dict(settings)).encode())]
+    main, *others = share_json(accelerator, dict(settings))
     differing = [
-        f"{name} is {told[0].get(name)} on process 0 and {other.get(name)} on process {rank}"
-        for rank, other in enumerate(told)
-        for name in other
-        if other[name] != told[0].get(name)
+        f"{name} is {main.get(name)} on process 0 and {value} on process {rank}"
+        for rank, other in enumerate(others, start=1)
+        for name, value in other.items()
+        if value != main.get(name)
     ]
     if differing:
         raise ValueError(f"settings must be the same on every process: {'; '.join(differing)}")
@@ -124,12 +132,12 @@ def run_together(accelerator: Any, work: Callable[[], T], error: type[Exception]
     result: Any = None
     try:
         result = work()
-    except BaseException as caught:  # raised below, after telling the other processes
+    except BaseException as caught:  # raised below, after the other processes know
         failure = caught
-    said = b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()
-    for rank, words in enumerate(share_bytes(accelerator, said)):
-        if words and failure is None:
-            raise error(f"process {rank} failed with {words.decode()}")
+    message = b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()
+    for rank, other in enumerate(share_bytes(accelerator, message)):
+        if other and failure is None:
+            raise error(f"process {rank} failed with {other.decode()}")
     if failure is not None:
         raise failure
     return result

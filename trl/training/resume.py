@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import islice
-from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from trl.state.fingerprints import weights
 from trl.state.rng import generators_state, set_generators
 from trl.state.tensorfile import kind_of
 from trl.training.optimizers import inner, kind, load_optimizer, optimizer_differences, optimizer_state
-from trl.training.processes import run_together, share_bytes
+from trl.training.processes import run_together, share_json
 from trl.training.run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -68,9 +67,8 @@ def save_training(
             return None
         return save_checkpoint(folder, step, tensors, state, keep_last=keep_last, metric=metric, keep_steps=keep_steps)
 
-    written = run_together(trainer.accelerator, write, CheckpointError)
-    name = share_bytes(trainer.accelerator, b"" if written is None else written.name.encode())[0]
-    return Path(folder) / name.decode()
+    path = run_together(trainer.accelerator, write, CheckpointError)
+    return Path(folder) / share_json(trainer.accelerator, None if path is None else path.name)[0]
 
 
 def load_training(
@@ -88,7 +86,7 @@ def load_training(
     Returns:
         The checkpoint, or None if nothing was ever saved in the folder.
     """
-    checkpoint = _found_by_all(trainer, folder, lambda: load_checkpoint(folder))
+    checkpoint = _load_together(trainer, folder, lambda: load_checkpoint(folder))
     if checkpoint is not None:
         restore(trainer, checkpoint, differences)
     return checkpoint
@@ -96,22 +94,22 @@ def load_training(
 
 def load_step(trainer: RunState, folder: str | Path, step: int) -> Checkpoint:
     """Restores a trainer from the checkpoint of a step. Every process must call it."""
-    checkpoint = _found_by_all(trainer, folder, lambda: checkpoint_of(folder, step))
+    checkpoint = _load_together(trainer, folder, lambda: checkpoint_of(folder, step))
     assert checkpoint is not None
     restore(trainer, checkpoint)
     return checkpoint
 
 
-def _found_by_all(trainer: RunState, folder: str | Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+def _load_together(trainer: RunState, folder: str | Path, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
     """Loads the checkpoint that the main process finds, on every process; None if it finds none."""
     main = trainer.accelerator.is_main_process
-    found = run_together(trainer.accelerator, lambda: find() if main else None, CheckpointError)
-    name = share_bytes(trainer.accelerator, b"" if found is None else found.path.name.encode())[0].decode()
-    if not name:
+    checkpoint = run_together(trainer.accelerator, lambda: find() if main else None, CheckpointError)
+    name = share_json(trainer.accelerator, None if checkpoint is None else checkpoint.path.name)[0]
+    if name is None:
         return None
 
     def read() -> Checkpoint:
-        return found or read_checkpoint(Path(folder) / name, verify=False)  # the main process has verified it
+        return checkpoint or read_checkpoint(Path(folder) / name, verify=False)  # the main process has verified it
 
     return run_together(trainer.accelerator, read, CheckpointError)
 
@@ -138,9 +136,8 @@ def capture(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
     stored, frozen = _split(model)
     entries: dict[str, Tensor] = {}
     scheduler, scaler = inner(trainer.lr_scheduler), trainer.accelerator.scaler
-    own = {name: value for name, value in trainer.state_dict().items() if name != "minibatch_order"}
-    generators = generators_state(trainer.accelerator.device, trainer._generator)
-    shared = share_bytes(trainer.accelerator, dumps(generators, allow_nan=False).encode())
+    trainer_state = {name: value for name, value in trainer.state_dict().items() if name != "minibatch_order"}
+    generators = share_json(trainer.accelerator, generators_state(trainer.accelerator.device, trainer._generator))
     state = {
         **_identity(trainer),
         "modes": _modes(model),
@@ -154,18 +151,17 @@ def capture(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
         ),
         "scheduler": None if scheduler is None else encode(scheduler.state_dict(), "scheduler", entries),
         "scaler": None if scaler is None else encode(scaler.state_dict(), "scaler", entries),
-        "ppo": encode(own, "ppo", entries),
-        "generators": [loads(part) for part in shared],
+        "ppo": encode(trainer_state, "ppo", entries),
+        "generators": generators,
     }
     return {POLICY: stored, OPTIMIZER: entries}, state
 
 
 def _check_whole(trainer: RunState) -> None:
-    kind_of_run = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
-    if kind_of_run in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    distribution = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
+    if distribution in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
-            f"a model that {kind_of_run} shards over processes cannot be checkpointed; one process and data-parallel "
-            "processes can"
+            f"a model sharded over processes by {distribution} cannot be checkpointed: use one process or data parallelism"
         )
 
 
@@ -184,8 +180,8 @@ def _reference(trainer: RunState) -> dict[str, str] | None:
     if trainer.ref_model is None:
         return None
     model = trainer.accelerator.unwrap_model(trainer.ref_model)
-    asked = {name: tensor for name, tensor in weights(model).items() if not name.startswith(_HEAD)}
-    return trainer.fingerprints.of("reference", asked)
+    evaluated = {name: tensor for name, tensor in weights(model).items() if not name.startswith(_HEAD)}
+    return trainer.fingerprints.of("reference", evaluated)
 
 
 def _identity(trainer: RunState) -> dict[str, Any]:
@@ -202,14 +198,14 @@ def _identity(trainer: RunState) -> dict[str, Any]:
 
 def settings_of(config: Any) -> dict[str, Any]:
     """Comparable settings as JSON, with secrets redacted."""
-    found = {}
+    settings = {}
     for name in (f.name for f in fields(config) if f.name not in _UNSAVED_SETTINGS):
         value = getattr(config, name)
         if isinstance(value, Sequence) and not isinstance(value, str):
             value = [int(item) if isinstance(item, int) else item for item in value]
         if value is None or isinstance(value, bool | int | float | str | list):
-            found[name] = encode(redact(value), f"config/{name}", {})
-    return found
+            settings[name] = encode(redact(value), f"config/{name}", {})
+    return settings
 
 
 def _modes(model: torch.nn.Module) -> dict[str, Any]:
@@ -237,7 +233,7 @@ def restore(
         ValueError: if the checkpoint belongs to another run, naming each difference; the trainer is then unchanged.
     """
     _check_whole(trainer)
-    run_together(trainer.accelerator, lambda: _refuse_another_run(trainer, checkpoint, differences), ValueError)
+    run_together(trainer.accelerator, lambda: _check_same_run(trainer, checkpoint, differences), ValueError)
     state, model = checkpoint.state, trainer.accelerator.unwrap_model(trainer.model)
     stored, _ = _split(model)
     with checkpoint.open(POLICY) as file, torch.no_grad():
@@ -257,19 +253,19 @@ def restore(
             trainer.lr_scheduler.load_state_dict(decode(state["scheduler"], file.get_tensor))
         if trainer.accelerator.scaler is not None and state["scaler"] is not None:
             trainer.accelerator.scaler.load_state_dict(decode(state["scaler"], file.get_tensor))
-        own = decode(state["ppo"], file.get_tensor)
+        trainer_state = decode(state["ppo"], file.get_tensor)
     remarks = [*_harmless_differences(trainer, checkpoint), *remarks]
-    kept = trainer.kl_ctl.value
-    trainer.load_state_dict(own | {"minibatch_order": trainer._generator.get_state()})
+    kl_coef = trainer.kl_ctl.value
+    trainer.load_state_dict(trainer_state | {"minibatch_order": trainer._generator.get_state()})
     if _new_fixed_coefficient(trainer, state):
-        trainer.kl_ctl.value = kept
+        trainer.kl_ctl.value = kl_coef
     rank = trainer.accelerator.process_index
     set_generators(state["generators"][rank], trainer.accelerator.device, trainer._generator)
     for remark in remarks:
         logger.warning("resuming %s: %s", checkpoint.path.name, remark)
 
 
-def _refuse_another_run(trainer: RunState, checkpoint: Checkpoint, more: Callable[[Checkpoint], Sequence[str]]) -> None:
+def _check_same_run(trainer: RunState, checkpoint: Checkpoint, more: Callable[[Checkpoint], Sequence[str]]) -> None:
     differences = [*_differences(trainer, checkpoint), *more(checkpoint)]
     if differences:
         raise ValueError(f"{checkpoint.path} is a checkpoint of another run: {'; '.join(differences)}")
@@ -294,36 +290,36 @@ def _differences(trainer: RunState, checkpoint: Checkpoint) -> Iterator[str]:
     yield from _compare("the base model", state["frozen"], fingerprints, values="other weights")
     reference = _reference(trainer)
     if (reference is None) != (state["reference"] is None):
-        words = {True: "the policy without its adapter", False: "a model of its own"}
-        yield f"the reference was {words[state['reference'] is None]}, is {words[reference is None]}"
+        kinds = {True: "the policy without its adapter", False: "a separate model"}
+        yield f"the reference was {kinds[state['reference'] is None]}, is {kinds[reference is None]}"
     else:
         yield from _compare("the reference model", state["reference"] or {}, reference or {}, values="other weights")
     yield from optimizer_differences(state["optimizer"], inner(trainer.optimizer), dict(model.named_parameters()))
 
 
-def _compare(what: str, saved: Mapping[str, Any], now: Mapping[str, Any], values: str = "") -> Iterator[str]:
+def _compare(owner: str, saved: Mapping[str, Any], now: Mapping[str, Any], values: str = "") -> Iterator[str]:
     """Describes missing, new and changed entries, naming up to three of each."""
-    yield from _some(f"{what} lacks", sorted(set(saved) - set(now)))
-    yield from _some(f"{what} has beside what was saved", sorted(set(now) - set(saved)))
+    yield from _list_names(f"{owner} lacks", sorted(set(saved) - set(now)))
+    yield from _list_names(f"{owner} has additional", sorted(set(now) - set(saved)))
     changed = [name for name in saved if name in now and saved[name] != now[name]]
-    detail = values or (f"was {_shaped(saved[changed[0]])}, is {_shaped(now[changed[0]])}" if changed else "")
-    yield from _some(f"{what} has {values} in" if values else f"{what} ({detail}) differs in", changed)
+    detail = values or (f"was {_describe(saved[changed[0]])}, is {_describe(now[changed[0]])}" if changed else "")
+    yield from _list_names(f"{owner} has {values} in" if values else f"{owner} ({detail}) differs in", changed)
 
 
-def _some(what: str, names: Sequence[str]) -> Iterator[str]:
+def _list_names(problem: str, names: Sequence[str]) -> Iterator[str]:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        yield f"{what} {', '.join(islice(names, 3))}{more}"
+        yield f"{problem} {', '.join(islice(names, 3))}{more}"
 
 
-def _shaped(kind_and_shape: tuple[str, tuple[int, ...]]) -> str:
+def _describe(kind_and_shape: tuple[str, tuple[int, ...]]) -> str:
     return f"{kind_and_shape[0]} {list(kind_and_shape[1])}"
 
 
 def _harmless_differences(trainer: RunState, checkpoint: Checkpoint) -> list[str]:
     """Remarks on differences that do not prevent resuming: changed settings, and hardware or library versions.
 
-    Called after the optimizer was loaded: of learning rates, the optimizer's counts.
+    Called after the optimizer was loaded, whose learning rate is the one in effect.
     """
     state, now, remarks = checkpoint.state, _identity(trainer), []
     changed = {
@@ -334,17 +330,17 @@ def _harmless_differences(trainer: RunState, checkpoint: Checkpoint) -> list[str
     rate = float(trainer.optimizer.param_groups[0]["lr"])
     if "learning_rate" in changed and rate != trainer.config.learning_rate:
         old, new = changed.pop("learning_rate")
-        remarks.append(f"learning_rate was {old}, is {new}, and has no effect: the optimizer goes on at {rate:g}")
+        remarks.append(f"learning_rate was {old}, is {new}, which has no effect: the optimizer continues at {rate:g}")
     if changed:
-        words = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
-        remarks.append(f"settings have changed, and count from here on: {words}")
+        changes = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
+        remarks.append(f"settings have changed; the new values are used: {changes}")
     if "seed" in changed:
-        remarks.append("the generators go on where they were; the new seed has no effect")
-    others = {"device": state["device"], "mixed_precision": state["mixed_precision"], **checkpoint.versions}
+        remarks.append("the new seed has no effect: the random generators continue from their saved states")
+    before = {"device": state["device"], "mixed_precision": state["mixed_precision"], **checkpoint.versions}
     here = {"device": now["device"], "mixed_precision": now["mixed_precision"], **versions()}
-    moved = [f"{name} was {old}, is {here.get(name)}" for name, old in others.items() if old != here.get(name)]
+    moved = [f"{name} was {old}, is {here.get(name)}" for name, old in before.items() if old != here.get(name)]
     if moved:
-        remarks.append(f"what follows may differ in rounding from the run without an interruption: {', '.join(moved)}")
+        remarks.append(f"results may differ in rounding from an uninterrupted run: {', '.join(moved)}")
     return remarks
 
 

@@ -45,18 +45,18 @@ def shape_scores(
         `[B]` shaped scores, and the moments of these scores alone, empty unless `settings.scale` (the same on every
         process): add them to the running ones.
     """
-    own = Moments()
+    new_moments = Moments()
     if settings.missing_eos_penalty is not None:
         limits = torch.finfo(scores.dtype)  # an infinite score would permanently corrupt the moments
         penalised = (scores - settings.missing_eos_penalty).clamp(limits.min, limits.max)
         scores = torch.where(finished, scores, penalised)
     if settings.scale:
-        own = update_moments(own, scores if counted is None else scores[counted], reduce)
-        moments += own
+        new_moments = update_moments(new_moments, scores if counted is None else scores[counted], reduce)
+        moments += new_moments
         scores = (scores - moments.mean if settings.center else scores) / moments.std
     if settings.clip is not None:
         scores = scores.clamp(-settings.clip, settings.clip)
-    return scores, own
+    return scores, new_moments
 
 
 def ends_with(rollout: Rollout, stop_tokens: Sequence[int]) -> Tensor:
@@ -69,20 +69,20 @@ def ends_with(rollout: Rollout, stop_tokens: Sequence[int]) -> Tensor:
 
 
 def scores_of(rollout: Rollout, scored: Scored) -> tuple[Rollout, Tensor, Tensor | None]:
-    """Turns a reward's answer into tensors.
+    """Converts a reward's scores to tensors.
 
     Args:
         rollout: `B` sequences.
         scored: their scores, in order.
 
     Returns:
-        The rollout without counted tokens in samples that have no score; float32 scores `[B]`, 0 where there is none;
-        and per-token rewards `[B, S]`, or None if there are none.
+        The rollout, with samples that have no score masked out; float32 scores `[B]`, 0 where missing; and per-token
+        rewards `[B, S]`, or None if no sample has any.
     """
     device = rollout.tokens.device
-    given = torch.tensor([score is not None for score in scored.scores], device=device)
-    if not bool(given.all()):
-        rollout = replace(rollout, mask=rollout.mask & given[:, None])
+    has_score = torch.tensor([score is not None for score in scored.scores], device=device)
+    if not bool(has_score.all()):
+        rollout = replace(rollout, mask=rollout.mask & has_score[:, None])
     scores = torch.tensor([score or 0.0 for score in scored.scores], dtype=torch.float32, device=device)
     if all(tokens is None for tokens in scored.token_rewards):
         return rollout, scores, None

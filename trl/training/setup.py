@@ -1,4 +1,4 @@
-"""What a trainer lends to an algorithm: models to evaluate and update, and the schedule of minibatches."""
+"""Models and minibatch schedule that a trainer lends to an algorithm."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Setup:
 
 
 class Recipe(Protocol):
-    """The choices that make an algorithm, before it has models to work on."""
+    """An algorithm's choices, before it has models to work on."""
 
     @property
     def name(self) -> str:
@@ -40,11 +40,11 @@ class Recipe(Protocol):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether a reference model is needed."""
+        """Whether the algorithm needs a reference model."""
         ...
 
     def bind(self, setup: Setup) -> Algorithm:
-        """Returns the algorithm, working on these models."""
+        """Returns the algorithm for these models."""
         ...
 
 

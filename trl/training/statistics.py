@@ -15,17 +15,36 @@ from trl.training.loop import UpdateMetrics
 from trl.types import Tally, identity
 
 
+def update_statistics(norm: float, stepped: bool, seconds: float) -> dict[str, Tensor]:
+    """Statistics of one optimizer step, from the result of `Updater.step`."""
+    return {
+        "grad_norm": torch.tensor(norm, dtype=torch.float32),
+        "skipped_updates": torch.tensor(float(not stepped), dtype=torch.float32),
+        "time/ppo/optimizer_step": torch.tensor(seconds, dtype=torch.float32),
+    }
+
+
 def stack_updates(history: Sequence[UpdateMetrics]) -> dict[str, Tensor]:
     """Stacks the metrics of `n` optimizer steps: `[n]` per mean, `[1, n · b · S]` per array."""
-    stacked = {
-        name: torch.tensor([metrics.means[name] for metrics in history], dtype=torch.float32)
-        for name in history[0].means
-    }
-    for name in history[0].arrays:
-        stacked[name] = torch.cat([metrics.arrays[name].flatten() for metrics in history]).unsqueeze(0)
-    stacked["grad_norm"] = torch.tensor([metrics.grad_norm for metrics in history], dtype=torch.float32)
-    stacked["skipped_updates"] = torch.tensor([float(not metrics.stepped) for metrics in history])
-    stacked["time/ppo/optimizer_step"] = torch.tensor([metrics.seconds for metrics in history])
+    return stack_statistics(
+        [
+            {name: torch.tensor(mean, dtype=torch.float32) for name, mean in metrics.means.items()}
+            | metrics.arrays
+            | update_statistics(metrics.grad_norm, metrics.stepped, metrics.seconds)
+            for metrics in history
+        ]
+    )
+
+
+def stack_statistics(history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stacks the statistics of `n` optimizer steps: `[n]` per single number, `[1, n · ...]` per array."""
+    stacked = {}
+    for name in history[0]:
+        column = [statistics[name] for statistics in history]
+        if column[0].dim() < 2 and column[0].numel() == 1:
+            stacked[name] = torch.stack([number.reshape(()).float().cpu() for number in column])
+        else:
+            stacked[name] = torch.cat([array.flatten() for array in column]).unsqueeze(0)
     return stacked
 
 
@@ -67,11 +86,11 @@ def step_statistics(
 
     Args:
         name: prefix of the algorithm's own statistics.
-        kl_coef: weight of the KL in this step's rewards; None if they hold none.
+        kl_coef: weight of the KL in this step's rewards; None if they include no KL.
         scores: `[B]` raw scores.
         logprobs: `[B, S]` of the policy before the update.
-        ref_logprobs: `[B, S]`, or None without a reference: then there are no statistics of the KL.
-        non_score_reward: `[B, S]`, -kl_coef · kl; None if the rewards hold no KL.
+        ref_logprobs: `[B, S]`, or None without a reference, which omits the KL statistics.
+        non_score_reward: `[B, S]`, -kl_coef · kl; None if the rewards include no KL.
         mask: `[B, S]` bool.
         queries: `B` 1-D tensors.
         responses: `B` 1-D tensors.
@@ -99,8 +118,8 @@ def step_statistics(
     for key, values in train_stats.items():
         stats[f"{name}/{key.replace('time/ppo/', f'time/{name}/')}"] = values.mean(dim=0)
     if "val/error" in train_stats:
-        error, spread = stats[f"{name}/val/error"], stats[f"{name}/returns/var"]
-        stats[f"{name}/val/var_explained"] = 1 - error / spread if spread > 0 else torch.zeros_like(error)
+        error, variance = stats[f"{name}/val/error"], stats[f"{name}/returns/var"]
+        stats[f"{name}/val/var_explained"] = 1 - error / variance if variance > 0 else torch.zeros_like(error)
     return stats
 
 

@@ -1,4 +1,4 @@
-"""Checks what a caller gives to `step`, and converts it."""
+"""Checks the arguments of `step` and converts them to tensors on its device, a `Scored`, or a `Rollout`'s rows."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def check_batch(
         ValueError: if an argument is invalid; the message names it, its value and what is expected.
     """
     check_lists(batch_size, queries=queries, responses=responses, scores=scores)
-    reads, writes = vocabulary_sizes(model)
+    query_vocabulary, response_vocabulary = vocabulary_sizes(model)
     context = context_length(model)  # for an encoder-decoder, the decoder's
-    check_tokens("queries", queries, vocabulary=reads)
-    check_tokens("responses", responses, vocabulary=writes, least=2 if is_encoder_decoder else 1)
+    check_tokens("queries", queries, vocabulary=query_vocabulary)
+    check_tokens("responses", responses, vocabulary=response_vocabulary, least=2 if is_encoder_decoder else 1)
     if is_encoder_decoder:
         check_start(responses, decoder_start(model))
         check_room([len(q) for q in queries], context_length(model, encoder=True), "the query")
@@ -49,9 +49,9 @@ def check_batch(
     else:
         lengths = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
         check_room(lengths, context, "query + response")
-    flat = check_scores(scores)
-    # Copies: a prepared batch outlives buffers that the caller fills anew.
-    q, r, s = ([tensor.to(device, copy=True) for tensor in given] for given in (queries, responses, flat))
+    scalars = check_scores(scores)
+    # Copies, since the caller may reuse its buffers before a prepared batch is trained on.
+    q, r, s = ([tensor.to(device, copy=True) for tensor in tensors] for tensors in (queries, responses, scalars))
     return q, r, s
 
 
@@ -80,16 +80,16 @@ def check_extras(
     for i, mask in enumerate(response_masks or []):
         # All zeros excludes the sample; but a mask that keeps only the start token leaves nothing to train on.
         if mask.any() and not mask[int(is_encoder_decoder) :].any():
-            raise ValueError(f"response_masks[{i}] leaves the decoder's start token alone, which is not trained on")
+            raise ValueError(f"response_masks[{i}] keeps only the decoder's start token, which is not trained on")
 
 
-def scored_by_caller(scores: Sequence[Tensor], token_rewards: Sequence[Tensor] | None, *, skip: int) -> Scored:
+def to_scored(scores: Sequence[Tensor], token_rewards: Sequence[Tensor] | None, *, skip: int) -> Scored:
     """Converts the scores given to `step`.
 
     Args:
         scores: `B` single-element tensors.
         token_rewards: one number per response token, or None.
-        skip: number of tokens at the start of a response that were not sampled: 1 for an encoder-decoder, else 0.
+        skip: number of unsampled tokens at the start of a response: 1 for an encoder-decoder, else 0.
     """
     count = len(scores)
     return Scored(
@@ -101,24 +101,24 @@ def scored_by_caller(scores: Sequence[Tensor], token_rewards: Sequence[Tensor] |
     )
 
 
-def rows_of(rollout: Rollout) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+def split_rollout(rollout: Rollout) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
     """Splits a rollout, as an engine returns it, into the queries, responses and sampler_logprobs of `step`.
 
     Raises:
-        ValueError: if its mask leaves out response tokens: where a response begins is then unknown.
+        ValueError: if its mask leaves out response tokens, since the start of a response is then unknown.
     """
     skip = int(rollout.encoder_tokens is not None)
     counts, first = rollout.mask.sum(dim=1), rollout.mask.long().argmax(dim=1)
     columns = torch.arange(rollout.attention.shape[1], device=rollout.tokens.device)
     last = torch.where(rollout.attention.bool(), columns, 0).amax(dim=1)
-    if bool((wrong := (counts == 0) | (last - first != counts)).any()):
-        row = int(wrong.nonzero()[0])
+    if bool((invalid := (counts == 0) | (last - first != counts)).any()):
+        row = int(invalid.nonzero()[0])
         raise ValueError(
-            f"rollout: the mask of row {row} covers {int(counts[row])} tokens, not one stretch up to the end of the response: "
-            "give queries, responses and response_masks instead"
+            f"rollout: the mask of row {row} covers {int(counts[row])} tokens, which are not one contiguous block up to the "
+            "end of the response: pass queries, responses and response_masks instead"
         )
     queries, responses = rollout_rows(rollout)
     if rollout.sampler_logprobs is None:
         return queries, responses, None
-    numbers = rollout.sampler_logprobs[rollout.mask].split(counts.tolist())
-    return queries, responses, [nn.functional.pad(row, (skip, 0)) for row in numbers]
+    logprobs = rollout.sampler_logprobs[rollout.mask].split(counts.tolist())
+    return queries, responses, [nn.functional.pad(row, (skip, 0)) for row in logprobs]
