@@ -19,7 +19,7 @@ from trl.models import (
     PreTrainedModelWrapper,
     create_reference_model,
 )
-from trl.models.adapters import adapter_starts_at_zero, frozen_copy
+from trl.models.adapters import adapter_starts_at_zero
 from trl.models.reference import check_reference
 from trl.models.trunk import is_encoder_decoder
 from trl.trainer.ppo_config import PPOConfig
@@ -88,7 +88,7 @@ def make_reference(
         "the adapter is not at zero at the start, so that the model without it is not where training starts: the "
         "reference is a frozen copy of the whole model"
     )
-    return frozen_copy(model)
+    return create_reference_model(model)
 
 
 def make_optimizer(
