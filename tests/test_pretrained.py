@@ -97,7 +97,7 @@ def test_a_preference_against_safetensors_reads_no_pickle(safe: str, caplog: pyt
 
 def test_an_adapter_on_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="connect|offline"):
+    with pytest.raises(OSError, match=r"connect|offline"):
         check_adapter_format("nobody/never", {}, allow_pickle=False)
 
 
