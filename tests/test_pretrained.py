@@ -81,12 +81,24 @@ def test_a_pickle_is_loaded_on_request_only(pickled: str) -> None:
     [
         ({"weights_only": False}, "weights_only=False would run code from a pickle"),
         ({"weights_only": False, "allow_pickle": True}, "weights_only=False would run code from a pickle"),
-        ({"use_safetensors": False}, "use_safetensors=False reads a pickle"),
     ],
 )
 def test_arguments_that_would_run_code(safe: str, settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         load_model(AutoModelForCausalLM, safe, **settings)
+
+
+def test_a_preference_against_safetensors_reads_no_pickle(safe: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        loaded = load_model(AutoModelForCausalLM, safe, use_safetensors=False)
+    assert torch.equal(loaded.transformer.wte.weight, tiny_gpt2().transformer.wte.weight)
+    assert "safetensors are read all the same" in caplog.text
+
+
+def test_an_adapter_on_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"connect|offline"):
+        check_adapter_format("nobody/never", {}, allow_pickle=False)
 
 
 def test_a_missing_folder_is_not_taken_for_a_pickle() -> None:

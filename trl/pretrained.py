@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 SAFE_FILE, PICKLE_FILE = "model.safetensors", "pytorch_model.bin"
 ADAPTER_CONFIG, ADAPTER_SAFE_FILE, ADAPTER_PICKLE_FILE = (
@@ -23,16 +26,19 @@ def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
 
 
-def find_file(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
-    """Returns the local path of the file `name` in a folder or hub id, downloading it if needed; None if missing."""
+def find_file(source: str, name: str, hub: Mapping[str, Any], *, required: bool = False) -> str | None:
+    """Returns the local path of the file `name` in a folder or hub id, downloading it if needed; None if missing.
+
+    Where `required`, a file that is missing, or a hub that cannot be reached, is an OSError that says which.
+    """
     from transformers.utils.hub import cached_file
 
     return cached_file(
         source,
         name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=required,
+        _raise_exceptions_for_missing_entries=required,
+        _raise_exceptions_for_connection_errors=required,
         **hub,
     )
 
@@ -62,7 +68,7 @@ def load_model(parent: Any, source: str, *args: Any, allow_pickle: bool = False,
         raise ValueError("weights_only=False would run code from a pickle; only weights_only=True is supported")
     if not allow_pickle:
         if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors=False reads a pickle: pass allow_pickle=True as well")
+            logger.info("use_safetensors=False: safetensors are read all the same where there are any, and no pickle")
         kwargs["use_safetensors"] = True
     kwargs["trust_remote_code"] = trusted(kwargs)
     if find_file(source, ADAPTER_CONFIG, hub_arguments(kwargs)) is not None:  # transformers loads adapters, too
@@ -80,6 +86,7 @@ def check_adapter_format(source: str, hub: Mapping[str, Any], *, allow_pickle: b
     """Checks that a PEFT adapter can be loaded without running its code.
 
     Raises:
+        OSError: if the hub cannot be reached, or has no weights there.
         ValueError: if only pickled weights exist and `allow_pickle` is False, if the configuration names a module for
             peft to import (`megatron_config`), or if there are no weights.
     """
@@ -91,6 +98,8 @@ def check_adapter_format(source: str, hub: Mapping[str, Any], *, allow_pickle: b
     if find_file(source, ADAPTER_SAFE_FILE, hub) is not None:
         return
     if find_file(source, ADAPTER_PICKLE_FILE, hub) is None:
+        if not Path(source).is_dir():
+            find_file(source, ADAPTER_SAFE_FILE, hub, required=True)
         raise ValueError(f"the PEFT adapter {source!r} contains no {ADAPTER_SAFE_FILE}")
     if not allow_pickle:
         raise ValueError(pickle_refused(source, ADAPTER_PICKLE_FILE, ADAPTER_SAFE_FILE))

@@ -37,9 +37,7 @@ def lenient() -> Iterator[None]:
         pytest.param(
             "parser_0_11", marks=waits_for("ModelConfig, get_peft_config, is_npu_available, PPOConfig of 0.11")
         ),
-        pytest.param(
-            "detoxify_summaries", marks=waits_for("create_reference_model(peft_model); torch_dtype beside a model")
-        ),
+        "detoxify_summaries",
         "agent",
         "multi_adapter",
         pytest.param("framework_subclass", marks=waits_for("the hooks of 0.5-0.11 in a subclass")),

@@ -20,8 +20,8 @@ from trl.models import (
     AutoModelForSeq2SeqLMWithValueHead,
     ValueHead,
     adapter_starts_at_zero,
+    create_reference_model,
     evaluate,
-    frozen_copy,
     reference_mode,
 )
 from trl.models.predictions import may_pack
@@ -181,7 +181,7 @@ def test_35_otherwise_a_frozen_copy_is_and_stays_so() -> None:
     assert not adapter_starts_at_zero(model)
     with reference_mode(model) as reference:  # what TRL 0.4.6 took: not the policy that training starts from
         assert (evaluate(reference, rollout).logprobs - start)[rollout.mask].abs().max() > 0.1
-    reference = frozen_copy(model)
+    reference = create_reference_model(model)
     train(model, rollout)
     assert_close(evaluate(reference, rollout).logprobs, start, 0)
 

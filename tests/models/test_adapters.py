@@ -16,7 +16,7 @@ from tests.helpers import assert_close, tiny_gpt2, tiny_t5
 from tests.models.lora import lora, lora_config, stir
 from trl.models import AutoModelForCausalLMWithValueHead as Causal
 from trl.models import AutoModelForSeq2SeqLMWithValueHead as Seq2Seq
-from trl.models import adapter_starts_at_zero, frozen_copy, reference_mode
+from trl.models import adapter_starts_at_zero, create_reference_model, reference_mode
 
 TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 HEAD = {"v_head.summary.weight", "v_head.summary.bias"}
@@ -200,7 +200,7 @@ def test_whether_an_adapter_starts_at_zero() -> None:
 def test_frozen_copy_keeps_a_trained_adapter() -> None:
     model = Causal.from_pretrained(lora(tiny_gpt2())).train()
     stir(model)
-    copied = frozen_copy(model)
+    copied = create_reference_model(model)
     expected = model.eval()(TOKENS)[0].detach()
     assert model.training is False
     assert not copied.training

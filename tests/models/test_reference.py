@@ -148,12 +148,25 @@ def test_bad_arguments_are_named_and_nothing_is_frozen(arguments: dict[str, Any]
     assert trained(model) == [name for name, _ in model.named_parameters()]
 
 
-def test_adapter_needs_no_reference() -> None:
-    from tests.models.lora import lora
+def test_an_adapter_is_copied_with_its_model() -> None:
+    """As the notebooks of TRL 0.5 to 0.11 do: the copy answers as the model does now, and goes on doing so."""
+    from tests.models.lora import lora, stir
 
     for model in (Causal.from_pretrained(lora(tiny_gpt2())), lora(tiny_gpt2())):
-        with pytest.raises(ValueError, match="ref_model=None"):
-            create_reference_model(model)
+        stir(model)
+        tokens = torch.tensor([[5, 6, 7]])
+        before = model(input_ids=tokens)[0]
+        reference = create_reference_model(model)
+        assert type(reference) is type(model) and not reference.training
+        assert not any(p.requires_grad for p in reference.parameters()) and any(
+            p.requires_grad for p in model.parameters()
+        )
+        stir(model, seed=1)
+        assert torch.equal(reference(input_ids=tokens)[0], before)
+        assert not torch.equal(model(input_ids=tokens)[0], before)
+        assert reference.generate(input_ids=tokens, max_new_tokens=2, do_sample=False).shape == (1, 5)
+        with pytest.raises(ValueError, match="num_shared_layers=1 would freeze adapter weights"):
+            create_reference_model(model, num_shared_layers=1)
 
 
 @pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)

@@ -447,3 +447,27 @@ def test_an_adapter_without_peft_says_how_to_install_it(
         Causal.from_pretrained(tmp_path)
     with pytest.raises(ImportError, match="pip install peft"):
         Causal.from_pretrained(gpt2_folder, peft_config=object())
+
+
+def test_what_says_how_to_load_a_model_is_ignored_beside_one() -> None:
+    with pytest.warns(UserWarning, match="device_map, load_in_8bit, torch_dtype, trust_remote_code say how to load"):
+        model = Causal.from_pretrained(
+            tiny_gpt2(), torch_dtype=torch.bfloat16, device_map={"": 0}, load_in_8bit=True, trust_remote_code=True
+        )
+    assert model.pretrained_model.dtype == torch.float32
+    with pytest.raises(
+        ValueError, match=r"torch_dtyp: no argument that applies to a model object \(did you mean torch_dtype"
+    ):
+        Causal.from_pretrained(tiny_gpt2(), torch_dtyp=torch.bfloat16)
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_the_cache_is_the_fourth_value_on_request(seq2seq: bool) -> None:
+    model = (Seq2Seq if seq2seq else Causal).from_pretrained(tiny_t5() if seq2seq else tiny_gpt2())
+    model.eval()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])} | (
+        {"decoder_input_ids": torch.tensor([[0, 4]])} if seq2seq else {}
+    )
+    plain, more = model(**inputs), model(**inputs, return_past_key_values=True)
+    assert len(plain) == 3 and len(more) == 4 and torch.equal(plain[2], more[2])
+    assert more[3].get_seq_length() == (2 if seq2seq else 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trl.models.adapters import adapter_starts_at_zero, frozen_copy, reference_mode
+from trl.models.adapters import adapter_starts_at_zero, reference_mode
 from trl.models.autos import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.models.evaluate import evaluate, evaluate_exact_kl, frozen_states
 from trl.models.frozen import RolloutAboveFrozen, frozen_depth, shares_frozen
@@ -25,7 +25,6 @@ __all__ = [
     "create_reference_model",
     "evaluate",
     "evaluate_exact_kl",
-    "frozen_copy",
     "frozen_depth",
     "frozen_states",
     "reference_mode",

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Iterator
@@ -89,7 +88,7 @@ def adapter_starts_at_zero(model: nn.Module) -> bool:
     """Whether the active adapter is currently a no-op, so that disabling it leaves the model's outputs unchanged.
 
     True for the default LoRA initialisation (B = 0, or A = 0 in embeddings). False for a trained adapter, and for
-    adapter types or initialisations where it cannot be determined: use a `frozen_copy` as the reference then.
+    adapter types or initialisations where it cannot be determined: use a copy (`create_reference_model`) as the reference then.
 
     Raises:
         ValueError: if the model carries no adapter.
@@ -168,15 +167,6 @@ def stands_on_frozen_base(model: nn.Module) -> bool:
             return False
     trained = [name for name, parameter in inner.named_parameters() if parameter.requires_grad]
     return bool(trained) and all(any(part in name for part in _FACTORS) for name in trained)
-
-
-def frozen_copy(model: nn.Module) -> Any:
-    """Returns a frozen deep copy of the unwrapped `model`, adapters included, in evaluation mode."""
-    clone = copy.deepcopy(unwrap(model)).eval()
-    for parameter in clone.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    return clone
 
 
 def attach_adapter(model: Any, peft_config: Any) -> Any:

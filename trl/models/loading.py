@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from trl.pretrained import (
     ADAPTER_CONFIG,
     ADAPTER_PICKLE_FILE,
     ADAPTER_SAFE_FILE,
+    HUB_ARGUMENTS,
     PICKLE_FILE,
     SAFE_FILE,
     check_adapter_format,
@@ -156,6 +159,34 @@ def transformers_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         # processes form a group.
         kwargs["device_map"] = {"": PartialState(cpu=not torch.accelerator.is_available()).device}
     return kwargs
+
+
+# Arguments of transformers' `from_pretrained` that say how a model is read from disk or a hub.
+_HOW_TO_LOAD = (
+    *HUB_ARGUMENTS, "attn_implementation", "device_map", "dtype", "load_in_4bit", "load_in_8bit", "local_files_only",
+    "low_cpu_mem_usage", "max_memory", "offload_folder", "quantization_config", "torch_dtype", "trust_remote_code",
+    "use_auth_token", "use_safetensors", "variant",
+)  # fmt: skip
+
+
+def ignore_beside_object(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Warns that arguments which say how to load a model have no effect on a model object.
+
+    Raises:
+        ValueError: if one is no such argument.
+    """
+    unknown = sorted(set(kwargs) - set(_HOW_TO_LOAD))
+    if args or unknown:
+        names = ", ".join(unknown) or f"positional arguments {args}"
+        close = difflib.get_close_matches(unknown[0], _HOW_TO_LOAD, n=1) if unknown else []
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"{names}: no argument that applies to a model object{hint}; drop it")
+    if kwargs:
+        warnings.warn(
+            f"{', '.join(sorted(kwargs))} say how to load a model and are ignored, since a model object was given, not the name "
+            "of one: drop them here, and pass them where the object is loaded",
+            stacklevel=3,
+        )
 
 
 def as_source(name_or_path: Any) -> str | None:

@@ -34,7 +34,8 @@ def create_reference_model(model: M, num_shared_layers: int | None = None, patte
 
     With `num_shared_layers`, the decoder's first layers and everything before them (embeddings, an encoder-decoder's
     whole encoder) are shared instead of copied: both models hold the same tensors, which are frozen in the trained
-    model, too.
+    model, too. A model with an adapter is copied with its adapter. (For PPO it needs no copy: with `ref_model=None`, the
+    trainer takes the model with its adapter off as the reference, where the adapter starts at zero.)
 
     Args:
         model: a value-head model or a transformers model.
@@ -45,13 +46,14 @@ def create_reference_model(model: M, num_shared_layers: int | None = None, patte
         A model of the same class.
 
     Raises:
-        ValueError: if `model` carries an adapter, has no layers under `pattern` or fewer than `num_shared_layers`.
+        ValueError: if `model` has no layers under `pattern` or fewer than `num_shared_layers`, or if layers under an
+            adapter are to be shared.
     """
     inner = unwrap(model)
-    if is_peft_model(getattr(inner, "pretrained_model", inner)):
+    if num_shared_layers is not None and is_peft_model(getattr(inner, "pretrained_model", inner)):
         raise ValueError(
-            "a model with a PEFT adapter needs no reference model: pass ref_model=None, and the disabled adapter "
-            "is the reference"
+            f"num_shared_layers={num_shared_layers} would freeze adapter weights in the trained model: leave it out, or pass "
+            "ref_model=None to the trainer, which then shares the whole model and turns its adapter off"
         )
     shared: list[nn.Parameter] = []
     if num_shared_layers is not None:
@@ -63,6 +65,7 @@ def create_reference_model(model: M, num_shared_layers: int | None = None, patte
         parameter.grad = None
     # deepcopy treats entries of its memo as already copied, so the copy holds the same parameters.
     reference: Any = copy.deepcopy(inner, {id(parameter): parameter for parameter in shared})
+    reference.zero_grad()
     return reference.requires_grad_(False).eval()
 
 

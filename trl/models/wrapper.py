@@ -97,18 +97,20 @@ class PreTrainedModelWrapper(nn.Module):
         input_ids: Tensor | None = None,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
         *,
         cache: Any = None,
         float32_logits: bool = True,
         wanted: Wanted | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> Any:
         """Returns logits, loss and values; or, with `wanted`, per-token log-probabilities, entropies and values.
 
         Args:
             input_ids: [B, T] tokens; the queries of an encoder-decoder.
             past_key_values: key-value cache, for models that take one.
             attention_mask: [B, T], True or 1 on tokens.
+            return_past_key_values: return the key-value cache as a fourth value.
             cache: the name of `past_key_values` in transformers >= 5.24; pass one or the other.
             float32_logits: False keeps the model's dtype, which halves the memory in half precision.
             wanted: the `N` tokens to score; only for models whose `trl.models.predictions.abilities` say `projects`.
@@ -145,7 +147,7 @@ class PreTrainedModelWrapper(nn.Module):
             logits = logits.float()
         if self.is_sequential_parallel and input_ids is not None:
             logits, values = logits.to(input_ids.device), values.to(input_ids.device)
-        return logits, loss, values
+        return (logits, loss, values, output.past_key_values) if return_past_key_values else (logits, loss, values)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the language model's `generate`.
@@ -224,7 +226,8 @@ class PreTrainedModelWrapper(nn.Module):
             kwargs: arguments of `ValueHead`; `peft_config` (adds a new adapter), `is_trainable` (continue training a
                 loaded adapter), `reward_adapter` and `reward_adapter_name` (a frozen second adapter used for
                 scoring), `allow_pickle` (read legacy `.bin` files, with `weights_only=True`); everything else
-                goes to transformers. The dtype defaults to float32, `trust_remote_code` to False.
+                goes to transformers, and is ignored with a warning beside a model object. The dtype defaults to float32,
+                `trust_remote_code` to False.
 
         Returns:
             A model of this class, with the saved value head if there is one.
@@ -241,6 +244,11 @@ class PreTrainedModelWrapper(nn.Module):
         reward_adapter_name = kwargs.pop("reward_adapter_name", "reward_model_adapter")
         allow_pickle = kwargs.pop("allow_pickle", False)
 
+        kwargs.pop(
+            "layer_norm_names", None
+        )  # scripts of TRL 0.4 give it to peft's 8-bit preparation, which takes it no more
+        if (old_token := kwargs.pop("use_auth_token", None)) is not None:
+            kwargs.setdefault("token", old_token)
         source = loading.as_source(pretrained_model_name_or_path)
         hub = hub_arguments(kwargs)
         if source is not None:
@@ -257,8 +265,7 @@ class PreTrainedModelWrapper(nn.Module):
         else:
             model, has_adapter = pretrained_model_name_or_path, adapters.is_peft_model(pretrained_model_name_or_path)
             commits = {}
-            if kwargs or model_args:
-                raise ValueError(f"arguments {sorted(kwargs) or model_args} have no use beside a model object")
+            loading.ignore_beside_object(model_args, kwargs)
         if peft_config is not None:
             if has_adapter:
                 raise ValueError(

@@ -17,7 +17,9 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 # Settings left out of the card: they describe the run rather than the algorithm, or may contain paths.
 _HIDDEN_SETTINGS = (
     "task_name", "model_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "tracker_project_name",
-    "push_to_hub_if_best_kwargs", "compare_steps",
+    "push_to_hub_if_best_kwargs", "compare_steps", "exp_name", "query_dataset", "reward_model", "dataset_num_proc",
+    "optimize_device_cache", "backward_batch_size", "world_size", "global_batch_size", "global_backward_batch_size",
+    "is_encoder_decoder", "is_peft_model",
 )  # fmt: skip
 _INHERITED = ("license", "license_name", "license_link")
 _CARD = """---

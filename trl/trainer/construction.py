@@ -22,7 +22,7 @@ from trl.models import (
     PreTrainedModelWrapper,
     create_reference_model,
 )
-from trl.models.adapters import adapter_starts_at_zero, frozen_copy
+from trl.models.adapters import adapter_starts_at_zero
 from trl.models.reference import check_reference
 from trl.models.trunk import is_encoder_decoder
 from trl.trainer.ppo_config import PPOConfig
@@ -119,7 +119,7 @@ def make_reference(
         "the adapter does not start at zero, so disabling it does not give the initial policy: using a frozen copy of the "
         "whole model as the reference"
     )
-    return frozen_copy(model)
+    return create_reference_model(model)
 
 
 def make_optimizer(

@@ -82,6 +82,10 @@ class PolicyTrainer(ResumableTrainer):
         self.accelerator = start_accelerator(config)
         self.is_distributed = self.accelerator.num_processes > 1
         self.current_device = self.accelerator.device
+        config.world_size = self.accelerator.num_processes
+        config.global_batch_size = int(config.batch_size or 1) * config.world_size
+        config.global_backward_batch_size = config.samples_per_update * config.world_size
+        config.is_encoder_decoder, config.is_peft_model = self.is_encoder_decoder, self.is_peft_model
         reference = make_reference(model, ref_model, num_shared_layers) if self._uses_reference else None
         self.dataset = dataset
         self.data_collator = PadCollator(tokenizer)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trl.trackers.plain import plain
+from trl.trainer.setting_names import DEFAULTS_OF, SINCE_0_7, names_unknown_settings
 
 _CHOICES = {
     "kl_penalty": ("kl", "abs", "mse", "k3", "full"),
@@ -20,6 +21,7 @@ _CHOICES = {
 }
 
 
+@names_unknown_settings
 @dataclass
 class PPOConfig:
     """Settings of `PPOTrainer`.
@@ -146,6 +148,49 @@ class PPOConfig:
     pass. Uses less memory, makes the update about a third slower, and gives the same numbers. Read once, when the
     trainer is built."""
 
+    exp_name: str | None = None
+    """Name of the experiment, for your script and for trackers."""
+    query_dataset: str | None = None
+    """Name of the dataset of queries, for your script and for trackers."""
+    reward_model: str | None = None
+    """Name of the reward model, for your script and for trackers."""
+    dataset_num_proc: int | None = None
+    """Number of processes that prepare the dataset, for your script."""
+    optimize_device_cache: bool = False
+    """Another name of `optimize_cuda_cache`."""
+    ratio_threshold: float | None = None
+    """Skip an optimizer step if the mean probability ratio of its minibatch is above this. TRL 0.5 to 0.11 had 10."""
+    backward_batch_size: int | None = None
+    """Samples per optimizer step, as `samples_per_update`: follows from the settings above, whatever is given."""
+    world_size: int | None = None
+    """Number of processes; written by the trainer, like those below."""
+    global_batch_size: int | None = None
+    """Samples per call to `step`, over all processes."""
+    global_backward_batch_size: int | None = None
+    """Samples per optimizer step, over all processes."""
+    is_encoder_decoder: bool | None = None
+    """Whether the model is an encoder-decoder."""
+    is_peft_model: bool | None = None
+    """Whether the model has an adapter."""
+
+    @classmethod
+    def like(cls, version: str, **settings: Any) -> PPOConfig:
+        """The settings with the defaults of another release of TRL.
+
+        Args:
+            version: "0.4" to "0.11". The defaults of PPO changed with 0.7: learning rate, batch and mini-batch, `target_kl`.
+            **settings: as for `PPOConfig`.
+
+        Raises:
+            ValueError: if `version` is none of these.
+        """
+        minor = ".".join(version.split(".")[:2])
+        if minor not in DEFAULTS_OF:
+            raise ValueError(f"version={version!r} must be one of {', '.join(DEFAULTS_OF)}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*defaults of TRL 0.7")
+            return cls(**(DEFAULTS_OF[minor] | settings))
+
     def __repr__(self) -> str:
         """All settings, with secrets redacted: they may be printed or appear in tracebacks."""
         settings = plain({f.name: getattr(self, f.name) for f in fields(self)})
@@ -153,9 +198,41 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         if self.forward_batch_size is not None:
-            warnings.warn("forward_batch_size is deprecated: set mini_batch_size instead", UserWarning, stacklevel=3)
+            warnings.warn("forward_batch_size is deprecated: set mini_batch_size instead", UserWarning, stacklevel=4)
             self.mini_batch_size = self.forward_batch_size
+        self.optimize_cuda_cache = bool(self.optimize_cuda_cache or self.optimize_device_cache)
         self.validate()
+        if self.backward_batch_size not in (None, 1, self.samples_per_update):
+            warnings.warn(
+                f"backward_batch_size={self.backward_batch_size} is ignored: an optimizer step covers mini_batch_size * "
+                f"gradient_accumulation_steps = {self.samples_per_update} samples",
+                stacklevel=4,
+            )
+        self.backward_batch_size = self.samples_per_update
+        self._notice_other_defaults()
+
+    def _notice_other_defaults(self) -> None:
+        """Warns a script of TRL 0.7 to 0.11 about defaults that it may rely on."""
+        defaults = {f.name: f.default for f in fields(self)}
+        newer = [name for name in SINCE_0_7 if getattr(self, name) != defaults[name]]
+        then = DEFAULTS_OF["0.7"]
+        relied_on = [
+            name
+            for name in (
+                "learning_rate",
+                "batch_size",
+                "mini_batch_size",
+                *(("target_kl",) if self.early_stopping else ()),
+            )
+            if getattr(self, name) == defaults[name]
+        ]
+        if newer and relied_on:
+            settings = ", ".join(f"{name}={defaults[name]} ({then[name]} there)" for name in relied_on)
+            warnings.warn(
+                f"{newer[0]} is a setting of TRL 0.7 to 0.11, whose defaults differ from those of 0.4.6 that apply here: {settings}. "
+                "PPOConfig.like('0.11', ...) has the defaults of TRL 0.7 and later",
+                stacklevel=5,
+            )
 
     @property
     def total_ppo_epochs(self) -> int:
@@ -186,6 +263,8 @@ class PPOConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.optimize_cuda_cache is None:  # the default of TRL 0.7 to 0.11
+            self.optimize_cuda_cache = False
         limit = self.max_skipped_updates
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise ValueError(f"max_skipped_updates={limit!r} must be a whole number of at least 1 or None")
@@ -202,9 +281,17 @@ class PPOConfig:
             value = getattr(self, name)
             if not _is_number(value) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} must be a number from {low} to {high}")
-        for name in ("temperature", "importance_cap", "target", "horizon", "max_grad_norm", "score_clip"):
+        for name in (
+            "temperature",
+            "importance_cap",
+            "target",
+            "horizon",
+            "max_grad_norm",
+            "score_clip",
+            "ratio_threshold",
+        ):
             value = getattr(self, name)
-            optional = name in ("max_grad_norm", "score_clip")
+            optional = name in ("max_grad_norm", "score_clip", "ratio_threshold")
             if not (optional and value is None) and not (_is_number(value) and value > 0):
                 raise ValueError(f"{name}={value!r} must be a number above 0{' or None' if optional else ''}")
         if self.dual_clip is not None and not (_is_number(self.dual_clip) and self.dual_clip > 1):

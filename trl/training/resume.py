@@ -42,7 +42,12 @@ _HEAD = "v_head."
 # Settings that must not change when a run resumes.
 _FIXED_SETTINGS = ("batch_size",)
 # Not saved: they may hold credentials, paths and tracker objects; whatever affects results is recorded elsewhere.
-_UNSAVED_SETTINGS = ("log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs")
+_UNSAVED_SETTINGS = (
+    "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs",
+    # These follow from the others, the model and the processes.
+    "backward_batch_size", "world_size", "global_batch_size", "global_backward_batch_size", "is_encoder_decoder",
+    "is_peft_model",
+)  # fmt: skip
 
 
 # Saving and loading --------------------------------------------------------------------------------------------------
