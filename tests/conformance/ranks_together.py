@@ -92,7 +92,7 @@ def outcome(trainer: PPOTrainer, stats: dict[str, Any]) -> dict[str, Any]:
         "scheduled": trainer.lr_scheduler.scheduler.last_epoch,
         "kl_coef": trainer.kl_ctl.value,
         "moments": [trainer.score_moments.mean, trainer.score_moments.std, trainer.score_moments.count],
-        "steps": trainer._steps_done,
+        "steps": trainer._trl_steps_done,
     }
 
 

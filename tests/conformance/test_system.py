@@ -91,7 +91,7 @@ def test_16_the_trainer_feeds_the_controller_with_the_episodes_of_all_processes(
     calls = []
     monkeypatch.setattr(trainer.kl_ctl, "update", lambda current, n_steps: calls.append(n_steps))
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 4))
-    monkeypatch.setattr(trainer, "_reduce", lambda tensor: 4 * tensor)  # four processes with the same batch
+    monkeypatch.setattr(trainer, "_trl_reduce", lambda tensor: 4 * tensor)  # four processes with the same batch
     trainer.step(*make_batch())
     assert calls == [32]
 

@@ -197,7 +197,7 @@ def test_batches_without_any_score_are_skipped_and_end_the_run_in_the_end(tmp_pa
         run(trainer, reward=nothing, steps=9, run_dir=tmp_path / "run", save_every=1)
     rows, _ = recorded(tmp_path / "run")
     assert [row["run/skipped_batches"] for row in rows] == [1, 1, 2, 3]  # the fifth step is not one
-    assert trainer._steps_done == 1
+    assert trainer._trl_steps_done == 1
     assert "failed in step 5: NothingScored" in events(tmp_path / "run")[-1]
 
 

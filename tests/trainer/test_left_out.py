@@ -90,4 +90,4 @@ def test_the_best_score_is_that_of_samples_that_count(
     queries, responses, _ = make_batch(4)
     scores = [torch.tensor(float(i)) for i in (1, 1, 100, 1)]
     trainer.step(queries, responses, scores, masks_of(responses, 2))
-    assert trainer._highest_score == 1.0
+    assert trainer._trl_highest_score == 1.0

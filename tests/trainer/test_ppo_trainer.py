@@ -120,7 +120,7 @@ def test_missing_eos_costs_a_penalty_whatever_the_stop_token(make_trainer: Any) 
 def test_stop_tokens_come_from_tokenizer_and_model(make_trainer: Any) -> None:
     trainer = make_trainer()
     trainer.model.generation_config.eos_token_id = [4, 9]
-    assert trainer._stop_tokens() == (1, 4, 9)
+    assert trainer._trl_stop_tokens() == (1, 4, 9)
 
 
 def test_scores_are_scaled_by_running_moments_then_clipped(make_trainer: Any, make_batch: Any) -> None:
@@ -410,7 +410,9 @@ def test_state_round_trips(make_trainer: Any, make_batch: Any) -> None:
     second.load_state_dict(first.state_dict())
     assert second.kl_ctl.value == first.kl_ctl.value
     assert second.score_moments == first.score_moments and second.score_moments.count == 4
-    assert torch.equal(torch.randperm(9, generator=first._generator), torch.randperm(9, generator=second._generator))
+    assert torch.equal(
+        torch.randperm(9, generator=first._trl_generator), torch.randperm(9, generator=second._trl_generator)
+    )
 
 
 def test_dropout_is_off_while_scoring_and_modes_are_kept(make_trainer: Any, make_batch: Any) -> None:
@@ -532,14 +534,14 @@ def test_the_best_model_is_that_of_all_processes(make_trainer: Any, monkeypatch:
     trainer = make_trainer(push_to_hub_if_best_kwargs={"repo_id": "me/best"})
     monkeypatch.setattr(trainer, "push_to_hub", lambda **kwargs: None)
     monkeypatch.setattr(
-        trainer, "_reduce", lambda tensor: tensor + torch.tensor([30.0, 3.0])
+        trainer, "_trl_reduce", lambda tensor: tensor + torch.tensor([30.0, 3.0])
     )  # another's sum and count
     of_this_process = SimpleNamespace(scores=torch.tensor([2.0, 9.0]), counted=torch.tensor([True, False]))
-    trainer._push_if_best(of_this_process)
-    assert trainer._highest_score == 32 / 4
+    trainer._trl_push_if_best(of_this_process)
+    assert trainer._trl_highest_score == 32 / 4
     of_this_process.counted[0] = False  # all of this process's are left out
-    trainer._push_if_best(of_this_process)
-    assert trainer._highest_score == 30 / 3
+    trainer._trl_push_if_best(of_this_process)
+    assert trainer._trl_highest_score == 30 / 3
 
 
 def test_what_is_logged_of_rewards_that_step_has_not_seen_is_of_one_process(

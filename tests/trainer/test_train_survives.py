@@ -389,7 +389,7 @@ def test_a_batch_whose_kl_spikes_is_skipped_before_it_changes_anything(
 ) -> None:
     trainer = plain()
     ends: dict[int, Any] = {}
-    real = trainer._evaluation
+    real = trainer._trl_evaluation
 
     class Watch(TrainCallback):
         def on_step(self, trainer: Any, step: int, row: Any) -> None:
@@ -402,7 +402,7 @@ def test_a_batch_whose_kl_spikes_is_skipped_before_it_changes_anything(
 
         return evaluate
 
-    monkeypatch.setattr(trainer, "_evaluation", drifted)
+    monkeypatch.setattr(trainer, "_trl_evaluation", drifted)
     spike = SpikeSettings(kl=3.0, kl_floor=1.0, least=2, loss=None)
     run(trainer, run_dir=tmp_path / "run", steps=4, on_spike="skip", spike=spike, callbacks=[Watch()])
     rows = read_metrics(tmp_path / "run")

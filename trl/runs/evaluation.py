@@ -38,7 +38,7 @@ def evaluate_prompts(
     share = math.ceil(len(prompts) / accelerator.num_processes)
     first = accelerator.process_index * share
     rows: list[tuple[float | None, float, int, bool]] = []  # score, KL, length, finished
-    with own_numbers(int(trainer.config.seed or 0), accelerator.device, trainer._generator):
+    with own_numbers(int(trainer.config.seed or 0), accelerator.device, trainer._trl_generator):
         for start in range(0, share, batch_size):
             # Every process must run the same number of forward passes, since wrapped models communicate in them.
             # Surplus rows are computed but not counted.

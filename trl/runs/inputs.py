@@ -107,7 +107,7 @@ def run_settings(trainer: Learner, options: TrainOptions, generation: Mapping[st
     adjusted: dict[str, Any] = {}
     if config.max_skipped_updates is None:
         adjusted["max_skipped_updates"] = options.max_skipped_updates
-    if config.stop_token_ids is None and stops != set(trainer._stop_tokens()):
+    if config.stop_token_ids is None and stops != set(trainer._trl_stop_tokens()):
         adjusted["stop_token_ids"] = sorted(stops)
     for name, value in adjusted.items():
         setattr(config, name, value)

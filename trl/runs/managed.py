@@ -59,7 +59,7 @@ class _Run:
         self.trainer, self.options, self.signals, self.stack = trainer, options, signals, stack
         self.accelerator = trainer.accelerator
         self.started = time.monotonic()
-        generation = options.generation_for(trainer.config.temperature, trainer._stop_tokens())
+        generation = options.generation_for(trainer.config.temperature, trainer._trl_stop_tokens())
         stack.enter_context(run_settings(trainer, options, generation))
         self.inputs = inputs = RunInputs.load(trainer, options, generation)
         sampler = PromptSampler(
@@ -154,7 +154,7 @@ class _Run:
         stats, experience = self._learn(drawn, scored, all_scored)
         clock.lap("learn")
         state.step += 1
-        records = self._records(drawn, scored, experience, trained=f"{self.trainer.name}/loss/total" in stats)
+        records = self._records(drawn, scored, experience, trained=f"{self.trainer.stats_prefix}/loss/total" in stats)
         evaluation = self._evaluate()
         clock.lap("eval")
         self.row = scalars_of(stats, all_scored) | self._counts() | evaluation | clock.times(records)
@@ -192,7 +192,7 @@ class _Run:
             self.state.skipped_batches += 1
             return self.spikes.skip(step, reason), prepared.experience
         stats = self.trainer.learn(prepared)
-        self.spikes.after_update(step, float(stats[f"{self.trainer.name}/loss/total"]))
+        self.spikes.after_update(step, float(stats[f"{self.trainer.stats_prefix}/loss/total"]))
         return stats, prepared.experience
 
     def _skip_unscored(self, all_scored: Scored) -> None:
@@ -243,7 +243,7 @@ class _Run:
         """
 
         def call(callback: Any) -> Any:
-            with kept_generators(self.accelerator.device, self.trainer._generator):
+            with kept_generators(self.accelerator.device, self.trainer._trl_generator):
                 return getattr(callback, name)(self.trainer, *arguments)
 
         if not self.options.callbacks:

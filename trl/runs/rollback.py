@@ -114,7 +114,7 @@ class SpikePolicy:
     def _roll_back(self, step: int) -> None:
         """Restores the anchor but keeps the random generators: replaying their draws would repeat the same samples."""
         trainer, folder = self._trainer, self._keeper.checkpoints
-        with kept_generators(trainer.accelerator.device, trainer._generator):
+        with kept_generators(trainer.accelerator.device, trainer._trl_generator):
             if folder is not None:
                 load_step(trainer, folder, self._anchor)
             else:

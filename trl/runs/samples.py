@@ -81,7 +81,7 @@ def judge(trainer: Learner, reward: Reward, drawn: Drawn, stream: str) -> Scored
     seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:7], "big")
 
     def score() -> Scored:
-        with own_numbers(seed, trainer.accelerator.device, trainer._generator), drawing_from(stream):
+        with own_numbers(seed, trainer.accelerator.device, trainer._trl_generator), drawing_from(stream):
             return score_apart(reward, drawn.samples)
 
     return run_together(trainer.accelerator, score)

@@ -21,7 +21,7 @@ class BaseTrainer:
     model: Any
     tokenizer: Any
     accelerator: Any
-    _steps_done = 0
+    _trl_steps_done = 0
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -49,11 +49,11 @@ class BaseTrainer:
             return
         path = Path(save_directory)
         path.mkdir(parents=True, exist_ok=True)
-        self._saved_model().save_pretrained(path, **kwargs)
+        self._trl_saved_model().save_pretrained(path, **kwargs)
         self.tokenizer.save_pretrained(path)
         self.create_model_card(str(path))
 
-    def _saved_model(self) -> Any:
+    def _trl_saved_model(self) -> Any:
         """The model that `save_pretrained` saves."""
         return self.accelerator.unwrap_model(self.model)
 
@@ -73,7 +73,7 @@ class BaseTrainer:
             self.config,
             title=model_name,
             repo_id=model_name if is_id else None,
-            steps=self._steps_done,
+            steps=self._trl_steps_done,
             samples=int(self.config.batch_size) * self.accelerator.num_processes,
         )
         (Path(path) / "README.md").write_text(card, encoding="utf-8")
@@ -93,13 +93,13 @@ class BaseTrainer:
         if not self.accelerator.is_main_process:
             return None
         repo_id = make_repository(repo_id, private=private, token=token)
-        self._fetch_card_of_base(token)
+        self._trl_fetch_card_of_base(token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             self.create_model_card(folder, model_name=repo_id)
             return upload_folder(folder, repo_id=repo_id, token=token, **kwargs)
 
-    def _fetch_card_of_base(self, token: str | None) -> None:
+    def _trl_fetch_card_of_base(self, token: str | None) -> None:
         """Tries to download the base model's card, which names the licence, into the local cache."""
         source = base_model_of(self.accelerator.unwrap_model(self.model))
         if HUB_ID.fullmatch(source):

@@ -67,7 +67,7 @@ class OnlineTrainer(PolicyTrainer):
             `optimizer` holds none of the model's trainable parameters, or if `lr_scheduler` needs a metric at each step.
     """
 
-    def _check_algorithm(self, algorithm: Recipe | None) -> None:
+    def _trl_check_algorithm(self, algorithm: Recipe | None) -> None:
         if algorithm is None and type(self) is OnlineTrainer:
             raise ValueError("algorithm must be given, such as trl.algorithms.grpo(); for PPO, use PPOTrainer")
 
@@ -138,7 +138,7 @@ class OnlineTrainer(PolicyTrainer):
             rollout: instead of queries, responses and sampler_logprobs.
             group: one number per response, equal for responses to one prompt; by default, equal for equal queries.
         """
-        self._begin_call()
+        self._trl_begin_call()
         started = time.perf_counter()
         timing: dict[str, float] = {}
         if rollout is not None:
@@ -153,16 +153,16 @@ class OnlineTrainer(PolicyTrainer):
             responses, response_masks, token_rewards, sampler_logprobs, is_encoder_decoder=self.is_encoder_decoder
         )
         with _timed(timing, "forward_pass"):
-            batch = self._batch(queries, responses)
+            batch = self._trl_batch(queries, responses)
             rollout = batch.rollout(
-                policy_version=self._steps_done,
+                policy_version=self._trl_steps_done,
                 group=None if group is None else torch.tensor(group),
                 response_masks=response_masks,
                 sampler_logprobs=sampler_logprobs,
             )
-        rows = self._count_rows(rollout)
+        rows = self._trl_count_rows(rollout)
         scored = to_scored(scores, token_rewards, skip=int(self.is_encoder_decoder))
-        evaluation = self._evaluation(batch, self._evaluator(self._recalled(batch)))
+        evaluation = self._trl_evaluation(batch, self._trl_evaluator(self._trl_recalled(batch)))
         padding_seconds = timing["forward_pass"]
 
         def evaluate(rollout: Rollout) -> Evaluated:
@@ -170,16 +170,16 @@ class OnlineTrainer(PolicyTrainer):
                 return evaluation(rollout)
 
         with _timed(timing, "compute_rewards"):
-            experience = self._algorithm(evaluate).experience(rollout, scored)
+            experience = self._trl_algorithm(evaluate).experience(rollout, scored)
         timing["compute_rewards"] -= timing["forward_pass"] - padding_seconds
         return Prepared(
             batch=batch,
             experience=experience,
             kl_coef=self.kl_ctl.value if self.recipe is None else None,
             temperature=self.config.temperature,
-            frozen=self._frozen_versions(),
+            frozen=self._trl_frozen_versions(),
             rows=rows,
-            timing={f"time/{self.name}/{part}": seconds for part, seconds in timing.items()},
+            timing={f"time/{self.stats_prefix}/{part}": seconds for part, seconds in timing.items()},
             seconds=time.perf_counter() - started,
         )
 
@@ -193,7 +193,7 @@ class OnlineTrainer(PolicyTrainer):
             ValueError: if a setting is invalid, or `config.temperature` has changed since `prepare`.
             NonFiniteError: as `step`.
         """
-        self._begin_call()
+        self._trl_begin_call()
         if prepared.temperature != self.config.temperature:
             raise ValueError(
                 f"temperature={self.config.temperature} was {prepared.temperature} when the batch was prepared, and its "
@@ -205,26 +205,26 @@ class OnlineTrainer(PolicyTrainer):
             rollout = experience.rollout
             if isinstance(rollout, RolloutAboveFrozen):
                 rollout = rollout.without_states()
-            if prepared.frozen != self._frozen_versions():  # frozen layers have changed since
+            if prepared.frozen != self._trl_frozen_versions():  # frozen layers have changed since
                 experience = replace(experience, rollout=rollout)
-            self._before_update(experience)
-            with _timed(timing, f"time/{self.name}/optimize_step"):
-                self._sampler.weights_changed()
-                train_stats = self._update(experience, prepared.batch)
+            self._trl_before_update(experience)
+            with _timed(timing, f"time/{self.stats_prefix}/optimize_step"):
+                self._trl_sampler.weights_changed()
+                train_stats = self._trl_update(experience, prepared.batch)
             self.last_experience = replace(experience, rollout=rollout)
-            with _timed(timing, f"time/{self.name}/calc_stats"):
-                stats = self._statistics(experience, prepared.batch, prepared.kl_coef, train_stats)
+            with _timed(timing, f"time/{self.stats_prefix}/calc_stats"):
+                stats = self._trl_statistics(experience, prepared.batch, prepared.kl_coef, train_stats)
             rate = self.optimizer.param_groups[0]["lr"]
             # An optimizer such as Adafactor may choose its own rate.
-            stats[f"{self.name}/learning_rate"] = math.nan if rate is None else float(rate)
-            self._after_update(stats, prepared.rows)
+            stats[f"{self.stats_prefix}/learning_rate"] = math.nan if rate is None else float(rate)
+            self._trl_after_update(stats, prepared.rows)
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
-            self._steps_done += 1
-            timing[f"time/{self.name}/total"] = prepared.seconds + time.perf_counter() - started
+            self._trl_steps_done += 1
+            timing[f"time/{self.stats_prefix}/total"] = prepared.seconds + time.perf_counter() - started
             return stats | timing | memory_statistics(self.current_device)
 
-    def _evaluator(self, known: Evaluation | None = None) -> Evaluator:
+    def _trl_evaluator(self, known: Evaluation | None = None) -> Evaluator:
         """Evaluator with the current settings; `known` is the policy's evaluation, if sampling has computed it."""
         return Evaluator(
             policy=self.model,
@@ -235,69 +235,69 @@ class OnlineTrainer(PolicyTrainer):
             temperature=self.config.temperature,
             known=known,
             values=self.recipe is None,
-            compare=self._uses_reference,
+            compare=self._trl_uses_reference,
         )
 
-    def _evaluation(self, batch: Batch, evaluator: Evaluator) -> Callable[[Rollout], Evaluated]:
+    def _trl_evaluation(self, batch: Batch, evaluator: Evaluator) -> Callable[[Rollout], Evaluated]:
         """Function that evaluates the rollout of `batch`: `evaluator`, unless a subclass overrides this."""
         return evaluator
 
-    def _setup(self, evaluate: Callable[[Rollout], Evaluated]) -> Setup:
+    def _trl_setup(self, evaluate: Callable[[Rollout], Evaluated]) -> Setup:
         config = self.config
         return Setup(
             policy=self.model,
             evaluate=evaluate,
-            generator=self._generator,
+            generator=self._trl_generator,
             temperature=config.temperature,
             size=config.samples_per_update,
             epochs=int(config.ppo_epochs or 1),
             denominator=config.loss_denominator,
-            reduce=self._reduce,
+            reduce=self._trl_reduce,
         )
 
-    def _algorithm(self, evaluate: Callable[[Rollout], Evaluated]) -> Algorithm:
+    def _trl_algorithm(self, evaluate: Callable[[Rollout], Evaluated]) -> Algorithm:
         """The algorithm at the current settings."""
         assert self.recipe is not None
-        return self.recipe.bind(self._setup(evaluate))
+        return self.recipe.bind(self._trl_setup(evaluate))
 
-    def _update(self, experience: Experience, batch: Batch) -> dict[str, Tensor]:
+    def _trl_update(self, experience: Experience, batch: Batch) -> dict[str, Tensor]:
         """Updates the policy; returns the training statistics, one row per optimizer step."""
-        algorithm = self._algorithm(self._evaluator())
+        algorithm = self._trl_algorithm(self._trl_evaluator())
         history = optimize(
             algorithm.minibatches(experience),
             algorithm.loss,
-            self._updater(),
+            self._trl_updater(),
             microbatch_size=int(self.config.mini_batch_size or 1),
-            reduce=self._reduce,
-            stop=lambda metrics: self._stops_early(metrics.means["policy/policykl"]),
+            reduce=self._trl_reduce,
+            stop=lambda metrics: self._trl_stops_early(metrics.means["policy/policykl"]),
         )
         return stack_updates(history)
 
-    def _updater(self) -> Updater:
+    def _trl_updater(self) -> Updater:
         self.guards.max_skipped = self.config.max_skipped_updates
         return Updater(
             model=self.model,
             optimizer=self.optimizer,
             accelerator=self.accelerator,
             max_grad_norm=self.config.max_grad_norm,
-            frozen=self._not_updated(),
+            frozen=self._trl_not_updated(),
             compute=self.compute,
             guards=self.guards,
-            reduce=self._reduce,
+            reduce=self._trl_reduce,
         )
 
-    def _not_updated(self) -> list[nn.Parameter]:
+    def _trl_not_updated(self) -> list[nn.Parameter]:
         """Trainable parameters that this step does not update."""
         return []
 
-    def _before_update(self, experience: Experience) -> None:
+    def _trl_before_update(self, experience: Experience) -> None:
         """Called on every process before the update."""
-        self._push_if_best(experience)
+        self._trl_push_if_best(experience)
 
-    def _after_update(self, stats: Mapping[str, Any], rows: int) -> None:
+    def _trl_after_update(self, stats: Mapping[str, Any], rows: int) -> None:
         """Called on every process after the update, with the step's statistics and its number of counted samples."""
 
-    def _check_trainable(self) -> None:
+    def _trl_check_trainable(self) -> None:
         if type(self).step is not OnlineTrainer.step:
             raise ValueError(
                 f"{type(self).__name__} overrides step, which train does not call: it calls the two halves of step, prepare "
@@ -311,18 +311,18 @@ class OnlineTrainer(PolicyTrainer):
 
         Takes queries and responses as `step` does and updates nothing; None if the algorithm has no reference.
         """
-        if not self._uses_reference:
+        if not self._trl_uses_reference:
             return None
-        batch = self._batch(*([t.to(self.current_device) for t in tokens] for tokens in (queries, responses)))
-        evaluated = self._evaluation(batch, self._evaluator(self._recalled(batch)))(batch.rollout())
+        batch = self._trl_batch(*([t.to(self.current_device) for t in tokens] for tokens in (queries, responses)))
+        evaluated = self._trl_evaluation(batch, self._trl_evaluator(self._trl_recalled(batch)))(batch.rollout())
         assert evaluated.ref_logprobs is not None
         return masked_sum(evaluated.policy.logprobs - evaluated.ref_logprobs, evaluated.rollout.mask, dim=1)
 
-    def _stops_early(self, policy_kl: float) -> bool:
+    def _trl_stops_early(self, policy_kl: float) -> bool:
         """Whether early stopping ends the passes over this batch."""
         return self.config.early_stopping and policy_kl > 1.5 * float(self.config.target_kl or 0)
 
-    def _frozen_versions(self) -> list[tuple[int, int]]:
+    def _trl_frozen_versions(self) -> list[tuple[int, int]]:
         return [(id(p), p._version) for p in self.model.parameters() if not p.requires_grad]
 
     def _step_safety_checker(
@@ -343,28 +343,28 @@ class OnlineTrainer(PolicyTrainer):
             device=self.current_device,
         )
 
-    def _count_rows(self, rollout: Rollout) -> int:
+    def _trl_count_rows(self, rollout: Rollout) -> int:
         """Number of samples to train on, over all processes, which must all call this.
 
         Raises:
             ValueError: if there are none.
         """
-        rows = int(self._reduce(rollout.mask.any(dim=1).sum().float()))
+        rows = int(self._trl_reduce(rollout.mask.any(dim=1).sum().float()))
         if rows == 0:
             raise ValueError("response_masks exclude every sample on every process: there is nothing to train on")
         return rows
 
-    def _push_if_best(self, experience: Experience) -> None:
+    def _trl_push_if_best(self, experience: Experience) -> None:
         kwargs = self.config.push_to_hub_if_best_kwargs
         if not kwargs:
             return
-        if self._compared % int(self.config.compare_steps or 1) == 0:
+        if self._trl_compared % int(self.config.compare_steps or 1) == 0:
             scores = experience.scores.double()  # the sum of finite float32 scores may overflow float32
-            mean = float(pooled_mean(Tally.of(scores, experience.counted), self._reduce))
-            if mean > self._highest_score:
-                self._highest_score = mean
+            mean = float(pooled_mean(Tally.of(scores, experience.counted), self._trl_reduce))
+            if mean > self._trl_highest_score:
+                self._trl_highest_score = mean
                 self.push_to_hub(**kwargs)
-        self._compared += 1
+        self._trl_compared += 1
 
 
 @contextmanager

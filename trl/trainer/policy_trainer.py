@@ -64,11 +64,11 @@ class PolicyTrainer(ResumableTrainer):
         *,
         algorithm: Recipe | None = None,
     ) -> None:
-        self._check_algorithm(algorithm)
+        self._trl_check_algorithm(algorithm)
         if algorithm is not None:
             check_unused_settings(config, algorithm.name)
             model, ref_model = critic_free(model), critic_free(ref_model)
-            self.recipe, self.name = algorithm, algorithm.name
+            self.recipe, self.stats_prefix = algorithm, algorithm.name
         check_parts(config, model, tokenizer, optimizer, lr_scheduler)
         assert config is not None and tokenizer is not None
         config.validate()
@@ -86,38 +86,38 @@ class PolicyTrainer(ResumableTrainer):
         config.global_batch_size = int(config.batch_size or 1) * config.world_size
         config.global_backward_batch_size = config.samples_per_update * config.world_size
         config.is_encoder_decoder, config.is_peft_model = self.is_encoder_decoder, self.is_peft_model
-        reference = make_reference(model, ref_model, num_shared_layers) if self._uses_reference else None
+        reference = make_reference(model, ref_model, num_shared_layers) if self._trl_uses_reference else None
         self.dataset = dataset
         self.data_collator = PadCollator(tokenizer)
         if dataset is None:
             warnings.warn(
                 "no dataset is given: trainer.dataloader is None, so pass your own batches to step", stacklevel=3
             )
-        self._forward_columns = list(inspect.signature(model.forward).parameters)
-        self._prepare_models(model, reference, optimizer, lr_scheduler, dataset, data_collator)
+        self._trl_forward_columns = list(inspect.signature(model.forward).parameters)
+        self._trl_prepare_models(model, reference, optimizer, lr_scheduler, dataset, data_collator)
         self.kl_ctl = controller_for(config)
-        self._live_settings = LiveSettings(config, controls_rate=optimizer is None and lr_scheduler is None)
+        self._trl_live_settings = LiveSettings(config, controls_rate=optimizer is None and lr_scheduler is None)
         self.current_step = 0
         self.score_moments = Moments()
-        self._generator = torch.Generator().manual_seed(int(config.seed or 0))
-        self._highest_score = float("-inf")
-        self._compared = 0
-        self._steps_done = 0
+        self._trl_generator = torch.Generator().manual_seed(int(config.seed or 0))
+        self._trl_highest_score = float("-inf")
+        self._trl_compared = 0
+        self._trl_steps_done = 0
         self.guards = UpdateGuards()
         self.last_experience: Experience | None = None
         """Experience of the last `step`: per-token rewards, values and advantages from before its update."""
         self.fingerprints = Fingerprints()
-        self._sampler = PolicySampler(self.accelerator, self.compute, self.data_collator)
+        self._trl_sampler = PolicySampler(self.accelerator, self.compute, self.data_collator)
 
-    def _check_algorithm(self, algorithm: Recipe | None) -> None:
+    def _trl_check_algorithm(self, algorithm: Recipe | None) -> None:
         """Raises ValueError if the trainer needs an algorithm and none is given."""
 
     @property
-    def _uses_reference(self) -> bool:
+    def _trl_uses_reference(self) -> bool:
         """Whether the algorithm compares the policy with a reference."""
         return self.recipe is None or self.recipe.uses_reference
 
-    def _prepare_models(
+    def _trl_prepare_models(
         self, model: Any, reference: Any, optimizer: Any, lr_scheduler: Any, dataset: Any, data_collator: Any
     ) -> None:
         """Wraps models, optimizer and data for their processes, and sets the compute dtype."""
@@ -127,8 +127,8 @@ class PolicyTrainer(ResumableTrainer):
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, loader, lr_scheduler
         )
-        self._optimizer_made_with = group_settings(inner(self.optimizer))
-        self._missing = missing_parameters(self.optimizer, self.model)  # known to the caller, so no warning
+        self._trl_optimizer_made_with = group_settings(inner(self.optimizer))
+        self._trl_missing = missing_parameters(self.optimizer, self.model)  # known to the caller, so no warning
         self.compute = Compute(self.model, config.dtype, self.accelerator)
         if reference is not None:
             self.compute.adopt_reference(reference, model)
@@ -149,7 +149,7 @@ class PolicyTrainer(ResumableTrainer):
         Raises:
             ValueError: if `dataset` is neither of the two, or is smaller than one batch.
         """
-        keep = (*self._forward_columns, *_TRAINER_COLUMNS) if self.config.remove_unused_columns else None
+        keep = (*self._trl_forward_columns, *_TRAINER_COLUMNS) if self.config.remove_unused_columns else None
         return prompt_loader(dataset, batch_size=int(self.config.batch_size or 1), collate_fn=data_collator, keep=keep)
 
     def prepare_model_inputs(self, queries: list[Tensor], responses: list[Tensor]) -> BatchEncoding:
@@ -174,7 +174,7 @@ class PolicyTrainer(ResumableTrainer):
             )
         return BatchEncoding({name: tensor.to(device) for name, tensor in inputs.items()})
 
-    def _batch(self, queries: list[Tensor], responses: list[Tensor]) -> Batch:
+    def _trl_batch(self, queries: list[Tensor], responses: list[Tensor]) -> Batch:
         return Batch(
             queries=queries,
             responses=responses,
@@ -213,7 +213,7 @@ class PolicyTrainer(ResumableTrainer):
             ValueError: if a query is not a 1-D tensor of valid token ids, if query and response might not fit into the
                 model's context, or if the arguments do not ask for exactly one response per query.
         """
-        return self._sampler.generate(
+        return self._trl_sampler.generate(
             self.model,
             query_tensor,
             generation_kwargs,
@@ -224,11 +224,11 @@ class PolicyTrainer(ResumableTrainer):
             cache=self.config.score_while_sampling,
         )
 
-    def _recalled(self, batch: Batch) -> Evaluation | None:
+    def _trl_recalled(self, batch: Batch) -> Evaluation | None:
         """Evaluation cached by `generate`, which saves the scoring pass; None unless every process has its whole batch."""
         if not self.config.score_while_sampling:
             return None
-        cached = self._sampler.recall(self.model, batch.queries, batch.responses, self.config.temperature)
+        cached = self._trl_sampler.recall(self.model, batch.queries, batch.responses, self.config.temperature)
         if cached is None:
             return None
         # The decoder's start token was not sampled, so it has no log-probability or value.
@@ -238,26 +238,26 @@ class PolicyTrainer(ResumableTrainer):
 
     # Checks before each call ---------------------------------------------------------------------------------------
 
-    def _begin_call(self) -> None:
+    def _trl_begin_call(self) -> None:
         """Applies changed settings and checks that the model can be trained in its current state."""
         self.config.validate()
-        self.kl_ctl = self._live_settings.follow(self.config, self.optimizer, self.kl_ctl)
-        self._warn_of_missing_parameters()
+        self.kl_ctl = self._trl_live_settings.follow(self.config, self.optimizer, self.kl_ctl)
+        self._trl_warn_of_missing_parameters()
         if self.is_peft_model:
             check_adapters_on(self.model)
 
-    def _warn_of_missing_parameters(self) -> None:
+    def _trl_warn_of_missing_parameters(self) -> None:
         """Warns about parameters that became trainable after the optimizer was built."""
         missing = missing_parameters(self.optimizer, self.model)
-        if new := [name for name, p in missing.items() if self._missing.get(name) is not p]:
+        if new := [name for name, p in missing.items() if self._trl_missing.get(name) is not p]:
             warnings.warn(
                 f"{len(new)} parameters, such as {new[0]}, became trainable after the trainer was built, but its optimizer "
                 "does not hold them and will not update them: build a new trainer, or call trainer.optimizer.add_param_group",
                 stacklevel=4,
             )
-        self._missing = missing
+        self._trl_missing = missing
 
-    def _stop_tokens(self) -> tuple[int, ...]:
+    def _trl_stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end a response: `config.stop_token_ids`, or those of the model and tokenizer."""
         if self.config.stop_token_ids is not None:
             return tuple(self.config.stop_token_ids)
@@ -267,6 +267,6 @@ class PolicyTrainer(ResumableTrainer):
             stops.add(int(self.tokenizer.eos_token_id))
         return tuple(sorted(stops))
 
-    def _saved_model(self) -> Any:
-        model = super()._saved_model()
+    def _trl_saved_model(self) -> Any:
+        model = super()._trl_saved_model()
         return model if self.recipe is None else model.pretrained_model  # without its unused value head

@@ -124,18 +124,18 @@ def update_by_methods(trainer: PPOTrainer, experience: ActorCritic, batch: Batch
     try:
         return stack_statistics(_history(trainer, experience, batch))
     finally:
-        trainer._minibatch_context = MinibatchContext()
+        trainer._trl_minibatch_context = MinibatchContext()
 
 
 def _history(trainer: PPOTrainer, experience: ActorCritic, batch: Batch) -> list[dict[str, Tensor]]:
-    config, reduce = trainer.config, trainer._reduce
+    config, reduce = trainer.config, trainer._trl_reduce
     history: list[dict[str, Tensor]] = []
     batch_tokens = None
     if config.loss_denominator == "batch":
         all_tokens = reduce(experience.rollout.mask.sum().float())
         batch_tokens = all_tokens * config.samples_per_update / len(experience)
     for _ in range(int(config.ppo_epochs or 1)):
-        order = torch.randperm(len(experience), generator=trainer._generator)
+        order = torch.randperm(len(experience), generator=trainer._trl_generator)
         for rows in order.split(config.samples_per_update):
             part = take(experience, rows.to(trainer.current_device))
             mask = part.rollout.mask
@@ -146,7 +146,7 @@ def _history(trainer: PPOTrainer, experience: ActorCritic, batch: Batch) -> list
                 weights = importance_weights(
                     part.old_logprobs, part.rollout.sampler_logprobs, mask, cap=config.importance_cap
                 )
-            trainer._minibatch_context = MinibatchContext(batch_tokens=batch_tokens, weights=weights)
+            trainer._trl_minibatch_context = MinibatchContext(batch_tokens=batch_tokens, weights=weights)
             minibatch = batch.rows(rows)
             logprobs, logits, values, _ = trainer.batched_forward_pass(
                 trainer.model, minibatch.queries, minibatch.responses, minibatch.inputs, return_logits=True
@@ -155,9 +155,9 @@ def _history(trainer: PPOTrainer, experience: ActorCritic, batch: Batch) -> list
             stats = trainer.train_minibatch(
                 part.old_logprobs, part.old_values, part.rewards, logprobs, logits, values, mask.long()
             )
-            trainer._minibatch_context.check_weighted(type(trainer).__name__)
+            trainer._trl_minibatch_context.check_weighted(type(trainer).__name__)
             history.append(_pool({n: torch.as_tensor(v).detach() for n, v in stats.items()}, mask, trainer))
-            if trainer._stops_early(float(history[-1]["policy/policykl"])):
+            if trainer._trl_stops_early(float(history[-1]["policy/policykl"])):
                 return history
     return history
 
@@ -170,5 +170,5 @@ def _pool(stats: dict[str, Tensor], counted: Tensor, trainer: PPOTrainer) -> dic
     names = [name for name, value in stats.items() if value.dim() == 0]
     tokens = counted.sum().double()
     values = torch.stack([stats[name].to(tokens) for name in names] + [torch.ones_like(tokens)])
-    sums = trainer._reduce((values * tokens).masked_fill(tokens == 0, 0.0))
+    sums = trainer._trl_reduce((values * tokens).masked_fill(tokens == 0, 0.0))
     return stats | dict(zip(names, sums[:-1] / sums[-1], strict=True))

@@ -66,7 +66,7 @@ class PPOTrainer(OnlineTrainer):
             `optimizer` holds none of the model's trainable parameters, or if `lr_scheduler` needs a metric at each step.
     """
 
-    _minibatch_context = MinibatchContext()
+    _trl_minibatch_context = MinibatchContext()
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class PPOTrainer(OnlineTrainer):
 
     # The algorithm ---------------------------------------------------------------------------------------------------
 
-    def _algorithm(self, evaluate: Callable[[Rollout], Evaluated]) -> PPO:
+    def _trl_algorithm(self, evaluate: Callable[[Rollout], Evaluated]) -> PPO:
         config = self.config
         shaping = RewardSettings(
             gamma=float(config.gamma or 0),
@@ -99,13 +99,16 @@ class PPOTrainer(OnlineTrainer):
                 clip=config.score_clip,
             ),
             moments=self.score_moments,
-            stops=self._stop_tokens(),
+            stops=self._trl_stop_tokens(),
         )
         return PPO(
-            setup=self._setup(evaluate), rewards=self.compute_rewards, shaping=shaping, settings=self._ppo_settings()
+            setup=self._trl_setup(evaluate),
+            rewards=self.compute_rewards,
+            shaping=shaping,
+            settings=self._trl_ppo_settings(),
         )
 
-    def _ppo_settings(self) -> PPOSettings:
+    def _trl_ppo_settings(self) -> PPOSettings:
         config = self.config
         return PPOSettings(
             clip_range=float(config.cliprange or 0),
@@ -116,9 +119,9 @@ class PPOTrainer(OnlineTrainer):
             temperature=config.temperature,
         )
 
-    def _evaluation(self, batch: Batch, evaluator: Evaluator) -> Callable[[Rollout], Evaluated]:
+    def _trl_evaluation(self, batch: Batch, evaluator: Evaluator) -> Callable[[Rollout], Evaluated]:
         evaluator = replace(evaluator, exact_kl=self.config.kl_penalty == "full")
-        if self._updates_by_methods():  # on the weights as stored, so evaluate on those, too
+        if self._trl_updates_by_methods():  # on the weights as stored, so evaluate on those, too
             evaluator = replace(evaluator, compute=None, known=None)
         if is_overridden(self, PPOTrainer, "batched_forward_pass"):
             return MethodEvaluator(self.batched_forward_pass, batch, evaluator)
@@ -129,10 +132,10 @@ class PPOTrainer(OnlineTrainer):
             )
         return evaluator
 
-    def _updates_by_methods(self) -> bool:
+    def _trl_updates_by_methods(self) -> bool:
         return is_overridden(self, PPOTrainer, "loss", "train_minibatch", "batched_forward_pass")
 
-    def _update(self, experience: Experience, batch: Batch) -> dict[str, Tensor]:
+    def _trl_update(self, experience: Experience, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(experience, ActorCritic)
         single_sample = self.config.samples_per_update == 1 < len(experience) and not self.is_distributed
         if single_sample and int(experience.rollout.mask.sum(dim=1).max()) == 1:
@@ -141,21 +144,21 @@ class PPOTrainer(OnlineTrainer):
                 "mini_batch_size * gradient_accumulation_steps above 1",
                 stacklevel=4,
             )
-        if self._updates_by_methods():
+        if self._trl_updates_by_methods():
             return update_by_methods(self, experience, batch)
-        return super()._update(experience, batch)
+        return super()._trl_update(experience, batch)
 
-    def _not_updated(self) -> list[nn.Parameter]:
-        if self._steps_done >= self.config.value_warmup_steps:
+    def _trl_not_updated(self) -> list[nn.Parameter]:
+        if self._trl_steps_done >= self.config.value_warmup_steps:
             return []
         return [p for name, p in self.model.named_parameters() if "v_head." not in name]
 
-    def _before_update(self, experience: Experience) -> None:
-        super()._before_update(experience)
+    def _trl_before_update(self, experience: Experience) -> None:
+        super()._trl_before_update(experience)
         assert isinstance(experience, ActorCritic)
         self.score_moments += experience.score_moments
 
-    def _after_update(self, stats: Mapping[str, Any], rows: int) -> None:
+    def _trl_after_update(self, stats: Mapping[str, Any], rows: int) -> None:
         self.kl_ctl.update(stats["objective/kl"], rows)
 
     # Pieces of a step ------------------------------------------------------------------------------------------------------
@@ -260,7 +263,7 @@ class PPOTrainer(OnlineTrainer):
         advantages, returns = gae(
             rewards, values, counted, gamma=float(self.config.gamma or 0), lam=float(self.config.lam or 0)
         )
-        advantages = masked_whiten(advantages, counted, reduce=self._reduce)
+        advantages = masked_whiten(advantages, counted, reduce=self._trl_reduce)
         entropies = entropy(logits)
         if entropies.shape != counted.shape:  # TRL 0.4.6 took any logits here, such as [B, S]
             entropies = entropies.mean().expand(counted.shape)
@@ -273,13 +276,13 @@ class PPOTrainer(OnlineTrainer):
             advantages=advantages,
             returns=returns,
             mask=counted,
-            settings=self._ppo_settings(),
-            weights=self._minibatch_context.weights_for(counted),
+            settings=self._trl_ppo_settings(),
+            weights=self._trl_minibatch_context.weights_for(counted),
         )
-        means = means_of([{name: tally.detach() for name, tally in terms.metrics.items()}], self._reduce)
+        means = means_of([{name: tally.detach() for name, tally in terms.metrics.items()}], self._trl_reduce)
         stats = {name: torch.tensor(mean) for name, mean in means.items()}
         stats |= experience_statistics(
-            advantages=advantages, returns=returns, values=values, mask=counted, reduce=self._reduce
+            advantages=advantages, returns=returns, values=values, mask=counted, reduce=self._trl_reduce
         )
         vf_coef = float(self.config.vf_coef or 0)
         return (
@@ -311,16 +314,16 @@ class PPOTrainer(OnlineTrainer):
             RuntimeError: if `step` was given `sampler_logprobs` and an overridden `loss` ignores them.
         """
         policy_loss, value_loss, stats = self.loss(old_logprobs, values, rewards, logits, vpreds, logprobs, mask)
-        self._minibatch_context.check_weighted(type(self).__name__)
+        self._trl_minibatch_context.check_weighted(type(self).__name__)
         objective = share_of_mean(
             policy_loss + value_loss,
             logprobs,
             vpreds,
             mask.bool(),
-            all_tokens=self._minibatch_context.batch_tokens,
-            reduce=self._reduce,
+            all_tokens=self._trl_minibatch_context.batch_tokens,
+            reduce=self._trl_reduce,
         )
-        updater = self._updater()
+        updater = self._trl_updater()
         with whole_gradients(self.accelerator):
             updater.clear()
             updater.accumulate(objective, last=True)

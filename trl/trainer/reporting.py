@@ -22,19 +22,19 @@ from trl.types import ActorCritic, Experience, Tally
 class ReportingTrainer(BaseTrainer):
     """A trainer that reports statistics under the key names of TRL 0.4.6."""
 
-    name = "ppo"
+    stats_prefix = "ppo"
     """Prefix of the statistics."""
     is_distributed: bool
     current_device: torch.device
     current_step = 0
     """Number of calls to `log_stats`."""
-    _scores_of_step: tuple[Tensor, Tensor] | None = None  # [B] of this process and [n · B] of all n processes
+    _trl_scores_of_step: tuple[Tensor, Tensor] | None = None  # [B] of this process and [n · B] of all n processes
 
-    def _reduce(self, tensor: Tensor) -> Tensor:
+    def _trl_reduce(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over processes."""
         return sum_over_processes(self.accelerator, tensor)
 
-    def _statistics(
+    def _trl_statistics(
         self, experience: Experience, batch: Batch, kl_coef: float | None, train_stats: Mapping[str, Tensor]
     ) -> dict[str, Any]:
         """Statistics of a step as numbers and arrays. Every process must call this."""
@@ -52,12 +52,12 @@ class ReportingTrainer(BaseTrainer):
         )
         if experience.entropy is not None:
             total = Tally(masked_sum(experience.entropy, mask), experience.counted.sum())
-            stats["objective/full_entropy"] = pooled_mean(total, self._reduce)
+            stats["objective/full_entropy"] = pooled_mean(total, self._trl_reduce)
         if sampler_logprobs is not None:
             gap = (experience.old_logprobs - sampler_logprobs).abs()
-            stats["objective/sampler_gap"] = pooled_mean(Tally.of(gap, mask), self._reduce)
+            stats["objective/sampler_gap"] = pooled_mean(Tally.of(gap, mask), self._trl_reduce)
         all_scores = gather_over_processes(self.accelerator, experience.scores)
-        self._scores_of_step = (experience.scores.cpu(), all_scores.cpu())
+        self._trl_scores_of_step = (experience.scores.cpu(), all_scores.cpu())
         return stats_to_np(convert_to_scalar(self.gather_stats(stats)))
 
     def record_step_stats(self, kl_coef: float | None, **data: Any) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class ReportingTrainer(BaseTrainer):
         """
         scores = data["scores"]
         return step_statistics(
-            name=self.name,
+            name=self.stats_prefix,
             kl_coef=kl_coef,
             scores=scores if isinstance(scores, Tensor) else torch.stack(list(scores)).float(),
             logprobs=data["logprobs"],
@@ -82,7 +82,7 @@ class ReportingTrainer(BaseTrainer):
             queries=data["queries"],
             responses=data["responses"],
             train_stats=data["train_stats"],
-            reduce=self._reduce,
+            reduce=self._trl_reduce,
         )
 
     def gather_stats(self, stats: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class ReportingTrainer(BaseTrainer):
             return stats
         names = [k for k, v in stats.items() if isinstance(v, Tensor) and v.dim() == 0]
         packed = torch.stack([stats[name].to(self.current_device).float() for name in names])
-        means = self._reduce(packed) / self.accelerator.num_processes
+        means = self._trl_reduce(packed) / self.accelerator.num_processes
         return stats | dict(zip(names, means, strict=True))
 
     def log_stats(
@@ -121,22 +121,22 @@ class ReportingTrainer(BaseTrainer):
         else:
             rows = list(zip(*(batch[c] for c in columns_to_log), scores.tolist(), strict=True))
             logs |= completions_table(self.config.log_with, [*columns_to_log, "reward"], rows)
-        scores = self._scores_of_all_processes(scores)
+        scores = self._trl_scores_of_all_processes(scores)
         logs["env/reward_mean"] = scores.mean().item()
         logs["env/reward_std"] = scores.std().item() if len(scores) > 1 else 0.0
         logs["env/reward_dist"] = scores.numpy()
         self.current_step += 1
         self.accelerator.log(logs, step=self.current_step)
 
-    def _scores_of_all_processes(self, scores: Tensor) -> Tensor:
+    def _trl_scores_of_all_processes(self, scores: Tensor) -> Tensor:
         """Scores of all processes `[n · B]`, given this process's `scores` [B], as gathered by `step`.
 
         Gathering here would hang if a script calls `log_stats` only on the main process.
         """
         if not self.is_distributed:
             return scores
-        if self._scores_of_step is not None and torch.equal(scores, self._scores_of_step[0]):
-            return self._scores_of_step[1]
+        if self._trl_scores_of_step is not None and torch.equal(scores, self._trl_scores_of_step[0]):
+            return self._trl_scores_of_step[1]
         warnings.warn(
             "log_stats was given other rewards than step's scores: env/reward_* cover only the main process",
             stacklevel=3,

@@ -34,11 +34,11 @@ class ResumableTrainer(ReportingTrainer):
     score_moments: Moments
     guards: UpdateGuards
     fingerprints: Fingerprints
-    _generator: torch.Generator
-    _optimizer_made_with: list[dict[str, Any]]
-    _sampler: PolicySampler
-    _highest_score: float
-    _compared: int
+    _trl_generator: torch.Generator
+    _trl_optimizer_made_with: list[dict[str, Any]]
+    _trl_sampler: PolicySampler
+    _trl_highest_score: float
+    _trl_compared: int
 
     def train(
         self,
@@ -107,10 +107,10 @@ class ResumableTrainer(ReportingTrainer):
             SystemExit: on SIGTERM, likewise, with status 143.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
-        self._check_trainable()
+        self._trl_check_trainable()
         return train(self, TrainOptions(**arguments))  # type: ignore[arg-type]  # a Learner, by its subclasses
 
-    def _check_trainable(self) -> None:
+    def _trl_check_trainable(self) -> None:
         """Raises ValueError if a subclass overrides a method that a managed run does not call."""
 
     # State -----------------------------------------------------------------------------------------------------------
@@ -120,25 +120,25 @@ class ResumableTrainer(ReportingTrainer):
         return {
             "kl_ctl": self.kl_ctl.state_dict(),
             "score_moments": asdict(self.score_moments),
-            "minibatch_order": self._generator.get_state(),
-            "steps_done": self._steps_done,
+            "minibatch_order": self._trl_generator.get_state(),
+            "steps_done": self._trl_steps_done,
             "logged_steps": self.current_step,
-            "highest_score": self._highest_score,
-            "compared": self._compared,
+            "highest_score": self._trl_highest_score,
+            "compared": self._trl_compared,
             "consecutive_skips": self.guards.consecutive_skips,
             "largest_microbatch": self.guards.largest_microbatch,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
-        self._sampler.weights_changed()
+        self._trl_sampler.weights_changed()
         self.kl_ctl.load_state_dict(state["kl_ctl"])
         self.score_moments = Moments(**state["score_moments"])
-        self._generator.set_state(state["minibatch_order"])
-        self._steps_done = state["steps_done"]
+        self._trl_generator.set_state(state["minibatch_order"])
+        self._trl_steps_done = state["steps_done"]
         self.current_step = state["logged_steps"]
-        self._highest_score = state["highest_score"]
-        self._compared = state["compared"]
+        self._trl_highest_score = state["highest_score"]
+        self._trl_compared = state["compared"]
         self.guards.consecutive_skips = state["consecutive_skips"]
         self.guards.largest_microbatch = state["largest_microbatch"]
 
@@ -165,7 +165,7 @@ class ResumableTrainer(ReportingTrainer):
         Raises:
             CheckpointError: if the checkpoint could not be written; the previous one is intact.
         """
-        return save_training(self, folder, step=self._steps_done, extra=extra, keep_last=keep_last, metric=metric)
+        return save_training(self, folder, step=self._trl_steps_done, extra=extra, keep_last=keep_last, metric=metric)
 
     def load_checkpoint(self, folder: str | Path) -> Checkpoint | None:
         """Restores the newest intact checkpoint in a folder. Call it on every process, before anything else.

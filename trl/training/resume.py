@@ -142,7 +142,7 @@ def capture(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
     entries: dict[str, Tensor] = {}
     scheduler, scaler = inner(trainer.lr_scheduler), trainer.accelerator.scaler
     trainer_state = {name: value for name, value in trainer.state_dict().items() if name != "minibatch_order"}
-    generators = share_json(trainer.accelerator, generators_state(trainer.accelerator.device, trainer._generator))
+    generators = share_json(trainer.accelerator, generators_state(trainer.accelerator.device, trainer._trl_generator))
     state = {
         **_identity(trainer),
         "modes": _modes(model),
@@ -152,7 +152,7 @@ def capture(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
             inner(trainer.optimizer),
             dict(model.named_parameters()),
             entries,
-            made_with=trainer._optimizer_made_with,
+            made_with=trainer._trl_optimizer_made_with,
         ),
         "scheduler": None if scheduler is None else encode(scheduler.state_dict(), "scheduler", entries),
         "scaler": None if scaler is None else encode(scaler.state_dict(), "scaler", entries),
@@ -261,11 +261,11 @@ def restore(
         trainer_state = decode(state["ppo"], file.get_tensor)
     remarks = [*_harmless_differences(trainer, checkpoint), *remarks]
     kl_coef = trainer.kl_ctl.value
-    trainer.load_state_dict(trainer_state | {"minibatch_order": trainer._generator.get_state()})
+    trainer.load_state_dict(trainer_state | {"minibatch_order": trainer._trl_generator.get_state()})
     if _new_fixed_coefficient(trainer, state):
         trainer.kl_ctl.value = kl_coef
     rank = trainer.accelerator.process_index
-    set_generators(state["generators"][rank], trainer.accelerator.device, trainer._generator)
+    set_generators(state["generators"][rank], trainer.accelerator.device, trainer._trl_generator)
     for remark in remarks:
         logger.warning("resuming %s: %s", checkpoint.path.name, remark)
 

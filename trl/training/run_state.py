@@ -29,9 +29,9 @@ class RunState(Protocol):
     tokenizer: Any
     kl_ctl: Any
     fingerprints: Fingerprints
-    _generator: torch.Generator
+    _trl_generator: torch.Generator
     """Draws the order of minibatches."""
-    _optimizer_made_with: list[dict[str, Any]]
+    _trl_optimizer_made_with: list[dict[str, Any]]
     """Settings of each parameter group when the trainer was made."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class PreparedBatch(Protocol):
 class Learner(RunState, Protocol):
     """The trainer interface that the managed loop drives."""
 
-    name: str
+    stats_prefix: str
     """Prefix of the statistics."""
     guards: UpdateGuards
     current_device: Any
@@ -91,4 +91,4 @@ class Learner(RunState, Protocol):
         """Saves the policy to a folder in transformers format."""
         ...
 
-    def _stop_tokens(self) -> tuple[int, ...]: ...
+    def _trl_stop_tokens(self) -> tuple[int, ...]: ...
