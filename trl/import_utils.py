@@ -59,9 +59,9 @@ def is_xpu_available() -> bool:
 
 def is_transformers_greater_than(current_version: str) -> bool:
     """Whether the installed transformers is newer than `current_version`, such as "4.40.0"."""
-    from packaging.version import Version
+    from accelerate.utils import compare_versions
 
-    return Version(importlib.metadata.version("transformers")) > Version(current_version)
+    return compare_versions("transformers", ">", current_version)
 
 
 def is_accelerate_greater_20_0() -> bool:
