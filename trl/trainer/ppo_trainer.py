@@ -9,12 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from trl import legacy
 from trl.algorithms.ppo import PPO, PPOSettings, RewardSettings, experience_statistics, ppo_terms
 from trl.functional import entropy, gae, k1, k1_abs, k2, k3, masked_whiten, shape_rewards
 from trl.models import PreTrainedModelWrapper
@@ -38,6 +39,9 @@ from trl.types import ActorCritic, Experience, Rollout
 # Keys that `prepare_model_inputs` may return: those that forward passes read, and what language-model collators add.
 _INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"}
 _KL_OF_TOKEN = {"kl": k1, "abs": k1_abs, "mse": k2, "k3": k3}
+
+if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+    __getattr__ = legacy.lookup(__name__)
 
 
 class PPOTrainer(OnlineTrainer):
