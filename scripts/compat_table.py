@@ -112,7 +112,7 @@ def imported(module: str, name: str | None = None) -> tuple[str, str, Any]:
         found = importlib.import_module(module)
         return ("same", "", found if name is None else getattr(found, name))
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "trl":
+        if not str(error).startswith("No module named 'trl"):
             return "refused", first_line(error), None
         return "missing", "" if name is None else f"no module `{error.name}`", None
     except AttributeError:
@@ -164,7 +164,8 @@ def problems(theirs: Signature, ours: inspect.Signature) -> tuple[list[str], lis
                 broken.append(f"no argument `{name}`")
         else:
             given.add(name)
-            if in_order and (i >= len(positional) or positional[i].name != name):
+            anywhere = inspect.Parameter.VAR_POSITIONAL in kinds  # ours sorts out what it is given by position
+            if in_order and not anywhere and (i >= len(positional) or positional[i].name != name):
                 broken.append(f"`{name}` in another position")
             elif not isinstance(parameter, str):
                 expected = -float("inf") if default == "-inf" else default
@@ -247,7 +248,7 @@ def settings(facts: Facts, config: str) -> Iterable[Row]:
     def of(entry: Mapping[str, Any]) -> Mapping[str, Any]:
         return entry["config"] if config == "PPOConfig" else entry["other_configs"].get(config, {})
 
-    _, _, ours = imported("trl", config)
+    reachable, why, ours = imported("trl", config)
     for name, versions in by_name(facts, of).items():
         then: dict[str, list[str]] = {}
         for version in versions:
@@ -255,7 +256,10 @@ def settings(facts: Facts, config: str) -> Iterable[Row]:
         whole = len(then) == 1
         defaults = [f"`{text}`" + ("" if whole else f" ({releases(v, list(facts))})") for text, v in then.items()]
         given = of(facts[versions[-1]])[name]
-        status, note, here = given_setting(ours, name, "name" if given == COMPUTED else given)
+        if ours is None:
+            status, note, here = reachable, why, None
+        else:
+            status, note, here = given_setting(ours, name, "name" if given == COMPUTED else given)
         if status == "same" and any(text != repr(same_number(here)) for text in then):
             status = "accepted"
         shown_here = "" if status in ("missing", "refused") else f"`{same_number(here)!r}`"
@@ -265,8 +269,6 @@ def settings(facts: Facts, config: str) -> Iterable[Row]:
 
 def given_setting(config: Any, name: str, value: Any) -> tuple[str, str, Any]:
     """Status and note of `config(name=value)`, and our default."""
-    if config is None:
-        return "missing", "", None
     try:
         config(**{name: value})
     except TypeError:

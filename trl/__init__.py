@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from trl import legacy
+
 __version__ = "0.5.0.dev0"
 
 _HOMES = {
@@ -19,32 +21,28 @@ _HOMES = {
         "AutoModelForSeq2SeqLMWithValueHead",
         "PreTrainedModelWrapper",
         "create_reference_model",
+        "setup_chat_format",
     ),
     "trl.trainer": (
         "AdaptiveKLController",
         "BaseTrainer",
         "FixedKLController",
+        "ModelConfig",
         "OnlineTrainer",
         "PPOConfig",
         "PPOTrainer",
         "TrainCallback",
         "TrainResult",
     ),
+    "trl.trainer.model_config": ("get_kbit_device_map", "get_peft_config", "get_quantization_config"),
     "trl.state.checkpoints": ("CheckpointError",),
     "trl.training.guards": ("NonFiniteError",),
     "trl.runs.spikes": ("SpikeError", "SpikeSettings"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = ("algorithms", "core", "functional", "import_utils", "models", "protocols", "trainer", "types")
-_NOT_YET = (
-    "BestOfNSampler",
-    "ConstantLengthDataset",
-    "DataCollatorForCompletionOnlyLM",
-    "RewardTrainer",
-    "SFTTrainer",
-    "compute_accuracy",
-    "extras",
-)
+_old_name = legacy.lookup(__name__)
+legacy.install()
 
 __all__ = [
     "SUPPORTED_ARCHITECTURES",
@@ -54,6 +52,7 @@ __all__ = [
     "BaseTrainer",
     "CheckpointError",
     "FixedKLController",
+    "ModelConfig",
     "NonFiniteError",
     "OnlineTrainer",
     "PPOConfig",
@@ -65,8 +64,12 @@ __all__ = [
     "TrainResult",
     "__version__",
     "create_reference_model",
+    "get_kbit_device_map",
+    "get_peft_config",
+    "get_quantization_config",
     "is_peft_available",
     "set_seed",
+    "setup_chat_format",
 ]
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ if TYPE_CHECKING:
         AutoModelForSeq2SeqLMWithValueHead,
         PreTrainedModelWrapper,
         create_reference_model,
+        setup_chat_format,
     )
     from trl.runs.spikes import SpikeError, SpikeSettings
     from trl.state.checkpoints import CheckpointError
@@ -85,12 +89,14 @@ if TYPE_CHECKING:
         AdaptiveKLController,
         BaseTrainer,
         FixedKLController,
+        ModelConfig,
         OnlineTrainer,
         PPOConfig,
         PPOTrainer,
         TrainCallback,
         TrainResult,
     )
+    from trl.trainer.model_config import get_kbit_device_map, get_peft_config, get_quantization_config
     from trl.training.guards import NonFiniteError
 
 
@@ -101,10 +107,7 @@ def __getattr__(name: str) -> Any:
         return value
     if name in _SUBMODULES:
         return importlib.import_module(f"trl.{name}")
-    if name in _NOT_YET:
-        # Not an AttributeError: `from trl import name` would replace its message with "cannot import name".
-        raise ImportError(f"trl.{name} is not part of trl {__version__} yet; TRL 0.4.6 had it", name=name)
-    raise AttributeError(f"module 'trl' has no attribute {name!r}")
+    return _old_name(name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""TRL 0.4.6's `trl.core` API: the same names and signatures, on top of `trl.functional`.
+"""The `trl.core` API of TRL 0.4 to 0.11: the same names and signatures, on top of `trl.functional`.
 
 Masks here may be bool, integer or floating point; nonzero entries count. New code should use `trl.functional` directly.
 """
@@ -9,16 +9,17 @@ import gc
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from trl import legacy
 from trl.functional import masked
-from trl.functional.logprobs import entropy, token_logprobs
-from trl.import_utils import cache_keyword
+from trl.functional.logprobs import entropy, token_logprobs, wide_dtype
+from trl.import_utils import cache_keyword, is_npu_available, is_xpu_available
 
 WANDB_PADDING = -1
 
@@ -33,6 +34,8 @@ __all__ = [
     "convert_to_scalar",
     "entropy_from_logits",
     "flatten_dict",
+    "is_npu_available",
+    "is_xpu_available",
     "listify_batch",
     "logprobs_from_logits",
     "masked_mean",
@@ -46,6 +49,9 @@ __all__ = [
     "top_k_top_p_filtering",
     "whiten",
 ]
+
+if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+    __getattr__ = legacy.lookup(__name__)
 
 
 # Maths ---------------------------------------------------------------------------------------------------------------
@@ -110,19 +116,24 @@ def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
     return masked_whiten(values, torch.ones_like(values, dtype=torch.bool), shift_mean)
 
 
-def logprobs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities of chosen tokens.
+def logprobs_from_logits(logits: Tensor, labels: Tensor | None, gather: bool = True) -> Tensor:
+    """Log-probabilities of chosen tokens, or of the whole vocabulary.
 
     Args:
         logits: `[..., V]`, already shifted so that position i predicts `labels` at i.
-        labels: `[...]` int64.
+        labels: `[...]` int64; may be None without `gather`.
+        gather: False returns the log-probability of every token.
 
     Returns:
-        `[...]` in nats, at least float32.
+        `[...]`, or `[..., V]` without `gather`; in nats, at least float32.
 
     Raises:
-        ValueError: if the shapes differ apart from the vocabulary dimension.
+        ValueError: if the shapes differ apart from the vocabulary dimension, or `gather` is asked for without labels.
     """
+    if not gather:
+        return torch.log_softmax(logits, dim=-1, dtype=wide_dtype(logits))
+    if labels is None:
+        raise ValueError("labels=None says no token to gather: give labels, or gather=False for the whole vocabulary")
     return token_logprobs(logits, labels)
 
 
@@ -223,7 +234,7 @@ def stats_to_np(stats_dict: Mapping[str, Any]) -> dict[str, Any]:
 # Batches -------------------------------------------------------------------------------------------------------------
 
 
-def pad_to_size(tensor: Tensor, size: int, dim: int = 1, padding: int = 50256) -> Tensor:
+def pad_to_size(tensor: Tensor, size: int, dim: int = 1, padding: float = 50256) -> Tensor:
     """Pads dimension `dim` at its end with `padding` to length `size`.
 
     Raises:
@@ -305,24 +316,31 @@ class LengthSampler:
 
 
 class PPODecorators:
-    """Empties the CUDA cache after a block or function: `with PPODecorators.empty_cuda_cache(True)`."""
+    """Empties the device's cache after a block or function: `with PPODecorators.empty_device_cache(True)`."""
 
-    optimize_cuda_cache = False  # default of empty_cuda_cache(); never set by this library
+    # Either is the default of both methods; never set by this library.
+    optimize_cuda_cache = False
+    optimize_device_cache = False
 
     @classmethod
     @contextmanager
-    def empty_cuda_cache(cls, enabled: bool | None = None) -> Iterator[None]:
-        """Collects garbage and empties the CUDA cache on exit; a context manager and decorator.
+    def empty_device_cache(cls, enabled: bool | None = None) -> Iterator[None]:
+        """Collects garbage and empties the cache of CUDA, XPU or NPU on exit; a context manager and decorator.
 
         Args:
-            enabled: False does nothing; None uses the class attribute `optimize_cuda_cache`.
+            enabled: False does nothing; None uses the class attributes `optimize_device_cache` and `optimize_cuda_cache`.
         """
         try:
             yield
         finally:
-            if (cls.optimize_cuda_cache if enabled is None else enabled) and torch.cuda.is_available():
-                gc.collect()
-                torch.cuda.empty_cache()
+            if enabled or (enabled is None and (cls.optimize_device_cache or cls.optimize_cuda_cache)):
+                # torch.npu exists once torch_npu is installed
+                for device in (getattr(torch, name, None) for name in ("cuda", "xpu", "npu")):
+                    if device is not None and device.is_available():
+                        gc.collect()
+                        device.empty_cache()
+
+    empty_cuda_cache = empty_device_cache  # its name until TRL 0.6
 
 
 # Sampling ------------------------------------------------------------------------------------------------------------

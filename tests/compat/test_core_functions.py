@@ -7,6 +7,7 @@ right thing stands here.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,14 @@ class TestLogits:
 
     def test_logprobs_of_half_precision_logits_are_float32(self) -> None:
         assert core.logprobs_from_logits(torch.zeros(1, 2, 3).bfloat16(), torch.tensor([[0, 1]])).dtype == torch.float32
+
+    def test_logprobs_of_the_whole_vocabulary(self) -> None:
+        logits = torch.log(torch.tensor([[[0.2, 0.3, 0.5], [0.7, 0.2, 0.1]]])) + 5
+        expected = [[[math.log(p) for p in row] for row in ((0.2, 0.3, 0.5), (0.7, 0.2, 0.1))]]
+        assert_close(core.logprobs_from_logits(logits, None, gather=False), expected)
+        assert core.logprobs_from_logits(logits.bfloat16(), torch.tensor([[0, 1]]), gather=False).dtype == torch.float32
+        with pytest.raises(ValueError, match="labels=None"):
+            core.logprobs_from_logits(logits, None)
 
     def test_labels_that_do_not_fit(self) -> None:
         with pytest.raises(ValueError, match=r"\(1, 2, 3\).*\(1, 3\)"):
@@ -283,6 +292,39 @@ class TestDecorators:
 
         assert (double(3), double(4)) == (6, 8)
         assert emptied == ["emptied"] * 3
+
+    @pytest.mark.parametrize("device", ["cuda", "xpu", "npu"])
+    def test_every_kind_of_device(self, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+        calls: list[str] = []
+        for name in ("cuda", "xpu", "npu"):
+            module = SimpleNamespace(
+                is_available=lambda name=name: name == device, empty_cache=lambda name=name: calls.append(name)
+            )
+            monkeypatch.setattr(torch, name, module, raising=False)
+
+        @core.PPODecorators.empty_device_cache()
+        def off() -> None: ...
+
+        @core.PPODecorators.empty_device_cache(True)
+        def on() -> None: ...
+
+        off()
+        assert calls == []
+        on()
+        with core.PPODecorators.empty_device_cache(enabled=True):
+            assert calls == [device]
+        assert calls == [device, device]
+
+    def test_a_users_own_switch_of_devices(self, emptied: list[str]) -> None:
+        class Mine(core.PPODecorators):
+            optimize_device_cache = True
+
+        with Mine.empty_device_cache(enabled=False):
+            pass
+        assert emptied == []
+        with Mine.empty_device_cache():
+            pass
+        assert emptied == ["emptied"]
 
     def test_after_an_error_too(self, emptied: list[str]) -> None:
         with pytest.raises(RuntimeError, match="boom"), core.PPODecorators.empty_cuda_cache(True):

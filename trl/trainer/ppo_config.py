@@ -6,10 +6,11 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from trl import legacy
 from trl.trackers.plain import plain
 from trl.trainer.setting_names import DEFAULTS_OF, SINCE_0_7, names_unknown_settings
 
@@ -336,3 +337,7 @@ class PPOConfig:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+    __getattr__ = legacy.lookup(__name__)

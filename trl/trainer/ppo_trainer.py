@@ -9,14 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from trl import functional, legacy
 from trl.algorithms.ppo import PPO, PPOSettings, RewardSettings, experience_statistics, ppo_terms
-from trl.functional import entropy, gae, k1, k1_abs, k2, k3, masked_whiten, shape_rewards
+from trl.functional import entropy, gae, k1, k1_abs, k2, k3, shape_rewards
 from trl.models import PreTrainedModelWrapper
 from trl.trainer.online import OnlineTrainer
 from trl.trainer.ppo_compat import (
@@ -39,6 +40,9 @@ from trl.types import ActorCritic, Experience, Rollout
 # Keys that `prepare_model_inputs` may return: those that forward passes read, and what language-model collators add.
 _INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"}
 _KL_OF_TOKEN = {"kl": k1, "abs": k1_abs, "mse": k2, "k3": k3}
+
+if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+    __getattr__ = legacy.lookup(__name__)
 
 
 class PPOTrainer(OnlineTrainer):
@@ -263,7 +267,7 @@ class PPOTrainer(OnlineTrainer):
         advantages, returns = gae(
             rewards, values, counted, gamma=float(self.config.gamma or 0), lam=float(self.config.lam or 0)
         )
-        advantages = masked_whiten(advantages, counted, reduce=self._trl_reduce)
+        advantages = functional.masked_whiten(advantages, counted, reduce=self._trl_reduce)
         entropies = entropy(logits)
         if entropies.shape != counted.shape:  # TRL 0.4.6 took any logits here, such as [B, S]
             entropies = entropies.mean().expand(counted.shape)
