@@ -141,7 +141,7 @@ def test_what_fills_a_size_up_is_not_seen(make: Any, monkeypatch: pytest.MonkeyP
     sizes: list[int] = []
     module = import_module("trl.models.evaluate")
     for more in (0, 13):
-        monkeypatch.setattr(module, "shared_size", lambda n, more=more: sizes.append(n + more) or n + more)
+        monkeypatch.setattr(module, "bucket_size", lambda n, more=more: sizes.append(n + more) or n + more)
         torch.manual_seed(0)
         model = wrap(make())
         rollout = make_rollout("left", seq2seq=model.is_encoder_decoder)

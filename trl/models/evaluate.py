@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trl.functional.kl import exact_kl
 from trl.functional.logprobs import token_logprobs_and_entropy
 from trl.kernels.packed_attention import packed
-from trl.kernels.products import shared_size
+from trl.kernels.products import bucket_size
 from trl.models.frozen import RolloutAboveFrozen, beginning_above, draws_below, only_first_layers
 from trl.models.padding import clean, forward_inputs, ignores_padding, left_edge, move
 from trl.models.predictions import Wanted, abilities, decoder_config, may_pack, predict
@@ -146,7 +146,7 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
         before[order[1:]] = lengths[order[:-1]].cumsum(dim=0)
         place = before[:, None] + count
         where = place[attention]
-        flat = where.new_zeros(shared_size(len(where)))
+        flat = where.new_zeros(bucket_size(len(where)))
         flat[where] = tokens[attention]
         positions = torch.zeros_like(flat)
         positions[where] = count[attention]
@@ -159,7 +159,7 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
         inputs = forward_inputs(
             model, move(tokens, order), move(attention, order), rollout.encoder_tokens, rollout.encoder_attention
         )
-    filling = (0, shared_size(len(row)) - len(row) if row.device.type == "cpu" else 0)
+    filling = (0, bucket_size(len(row)) - len(row) if row.device.type == "cpu" else 0)
     rows, following = F.pad(place[row, column], filling), F.pad(tokens[row, column + 1], filling)
     layout = _Layout(inputs=inputs, running=running, place=place, asked=asked, rows=rows, tokens=following)
     if not isinstance(rollout, RolloutAboveFrozen) or draws_below(model, rollout.depth):

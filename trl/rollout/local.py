@@ -17,7 +17,7 @@ from torch import Tensor
 from trl.functional.sampling import draw, sampling_logits
 from trl.kernels.decode_attention import decoding
 from trl.kernels.packed_weights import packed_weights
-from trl.kernels.products import shared_size
+from trl.kernels.products import bucket_size
 from trl.rollout.assembly import Side, assemble
 from trl.rollout.decoders import decoder_for, start_token
 from trl.types import Rollout, Sampling
@@ -195,7 +195,7 @@ def _sample(
             lengths[indices[live & ended]] = t + 1
             if left == 0:
                 break
-            room = shared_size(left, steps=4) if device.type == "cpu" else left
+            room = bucket_size(left, steps=4) if device.type == "cpu" else left
             if room <= (1 - _COMPACT_SHARE) * len(limit):
                 kept = running.logical_not().argsort(stable=True)[:room].sort().values  # may include finished rows
                 decoder.keep(kept)
