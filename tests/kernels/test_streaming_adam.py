@@ -356,7 +356,7 @@ def test_hooks_and_schedulers_see_a_step(make_batch: Any) -> None:  # noqa: F811
     assert optimizer.param_groups[0]["lr"] == 5e-4
     copies = trainer.compute._copies
     assert copies is not None
-    assert torch.equal(copies._copies[copies._places[weight]], weight.bfloat16())
+    assert torch.equal(copies._copies[copies._indices[weight]], weight.bfloat16())
 
 
 @pytest.mark.kernel

@@ -348,11 +348,13 @@ def test_wrapped_for_several_processes() -> None:
 
 def test_rollouts_that_do_not_fit() -> None:
     rollout = make_rollout("left")
-    with pytest.raises(ValueError, match="mask one column narrower"):
+    with pytest.raises(ValueError, match="mask one fewer"):
         evaluate(wrap(tiny_gpt2()), replace(rollout, mask=rollout.attention))
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration needs the rollout's encoder_tokens"):
+    with pytest.raises(
+        ValueError, match="T5ForConditionalGeneration is an encoder-decoder and needs the rollout's encoder_tokens"
+    ):
         evaluate(wrap(tiny_t5()), rollout)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel is no encoder-decoder"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is not an encoder-decoder"):
         evaluate(wrap(tiny_gpt2()), make_rollout("left", seq2seq=True))
     with pytest.raises(ValueError, match="temperature=0"):
         evaluate(wrap(tiny_gpt2()), rollout, temperature=0.0)

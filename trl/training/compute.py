@@ -123,4 +123,4 @@ class Compute(Passes):
         """Adds the frozen reference; for bfloat16 passes, stores it in bfloat16 except what the policy shares."""
         self._models.append(reference)
         if self.narrow:
-            narrow_for_good(reference, besides=policy)
+            narrow_for_good(reference, shared_with=policy)
