@@ -234,7 +234,8 @@ def test_a_rollout_holds_what_was_sampled_and_what_was_seen(seq2seq: bool, side:
 
 
 @pytest.mark.parametrize(
-    ("limits", "problem"), [((4, 4, 0, 4, 4), "at most 0 new tokens"), ((4, 4), "holds 2 numbers for 5 queries")]
+    ("limits", "problem"),
+    [((4, 4, 0, 4, 4), "contains 0; every response needs at least 1"), ((4, 4), "has 2 entries for 5 queries")],
 )
 def test_limits_are_checked(limits: tuple[int, ...], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):

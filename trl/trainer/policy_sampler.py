@@ -22,9 +22,9 @@ from trl.rollout import (
     TransformersEngine,
     check_context,
     check_sampling,
+    local_sampling,
     new_token_limits,
     obstacle,
-    own_sampling,
     rollout_rows,
     unseen_by_scoring,
 )
@@ -184,7 +184,7 @@ class PolicySampler:
                 self._trial = (model, obstacle(model))
         problem = self._trial[1]
         drawn: dict[str, Any] = {"max_new_tokens": 1} if limits_are_drawn else {}  # any number: the limits say which
-        request = own_sampling(policy.generation_config, kwargs | drawn)
+        request = local_sampling(policy.generation_config, kwargs | drawn)
         reason = problem or (request if isinstance(request, str) else None)
         if isinstance(request, Sampling) and limits is not None and reason is None:
             critic = policy.watch_values if watch and not request.greedy else nullcontext
