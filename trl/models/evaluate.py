@@ -16,7 +16,7 @@ from trl.functional.logprobs import token_logprobs_and_entropy
 from trl.kernels.packed_attention import packed
 from trl.kernels.products import bucket_size
 from trl.models.frozen import RolloutAboveFrozen, first_layers_in_training, only_first_layers, skipping_first_layers
-from trl.models.padding import clean, forward_inputs, ignores_padding, left_edge, move
+from trl.models.padding import clean, forward_inputs, ignores_padding, left_aligning_order, reorder
 from trl.models.predictions import PredictionRequest, abilities, decoder_config, may_pack, predict
 from trl.models.trunk import (
     base_language_model,
@@ -59,10 +59,10 @@ def evaluate(
         return_logits: also return the logits, in the model's dtype and not divided by the temperature.
 
     Returns:
-        float32 tensors [B, S]; columns that were not computed are 0. Logits, if asked for, are [B, S, V].
+        float32 tensors [B, S]; columns that were not computed are 0. Logits, if requested, are [B, S, V].
 
     Raises:
-        ValueError: if an encoder-decoder gets no `encoder_tokens`, or a decoder-only model gets some.
+        ValueError: if an encoder-decoder gets no `encoder_tokens`, or a decoder-only model gets them.
     """
     _check_rollout(model, rollout)
     if not ignores_padding(model) and bool(_padding(rollout).any()):
@@ -84,10 +84,10 @@ def evaluate(
         return _without_logits(model, rollout, temperature, entropy, values, response_only)
     # Left-align rows, so that positions count from column 0 for every position scheme and recurrent states start at the
     # first token; `place` undoes it.
-    order = left_edge(rollout.attention)
-    tokens = move(clean(rollout.tokens, rollout.attention), order)  # [B, T]
-    attention = move(rollout.attention.bool(), order)  # [B, T]
-    mask = move(F.pad(rollout.mask, (0, 1)), order)  # [B, T], column s means the same as in [B, S]
+    order = left_aligning_order(rollout.attention)
+    tokens = reorder(clean(rollout.tokens, rollout.attention), order)  # [B, T]
+    attention = reorder(rollout.attention.bool(), order)  # [B, T]
+    mask = reorder(F.pad(rollout.mask, (0, 1)), order)  # [B, T], column s means the same as in [B, S]
     requested = _span(mask) if response_only else slice(0, tokens.shape[1] - 1)
 
     inputs = forward_inputs(model, tokens, attention, rollout.encoder_tokens, rollout.encoder_attention)
@@ -105,7 +105,7 @@ def evaluate(
         """Maps the computed columns [B, c, ...] to the rollout's columns [B, S, ...]."""
         edges = (computed.start, tokens.shape[1] - computed.stop)
         x = F.pad(x, (*(0, 0) * (x.dim() - 2), *edges))
-        return move(x, order.argsort(dim=1))[:, :-1]
+        return reorder(x, order.argsort(dim=1))[:, :-1]
 
     return Evaluation(
         logprobs=place(logprobs),
@@ -123,7 +123,7 @@ class _Layout:
     context: AbstractContextManager[None]  # context to run the forward in
     place: Tensor  # [B, T] index of each token in the flattened decoder inputs
     requested: Tensor  # [B, S] True where a prediction is requested
-    rows: Tensor  # [N] index of each requested prediction in the same; padded, so that few distinct N occur
+    rows: Tensor  # [N] index of each requested prediction in them; padded to repeat few distinct N
     tokens: Tensor  # [N] token predicted there
 
     def scatter_states(self, states: Tensor, attention: Tensor) -> Tensor:
@@ -160,11 +160,11 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
         inputs = {"input_ids": flat[None], "position_ids": positions[None], "use_cache": False}
         context = packed(decoder_config(model), [n for n in lengths[order].tolist() if n > 0])
     else:
-        order = left_edge(attention)
+        order = left_aligning_order(attention)
         start = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
         place = start + count.clamp(min=0)
         inputs = forward_inputs(
-            model, move(tokens, order), move(attention, order), rollout.encoder_tokens, rollout.encoder_attention
+            model, reorder(tokens, order), reorder(attention, order), rollout.encoder_tokens, rollout.encoder_attention
         )
     padding = (0, bucket_size(len(row)) - len(row) if row.device.type == "cpu" else 0)
     rows, following = F.pad(place[row, column], padding), F.pad(tokens[row, column + 1], padding)

@@ -148,10 +148,10 @@ def forward_inputs(
         if accepts(model, "position_ids"):
             inputs["position_ids"] = (attention.long().cumsum(dim=1) - 1).clamp(min=0)
         return inputs
-    order = left_edge(encoder_attention)
+    order = left_aligning_order(encoder_attention)
     return inputs | {
-        "input_ids": move(clean(encoder_tokens, encoder_attention), order),
-        "attention_mask": move(encoder_attention.long(), order),
+        "input_ids": reorder(clean(encoder_tokens, encoder_attention), order),
+        "attention_mask": reorder(encoder_attention.long(), order),
         "decoder_input_ids": tokens,
         "decoder_attention_mask": attention.long(),
     }
@@ -162,11 +162,11 @@ def clean(tokens: Tensor, attention: Tensor) -> Tensor:
     return tokens.masked_fill(~attention.bool(), 0)
 
 
-def left_edge(attention: Tensor) -> Tensor:
+def left_aligning_order(attention: Tensor) -> Tensor:
     """Returns a column order [B, T] that puts each row's tokens before its padding, given `attention` [B, T]."""
     return torch.argsort(~attention.bool(), dim=1, stable=True)
 
 
-def move(x: Tensor, order: Tensor) -> Tensor:
+def reorder(x: Tensor, order: Tensor) -> Tensor:
     """Reorders the columns of `x` [B, T, ...] by `order` [B, T]."""
     return x.gather(1, order.reshape(order.shape + (1,) * (x.dim() - 2)).expand_as(x))

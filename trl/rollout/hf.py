@@ -98,8 +98,8 @@ class TransformersEngine:
                 call_arguments |= {"stopping_criteria": criteria, "return_dict_in_generate": True}
                 generated = model.generate(**inputs, **call_arguments)
                 width = 1 if seq2seq else tokens.shape[1]
-                sizes = _sizes(model, generated, recorder, width)
-                for row, row_tokens, size in zip(rows, generated.sequences, sizes, strict=True):
+                row_lengths = _row_lengths(model, generated, recorder, width)
+                for row, row_tokens, size in zip(rows, generated.sequences, row_lengths, strict=True):
                     pairs[row] = (row_tokens[:width] if seq2seq else queries[row], row_tokens[width:size])
         contexts, responses = zip(*(pairs[row] for row in range(len(queries))), strict=True)
         return assemble(
@@ -192,7 +192,7 @@ def _criteria(model: Any, kwargs: dict[str, Any], stops: Sequence[int]) -> tuple
     return StoppingCriteriaList([*native, recorder]), recorder
 
 
-def _sizes(model: Any, generated: Any, recorder: _LengthRecorder, before: int) -> list[int]:
+def _row_lengths(model: Any, generated: Any, recorder: _LengthRecorder, before: int) -> list[int]:
     """Returns the length of each row that `generate` returned, without padding and including `before` input tokens."""
     sequences = generated.sequences
     if getattr(generated, "beam_indices", None) is not None:  # the source beam of each token; -1 after the end

@@ -67,7 +67,7 @@ class LocalEngine:
                 `batch_size`.
 
         Raises:
-            ValueError: if there is not one limit per query, or one is below 1.
+            ValueError: if `sampling.limits` does not have one entry per query, or has one below 1.
             RuntimeError: if logits are NaN or infinite.
         """
         count, limits = len(queries), sampling.limits
@@ -233,7 +233,7 @@ def _choose(sampling: Sampling, raw: Tensor, length: int, uniforms: Tensor) -> t
 
 
 def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`[b]` tokens, and zeros: NaN where logits `[b, V]` have no largest one that is finite."""
+    """Returns the likeliest tokens `[b]` of logits `[b, V]`, and 0 as their logprobs, NaN if the largest is not finite."""
     tokens = logits.argmax(dim=-1)
     largest = logits.gather(-1, tokens[:, None]).squeeze(-1)
     return tokens, largest - largest
