@@ -19,13 +19,13 @@ class RolloutEngine(Protocol):
     def generate(self, queries: Sequence[Tensor], sampling: Sampling) -> Rollout:
         """Samples one response to each of `B` 1-D queries, in order.
 
-        The rollout's mask covers every response token. It carries what the engine saw: `sampler_logprobs` under the
-        sampling distribution, the critic's `values` where the engine has it, and the `policy_version`.
+        The rollout's mask covers every response token. It includes what the engine computed: `sampler_logprobs` under the
+        sampling distribution, the critic's `values` if the engine has a critic, and the `policy_version`.
         """
         ...
 
     def update_weights(self, version: int) -> None:
-        """Makes the policy's current weights, called `version`, those that the next `generate` samples from."""
+        """Makes the next `generate` sample from the policy's current weights, which are numbered `version`."""
         ...
 
 

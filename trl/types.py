@@ -175,18 +175,18 @@ class Scored:
         fractions of samples with an error and without a score.
         """
         count = max(len(self), 1)
-        found: dict[str, float] = {}
+        result: dict[str, float] = {}
         for name, values in self.components.items():
             known = [value for value in values if value is not None]
             mean = math.fsum(known) / len(known) if known else math.nan
             spread = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / len(known)) if known else math.nan
-            found |= {f"reward/{name}/mean": mean, f"reward/{name}/std": spread}
-            found |= {f"reward/{name}/min": min(known, default=math.nan)}
-            found |= {f"reward/{name}/max": max(known, default=math.nan)}
-            found |= {f"reward/{name}/none": values.count(None) / count}
-        found["reward/errors"] = sum(error is not None for error in self.errors) / count
-        found["reward/excluded"] = self.scores.count(None) / count
-        return found
+            result |= {f"reward/{name}/mean": mean, f"reward/{name}/std": spread}
+            result |= {f"reward/{name}/min": min(known, default=math.nan)}
+            result |= {f"reward/{name}/max": max(known, default=math.nan)}
+            result |= {f"reward/{name}/none": values.count(None) / count}
+        result["reward/errors"] = sum(error is not None for error in self.errors) / count
+        result["reward/excluded"] = self.scores.count(None) / count
+        return result
 
 
 @dataclass(frozen=True, slots=True)

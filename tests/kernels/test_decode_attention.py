@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama
 from trl.kernels.decode_attention import decoding, decoding_attention
-from trl.kernels.kv_cache import GrowingLayer, whole_room
+from trl.kernels.kv_cache import GrowingLayer, full_buffer
 
 
 class Module:
@@ -54,15 +54,15 @@ def test_models_that_attend_in_their_own_way_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("mask", ["none", "bool", "float"])
-def test_bfloat16_reads_the_whole_room_of_the_cache_and_sees_its_tokens_alone(mask: str) -> None:
+def test_bfloat16_reads_the_full_buffer_of_the_cache_and_sees_its_tokens_alone(mask: str) -> None:
     random = torch.Generator().manual_seed(1)
     layer = GrowingLayer()
     states = torch.randn(2, 5, 2, 11, 8, generator=random).bfloat16()
     key, value = layer.update(*states)
     query = torch.randn(5, 6, 1, 8, generator=random).bfloat16()
-    assert whole_room(key).shape[2] > 11
-    assert not whole_room(value)[:, :, 11:].any()
-    whole_room(key)[:, :, 11:] = 1e9  # as though it were of finished rows
+    assert full_buffer(key).shape[2] > 11
+    assert not full_buffer(value)[:, :, 11:].any()
+    full_buffer(key)[:, :, 11:] = 1e9  # as though it were of finished rows
     seen = torch.ones(5, 1, 1, 11, dtype=torch.bool)
     seen[1, :, :, :4] = False
     given = {"none": None, "bool": seen, "float": torch.zeros(5, 1, 1, 11).masked_fill(~seen, -1e30).bfloat16()}[mask]

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from trl.kernels import products
-from trl.kernels.linear import quick_products
+from trl.kernels.linear import fast_linear_layers
 from trl.kernels.products import LinearForward
 from trl.models.predictions import abilities
 from trl.models.trunk import without_head
@@ -48,7 +48,7 @@ def test_same_logits_and_gradients_and_nothing_left_behind(make) -> None:
         return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
 
     want = numbers(copy.deepcopy(model).double())
-    with quick_products(model):
+    with fast_linear_layers(model):
         found = [m for m in model.modules() if isinstance(vars(m).get("forward"), LinearForward)]
         assert len(found) == (15 if make is llama else 9)
         got = numbers(model)
@@ -62,8 +62,8 @@ def test_same_logits_and_gradients_and_nothing_left_behind(make) -> None:
 def test_within_each_other_and_with_shared_layers() -> None:
     model, other = llama(), llama()
     other.model.layers[0] = model.model.layers[0]
-    with quick_products(model, other):
-        with quick_products(model):
+    with fast_linear_layers(model, other):
+        with fast_linear_layers(model):
             pass
         assert isinstance(vars(model.lm_head)["forward"], LinearForward)
         with without_head(model):
@@ -75,34 +75,34 @@ def test_within_each_other_and_with_shared_layers() -> None:
 def test_a_layer_that_somebody_replaced_is_left_alone() -> None:
     model = llama()
     theirs = model.lm_head.forward = lambda hidden: hidden[..., :5]
-    with quick_products(model):
+    with fast_linear_layers(model):
         assert model.lm_head.forward is theirs
     assert model.lm_head.forward is theirs
 
 
 def test_after_an_error_nothing_is_left_behind() -> None:
     model = llama()
-    with pytest.raises(ZeroDivisionError), quick_products(model):
+    with pytest.raises(ZeroDivisionError), fast_linear_layers(model):
         raise ZeroDivisionError
     assert not any("forward" in vars(m) for m in model.modules())
 
 
 def test_a_model_that_multiplies_so_still_projects() -> None:
     model = llama()
-    with quick_products(model):
+    with fast_linear_layers(model):
         assert abilities(model).projects
 
 
 def test_where_torch_is_quick_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_mkl_is_slow", lambda: False)
     model = llama()
-    with quick_products(model):
+    with fast_linear_layers(model):
         assert not any("forward" in vars(m) for m in model.modules())
 
 
 def test_the_argument_may_be_named() -> None:
     layer, rows = llama().lm_head, torch.randn(3, 64)
     want = layer(rows)
-    with quick_products(layer):
+    with fast_linear_layers(layer):
         torch.testing.assert_close(layer(input=rows), want)
         torch.testing.assert_close(layer(rows), want)

@@ -60,7 +60,7 @@ def test_numbers_and_gradients(
     lengths: list[int], queries: int, kept: int, window: int | None, shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_QUERIES", queries)
-    monkeypatch.setattr(attention, "_KEPT_LENGTH", kept)
+    monkeypatch.setattr(attention, "_SAVED_LENGTH", kept)
     inputs = case(lengths, shared=shared)
     results = []
     for out in (ours(inputs, lengths, window), alone(*inputs, lengths, window)):
@@ -116,7 +116,7 @@ def test_what_it_does_not_know_is_refused(others: dict[str, Any]) -> None:
         packed_attention(Module(), *case([4]), torch.zeros(1, 1, 4, 4))
     with (
         packed(tiny_llama().config, [4]),
-        pytest.raises(NotImplementedError, match="sliding_window=2 and a mask whose window is"),
+        pytest.raises(NotImplementedError, match="sliding_window=2 with a mask whose window is"),
     ):
         packed_attention(Module(), *case([4]), None, sliding_window=2)
 

@@ -67,7 +67,7 @@ def test_the_weights_of_the_moment_are_packed() -> None:
 
 @pytest.mark.parametrize("mkl_is_slow", [False, True])
 def test_a_single_float32_row_is_left_to_mkl(mkl_is_slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "quicker_products", lambda: mkl_is_slow)
+    monkeypatch.setattr(packing, "prefers_onednn", lambda: mkl_is_slow)
     for rows in (1, 2):
         with packed_weights(model := llama(), rows=rows, tokens=LEAST_TOKENS):
             assert bool(replaced(model)) == (rows > 1 or mkl_is_slow)
@@ -202,14 +202,16 @@ def test_the_memory_of_a_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert known is not None
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "limit").write_text(f"{known // 3}\n")
-    monkeypatch.setattr(packing, "_limits", lambda: [tmp_path / "memory.max", tmp_path / "limit", tmp_path / "none"])
+    monkeypatch.setattr(
+        packing, "_limit_files", lambda: [tmp_path / "memory.max", tmp_path / "limit", tmp_path / "none"]
+    )
     assert packing._memory.__wrapped__() == known // 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert packing._memory.__wrapped__() == known // 3 // 2
 
 
 @old_name
-def test_within_quick_products_and_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_within_fast_linear_layers_and_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     for module in model.modules():
         if type(module) is torch.nn.Linear:

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear as torch_linear
 
 from trl.kernels import products
-from trl.kernels.products import can_be_packed, linear, packed, packed_linear, shared_size, summed_outer
+from trl.kernels.products import bucket_size, can_be_packed, linear, packed, packed_linear, summed_outer
 
 pytestmark = pytest.mark.kernel
 
@@ -132,11 +132,11 @@ def test_small_weights_are_not_packed(shape: tuple[int, int]) -> None:
     assert not can_be_packed(torch.zeros(200, 200, dtype=torch.float64))
 
 
-def test_shared_sizes_are_few_and_near() -> None:
-    sizes = [shared_size(count) for count in range(2000)]
+def test_bucket_sizes_are_few_and_near() -> None:
+    sizes = [bucket_size(count) for count in range(2000)]
     assert sizes[:33] == list(range(33))
     assert all(count <= size <= count * 17 / 16 for count, size in enumerate(sizes))
     assert sizes == sorted(sizes)
-    assert all(shared_size(size) == size for size in sizes)
+    assert all(bucket_size(size) == size for size in sizes)
     assert len(set(sizes[1024:])) <= 17
-    assert {shared_size(count, steps=4) for count in range(33, 65)} == {40, 48, 56, 64}
+    assert {bucket_size(count, steps=4) for count in range(33, 65)} == {40, 48, 56, 64}

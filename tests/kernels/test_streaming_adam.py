@@ -55,7 +55,7 @@ def equal(first: Any, second: Any) -> bool:
 def test_it_is_fused_adam_to_the_bit(
     kind: type[Adam], weight_decay: float, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "_CACHED", piece)
+    monkeypatch.setattr(streaming, "_CPU_CHUNK", piece)
     mine, theirs = parameters(), parameters()
 
     def optimizer(some: list[nn.Parameter]) -> Adam:
@@ -96,7 +96,7 @@ def test_clipping_is_torchs() -> None:
 
 
 def test_a_norm_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "_CACHED", 4)
+    monkeypatch.setattr(streaming, "_CPU_CHUNK", 4)
     assert_close(total_norm([torch.full((9,), 2.0).bfloat16()], [torch.tensor([8.0])]), 10.0, 1e-6)
     assert total_norm([], []) == 0
     assert not total_norm([torch.tensor([1.0, float("nan")]).bfloat16()], []).isfinite()
@@ -356,7 +356,7 @@ def test_hooks_and_schedulers_see_a_step(make_batch: Any) -> None:  # noqa: F811
     assert optimizer.param_groups[0]["lr"] == 5e-4
     copies = trainer.compute._copies
     assert copies is not None
-    assert torch.equal(copies._copies[copies._places[weight]], weight.bfloat16())
+    assert torch.equal(copies._copies[copies._indices[weight]], weight.bfloat16())
 
 
 @pytest.mark.kernel

@@ -142,7 +142,7 @@ def test_bad_adapters(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"contains no adapter_model\.safetensors"):
         Causal.from_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()
-    with pytest.raises(ValueError, match="names no base_model_name_or_path"):
+    with pytest.raises(ValueError, match="has no base_model_name_or_path"):
         Causal.from_pretrained(tmp_path)
 
 
@@ -270,5 +270,5 @@ def test_bad_reward_adapters(base: Path, reward_folder: Path, tmp_path: Path) ->
     model.add_and_load_reward_modeling_adapter(reward_folder)
     with pytest.raises(ValueError, match="already has an adapter"):
         model.add_and_load_reward_modeling_adapter(reward_folder)
-    with pytest.raises(ValueError, match="'other' is none of"):
+    with pytest.raises(ValueError, match="'other' must be one of"):
         model.compute_reward_score(TOKENS, ppo_adapter_name="other")

@@ -314,7 +314,7 @@ def test_a_pickle_of_something_else_is_refused(tmp_path: Path) -> None:
     from trl.models.loading import read_pickle
 
     torch.save([1, 2], tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(ValueError, match="contains a list"):
         read_pickle(str(tmp_path / "pytorch_model.bin"))
 
 

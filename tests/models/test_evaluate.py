@@ -141,7 +141,7 @@ def test_what_fills_a_size_up_is_not_seen(make: Any, monkeypatch: pytest.MonkeyP
     sizes: list[int] = []
     module = import_module("trl.models.evaluate")
     for more in (0, 13):
-        monkeypatch.setattr(module, "shared_size", lambda n, more=more: sizes.append(n + more) or n + more)
+        monkeypatch.setattr(module, "bucket_size", lambda n, more=more: sizes.append(n + more) or n + more)
         torch.manual_seed(0)
         model = wrap(make())
         rollout = make_rollout("left", seq2seq=model.is_encoder_decoder)
@@ -348,11 +348,13 @@ def test_wrapped_for_several_processes() -> None:
 
 def test_rollouts_that_do_not_fit() -> None:
     rollout = make_rollout("left")
-    with pytest.raises(ValueError, match="mask one column narrower"):
+    with pytest.raises(ValueError, match="mask one fewer"):
         evaluate(wrap(tiny_gpt2()), replace(rollout, mask=rollout.attention))
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration needs the rollout's encoder_tokens"):
+    with pytest.raises(
+        ValueError, match="T5ForConditionalGeneration is an encoder-decoder and needs the rollout's encoder_tokens"
+    ):
         evaluate(wrap(tiny_t5()), rollout)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel is no encoder-decoder"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is not an encoder-decoder"):
         evaluate(wrap(tiny_gpt2()), make_rollout("left", seq2seq=True))
     with pytest.raises(ValueError, match="temperature=0"):
         evaluate(wrap(tiny_gpt2()), rollout, temperature=0.0)

@@ -194,4 +194,4 @@ def test_a_model_whose_passes_cannot_begin_above(caplog: pytest.LogCaptureFixtur
     with caplog.at_level("INFO", logger="trl"):
         assert frozen_depth(model) == 0
         assert frozen_depth(model) == 0
-    assert caplog.text.count("frozen first layers are run in every pass") == 1
+    assert caplog.text.count("every pass runs the frozen first layers") == 1

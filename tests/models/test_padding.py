@@ -125,7 +125,7 @@ def test_a_model_that_sees_padding_is_read_by_lengths(side: str, caplog: pytest.
     with caplog.at_level(logging.INFO):
         assert not ignores_padding(model)
         assert ignores_padding(_wrap(tiny_llama()))
-    assert "SeesPadding: sequences of one length are read at a time: with padding, logits are off by" in caplog.text
+    assert "SeesPadding: only sequences of equal length share a pass: padding changes the logits by" in caplog.text
     rollout = make_rollout(side)
     with torch.no_grad():
         logits = evaluate(model, rollout, return_logits=True).logits
@@ -150,7 +150,7 @@ def test_a_model_that_sees_padding_is_read_by_lengths(side: str, caplog: pytest.
 
 def test_a_decoder_that_looks_ahead_is_refused() -> None:
     rollout = make_rollout("right")
-    with pytest.raises(ValueError, match=r"BertLMHeadModel: logits depend on the tokens after.*is_decoder=True"):
+    with pytest.raises(ValueError, match=r"BertLMHeadModel: logits depend on later tokens.*is_decoder=True"):
         evaluate(_wrap(tiny_bert(False)), rollout)
     model = _wrap(tiny_bert(True))
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_an_encoder_decoder_that_looks_ahead_is_warned_of(caplog: pytest.LogCapt
     assert not caplog.text
     (prophetnet,) = (architecture for architecture in ZOO if architecture.name == "ProphetNet")
     ignores_padding(_stirred(prophetnet.build()))
-    assert "ProphetNetForConditionalGeneration: logits depend on the tokens after theirs" in caplog.text
+    assert "ProphetNetForConditionalGeneration: logits depend on later tokens" in caplog.text
 
 
 @pytest.mark.parametrize(("kind", "told"), [("Roberta", True), ("Electra", False)])

@@ -35,7 +35,7 @@ def test_finds_the_width_of_the_last_hidden_state(settings: dict[str, object], w
 
 
 def test_names_a_configuration_without_a_width() -> None:
-    with pytest.raises(ValueError, match="SimpleNamespace names no hidden size"):
+    with pytest.raises(ValueError, match="SimpleNamespace defines no hidden size"):
         hidden_size(config(vocab_size=3))
 
 

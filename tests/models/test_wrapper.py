@@ -266,7 +266,7 @@ def test_forward_takes_a_cache_by_either_name(given: str, taken: str) -> None:
 
 def test_forward_takes_one_cache() -> None:
     model = Causal.from_pretrained(tiny_gpt2()).eval()
-    with pytest.raises(ValueError, match="two names of one argument"):
+    with pytest.raises(ValueError, match="two names for one argument"):
         model(TOKENS, cache=first_three(model), past_key_values=first_three(model))
 
 

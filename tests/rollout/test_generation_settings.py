@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from tests.helpers import tiny_gpt2
-from trl.rollout import own_sampling, unseen_by_scoring
+from trl.rollout import local_sampling, unseen_by_scoring
 from trl.types import Sampling
 
 
@@ -21,22 +21,22 @@ from trl.types import Sampling
         ({"min_length": 5}, "min_length=5 counts the padding"),
         ({"stop_strings": ["."]}, "stop_strings"),
         ({"num_return_sequences": 3}, "num_return_sequences=3"),
-        ({"streamer": object()}, "streamer is a setting that only generate knows"),
-        ({"max_new_tokens": None}, "max_new_tokens is not given"),
+        ({"streamer": object()}, "only generate supports streamer"),
+        ({"max_new_tokens": None}, "max_new_tokens is not set"),
     ],
 )
 def test_what_is_left_to_generate(asked: dict[str, Any], reason: str) -> None:
     config = tiny_gpt2().generation_config
-    got = own_sampling(config, {"do_sample": True, "max_new_tokens": 5, **asked})
+    got = local_sampling(config, {"do_sample": True, "max_new_tokens": 5, **asked})
     assert isinstance(got, str) and reason in got
 
 
 def test_the_usual_settings_are_our_own() -> None:
     config = tiny_gpt2().generation_config
     usual = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": 0, "max_new_tokens": 5}
-    assert own_sampling(config, usual) == Sampling(stops=(1,))
+    assert local_sampling(config, usual) == Sampling(stops=(1,))
     # transformers samples from the 50 most likely words if nobody names a number.
-    assert own_sampling(config, {"do_sample": True, "max_new_tokens": 5}) == Sampling(stops=(1,), top_k=50)
+    assert local_sampling(config, {"do_sample": True, "max_new_tokens": 5}) == Sampling(stops=(1,), top_k=50)
 
 
 def test_the_default_top_k_is_that_of_transformers() -> None:
@@ -60,7 +60,7 @@ def test_arguments_go_before_a_generation_config_before_the_model_s_own() -> Non
 def test_top_k_none_cuts_nothing_as_in_transformers() -> None:
     own = tiny_gpt2(vocab_size=200).generation_config
     asked = {"do_sample": True, "max_new_tokens": 1, "top_k": None}
-    assert own_sampling(own, asked) == Sampling(stops=(1,))
+    assert local_sampling(own, asked) == Sampling(stops=(1,))
     assert unseen_by_scoring(own, asked, 1.0) == {}
     scores = tiny_gpt2(vocab_size=200).generate(
         torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 2).long(), output_scores=True, pad_token_id=0,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5
 from tests.models.zoo import DRIVEN, Architecture, sharp
-from trl.kernels.products import shared_size
+from trl.kernels.products import bucket_size
 from trl.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, evaluate
 from trl.rollout import LocalEngine, decoders, rollout_rows, sample
 from trl.types import Rollout, Sampling
@@ -88,7 +88,7 @@ def test_rows_leave_in_groups_of_sizes_that_repeat(monkeypatch: pytest.MonkeyPat
     got = sample(tiny_gpt2(), queries, sampling=Sampling(), limits=limits, uniforms=numbers(41, 41))
     assert [len(r) for r in got.responses] == limits
     assert len(sizes) > 4
-    assert all(size == shared_size(size, steps=4) for size in sizes)
+    assert all(size == bucket_size(size, steps=4) for size in sizes)
     alone = sample(tiny_gpt2(), queries[30:31], sampling=Sampling(), limits=[31], uniforms=numbers(41, 41)[:31, [30]])
     assert torch.equal(alone.responses[0], got.responses[30])
 
@@ -234,7 +234,8 @@ def test_a_rollout_holds_what_was_sampled_and_what_was_seen(seq2seq: bool, side:
 
 
 @pytest.mark.parametrize(
-    ("limits", "problem"), [((4, 4, 0, 4, 4), "at most 0 new tokens"), ((4, 4), "holds 2 numbers for 5 queries")]
+    ("limits", "problem"),
+    [((4, 4, 0, 4, 4), "contains 0; every response needs at least 1"), ((4, 4), "has 2 entries for 5 queries")],
 )
 def test_limits_are_checked(limits: tuple[int, ...], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):

@@ -337,15 +337,15 @@ def test_optimizer_steps_of_one_token_each_are_told(make_trainer: Any, make_batc
     make_trainer(mini_batch_size=2).step(queries, responses, scores)
 
 
-@pytest.mark.parametrize("state", ["off", "merged"])
+@pytest.mark.parametrize("state", ["disabled", "merged"])
 def test_an_adapter_that_takes_no_part_is_refused(state: str, make_trainer: Any, make_batch: Any) -> None:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(lora(tiny_gpt2()), summary_dropout_prob=0.0)
     trainer, adapted = make_trainer(model=model), model.pretrained_model
     trainer.step(*make_batch())
-    adapted.base_model.disable_adapter_layers() if state == "off" else adapted.merge_adapter()
-    with pytest.raises(ValueError, match=rf"the adapter of .*c_attn is {state}: nothing would reach it"):
+    adapted.base_model.disable_adapter_layers() if state == "disabled" else adapted.merge_adapter()
+    with pytest.raises(ValueError, match=rf"the adapter of .*c_attn is {state} and would get no gradient"):
         trainer.step(*make_batch())
-    adapted.base_model.enable_adapter_layers() if state == "off" else adapted.unmerge_adapter()
+    adapted.base_model.enable_adapter_layers() if state == "disabled" else adapted.unmerge_adapter()
     before = weights(trainer)
     trainer.step(*make_batch())
     assert any(not torch.equal(p, before[name]) for name, p in weights(trainer).items() if "lora_B" in name)

@@ -47,15 +47,15 @@ def test_reshaped_sampling_is_named(make_trainer: Any, asked: dict[str, Any]) ->
         ({"temperature": math.inf}, "temperature=inf must be"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
-        ({"num_return_sequences": 2}, "num_return_sequences=2 cannot be asked for: generate returns one response"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 is not supported: generate returns one response"),
         ({"num_return_sequences": 2, "num_beams": 2}, "num_return_sequences=2"),
         ({"generation_config": GenerationConfig(do_sample=True, num_return_sequences=2)}, "num_return_sequences=2"),
-        ({"return_dict_in_generate": True}, "return_dict_in_generate=True cannot be asked for"),
-        ({"custom_generate": "some/repository"}, "custom_generate='some/repository' cannot"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate=True is not supported"),
+        ({"custom_generate": "some/repository"}, "custom_generate='some/repository' is not supported"),
         ({"token_healing": True}, "token_healing=True"),
-        ({"input_ids": torch.ones(1, 1)}, "input_ids cannot be asked for: generate makes it of the queries"),
-        ({"decoder_input_ids": torch.ones(1, 1)}, "decoder_input_ids cannot be asked for"),
-        ({"cache_implementation": "paged"}, "cache_implementation='paged' cannot"),
+        ({"input_ids": torch.ones(1, 1)}, "input_ids is not supported: generate builds it from the queries"),
+        ({"decoder_input_ids": torch.ones(1, 1)}, "decoder_input_ids is not supported"),
+        ({"cache_implementation": "paged"}, "cache_implementation='paged' is not supported"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -110,7 +110,7 @@ def test_a_response_that_may_not_fit_is_refused_before_sampling(
     assert [len(r) for r in trainer.generate(_long(59), do_sample=False, eos_token_id=None, **asked)] == [6, 64]
     monkeypatch.setattr(trainer.model.pretrained_model, "forward", None)
     with pytest.raises(
-        ValueError, match=r"query_tensor\[1\]: .*max_new_tokens=5 .* after 60 of the query .* 64 tokens: .* 4 new"
+        ValueError, match=r"query_tensor\[1\]: .*max_new_tokens=5 .* after a query of 60 tokens .* 64 tokens; .* 4 new"
     ):
         trainer.generate(_long(60), do_sample=False, **asked)
 
@@ -118,7 +118,7 @@ def test_a_response_that_may_not_fit_is_refused_before_sampling(
 def test_max_length_counts_the_query(make_trainer: Any) -> None:
     trainer = make_trainer()
     assert [len(r) for r in trainer.generate(_long(60), max_length=64, do_sample=False, eos_token_id=None)] == [5, 64]
-    with pytest.raises(ValueError, match=r"max_new_tokens=5 .*60 of the query"):
+    with pytest.raises(ValueError, match=r"max_new_tokens=5 .*a query of 60 tokens"):
         trainer.generate(_long(60), max_length=65, do_sample=False)
 
 
@@ -138,7 +138,7 @@ def test_an_encoder_decoder_has_room_for_queries_and_for_responses(make_trainer:
     greedy = {"do_sample": False, "eos_token_id": None, "forced_eos_token_id": None}
     assert [len(r) for r in trainer.generate(_long(20), max_new_tokens=15, **greedy)] == [16, 16]
     with pytest.raises(
-        ValueError, match=r"max_new_tokens=16 tokens after the decoder's start token .* 16 tokens: .* 15 new"
+        ValueError, match=r"max_new_tokens=16 tokens after the decoder's start token .* 16 tokens; .* 15 new"
     ):
         trainer.generate(_long(20), max_new_tokens=16, **greedy)
     with pytest.raises(ValueError, match="the query of sample 1 is 33 tokens long"):
@@ -163,7 +163,7 @@ def test_logits_that_are_not_finite_are_an_error(asked: dict[str, Any], vocabula
     asked = asked | {"max_new_tokens": 3, "eos_token_id": -1}
     trainer.generate(QUERIES, **asked)
     trainer.model.pretrained_model.transformer.wpe.weight.data[3] = math.nan  # of the first response token behind three
-    with pytest.raises(RuntimeError, match=r"logits after 3 tokens of a query and 1 of its response hold NaN"):
+    with pytest.raises(RuntimeError, match=r"logits are NaN or infinite after 3 query tokens and 1 response tokens"):
         trainer.generate(QUERIES[:1], **asked)
     assert len(trainer.generate(QUERIES[1], **asked | {"max_new_tokens": 2})[0]) == 3
 
@@ -175,7 +175,7 @@ def test_a_mask_of_ones_for_one_query_says_nothing_new(make_trainer: Any) -> Non
     for mask in (torch.ones(3), torch.ones(1, 3, dtype=torch.int64)):
         assert torch.equal(trainer.generate(QUERIES[0], attention_mask=mask, **asked), expected)
     for mask in (torch.tensor([[0, 1, 1]]), torch.ones(1, 4)):
-        with pytest.raises(ValueError, match="attention_mask cannot be asked for"):
+        with pytest.raises(ValueError, match="attention_mask is not supported"):
             trainer.generate(QUERIES[0], attention_mask=mask, **asked)
 
 

@@ -38,5 +38,5 @@ def keep_freed_memory() -> bool:
         return False
     done = bool(library.mallopt(_M_MMAP_MAX, 0)) and bool(library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
     if done:
-        logger.info("freed memory is kept for the next step (PPOConfig.keep_memory)")
+        logger.info("keeping freed memory in the process for the next step (PPOConfig.keep_memory)")
     return done

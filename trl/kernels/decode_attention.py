@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trl.kernels.door import chosen_attention, kernels_enabled
-from trl.kernels.kv_cache import whole_room
+from trl.kernels.kv_cache import full_buffer
 
 NAME = "trl_decoding"
 
@@ -28,7 +28,7 @@ def decoding_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **others: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' `AttentionInterface`: `[B, heads, n, D]` tensors to `[B, n, heads, D]`.
 
@@ -36,63 +36,63 @@ def decoding_attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    known = all(others.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
-    if query.shape[2] != 1 or not known or key.shape[-1] != value.shape[-1]:
-        found = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-        return found[0], None
+    supported = all(options.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+    if query.shape[2] != 1 or not supported or key.shape[-1] != value.shape[-1]:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        return output, None
     rows, heads, _, size = query.shape
     shared = key.shape[1]
     scale = size**-0.5 if scaling is None else scaling
-    asked = query.reshape(rows * shared, heads // shared, size)
+    queries = query.reshape(rows * shared, heads // shared, size)
     tokens = key.shape[2]
-    if key.dtype != torch.float32 and whole_room(key).shape[2] == whole_room(value).shape[2]:
+    if key.dtype != torch.float32 and full_buffer(key).shape[2] == full_buffer(value).shape[2]:
         # oneDNN copies slices of a buffer first, so multiplying the whole buffer, empty tail included, is cheaper.
-        key, value = whole_room(key), whole_room(value)
+        key, value = full_buffer(key), full_buffer(value)
     bias = _bias(attention_mask, tokens, key, heads)
     keys = key.flatten(0, 1).transpose(1, 2)
     if bias is None:
-        scores = torch.bmm(asked, keys).mul_(scale)
+        scores = torch.bmm(queries, keys).mul_(scale)
     else:
-        scores = torch.baddbmm(bias.expand(*asked.shape[:2], -1), asked, keys, alpha=scale)
+        scores = torch.baddbmm(bias.expand(*queries.shape[:2], -1), queries, keys, alpha=scale)
     out = torch.bmm(torch.softmax(scores, dim=-1), value.flatten(0, 1))
     return out.view(rows, 1, heads, size), None
 
 
 def _bias(mask: Tensor | None, tokens: int, key: Tensor, heads: int) -> Tensor | None:
-    """Builds the additive bias `[B * shared or 1, heads / shared or 1, room]`, -inf in the buffer's unused tail.
+    """Builds the additive bias `[B * shared or 1, heads / shared or 1, capacity]`, -inf in the buffer's unused tail.
 
     Args:
         mask: `[B or 1, heads or 1, n, tokens or more]`, True where attention is allowed, or additive; or None. All
             layers of a pass get the same tensor, so the bias is cached on it.
         tokens: number of tokens in the cache.
-        key: `[B, shared, room, D]`.
+        key: `[B, shared, capacity, D]`.
         heads: number of query heads.
 
     Returns:
         The bias, or None if there is nothing to mask.
     """
-    rows, shared, room = key.shape[:3]
+    rows, shared, capacity = key.shape[:3]
     if mask is None:
-        return None if tokens == room else _tail(tokens, room, key.dtype, key.device)
-    made: dict[Any, Tensor] = mask.__dict__.setdefault("_trl_bias", {})
-    found = made.get((key.shape, key.dtype))
-    if found is None:
-        seen = mask[:, :, -1, :tokens].expand(rows, -1, -1)  # [B, heads or 1, tokens]
-        seen = seen.expand(-1, shared, -1) if seen.shape[1] == 1 else seen
-        found = torch.full((*seen.shape[:2], room), -torch.inf, dtype=key.dtype, device=key.device)
-        if seen.dtype == torch.bool:
-            found[:, :, :tokens] = torch.zeros_like(seen, dtype=key.dtype).masked_fill_(
-                ~seen, torch.finfo(key.dtype).min
+        return None if tokens == capacity else _tail_bias(tokens, capacity, key.dtype, key.device)
+    biases: dict[Any, Tensor] = mask.__dict__.setdefault("_trl_bias", {})
+    bias = biases.get((key.shape, key.dtype))
+    if bias is None:
+        allowed = mask[:, :, -1, :tokens].expand(rows, -1, -1)  # [B, heads or 1, tokens]
+        allowed = allowed.expand(-1, shared, -1) if allowed.shape[1] == 1 else allowed
+        bias = torch.full((*allowed.shape[:2], capacity), -torch.inf, dtype=key.dtype, device=key.device)
+        if allowed.dtype == torch.bool:
+            bias[:, :, :tokens] = torch.zeros_like(allowed, dtype=key.dtype).masked_fill_(
+                ~allowed, torch.finfo(key.dtype).min
             )
         else:
-            found[:, :, :tokens] = seen
-        made[key.shape, key.dtype] = found = found.view(rows * shared, -1, room)
-    return found
+            bias[:, :, :tokens] = allowed
+        biases[key.shape, key.dtype] = bias = bias.view(rows * shared, -1, capacity)
+    return bias
 
 
 @lru_cache(maxsize=4)
-def _tail(tokens: int, room: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    tail = torch.zeros(1, 1, room, dtype=dtype, device=device)
+def _tail_bias(tokens: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    tail = torch.zeros(1, 1, capacity, dtype=dtype, device=device)
     tail[..., tokens:] = -torch.inf
     return tail
 
@@ -101,8 +101,8 @@ def _tail(tokens: int, room: int, dtype: torch.dtype, device: torch.device) -> T
 def decoding(model: Any) -> Iterator[None]:
     """Switches a CPU model from `scaled_dot_product_attention` to `decoding_attention` inside the `with` block."""
     config = model.config.get_text_config(decoder=True)
-    ours = config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", False)
-    if not kernels_enabled() or not ours or next(model.parameters()).device.type != "cpu":
+    supported = config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", False)
+    if not kernels_enabled() or not supported or next(model.parameters()).device.type != "cpu":
         yield
         return
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -1,8 +1,8 @@
-"""The door to this package: its off switch, and how code written for speed takes the place of a model's own.
+"""The only way into this package: its off switch, and how fast code replaces a model's own.
 
 `TRL_KERNELS=off` in the environment runs the library on plain torch and transformers code. Results then differ by
-rounding, and dropout draws other masks, since rows are padded instead of packed. Settings keep their meaning:
-`PPOConfig.dtype`, `optimizer_state_dtype` and `gradient_checkpointing` are no kernels.
+rounding, and dropout draws different masks, because rows are padded instead of packed. Settings keep their meaning:
+`PPOConfig.dtype`, `optimizer_state_dtype` and `gradient_checkpointing` are not kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def kernels_enabled() -> bool:
     if value not in ("", "on", "off"):
         raise ValueError(f"{SWITCH}={value!r} in the environment must be 'on', 'off' or empty")
     if value == "off":
-        logger.info("%s=off: plain torch and transformers code", SWITCH)
+        logger.info("%s=off: running plain torch and transformers code", SWITCH)
     return value != "off"
 
 
@@ -41,7 +41,7 @@ def replace_forwards(forwards: Mapping[Any, Callable[..., Any]]) -> Callable[[],
         forwards: new `forward` of each module.
 
     Returns:
-        A function that gives the modules back the `forward` they had.
+        A function that restores the modules' previous `forward`.
     """
     before = {module: vars(module).get("forward") for module in forwards}  # None: the class's own
     for module, forward in forwards.items():
@@ -68,7 +68,7 @@ def replaced_forwards(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[No
 
 @contextmanager
 def chosen_attention(config: Any, name: str) -> Iterator[None]:
-    """Makes models that use `config` attend by the function registered as `name` inside the `with` block.
+    """Selects the attention function `name` for models that use `config` inside the `with` block.
 
     Args:
         config: the configuration that the attention layers read.

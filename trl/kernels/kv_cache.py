@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from trl.kernels.door import kernels_enabled
 
-_STEP = 16  # minimum number of tokens by which the buffer grows
+_MIN_GROWTH = 16  # minimum number of tokens by which the buffer grows
 
 
 class GrowingLayer(DynamicLayer):
@@ -26,7 +26,7 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._room: tuple[Tensor, Tensor] | None = None
+        self._buffers: tuple[Tensor, Tensor] | None = None
         self._length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -34,49 +34,49 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self._length + key_states.shape[-2]
-        if self._room is None or end > self._room[0].shape[-2]:
-            room = max(end + _STEP, end + end // 2)
-            self._room = (self._enlarged(key_states, 0, room), self._enlarged(value_states, 1, room))
-        keys, values = self._room
+        if self._buffers is None or end > self._buffers[0].shape[-2]:
+            capacity = max(end + _MIN_GROWTH, end + end // 2)
+            self._buffers = (self._grown(key_states, 0, capacity), self._grown(value_states, 1, capacity))
+        keys, values = self._buffers
         keys[:, :, self._length : end] = key_states
         values[:, :, self._length : end] = value_states
         self._length = end
-        self._show()
+        self._update_views()
         return self.keys, self.values
 
-    def _show(self) -> None:
-        assert self._room is not None
-        self.keys, self.values = (_part(whole, self._length) for whole in self._room)
+    def _update_views(self) -> None:
+        assert self._buffers is not None
+        self.keys, self.values = (_view(buffer, self._length) for buffer in self._buffers)
 
-    def _enlarged(self, like: Tensor, which: int, room: int) -> Tensor:
-        larger = like.new_empty(*like.shape[:2], room, like.shape[3])
-        if self._room is not None:
-            larger[:, :, : self._length] = self._room[which][:, :, : self._length]
-        larger[:, :, self._length :] = 0
-        return larger
+    def _grown(self, like: Tensor, index: int, capacity: int) -> Tensor:
+        grown = like.new_empty(*like.shape[:2], capacity, like.shape[3])
+        if self._buffers is not None:
+            grown[:, :, : self._length] = self._buffers[index][:, :, : self._length]
+        grown[:, :, self._length :] = 0
+        return grown
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only the rows `indices` [b]."""
-        if self._room is None:
+        if self._buffers is None:
             return
-        keys, values = (part[indices] for part in self._room)
-        self._room = (keys, values)
-        self._show()
+        keys, values = (buffer[indices] for buffer in self._buffers)
+        self._buffers = (keys, values)
+        self._update_views()
 
 
-def _part(whole: Tensor, tokens: int) -> Tensor:
-    part = whole[:, :, :tokens]
-    part._trl_room = whole  # type: ignore[attr-defined]
-    return part
+def _view(buffer: Tensor, tokens: int) -> Tensor:
+    view = buffer[:, :, :tokens]
+    view._trl_buffer = buffer  # type: ignore[attr-defined]
+    return view
 
 
-def whole_room(states: Tensor) -> Tensor:
+def full_buffer(states: Tensor) -> Tensor:
     """Returns the buffer behind a `GrowingLayer`'s `states`, whose tail is zeros or stale entries; else `states`."""
-    return getattr(states, "_trl_room", states)
+    return getattr(states, "_trl_buffer", states)
 
 
 def growing_cache(config: Any) -> DynamicCache:
-    """Builds a `DynamicCache` whose plain layers are `GrowingLayer`s; with kernels off, `DynamicCache` as it is.
+    """Builds a `DynamicCache` whose plain layers are `GrowingLayer`s; with kernels off, an unchanged `DynamicCache`.
 
     Layers of other types (sliding window, recurrent state) are not changed.
 

@@ -14,18 +14,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trl.kernels.door import replaced_forwards
-from trl.kernels.products import LinearForward, quicker_products
+from trl.kernels.products import LinearForward, prefers_onednn
 
 
 @contextmanager
-def quick_products(*models: nn.Module) -> Iterator[None]:
+def fast_linear_layers(*models: nn.Module) -> Iterator[None]:
     """Makes the linear layers of `models` use `trl.kernels.products.linear` inside the `with` block.
 
-    Does nothing where that has no alternative to torch's own product; skips layers whose `forward` was replaced.
+    Does nothing where torch's own product is as fast; skips layers whose `forward` was replaced.
     """
     layers = {
         module: LinearForward(module, transposed=type(module) is Conv1D)
-        for model in (models if quicker_products() else ())
+        for model in (models if prefers_onednn() else ())
         for module in model.modules()
         if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
     }

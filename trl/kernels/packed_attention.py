@@ -25,7 +25,7 @@ from trl.kernels.door import chosen_attention
 
 NAME = "trl_packed"
 _QUERIES = 256  # queries per block; their scores against all keys are in memory at once
-_KEPT_LENGTH = 128  # up to this length probabilities are saved for the backward pass; beyond, they are recomputed
+_SAVED_LENGTH = 128  # up to this length probabilities are saved for the backward pass; beyond, they are recomputed
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +84,16 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         heads, total, size = query.shape
         out = query.new_empty(total, heads, size)
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
         for run in runs:
             for block in _blocks(run.length):
                 p = _probabilities(query, key, run, block, scale, window)
-                if run.length <= _KEPT_LENGTH and any(ctx.needs_input_grad):
-                    kept.append(p)
-                seen = torch.bmm(p, _keys(value, run, block.stop))
-                _rows(out, run)[:, block].copy_(_by_head(seen, heads, run, block).transpose(1, 2))
+                if run.length <= _SAVED_LENGTH and any(ctx.needs_input_grad):
+                    saved.append(p)
+                attended = torch.bmm(p, _keys(value, run, block.stop))
+                _rows(out, run)[:, block].copy_(_by_head(attended, heads, run, block).transpose(1, 2))
         out[_covered(runs) :] = 0
-        ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value, *saved)
         ctx.scale, ctx.window, ctx.runs = scale, window, runs
         return out
 
@@ -101,37 +101,37 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value, *saved = ctx.saved_tensors
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         heads = query.shape[0]
-        probabilities = iter(kept)
+        probabilities = iter(saved)
         for run in ctx.runs:
-            several = run.length > _QUERIES
+            multiple_blocks = run.length > _QUERIES
             wide = torch.promote_types(key.dtype, torch.float32)
-            sums = [key.new_zeros(_split(key, run).shape, dtype=wide) for _ in range(2)] if several else []
+            sums = [key.new_zeros(_split(key, run).shape, dtype=wide) for _ in range(2)] if multiple_blocks else []
             for block in _blocks(run.length):
-                if run.length <= _KEPT_LENGTH:
+                if run.length <= _SAVED_LENGTH:
                     p = next(probabilities)
                 else:
                     p = _probabilities(query, key, run, block, ctx.scale, ctx.window)
                 keys = _keys(key, run, block.stop)
-                part = _rows(grad, run)[:, block].transpose(1, 2)  # [count, h, b, D]
-                part = part.reshape(len(p), p.shape[1], -1)
-                of_value = torch.bmm(p.transpose(1, 2), part)
-                slope = torch.bmm(part, _keys(value, run, block.stop).transpose(1, 2))
-                slope = torch._softmax_backward_data(slope, p, -1, p.dtype)
-                of_query = torch.bmm(slope, keys).mul_(ctx.scale)
-                _split(grad_query, run)[:, :, block].copy_(_by_head(of_query, heads, run, block))
-                asked = _queries(query, key, run, block)
-                of_key = torch.bmm(slope.transpose(1, 2), asked).mul_(ctx.scale)
+                grad_out = _rows(grad, run)[:, block].transpose(1, 2)  # [count, h, b, D]
+                grad_out = grad_out.reshape(len(p), p.shape[1], -1)
+                block_grad_value = torch.bmm(p.transpose(1, 2), grad_out)
+                grad_scores = torch.bmm(grad_out, _keys(value, run, block.stop).transpose(1, 2))
+                grad_scores = torch._softmax_backward_data(grad_scores, p, -1, p.dtype)
+                block_grad_query = torch.bmm(grad_scores, keys).mul_(ctx.scale)
+                _split(grad_query, run)[:, :, block].copy_(_by_head(block_grad_query, heads, run, block))
+                queries = _queries(query, key, run, block)
+                block_grad_key = torch.bmm(grad_scores.transpose(1, 2), queries).mul_(ctx.scale)
                 shape = (run.count, key.shape[0], block.stop, key.shape[2])
-                if several:
-                    sums[0][:, :, : block.stop] += of_key.view(shape)
-                    sums[1][:, :, : block.stop] += of_value.view(shape)
+                if multiple_blocks:
+                    sums[0][:, :, : block.stop] += block_grad_key.view(shape)
+                    sums[1][:, :, : block.stop] += block_grad_value.view(shape)
                 else:
-                    _split(grad_key, run).copy_(of_key.view(shape))
-                    _split(grad_value, run).copy_(of_value.view(shape))
-            if several:
+                    _split(grad_key, run).copy_(block_grad_key.view(shape))
+                    _split(grad_value, run).copy_(block_grad_value.view(shape))
+            if multiple_blocks:
                 _split(grad_key, run).copy_(sums[0])
                 _split(grad_value, run).copy_(sums[1])
         for gradient in (grad_query, grad_key, grad_value):
@@ -170,13 +170,13 @@ def _probabilities(query: Tensor, key: Tensor, run: Run, block: slice, scale: fl
     window = window if window is not None and window < block.stop else None
     size = block.stop - block.start
     bias = _bias(size, block.stop, query.shape[0] // key.shape[0], window, query.dtype, query.device)
-    asked, keys = _queries(query, key, run, block), _keys(key, run, block.stop)
-    scores = torch.baddbmm(bias.expand(len(asked), -1, -1), asked, keys.transpose(1, 2), alpha=scale)
+    queries, keys = _queries(query, key, run, block), _keys(key, run, block.stop)
+    scores = torch.baddbmm(bias.expand(len(queries), -1, -1), queries, keys.transpose(1, 2), alpha=scale)
     return torch.softmax(scores, dim=-1)
 
 
 def packed_mask(
-    *, local_size: int | None = None, use_vmap: bool = False, config: Any = None, device: Any = None, **others: Any
+    *, local_size: int | None = None, use_vmap: bool = False, config: Any = None, device: Any = None, **options: Any
 ) -> Tensor | None:
     """Mask function for transformers' `AttentionMaskInterface`; encodes a sliding window by its width.
 
@@ -186,14 +186,14 @@ def packed_mask(
     Raises:
         NotImplementedError: for a mask that is neither causal nor a sliding window.
     """
-    if use_vmap or "allow_is_bidirectional_skip" in others:
-        raise NotImplementedError("packed attention with a mask that is not the causal one")
+    if use_vmap or "allow_is_bidirectional_skip" in options:
+        raise NotImplementedError("packed attention does not support non-causal masks")
     if local_size is None:
         return None
     if local_size != getattr(config, "sliding_window", None) or local_size == getattr(
         config, "attention_chunk_size", None
     ):
-        raise NotImplementedError(f"packed attention within chunks of {local_size}")
+        raise NotImplementedError(f"packed attention does not support chunks of {local_size} tokens")
     return torch.full((1, 1, 1, 1), local_size, device=device)
 
 
@@ -211,25 +211,25 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **others: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' `AttentionInterface`: `[1, heads, T, D]` tensors to `[1, T, heads, D]`.
 
-    The sliding window is taken from the mask that `packed_mask` made, as transformers' own attention does.
+    The sliding window is taken from the mask that `packed_mask` made, as in transformers' own attention.
 
     Raises:
         NotImplementedError: for attention options that packed attention does not support.
     """
-    unknown = [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if others.get(name) is not None]
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if options.get(name) is not None]
     window = _window_of(attention_mask)
     if attention_mask is not None and window is None:
-        unknown.append("a mask that the model made itself")
-    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
-        unknown.append("a mask that is not the causal one")
+        unsupported.append("a mask built by the model")
+    if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
+        unsupported.append("non-causal masks")
     if sliding_window not in (None, window):
-        unknown.append(f"sliding_window={sliding_window} and a mask whose window is {window}")
-    if unknown or len(query) != 1:
-        raise NotImplementedError(f"packed attention with {', '.join(unknown) or f'{len(query)} rows'}")
+        unsupported.append(f"sliding_window={sliding_window} with a mask whose window is {window}")
+    if unsupported or len(query) != 1:
+        raise NotImplementedError(f"packed attention does not support {', '.join(unsupported) or f'{len(query)} rows'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     runs = _RUNS.get()
     kind = query.device.type
@@ -245,13 +245,13 @@ def _with_dropout(
     query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, window: int | None, runs: Sequence[Run]
 ) -> Tensor:
     """`_Attention` with dropout on the probabilities, for small models trained with dropout; returns `[T, h, D]`."""
-    found = []
+    outputs = []
     for run in runs:
         block = slice(0, run.length)
         p = torch.dropout(_probabilities(query, key, run, block, scale, window), dropout, train=True)
-        seen = torch.bmm(p, _keys(value, run, run.length))
-        found.append(_by_head(seen, query.shape[0], run, block).transpose(1, 2).flatten(0, 1))
-    return nn.functional.pad(torch.cat(found), (0, 0, 0, 0, 0, query.shape[1] - _covered(runs)))
+        attended = torch.bmm(p, _keys(value, run, run.length))
+        outputs.append(_by_head(attended, query.shape[0], run, block).transpose(1, 2).flatten(0, 1))
+    return nn.functional.pad(torch.cat(outputs), (0, 0, 0, 0, 0, query.shape[1] - _covered(runs)))
 
 
 @contextmanager

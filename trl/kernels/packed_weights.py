@@ -3,7 +3,7 @@
 Replaces the `forward` of linear and plain LoRA layers while responses are sampled on a CPU. A product with few rows is
 bound by reading the weights, and torch's own layout reads more slowly. Gain on two cores of a Zen 5 EPYC, at 16 rows:
 1.3 times the products per second in bfloat16, 1.8 to 2.8 times in float32 (`python bench/products.py`). It costs one
-copy of the weights while it lasts. Off with `TRL_KERNELS=off`.
+copy of the weights while sampling. Off with `TRL_KERNELS=off`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trl.kernels.door import kernels_enabled, replaced_forwards
-from trl.kernels.products import LinearForward, can_be_packed, packed, packed_linear, quicker_products
+from trl.kernels.products import LinearForward, can_be_packed, packed, packed_linear, prefers_onednn
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +55,15 @@ class _PackedLinear:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs or args[0].dtype != self.dtype or not args[0].numel():
             return self.plain(*args, **kwargs)
-        found = packed_linear(args[0], self.weight, self.bias)
+        output = packed_linear(args[0], self.weight, self.bias)
         if self.up is None:
-            return found
-        both = found.flatten(0, -2)  # [rows, out + r]
-        added = torch.addmm(both[:, : self.size], both[:, self.size :], self.up)
-        return added.view(*found.shape[:-1], self.size)
+            return output
+        both = output.flatten(0, -2)  # [rows, out + r]
+        adapted = torch.addmm(both[:, : self.size], both[:, self.size :], self.up)
+        return adapted.view(*output.shape[:-1], self.size)
 
 
-def _is_free(layer: Any) -> bool:
+def _is_unhooked(layer: Any) -> bool:
     """Whether the layer has no forward hooks and no replaced `forward` other than `LinearForward`."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     return not hooked and isinstance(vars(layer).get("forward"), LinearForward | None)
@@ -71,7 +71,7 @@ def _is_free(layer: Any) -> bool:
 
 def _is_plain(layer: Any) -> bool:
     """Whether a layer is an unmodified `nn.Linear` or transformers `Conv1D`."""
-    return type(layer) in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter and _is_free(layer)
+    return type(layer) in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter and _is_unhooked(layer)
 
 
 def _adapter_of(module: Any) -> LowRank | None:
@@ -79,7 +79,7 @@ def _adapter_of(module: Any) -> LowRank | None:
     if type(module).__name__ != "Linear" or not type(module).__module__.startswith("peft.tuners.lora."):
         return None
     names = [name for name in module.active_adapters if name in module.lora_A]
-    if module.disable_adapters or module.merged or len(names) != 1 or not _is_free(module):
+    if module.disable_adapters or module.merged or len(names) != 1 or not _is_unhooked(module):
         return None
     (name,) = names
     low, up, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
@@ -122,33 +122,29 @@ def _memory() -> int | None:
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     except (AttributeError, OSError, ValueError):
         return None
-    for path in _limits():
+    for path in _limit_files():
         text = path.read_text().strip() if path.is_file() else ""
         if text.isdigit():
             limits.append(int(text))
     return min(limits) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
 
 
-def _limits() -> Iterator[Path]:
+def _limit_files() -> Iterator[Path]:
     """Yields files that may hold a memory limit of this process's cgroups, v2 or v1."""
-    root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-    for line in own.read_text().splitlines() if own.is_file() else ():
+    root, cgroup_file = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+    for line in cgroup_file.read_text().splitlines() if cgroup_file.is_file() else ():
         number, names, path = line.split(":", 2)
         folder = Path(path.lstrip("/"))
         if number == "0":
-            yield from (root / above / "memory.max" for above in (folder, *folder.parents))
+            yield from (root / ancestor / "memory.max" for ancestor in (folder, *folder.parents))
         elif "memory" in names.split(","):
-            yield from (root / "memory" / above / "memory.limit_in_bytes" for above in (folder, *folder.parents))
+            yield from (root / "memory" / ancestor / "memory.limit_in_bytes" for ancestor in (folder, *folder.parents))
 
 
 @cache
-def _log_too_large(needed: int, memory: int | None) -> None:
-    known = "whose size is unknown" if memory is None else f"{memory / 1e9:.1f} GB"
-    logger.info(
-        "weights are not packed for decoding: copies of %.1f GB are more than an eighth of the memory, %s",
-        needed / 1e9,
-        known,
-    )
+def _log_too_large(copy_bytes: int, memory: int | None) -> None:
+    limit = f"more than an eighth of the memory ({memory / 1e9:.1f} GB)" if memory else "and the memory size is unknown"
+    logger.info("weights are not packed for decoding: the copies take %.1f GB, %s", copy_bytes / 1e9, limit)
 
 
 @contextmanager
@@ -163,20 +159,20 @@ def packed_weights(model: nn.Module, *, rows: int, tokens: int) -> Iterator[None
         tokens: approximate number of forward passes.
     """
     parts: dict[Any, Part] = {}
-    # MKL multiplies a single float32 row 1.2 to 1.8 times as fast as oneDNN does; from 4 rows on it is the slower one.
-    mkl = rows == 1 and next(model.parameters()).dtype == torch.float32 and not quicker_products()
+    # MKL multiplies a single float32 row 1.2 to 1.8 times as fast as oneDNN does; with 4 rows or more it is slower.
+    mkl_is_faster = rows == 1 and next(model.parameters()).dtype == torch.float32 and not prefers_onednn()
     # Autocast would cast the weights in every pass.
-    if kernels_enabled() and not mkl and tokens >= LEAST_TOKENS and not torch.is_autocast_enabled("cpu"):
+    if kernels_enabled() and not mkl_is_faster and tokens >= LEAST_TOKENS and not torch.is_autocast_enabled("cpu"):
         parts = _parts(model)
-    needed = sum(
+    copy_bytes = sum(
         part.weight.numel() * part.weight.element_size()
         for module in parts
         for part in module.modules()
         if type(part) in (nn.Linear, Conv1D)
     )
     memory = _memory()
-    if parts and (memory is None or needed > _SHARE * memory):
-        _log_too_large(needed, memory)
+    if parts and (memory is None or copy_bytes > _SHARE * memory):
+        _log_too_large(copy_bytes, memory)
         parts = {}
     with replaced_forwards({module: _PackedLinear(part, module.forward, rows) for module, part in parts.items()}):
         yield
@@ -184,14 +180,14 @@ def packed_weights(model: nn.Module, *, rows: int, tokens: int) -> Iterator[None
 
 def _parts(model: nn.Module) -> dict[Any, Part]:
     """Returns the layers to pack by the module whose `forward` they compute."""
-    found: dict[Any, Part] = {}
-    within: set[nn.Module] = set()
+    parts: dict[Any, Part] = {}
+    covered: set[nn.Module] = set()
     for module in model.modules():  # parents come before their children
-        if module in within:
+        if module in covered:
             continue
         if (part := _part_of(module)) is not None:
-            found[module] = part
+            parts[module] = part
         elif type(module).__name__ != "ParamWrapper":  # peft's ParamWrapper changes the weight under it in every pass
             continue
-        within |= set(module.modules())
-    return found
+        covered |= set(module.modules())
+    return parts

@@ -3,8 +3,8 @@
 `linear` replaces `torch.nn.functional.linear` in the models' layers (`trl.kernels.linear`) and in
 `trl.kernels.projection`. On CPUs torch multiplies float32 matrices with MKL, which reaches less than half of the peak
 on processors not made by Intel; oneDNN has no such penalty. Gain on two cores of a Zen 5 EPYC: 1.3 to 2.3 times the
-float32 products per second from 16 rows, none in bfloat16; and of `shared_size`, 0.2 to 0.5 ms and up to 1.3 MB for
-each shape of a product that would not repeat (`python bench/products.py`). Off with `TRL_KERNELS=off`.
+float32 products per second from 16 rows, none in bfloat16. `bucket_size` saves 0.2 to 0.5 ms and up to 1.3 MB for each
+product shape that would not repeat (`python bench/products.py`). Off with `TRL_KERNELS=off`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl.kernels.door import kernels_enabled
 # Minimum number of multiplies at which oneDNN repays its dispatch cost.
 _WORTHWHILE = 2**21
 # Minimum number of rows and of columns of a weight to pack.
-_LEAST_SIDE = 64
+_MIN_SIDE = 64
 # Exact tensor types that are neither sharded nor quantised.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -36,8 +36,8 @@ def processor() -> dict[str, Any]:
 def _has_onednn() -> bool:
     """Whether torch has the oneDNN linear ops that its compiler uses, and the CPU has AVX2, which makes them fast."""
     names = ("_linear_pointwise", "_reorder_linear_weight")
-    there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
-    return there and bool(processor().get("avx2"))
+    available = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return available and bool(processor().get("avx2"))
 
 
 @cache
@@ -54,10 +54,10 @@ def _mkl_is_slow() -> bool:
 
 def can_be_packed(weight: Tensor) -> bool:
     """Whether `packed` supports this weight `[out, in]`."""
-    if type(weight) not in _PLAIN or weight.device.type != "cpu" or min(weight.shape) < _LEAST_SIDE:
+    if type(weight) not in _PLAIN or weight.device.type != "cpu" or min(weight.shape) < _MIN_SIDE:
         return False
-    fits = weight.dtype in (torch.float32, torch.bfloat16)
-    return fits and _has_onednn() and (weight.dtype == torch.float32 or has_bfloat16())
+    supported = weight.dtype in (torch.float32, torch.bfloat16)
+    return supported and _has_onednn() and (weight.dtype == torch.float32 or has_bfloat16())
 
 
 def packed(weight: Tensor, rows: int) -> Tensor:
@@ -88,11 +88,11 @@ def _is_worthwhile(rows: Tensor, weight: Tensor, bias: Tensor | None, multiplica
         and rows.device.type == weight.device.type == "cpu"
         and multiplications >= _WORTHWHILE
         and not torch.is_autocast_enabled("cpu")
-        and quicker_products()
+        and prefers_onednn()
     )
 
 
-def shared_size(count: int, steps: int = 16) -> int:
+def bucket_size(count: int, steps: int = 16) -> int:
     """Rounds `count` up to one of `steps` bucket sizes per power of two, so that shapes repeat.
 
     oneDNN generates and caches code for every product shape, at half a millisecond and up to a megabyte each
@@ -104,8 +104,8 @@ def shared_size(count: int, steps: int = 16) -> int:
     return -(-count // step) * step
 
 
-def quicker_products() -> bool:
-    """Whether `linear` has a faster alternative to torch's product on this CPU."""
+def prefers_onednn() -> bool:
+    """Whether `linear` multiplies by oneDNN on this CPU because torch's own product is slower."""
     return kernels_enabled() and _mkl_is_slow() and _has_onednn()
 
 
@@ -148,8 +148,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-        wants_rows, wants_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(rows if wants_weight else None, weight if wants_rows else None)
+        needs_rows, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(rows if needs_weight else None, weight if needs_rows else None)
         ctx.transposed, ctx.shape = transposed, rows.shape
         return _onednn(rows, weight.t() if transposed else weight, bias)
 
@@ -158,17 +158,17 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         rows, weight = ctx.saved_tensors
-        wide = grad.reshape(-1, grad.shape[-1])
-        wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        flat_grad = grad.reshape(-1, grad.shape[-1])
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_rows = (
-            _onednn(wide, weight if ctx.transposed else weight.t(), None).view(ctx.shape) if wants_rows else None
+            _onednn(flat_grad, weight if ctx.transposed else weight.t(), None).view(ctx.shape) if needs_rows else None
         )
         grad_weight = grad_bias = None
-        if wants_weight:
-            flat = rows.reshape(-1, rows.shape[-1])
-            grad_weight = summed_outer(flat, wide) if ctx.transposed else summed_outer(wide, flat)
-        if wants_bias:
-            grad_bias = wide.sum(dim=0)
+        if needs_weight:
+            flat_rows = rows.reshape(-1, rows.shape[-1])
+            grad_weight = summed_outer(flat_rows, flat_grad) if ctx.transposed else summed_outer(flat_grad, flat_rows)
+        if needs_bias:
+            grad_bias = flat_grad.sum(dim=0)
         return grad_rows, grad_weight, grad_bias, None
 
 

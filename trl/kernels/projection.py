@@ -23,7 +23,7 @@ from trl.kernels.products import linear, summed_outer
 _ROWS = {"cpu": 512, "other": 8192}
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "other": 256 * 2**20}
 # Up to this size the logits of all blocks are saved for the backward pass instead of being recomputed.
-_KEPT_BYTES = 48 * 2**20
+_SAVED_BYTES = 48 * 2**20
 
 
 def _sizes(hidden: Tensor, words: int, block: tuple[int, int] | None) -> tuple[int, int]:
@@ -61,99 +61,99 @@ class _Projected(torch.autograd.Function):
         need_entropy: bool,
         block: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
-        count, words = len(hidden), len(weight)
-        size, step = _sizes(hidden, words, block)
-        chosen = torch.zeros(count, dtype=wide_dtype(hidden), device=hidden.device)
-        top = torch.full_like(chosen, -torch.inf)
-        total, slope = torch.zeros_like(chosen), torch.zeros_like(chosen)  # sums of w and of w x, w = 2^x
+        count, vocab_size = len(hidden), len(weight)
+        row_block, vocab_block = _sizes(hidden, vocab_size, block)
+        token_logits = torch.zeros(count, dtype=wide_dtype(hidden), device=hidden.device)
+        top = torch.full_like(token_logits, -torch.inf)
+        total, weighted = torch.zeros_like(top), torch.zeros_like(top)  # sums of w and of w x, w = 2^x
         unit = BITS / temperature
-        keep = any(ctx.needs_input_grad) and count * words * hidden.element_size() <= _KEPT_BYTES
-        kept: list[Tensor] = []
-        for some in _parts(words, step):
-            for rows in _parts(count, size):
-                raw = linear(hidden[rows], weight[some], None if bias is None else bias[some])
-                if keep:
-                    kept.append(raw)
-                here = (tokens[rows] >= some.start) & (tokens[rows] < some.stop)
-                place = (tokens[rows] - some.start).clamp(0, some.stop - some.start - 1)
-                chosen[rows] += raw.gather(-1, place[:, None]).squeeze(-1).where(here, 0)
+        save = any(ctx.needs_input_grad) and count * vocab_size * hidden.element_size() <= _SAVED_BYTES
+        saved: list[Tensor] = []
+        for vocab in _parts(vocab_size, vocab_block):
+            for rows in _parts(count, row_block):
+                logits = linear(hidden[rows], weight[vocab], None if bias is None else bias[vocab])
+                if save:
+                    saved.append(logits)
+                in_block = (tokens[rows] >= vocab.start) & (tokens[rows] < vocab.stop)
+                column = (tokens[rows] - vocab.start).clamp(0, vocab.stop - vocab.start - 1)
+                token_logits[rows] += logits.gather(-1, column[:, None]).squeeze(-1).where(in_block, 0)
                 # Subtract the largest logit before scaling: a large common offset would cost the differences precision.
-                largest = torch.maximum(top[rows], raw.amax(dim=-1)).clamp(min=FLOOR)
+                largest = torch.maximum(top[rows], logits.amax(dim=-1)).clamp(min=FLOOR)
                 shift = ((top[rows] - largest) * unit).clamp(min=FLOOR)
-                x = _minus(raw, largest, keep=keep).mul_(unit)
+                x = _minus(logits, largest, keep=save).mul_(unit)
                 w = torch.exp2(x)
                 scale = shift.exp2()
                 if need_entropy:
                     # A logit of -inf has probability 0 and contributes nothing.
-                    added = torch.bmm(w[:, None], x.clamp_(min=FLOOR)[..., None]).flatten()
-                    slope[rows] = (slope[rows] + total[rows] * shift) * scale + added
+                    block_weighted = torch.bmm(w[:, None], x.clamp_(min=FLOOR)[..., None]).flatten()
+                    weighted[rows] = (weighted[rows] + total[rows] * shift) * scale + block_weighted
                 total[rows] = total[rows] * scale + w.sum(dim=-1)
                 top[rows] = largest
         log_total = total.log2()
-        chosen = (chosen - top) / temperature - log_total / BITS
-        entropy = (log_total - slope / total) / BITS if need_entropy else slope
-        ctx.save_for_backward(hidden, weight, bias, tokens, top, log_total, entropy, *kept)
-        ctx.temperature, ctx.block = temperature, (size, step)
+        logprobs = (token_logits - top) / temperature - log_total / BITS
+        entropy = (log_total - weighted / total) / BITS if need_entropy else weighted
+        ctx.save_for_backward(hidden, weight, bias, tokens, top, log_total, entropy, *saved)
+        ctx.temperature, ctx.block = temperature, (row_block, vocab_block)
         ctx.set_materialize_grads(False)
         if not need_entropy:
             ctx.mark_non_differentiable(entropy)
-        return chosen, entropy
+        return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_chosen, grad_entropy = grads
-        hidden, weight, bias, tokens, top, log_total, entropy, *kept = ctx.saved_tensors
-        if grad_chosen is None and grad_entropy is None:
+        grad_logprobs, grad_entropy = grads
+        hidden, weight, bias, tokens, top, log_total, entropy, *saved = ctx.saved_tensors
+        if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
         # Gradients with respect to the logits before division by the temperature.
-        grad_chosen, grad_entropy = (g if g is None else g / ctx.temperature for g in (grad_chosen, grad_entropy))
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        size, step = ctx.block
-        count, words, wide = len(hidden), len(weight), top.dtype
+        grad_logprobs, grad_entropy = (g if g is None else g / ctx.temperature for g in (grad_logprobs, grad_entropy))
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        row_block, vocab_block = ctx.block
+        count, vocab_size, wide = len(hidden), len(weight), top.dtype
         unit = BITS / ctx.temperature
         highest = top + log_total / unit  # a logit this high would have probability 1
-        grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if wants_hidden else None
-        grad_weight = torch.empty_like(weight) if wants_weight else None
-        grad_bias = torch.empty_like(bias) if wants_bias else None
-        blocks = iter(kept)
-        for some in _parts(words, step):
+        grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if needs_hidden else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        grad_bias = torch.empty_like(bias) if needs_bias else None
+        blocks = iter(saved)
+        for vocab in _parts(vocab_size, vocab_block):
             sum_weight: Tensor | None = None
             sum_bias: Tensor | None = None
-            for rows in _parts(count, size):
-                if kept:
-                    raw = next(blocks)
+            for rows in _parts(count, row_block):
+                if saved:
+                    logits = next(blocks)
                 else:
-                    raw = linear(hidden[rows], weight[some], None if bias is None else bias[some])
-                x = _minus(raw, highest[rows], keep=bool(kept)).mul_(unit)
+                    logits = linear(hidden[rows], weight[vocab], None if bias is None else bias[vocab])
+                x = _minus(logits, highest[rows], keep=bool(saved)).mul_(unit)
                 if grad_entropy is not None:  # dH / dx = -p (log p + H)
                     p = torch.exp2(x)
-                    outer = x.clamp_(min=FLOOR).div_(BITS).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
-                    if grad_chosen is not None:  # d log p_a / dx = onehot(a) - p
-                        outer += grad_chosen[rows, None]
-                    grad = p.mul_(outer).neg_()
+                    grad_log_p = x.clamp_(min=FLOOR).div_(BITS).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
+                    if grad_logprobs is not None:  # d log p_a / dx = onehot(a) - p
+                        grad_log_p += grad_logprobs[rows, None]
+                    grad = p.mul_(grad_log_p).neg_()
                 else:
-                    assert grad_chosen is not None
-                    grad = x.exp2_().mul_(-grad_chosen[rows, None])
-                if grad_chosen is not None:
-                    here = (tokens[rows] >= some.start) & (tokens[rows] < some.stop)
-                    place = (tokens[rows] - some.start).clamp(0, some.stop - some.start - 1)
-                    grad.scatter_add_(-1, place[:, None], grad_chosen[rows].where(here, 0)[:, None].to(wide))
-                if wants_bias:
-                    added = grad.sum(dim=0)
-                    sum_bias = added if sum_bias is None else sum_bias.add_(added)
+                    assert grad_logprobs is not None
+                    grad = x.exp2_().mul_(-grad_logprobs[rows, None])
+                if grad_logprobs is not None:
+                    in_block = (tokens[rows] >= vocab.start) & (tokens[rows] < vocab.stop)
+                    column = (tokens[rows] - vocab.start).clamp(0, vocab.stop - vocab.start - 1)
+                    grad.scatter_add_(-1, column[:, None], grad_logprobs[rows].where(in_block, 0)[:, None].to(wide))
+                if needs_bias:
+                    block_bias = grad.sum(dim=0)
+                    sum_bias = block_bias if sum_bias is None else sum_bias.add_(block_bias)
                 narrow = grad.to(hidden.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[rows] += linear(narrow, weight[some], transposed=True)
-                if wants_weight:
-                    added = summed_outer(narrow, hidden[rows])
-                    if count > size:  # several products: accumulate in the wide dtype
-                        added = added.to(wide)
-                    sum_weight = added if sum_weight is None else sum_weight.add_(added)
+                    grad_hidden[rows] += linear(narrow, weight[vocab], transposed=True)
+                if needs_weight:
+                    block_weight = summed_outer(narrow, hidden[rows])
+                    if count > row_block:  # several products: accumulate in the wide dtype
+                        block_weight = block_weight.to(wide)
+                    sum_weight = block_weight if sum_weight is None else sum_weight.add_(block_weight)
             if grad_weight is not None:
-                grad_weight[some] = 0 if sum_weight is None else sum_weight
+                grad_weight[vocab] = 0 if sum_weight is None else sum_weight
             if grad_bias is not None:
-                grad_bias[some] = 0 if sum_bias is None else sum_bias
+                grad_bias[vocab] = 0 if sum_bias is None else sum_bias
         narrow_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
         return narrow_hidden, grad_weight, grad_bias, None, None, None, None
 
@@ -190,8 +190,8 @@ def projected_logprobs_and_entropy(
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or len(tokens) != len(hidden):
         raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and tokens {tuple(tokens.shape)} do not fit "
-            "together: [N, H], [V, H] and [N] are expected"
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and tokens {tuple(tokens.shape)} do not match: "
+            "expected [N, H], [V, H] and [N]"
         )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be > 0")
@@ -200,5 +200,4 @@ def projected_logprobs_and_entropy(
         narrow = torch.get_autocast_dtype(kind)
         hidden, weight, bias = hidden.to(narrow), weight.to(narrow), None if bias is None else bias.to(narrow)
     with torch.autocast(kind, enabled=False):
-        found = _Projected.apply(hidden, weight, bias, tokens, float(temperature), entropy, block)
-    return found[0], found[1]
+        return _Projected.apply(hidden, weight, bias, tokens, float(temperature), entropy, block)

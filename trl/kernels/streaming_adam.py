@@ -21,9 +21,9 @@ from torch.optim.adam import adam
 
 from trl.kernels.door import kernels_enabled
 
-_DOT = 2**18  # elements per dot product
+_DOT_SIZE = 2**18  # elements per dot product
 # Elements per chunk. A multiple of every vector width, so that chunks round as the whole tensor does.
-_CACHED, _LAUNCHED = 2**19, 2**24
+_CPU_CHUNK, _GPU_CHUNK = 2**19, 2**24
 
 
 class NarrowAdam(Adam):
@@ -41,19 +41,17 @@ class NarrowAdam(Adam):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs `closure`, if given, then takes one step; returns the closure's result."""
-        found = None
+        result = None
         if closure is not None:
             with torch.enable_grad():
-                found = closure()
+                result = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if hasattr(parameter, "device_mesh"):
-                    raise ValueError(
-                        "optimizer_state_dtype='bfloat16' is not for weights that are spread over processes"
-                    )
+                    raise ValueError("optimizer_state_dtype='bfloat16' does not support sharded weights")
                 if parameter.grad is not None:
                     _step(parameter, parameter.grad, _state(self, parameter, group), group)
-        return found
+        return result
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Loads the state and casts the moments back to bfloat16, because torch casts them to the parameters' dtype."""
@@ -88,7 +86,7 @@ def total_norm(narrow: Iterable[Tensor], wide: Iterable[Tensor]) -> Tensor:
 
 def _square(tensor: Tensor) -> Tensor:
     """Returns the squared norm, a float32 scalar, by dot products: half the time of torch's norm, and more accurate."""
-    parts = (part.float() for part in tensor.flatten().split(_DOT))
+    parts = (part.float() for part in tensor.flatten().split(_DOT_SIZE))
     return torch.stack([torch.dot(part, part) for part in parts]).sum()
 
 
@@ -105,14 +103,14 @@ def adam_step(optimizer: Adam, gradients: Mapping[Tensor, Tensor], scale: float 
     Returns:
         The parameters that were updated; `gradients` may hold some that the optimizer does not.
     """
-    stepped = []
+    updated = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter in gradients:
                 state = _state(optimizer, parameter, group)
-                _step(parameter, gradients[parameter], state, group, scale, narrows=True)
-                stepped.append(parameter)
-    return stepped
+                _step(parameter, gradients[parameter], state, group, scale, write_back=True)
+                updated.append(parameter)
+    return updated
 
 
 def _state(optimizer: Adam, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -134,14 +132,16 @@ def _step(
     group: Mapping[str, Any],
     scale: float = 1.0,
     *,
-    narrows: bool = False,
+    write_back: bool = False,
 ) -> None:
-    """Updates one parameter; `narrows` overwrites its gradient with the updated weights."""
+    """Updates one parameter; `write_back` overwrites its gradient with the updated weights."""
     beta1, beta2 = group["betas"]
     narrow = state["exp_avg"].dtype != parameter.dtype
     seed = int(state["step"]) if narrow else 0
-    for weights, average, square, slope in _pieces(parameter.detach(), state["exp_avg"], state["exp_avg_sq"], gradient):
-        wide = slope.to(weights.dtype)
+    for weights, average, square, grad_chunk in _pieces(
+        parameter.detach(), state["exp_avg"], state["exp_avg_sq"], gradient
+    ):
+        wide = grad_chunk.to(weights.dtype)
         if scale != 1.0:
             wide.mul_(scale)
         moments = (average.to(weights.dtype), square.to(weights.dtype)) if narrow else (average, square)
@@ -165,14 +165,14 @@ def _step(
         if narrow:
             average.copy_(moments[0])
             square.copy_(_rounded_at_random(moments[1], seed))
-        if narrows:
-            slope.copy_(weights)
+        if write_back:
+            grad_chunk.copy_(weights)
     state["step"].add_(1)
 
 
 def _rounded_at_random(x: Tensor, seed: int) -> Tensor:
     """Rounds float32 to bfloat16 precision in place, away from zero with a probability of the truncated fraction."""
-    size = max(x.numel(), _CACHED if x.device.type == "cpu" else _LAUNCHED)
+    size = max(x.numel(), _CPU_CHUNK if x.device.type == "cpu" else _GPU_CHUNK)
     noise = _noise(size, seed, x.device)[: x.numel()].view(x.shape)
     x.view(torch.int32).add_(noise).bitwise_and_(-(2**16))  # bfloat16 drops the lower 16 bits of a float32
     return x
@@ -190,5 +190,5 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if not all(tensor.is_contiguous() for tensor in tensors):
         yield tensors
         return
-    size = _CACHED if tensors[0].device.type == "cpu" else _LAUNCHED
+    size = _CPU_CHUNK if tensors[0].device.type == "cpu" else _GPU_CHUNK
     yield from zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)

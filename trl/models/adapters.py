@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl.models.trunk import unwrap
+from trl.models.trunk import pretrained_part, unwrap
 
-_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_LORA_MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 def require_peft(what: str) -> Any:
@@ -42,13 +42,12 @@ def peft_part(model: nn.Module) -> Any:
     """Returns the `PeftModel` inside a (possibly wrapped) value-head model or language model.
 
     Raises:
-        ValueError: if the model carries no adapter.
+        ValueError: if the model has no adapter.
     """
-    inner = unwrap(model)
-    inner = getattr(inner, "pretrained_model", inner)
+    inner = pretrained_part(model)
     if not is_peft_model(inner):
         raise ValueError(
-            f"{type(inner).__name__} carries no PEFT adapter; make its reference with create_reference_model"
+            f"{type(inner).__name__} has no PEFT adapter; create its reference with create_reference_model"
         )
     return inner
 
@@ -56,11 +55,11 @@ def peft_part(model: nn.Module) -> Any:
 @contextmanager
 def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
     """Restores every parameter's `requires_grad` on exit, because peft changes it when switching adapters."""
-    trained = [(p, p.requires_grad) for p in model.parameters()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
     finally:
-        for parameter, requires_grad in trained:
+        for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
 
 
@@ -77,7 +76,7 @@ def reference_mode(model: nn.Module) -> Iterator[nn.Module]:
         The unwrapped model. Adapters and `requires_grad` flags are restored on exit.
 
     Raises:
-        ValueError: if the model carries no adapter.
+        ValueError: if the model has no adapter.
     """
     peft_model = peft_part(model)
     with preserve_requires_grad(peft_model), peft_model.disable_adapter():
@@ -91,7 +90,7 @@ def adapter_starts_at_zero(model: nn.Module) -> bool:
     adapter types or initialisations where it cannot be determined: use a copy (`create_reference_model`) as the reference then.
 
     Raises:
-        ValueError: if the model carries no adapter.
+        ValueError: if the model has no adapter.
     """
     peft_model = peft_part(model)
     config = peft_model.active_peft_config
@@ -112,15 +111,18 @@ def check_adapters_on(model: nn.Module) -> None:
     """Checks that the adapters take part in the forward pass, without which they would get no gradient.
 
     Raises:
-        ValueError: if an adapter is disabled or merged into the base weights, or the model carries none.
+        ValueError: if an adapter is disabled or merged into the base weights, or the model has none.
     """
     for name, module in peft_part(model).named_modules():
-        for state in ("disable_adapters", "merged"):
-            if isinstance(getattr(module, "active_adapters", None), list) and getattr(module, state, False) is True:
-                off = state == "disable_adapters"
-                what, way = ("off", "enable_adapter_layers()") if off else ("merged", "unmerge_adapter()")
+        if not isinstance(getattr(module, "active_adapters", None), list):
+            continue
+        for state, flag, remedy in (
+            ("disabled", "disable_adapters", "enable_adapter_layers()"),
+            ("merged", "merged", "unmerge_adapter()"),
+        ):
+            if getattr(module, flag, False) is True:
                 raise ValueError(
-                    f"the adapter of {name} is {what}: nothing would reach it; call {way} of the PEFT model first"
+                    f"the adapter of {name} is {state} and would get no gradient; call the PEFT model's {remedy} first"
                 )
 
 
@@ -150,15 +152,14 @@ def _keeps_base_weights(config: Any) -> bool:
     return plain_start and not extra
 
 
-def stands_on_frozen_base(model: nn.Module) -> bool:
+def trains_only_lora(model: nn.Module) -> bool:
     """Whether LoRA matrices, whose layers take activations of any dtype, are all that is trained below the value head.
 
     False for DoRA, adapters on bare parameters, additionally trained biases or modules, initialisations that change the
     base weights, and models with a reward adapter, which scores outside the trainer's passes.
     """
-    wrapper: Any = unwrap(model)
-    inner = getattr(wrapper, "pretrained_model", wrapper)
-    if not is_peft_model(inner) or getattr(wrapper, "reward_adapter_name", None) is not None:
+    inner = pretrained_part(model)
+    if not is_peft_model(inner) or getattr(unwrap(model), "reward_adapter_name", None) is not None:
         return False
     for config in inner.peft_config.values():
         if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or not _keeps_base_weights(config):
@@ -166,7 +167,7 @@ def stands_on_frozen_base(model: nn.Module) -> bool:
         if config.use_dora or getattr(config, "target_parameters", None):
             return False
     trained = [name for name, parameter in inner.named_parameters() if parameter.requires_grad]
-    return bool(trained) and all(any(part in name for part in _FACTORS) for name in trained)
+    return bool(trained) and all(any(part in name for part in _LORA_MATRICES) for name in trained)
 
 
 def attach_adapter(model: Any, peft_config: Any) -> Any:
@@ -181,7 +182,7 @@ def attach_adapter(model: Any, peft_config: Any) -> Any:
         raise ValueError(f"peft_config must be a peft.PeftConfig, not {type(peft_config).__name__}")
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = peft.prepare_model_for_kbit_training(model)
-    with _own_warnings_only():
+    with _ignoring_peft_deprecation():
         return checked(peft.get_peft_model(model, peft_config))
 
 
@@ -195,8 +196,8 @@ def checked(peft_model: Any) -> Any:
     if config.is_prompt_learning:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         raise ValueError(
-            f"peft_type={kind} puts virtual tokens before the text, which shifts every per-token value; "
-            "use an adapter of weights such as LoraConfig"
+            f"peft_type={kind} prepends virtual tokens, which shifts every per-token value; "
+            "use an adapter on the weights, such as LoraConfig"
         )
     return peft_model
 
@@ -204,12 +205,12 @@ def checked(peft_model: Any) -> Any:
 def load_adapter(model: Any, source: str, *, is_trainable: bool, **hub: Any) -> Any:
     """Loads a trained adapter from a folder or hub id onto `model`."""
     peft = require_peft(f"the PEFT adapter {source!r}")
-    with _own_warnings_only():
+    with _ignoring_peft_deprecation():
         return checked(peft.PeftModel.from_pretrained(model, source, is_trainable=is_trainable, **hub))
 
 
 @contextmanager
-def _own_warnings_only() -> Iterator[None]:
+def _ignoring_peft_deprecation() -> Iterator[None]:
     """Silences the deprecation warning that peft triggers by using an old transformers attribute name."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -231,7 +232,7 @@ def add_reward_adapter(peft_model: Any, source: str, adapter_name: str, weights:
         A linear layer from the hidden size to the number of labels.
 
     Raises:
-        ValueError: if `adapter_name` lacks "reward" or is taken, or `weights` holds no score head.
+        ValueError: if `adapter_name` lacks "reward" or is taken, or `weights` has no score head.
     """
     if "reward" not in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r} must contain 'reward'")
@@ -239,7 +240,7 @@ def add_reward_adapter(peft_model: Any, source: str, adapter_name: str, weights:
         raise ValueError(f"the model already has an adapter named {adapter_name!r}")
     score = {name.rpartition(".")[2]: w for name, w in weights.items() if ".score." in f".{name}"}
     if "weight" not in score:
-        raise ValueError(f"the adapter {source!r} holds no score head (no tensor named score.weight)")
+        raise ValueError(f"the adapter {source!r} has no score head (no tensor named score.weight)")
     with preserve_requires_grad(peft_model):
         peft_model.load_adapter(source, adapter_name, is_trainable=False)
     for name, parameter in peft_model.named_parameters():
@@ -248,5 +249,4 @@ def add_reward_adapter(peft_model: Any, source: str, adapter_name: str, weights:
     labels, width = score["weight"].shape
     head = nn.Linear(width, labels, bias="bias" in score)
     head.load_state_dict(score)
-    first = next(peft_model.parameters())
-    return head.to(device=first.device).requires_grad_(False).eval()
+    return head.to(device=next(peft_model.parameters()).device).requires_grad_(False).eval()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from trl.models.wrapper import PreTrainedModelWrapper
@@ -26,10 +24,6 @@ class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
                 f"{type(self.config).__name__} is an encoder-decoder; use AutoModelForSeq2SeqLMWithValueHead"
             )
 
-    def post_init(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Fills the value head from the `v_head.*` entries of `state_dict`, if there are any."""
-        super().post_init(state_dict)
-
 
 class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     """An encoder-decoder (T5, BART ...) with a value head on its decoder."""
@@ -42,9 +36,5 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
         super().__init__(pretrained_model, **kwargs)
         if not self.is_encoder_decoder:
             raise ValueError(
-                f"{type(self.config).__name__} is no encoder-decoder; use AutoModelForCausalLMWithValueHead"
+                f"{type(self.config).__name__} is not an encoder-decoder; use AutoModelForCausalLMWithValueHead"
             )
-
-    def post_init(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Fills the value head from the `v_head.*` entries of `state_dict`, if there are any."""
-        super().post_init(state_dict)

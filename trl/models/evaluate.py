@@ -14,17 +14,24 @@ from torch import Tensor, nn
 from trl.functional.kl import exact_kl
 from trl.functional.logprobs import token_logprobs_and_entropy
 from trl.kernels.packed_attention import packed
-from trl.kernels.products import shared_size
-from trl.models.frozen import RolloutAboveFrozen, beginning_above, draws_below, only_first_layers
-from trl.models.padding import clean, forward_inputs, ignores_padding, left_edge, move
-from trl.models.predictions import Wanted, abilities, decoder_config, may_pack, predict
-from trl.models.trunk import base_language_model, forward_parameters, is_encoder_decoder, unwrap, without_head
+from trl.kernels.products import bucket_size
+from trl.models.frozen import RolloutAboveFrozen, first_layers_in_training, only_first_layers, skipping_first_layers
+from trl.models.padding import clean, forward_inputs, ignores_padding, left_aligning_order, reorder
+from trl.models.predictions import PredictionRequest, abilities, decoder_config, may_pack, predict
+from trl.models.trunk import (
+    base_language_model,
+    forward_parameters,
+    is_encoder_decoder,
+    pretrained_part,
+    unwrap,
+    without_head,
+)
 from trl.models.wrapper import PreTrainedModelWrapper
 from trl.types import Evaluation, Rollout, occupied, take
 
-_NAMES = tuple(field.name for field in fields(Evaluation))
+_FIELDS = tuple(field.name for field in fields(Evaluation))
 # Logits per model that the exact KL holds in memory at a time.
-_LOGITS_AT_ONCE = {"cpu": 2**22, "other": 2**26}
+_CHUNK_LOGITS = {"cpu": 2**22, "other": 2**26}
 
 
 def evaluate(
@@ -52,14 +59,14 @@ def evaluate(
         return_logits: also return the logits, in the model's dtype and not divided by the temperature.
 
     Returns:
-        float32 tensors [B, S]; columns that were not computed are 0. Logits, if asked for, are [B, S, V].
+        float32 tensors [B, S]; columns that were not computed are 0. Logits, if requested, are [B, S, V].
 
     Raises:
-        ValueError: if an encoder-decoder gets no `encoder_tokens`, or a decoder-only model gets some.
+        ValueError: if an encoder-decoder gets no `encoder_tokens`, or a decoder-only model gets them.
     """
-    _check(model, rollout)
+    _check_rollout(model, rollout)
     if not ignores_padding(model) and bool(_padding(rollout).any()):
-        found = [
+        parts = [
             evaluate(
                 model,
                 part,
@@ -71,39 +78,39 @@ def evaluate(
             )
             for part in _without_padding(rollout)
         ]
-        joined = {name: _joined(rollout, [getattr(part, name) for part in found]) for name in _NAMES}
+        joined = {name: _joined(rollout, [getattr(part, name) for part in parts]) for name in _FIELDS}
         return Evaluation(**joined)  # type: ignore[arg-type]
     if not return_logits and abilities(model).projects:
         return _without_logits(model, rollout, temperature, entropy, values, response_only)
     # Left-align rows, so that positions count from column 0 for every position scheme and recurrent states start at the
     # first token; `place` undoes it.
-    order = left_edge(rollout.attention)
-    tokens = move(clean(rollout.tokens, rollout.attention), order)  # [B, T]
-    attention = move(rollout.attention.bool(), order)  # [B, T]
-    mask = move(F.pad(rollout.mask, (0, 1)), order)  # [B, T], column s means the same as in [B, S]
-    wanted = _span(mask) if response_only else slice(0, tokens.shape[1] - 1)
+    order = left_aligning_order(rollout.attention)
+    tokens = reorder(clean(rollout.tokens, rollout.attention), order)  # [B, T]
+    attention = reorder(rollout.attention.bool(), order)  # [B, T]
+    mask = reorder(F.pad(rollout.mask, (0, 1)), order)  # [B, T], column s means the same as in [B, S]
+    requested = _span(mask) if response_only else slice(0, tokens.shape[1] - 1)
 
     inputs = forward_inputs(model, tokens, attention, rollout.encoder_tokens, rollout.encoder_attention)
-    computed, keep = _keep(model, wanted, tokens)
+    computed, keep = _logits_to_keep(model, requested, tokens)
     output = model(**inputs, **keep, **({"float32_logits": False} if _has_values(model) else {}))
-    logits, critic = (output[0], output[2]) if _has_values(model) else (output.logits, None)  # [B, c, V], [B, T]
+    logits, state_values = (output[0], output[2]) if _has_values(model) else (output.logits, None)  # [B, c, V], [B, T]
 
-    if response_only and computed != wanted:
-        logits = logits[:, wanted.start - computed.start : wanted.stop - computed.start]
-        computed = wanted
+    if response_only and computed != requested:
+        logits = logits[:, requested.start - computed.start : requested.stop - computed.start]
+        computed = requested
     targets = F.pad(tokens[:, 1:], (0, 1))[:, computed]  # the last column has no next token: 0 is a filler
-    logprobs, spread = token_logprobs_and_entropy(logits, targets, temperature=temperature, entropy=entropy)
+    logprobs, entropies = token_logprobs_and_entropy(logits, targets, temperature=temperature, entropy=entropy)
 
     def place(x: Tensor) -> Tensor:
         """Maps the computed columns [B, c, ...] to the rollout's columns [B, S, ...]."""
         edges = (computed.start, tokens.shape[1] - computed.stop)
         x = F.pad(x, (*(0, 0) * (x.dim() - 2), *edges))
-        return move(x, order.argsort(dim=1))[:, :-1]
+        return reorder(x, order.argsort(dim=1))[:, :-1]
 
     return Evaluation(
         logprobs=place(logprobs),
-        values=place(critic[:, computed]) if values and critic is not None else None,
-        entropy=place(spread) if entropy else None,
+        values=place(state_values[:, computed]) if values and state_values is not None else None,
+        entropy=place(entropies) if entropy else None,
         logits=place(logits) if return_logits else None,
     )
 
@@ -113,59 +120,59 @@ class _Layout:
     """Inputs for a model whose `abilities` say `projects`; packed where possible, to compute little on padding."""
 
     inputs: dict[str, Any]  # keyword arguments of the model's forward
-    running: AbstractContextManager[None]  # context to run the forward in
+    context: AbstractContextManager[None]  # context to run the forward in
     place: Tensor  # [B, T] index of each token in the flattened decoder inputs
-    asked: Tensor  # [B, S] True where a prediction is requested
-    rows: Tensor  # [N] index of each requested prediction in the same; padded, so that few distinct N occur
+    requested: Tensor  # [B, S] True where a prediction is requested
+    rows: Tensor  # [N] index of each requested prediction in them; padded to repeat few distinct N
     tokens: Tensor  # [N] token predicted there
 
-    def spread(self, states: Tensor, attention: Tensor) -> Tensor:
+    def scatter_states(self, states: Tensor, attention: Tensor) -> Tensor:
         """Scatters `[B, T, H]` into the inputs' shape `[b, t, H]`, 0 where they have no token."""
         shape = self.inputs["input_ids"].shape
         flat = states.new_zeros(shape.numel(), states.shape[-1])
         flat[self.place[attention]] = states[attention]
         return flat.view(*shape, -1)
 
-    def placed(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor) -> Tensor:
         """Scatters `[N]` predictions to `[B, S]`, 0 elsewhere."""
-        places = self.asked.nonzero(as_tuple=True)
-        return x.new_zeros(self.asked.shape).index_put(places, x[: len(places[0])])
+        targets = self.requested.nonzero(as_tuple=True)
+        return x.new_zeros(self.requested.shape).index_put(targets, x[: len(targets[0])])
 
 
 def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
     attention = rollout.attention.bool()
-    asked = rollout.mask & attention[:, 1:] if response_only else attention[:, :-1] & attention[:, 1:]
-    row, column = asked.nonzero(as_tuple=True)
+    requested = rollout.mask & attention[:, 1:] if response_only else attention[:, :-1] & attention[:, 1:]
+    row, column = requested.nonzero(as_tuple=True)
     tokens = clean(rollout.tokens, attention)
     count = attention.long().cumsum(dim=1) - 1  # [B, T] position of each token in its sequence
-    running: AbstractContextManager[None] = nullcontext()
+    context: AbstractContextManager[None] = nullcontext()
     if may_pack(model):
         lengths = attention.sum(dim=1)
         order = lengths.argsort(stable=True)
         before = torch.zeros_like(lengths)
         before[order[1:]] = lengths[order[:-1]].cumsum(dim=0)
         place = before[:, None] + count
-        where = place[attention]
-        flat = where.new_zeros(shared_size(len(where)))
-        flat[where] = tokens[attention]
+        flat_index = place[attention]
+        flat = flat_index.new_zeros(bucket_size(len(flat_index)))
+        flat[flat_index] = tokens[attention]
         positions = torch.zeros_like(flat)
-        positions[where] = count[attention]
+        positions[flat_index] = count[attention]
         inputs = {"input_ids": flat[None], "position_ids": positions[None], "use_cache": False}
-        running = packed(decoder_config(model), [n for n in lengths[order].tolist() if n > 0])
+        context = packed(decoder_config(model), [n for n in lengths[order].tolist() if n > 0])
     else:
-        order = left_edge(attention)
+        order = left_aligning_order(attention)
         start = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
         place = start + count.clamp(min=0)
         inputs = forward_inputs(
-            model, move(tokens, order), move(attention, order), rollout.encoder_tokens, rollout.encoder_attention
+            model, reorder(tokens, order), reorder(attention, order), rollout.encoder_tokens, rollout.encoder_attention
         )
-    filling = (0, shared_size(len(row)) - len(row) if row.device.type == "cpu" else 0)
-    rows, following = F.pad(place[row, column], filling), F.pad(tokens[row, column + 1], filling)
-    layout = _Layout(inputs=inputs, running=running, place=place, asked=asked, rows=rows, tokens=following)
-    if not isinstance(rollout, RolloutAboveFrozen) or draws_below(model, rollout.depth):
+    padding = (0, bucket_size(len(row)) - len(row) if row.device.type == "cpu" else 0)
+    rows, following = F.pad(place[row, column], padding), F.pad(tokens[row, column + 1], padding)
+    layout = _Layout(inputs=inputs, context=context, place=place, requested=requested, rows=rows, tokens=following)
+    if not isinstance(rollout, RolloutAboveFrozen) or first_layers_in_training(model, rollout.depth):
         return layout
-    states = layout.spread(rollout.states, attention)
-    return replace(layout, running=_both(running, beginning_above(model, states, rollout.depth)))
+    states = layout.scatter_states(rollout.states, attention)
+    return replace(layout, context=_both(context, skipping_first_layers(model, states, rollout.depth)))
 
 
 @contextmanager
@@ -179,17 +186,17 @@ def _without_logits(
 ) -> Evaluation:
     """`evaluate` without materialising logits, for models whose `abilities` say `projects`."""
     layout = _layout(model, rollout, response_only)
-    wanted = Wanted(rows=layout.rows, tokens=layout.tokens, temperature=temperature, entropy=entropy)
-    critic = None
-    with layout.running:
+    request = PredictionRequest(rows=layout.rows, tokens=layout.tokens, temperature=temperature, entropy=entropy)
+    state_values = None
+    with layout.context:
         if _has_values(model):
-            logprobs, spread, critic = model(**layout.inputs, wanted=wanted)
+            logprobs, entropies, state_values = model(**layout.inputs, request=request)
         else:
-            logprobs, spread = predict(model, layout.inputs, wanted)
+            logprobs, entropies = predict(model, layout.inputs, request)
     return Evaluation(
-        logprobs=layout.placed(logprobs),
-        values=layout.placed(critic) if values and critic is not None else None,
-        entropy=layout.placed(spread) if entropy else None,
+        logprobs=layout.scatter(logprobs),
+        values=layout.scatter(state_values) if values and state_values is not None else None,
+        entropy=layout.scatter(entropies) if entropy else None,
     )
 
 
@@ -223,35 +230,34 @@ def evaluate_exact_kl(
     with reference() as model:
         projects = abilities(policy).projects and abilities(model).projects
     if not projects:
-        mine = evaluate(policy, rollout, values=False, return_logits=True).logits
+        p_logits = evaluate(policy, rollout, values=False, return_logits=True).logits
         with reference() as model:
-            theirs = evaluate(model, rollout, values=False, return_logits=True).logits
-        assert mine is not None and theirs is not None
-        rows = [exact_kl(p.float(), q.float(), temperature=temperature) for p, q in zip(mine, theirs, strict=True)]
-        return torch.stack(rows)
-    _check(policy, rollout)
+            q_logits = evaluate(model, rollout, values=False, return_logits=True).logits
+        assert p_logits is not None and q_logits is not None
+        rows = zip(p_logits, q_logits, strict=True)
+        return torch.stack([exact_kl(p.float(), q.float(), temperature=temperature) for p, q in rows])
+    _check_rollout(policy, rollout)
     layout = _layout(policy, rollout, False)
-    mine = _last_states(policy, layout)
+    p_states = _last_states(policy, layout)
     with reference() as model:
-        other = _layout(model, rollout, False)
-        theirs = _last_states(model, other)
-        heads = [base_language_model(x).get_output_embeddings() for x in (policy, model)]
-        kind = "cpu" if mine.device.type == "cpu" else "other"
-        at_once = max(1, _LOGITS_AT_ONCE[kind] // len(heads[0].weight))
-        found = [
-            exact_kl(heads[0](p).float(), heads[1](q).float(), temperature=temperature)
-            for p, q in zip(mine.split(at_once), theirs.split(at_once), strict=True)
+        q_states = _last_states(model, _layout(model, rollout, False))
+        p_head, q_head = (base_language_model(x).get_output_embeddings() for x in (policy, model))
+        kind = "cpu" if p_states.device.type == "cpu" else "other"
+        chunk_rows = max(1, _CHUNK_LOGITS[kind] // len(p_head.weight))
+        chunks = [
+            exact_kl(p_head(p).float(), q_head(q).float(), temperature=temperature)
+            for p, q in zip(p_states.split(chunk_rows), q_states.split(chunk_rows), strict=True)
         ]
-    return layout.placed(torch.cat(found) if found else mine.new_zeros(0, dtype=torch.float32))
+    return layout.scatter(torch.cat(chunks) if chunks else p_states.new_zeros(0, dtype=torch.float32))
 
 
 def _last_states(model: nn.Module, layout: _Layout) -> Tensor:
     """Returns the hidden states `[N, H]` that feed the output projection."""
-    pretrained = getattr(unwrap(model), "pretrained_model", unwrap(model))
-    with layout.running, without_head(pretrained) as seen:
+    pretrained = pretrained_part(model)
+    with layout.context, without_head(pretrained) as captured:
         pretrained(**layout.inputs)
-    assert seen.value is not None
-    return seen.value.flatten(0, 1)[layout.rows]
+    assert captured.value is not None
+    return captured.value.flatten(0, 1)[layout.rows]
 
 
 @torch.no_grad()
@@ -266,27 +272,28 @@ def frozen_states(model: nn.Module, rollout: Rollout, depth: int) -> Tensor:
     Returns:
         `[B, T, H]`, 0 on padding.
     """
-    _check(model, rollout)
+    _check_rollout(model, rollout)
     layout = _layout(model, rollout, False)
-    pretrained = getattr(unwrap(model), "pretrained_model", unwrap(model))
-    with layout.running, without_head(pretrained), only_first_layers(model, depth) as seen:
+    pretrained = pretrained_part(model)
+    with layout.context, without_head(pretrained), only_first_layers(model, depth) as outputs:
         pretrained(**layout.inputs)
-    (states,) = seen
+    (states,) = outputs
     return states.flatten(0, 1)[layout.place].masked_fill(~rollout.attention.bool()[..., None], 0)
 
 
-def _check(model: nn.Module, rollout: Rollout) -> None:
+def _check_rollout(model: nn.Module, rollout: Rollout) -> None:
     """Raises ValueError if the model cannot read the rollout."""
     shape = tuple(rollout.tokens.shape)
     if tuple(rollout.attention.shape) != shape or tuple(rollout.mask.shape) != (shape[0], shape[1] - 1):
         raise ValueError(
             f"tokens {shape}, attention {tuple(rollout.attention.shape)} and mask {tuple(rollout.mask.shape)} do not "
-            "fit together: attention must be as wide as tokens, mask one column narrower"
+            "match: attention must have as many columns as tokens, and mask one fewer"
         )
     name = type(base_language_model(model)).__name__
-    if is_encoder_decoder(model) != (rollout.encoder_tokens is not None):
-        problem = "is no encoder-decoder, but" if rollout.encoder_tokens is not None else "needs"
-        raise ValueError(f"{name} {problem} the rollout's encoder_tokens: {rollout.encoder_tokens is not None=}")
+    if is_encoder_decoder(model) and rollout.encoder_tokens is None:
+        raise ValueError(f"{name} is an encoder-decoder and needs the rollout's encoder_tokens")
+    if not is_encoder_decoder(model) and rollout.encoder_tokens is not None:
+        raise ValueError(f"{name} is not an encoder-decoder, but the rollout has encoder_tokens")
 
 
 def _padding(rollout: Rollout) -> Tensor:
@@ -295,20 +302,20 @@ def _padding(rollout: Rollout) -> Tensor:
     return ~torch.cat(both, dim=1).bool()
 
 
-def _alike(rollout: Rollout) -> list[Tensor]:
+def _rows_by_padding(rollout: Rollout) -> list[Tensor]:
     """Groups sequences by padding pattern; returns each group's row indices `[b]`."""
     _, kinds = _padding(rollout).unique(dim=0, return_inverse=True)
     return [(kinds == kind).nonzero().squeeze(1) for kind in range(int(kinds.max()) + 1)]
 
 
 def _without_padding(rollout: Rollout) -> list[Rollout]:
-    return [take(rollout, rows, occupied(rollout.attention[rows])) for rows in _alike(rollout)]
+    return [take(rollout, rows, occupied(rollout.attention[rows])) for rows in _rows_by_padding(rollout)]
 
 
 def _joined(rollout: Rollout, parts: list[Tensor | None]) -> Tensor | None:
     """Reassembles results for the `_without_padding` parts into `[B, S, ...]`, 0 elsewhere."""
     whole: Tensor | None = None
-    for rows, part in zip(_alike(rollout), parts, strict=True):
+    for rows, part in zip(_rows_by_padding(rollout), parts, strict=True):
         if part is None:
             return None
         columns = occupied(rollout.attention[rows])
@@ -328,12 +335,12 @@ def _span(mask: Tensor) -> slice:
     return slice(int(columns[0]), int(columns[-1]) + 1) if columns.numel() else slice(0, 1)
 
 
-def _keep(model: nn.Module, wanted: slice, tokens: Tensor) -> tuple[slice, dict[str, Any]]:
+def _logits_to_keep(model: nn.Module, requested: slice, tokens: Tensor) -> tuple[slice, dict[str, Any]]:
     """Returns the columns the model will compute logits for, and the forward argument that selects them."""
     width = tokens.shape[1]
     parameter = forward_parameters(model).get("logits_to_keep")
     if parameter is None:
         return slice(0, width), {}
     if "Tensor" in str(parameter.annotation):
-        return wanted, {"logits_to_keep": torch.arange(wanted.start, wanted.stop, device=tokens.device)}
-    return slice(wanted.start, width), {"logits_to_keep": width - wanted.start}
+        return requested, {"logits_to_keep": torch.arange(requested.start, requested.stop, device=tokens.device)}
+    return slice(requested.start, width), {"logits_to_keep": width - requested.start}

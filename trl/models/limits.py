@@ -13,10 +13,10 @@ from trl.models.trunk import base_language_model, is_encoder_decoder
 def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
     """Returns the vocabulary sizes of queries and of responses; None if the model does not define one."""
     trunk = base_language_model(model)
-    reads, writes = trunk.get_input_embeddings(), trunk.get_output_embeddings()
-    read = getattr(reads, "num_embeddings", None)
-    written = writes.weight.shape[0] if writes is not None and hasattr(writes, "weight") else read
-    return read, written if is_encoder_decoder(model) or read is None else min(read, written)
+    embeddings, head = trunk.get_input_embeddings(), trunk.get_output_embeddings()
+    inputs = getattr(embeddings, "num_embeddings", None)
+    outputs = head.weight.shape[0] if head is not None and hasattr(head, "weight") else inputs
+    return inputs, outputs if is_encoder_decoder(model) or inputs is None else min(inputs, outputs)
 
 
 def decoder_start(model: nn.Module) -> int | None:
@@ -49,9 +49,7 @@ def context_length(model: nn.Module, *, encoder: bool = False) -> int | None:
 
 def _short_lengths(config: Any) -> Iterator[Any]:
     rope = getattr(config, "rope_parameters", None) or {}
-    for kind in (
-        rope,
-        *(value for value in rope.values() if isinstance(value, dict)),
-    ):  # one for all layers, or one per layer type
-        if kind.get("rope_type") == "longrope":
-            yield kind.get("original_max_position_embeddings")
+    # One for all layers, or one per layer type.
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") == "longrope":
+            yield parameters.get("original_max_position_embeddings")

@@ -22,10 +22,10 @@ def load_trunk(
         **kwargs: passed to transformers.
 
     Returns:
-        The model, whether it carries an adapter, and the commit of each hub id that was read (None for a folder).
+        The model, whether it has an adapter, and the commit of each hub id that was read (None for a folder).
 
     Raises:
-        ValueError: for pickled weights without `allow_pickle`, or an adapter that names no base model.
+        ValueError: for pickled weights without `allow_pickle`, or an adapter without a base model.
         ImportError: for an adapter when peft is not installed.
     """
     hub = hub_arguments(kwargs)
@@ -37,7 +37,7 @@ def load_trunk(
     check_adapter_format(source, hub, allow_pickle=allow_pickle)
     base = config.get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"adapter_config.json of {source!r} names no base_model_name_or_path")
+        raise ValueError(f"adapter_config.json of {source!r} has no base_model_name_or_path")
     # `revision` and `subfolder` locate the adapter, not its base model.
     kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
     if config.get("revision"):

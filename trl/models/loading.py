@@ -44,7 +44,7 @@ def read_pickle(path: str, prefix: str = "") -> dict[str, Tensor]:
     """Same as `read_safetensors` for a legacy pickled `.bin` file; `weights_only=True`, so no code in it runs."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__} instead of tensors by name")
+        raise ValueError(f"{path} contains a {type(state).__name__} instead of a mapping from names to tensors")
     return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
@@ -77,17 +77,17 @@ def _read_embedded(source: str, hub: Mapping[str, Any], name: str, read: Any) ->
     for shard in sorted({file for key, file in weight_map.items() if key.startswith(VALUE_HEAD_PREFIX)}):
         path = find_file(source, shard, hub)
         if path is None:
-            raise ValueError(f"{source!r} lacks {shard}, in which its index places the value head")
+            raise ValueError(f"{source!r} lacks {shard}, where its index places the value head")
         head |= read(path, VALUE_HEAD_PREFIX)
     return head
 
 
 def warn_of_unread_pickle(source: str, hub: Mapping[str, Any]) -> None:
-    """Warns that an unread pickle may hold the value head, as in TRL 0.4-0.11 adapter folders, and how to read it."""
+    """Warns that an unread pickle may contain the value head, as in TRL 0.4-0.11 adapter folders."""
     if find_file(source, PICKLE_FILE, hub) is not None:
         logger.warning(
-            "%s of %r was not read, since it is a pickle: if it holds a value head, pass allow_pickle=True "
-            "(it is read with weights_only=True); a fresh value head was made",
+            "did not read %s of %r, because it is a pickle, and initialised a fresh value head; if it contains a value head, "
+            "pass allow_pickle=True (it is loaded with weights_only=True)",
             PICKLE_FILE,
             source,
         )
@@ -141,12 +141,12 @@ def transformers_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     torch_dtype = kwargs.pop("torch_dtype", None)
     if torch_dtype is not None:
         if kwargs.get("dtype", torch_dtype) != torch_dtype:
-            raise ValueError(f"dtype={kwargs['dtype']} and torch_dtype={torch_dtype} differ; give one of them")
+            raise ValueError(f"dtype={kwargs['dtype']} and torch_dtype={torch_dtype} differ; pass only one of them")
         kwargs["dtype"] = torch_dtype
     quantized = {name: kwargs.pop(name, False) for name in ("load_in_8bit", "load_in_4bit")}
     if any(quantized.values()):
         if kwargs.get("quantization_config") is not None:
-            raise ValueError("give load_in_8bit / load_in_4bit or quantization_config, not both")
+            raise ValueError("pass load_in_8bit / load_in_4bit or quantization_config, not both")
         from transformers import BitsAndBytesConfig
 
         kwargs["quantization_config"] = BitsAndBytesConfig(**quantized)

@@ -13,102 +13,103 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, trial_words, unwrap
+from trl.functional.probes import logits_error, logits_tolerance
+from trl.models.trunk import (
+    accepts,
+    base_language_model,
+    evaluation_mode,
+    is_encoder_decoder,
+    pretrained_part,
+    probe_sequences,
+)
 
 logger = logging.getLogger(__name__)
 
-# Tolerance of the probes: RMS error over the logits' standard deviation, by bytes per weight.
-_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}  # bfloat16 alone moves logits by 0.25 relative to float32
-_FOUND: WeakKeyDictionary[nn.Module, _Trial] = WeakKeyDictionary()
+_PROBES: WeakKeyDictionary[nn.Module, _Probe] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
-class _Trial:
-    ahead: str | None  # how logits depend on later tokens; None if they do not
-    padded: str | None  # how logits depend on padding; None if they do not
+class _Probe:
+    lookahead: str | None  # how logits depend on later tokens; None if they do not
+    padding: str | None  # how logits depend on padding; None if they do not
 
 
 def ignores_padding(model: nn.Module) -> bool:
     """Whether sequences of different lengths can share a right-padded pass; if not, a pass takes one length only.
 
     Raises:
-        ValueError: for a decoder whose logits depend on later tokens: its log-probabilities of a finished response are
-            not those the response was sampled from.
+        ValueError: for a decoder whose logits depend on later tokens: its log-probabilities of a finished response
+            differ from those it was sampled with.
     """
     base = base_language_model(model)
-    if base not in _FOUND:
+    if base not in _PROBES:
         name = type(base).__name__
-        found = _tried(getattr(unwrap(model), "pretrained_model", unwrap(model)))
-        if found.ahead is not None:
+        probe = _probe(pretrained_part(model))
+        if probe.lookahead is not None:
             problem = (
-                f"{name}: logits depend on the tokens after theirs ({found.ahead}), so that log-probabilities of a finished "
-                "response are not those that it is sampled from"
+                f"{name}: logits depend on later tokens ({probe.lookahead}), so log-probabilities of a finished response "
+                "differ from those it was sampled with"
             )
             if not is_encoder_decoder(model):
                 hint = ": load it with is_decoder=True" if getattr(base.config, "is_decoder", None) is False else ""
                 raise ValueError(problem + hint)
             logger.warning("%s", problem)
-        if found.padded is not None:
-            logger.info("%s: sequences of one length are read at a time: %s", name, found.padded)
-        _FOUND[base] = found
-    return _FOUND[base].padded is None
+        if probe.padding is not None:
+            logger.info("%s: only sequences of equal length share a pass: %s", name, probe.padding)
+        _PROBES[base] = probe
+    return _PROBES[base].padding is None
 
 
 @torch.no_grad()
-def _tried(model: Any) -> _Trial:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    device = model.get_input_embeddings().weight.device
-    try:
-        with torch.autocast(device.type, enabled=False):
-            words = trial_words(model)
-            if (gap := _counts_from_elsewhere(model, words[0])) is not None:
-                logger.warning(
-                    "%s: positions are counted from 0, here and by generate; a pass without position_ids counts them in another "
-                    "way, and logits are %s",
-                    type(model).__name__,
-                    gap,
-                )
-            return _Trial(ahead=_looks_ahead(model, torch.cat(words)), padded=_sees_padding(model, words))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def _probe(model: Any) -> _Probe:
+    sequences = probe_sequences(model)
+    with evaluation_mode(model), torch.autocast(sequences[0].device.type, enabled=False):
+        if (change := _position_effect(model, sequences[0])) is not None:
+            logger.warning(
+                "%s: positions are counted from 0 here and in generate, but differently in a forward pass without "
+                "position_ids, whose logits differ by %s",
+                type(model).__name__,
+                change,
+            )
+        return _Probe(lookahead=_lookahead(model, torch.cat(sequences)), padding=_padding_effect(model, sequences))
 
 
-def _counts_from_elsewhere(model: Any, words: Tensor) -> str | None:
+def _position_effect(model: Any, tokens: Tensor) -> str | None:
     """Describes how explicit positions change the logits, as in the RoBERTa family; None if they do not."""
     if not accepts(model, "position_ids") or is_encoder_decoder(model):
         return None
-    inputs = forward_inputs(model, words[None], torch.ones_like(words[None]).bool())
-    counted = model(**inputs).logits[0]
+    inputs = forward_inputs(model, tokens[None], torch.ones_like(tokens[None]).bool())
+    with_positions = model(**inputs).logits[0]
     del inputs["position_ids"]
-    return _gap(model, counted, model(**inputs).logits[0], "off")
+    return _difference(model, with_positions, model(**inputs).logits[0])
 
 
-def _looks_ahead(model: Any, words: Tensor) -> str | None:
-    half = len(words) // 2
-    others = [torch.cat([words[:half], words[half:].flip(0)])]
+def _lookahead(model: Any, tokens: Tensor) -> str | None:
+    """Describes how changing later tokens changes the logits; None if it does not."""
+    half = len(tokens) // 2
+    variants = [torch.cat([tokens[:half], tokens[half:].flip(0)])]
     if is_encoder_decoder(model):  # ProphetNet's logits depend on the number of tokens
-        others.append(words[:half])
-    plain = _logits(model, words[None], words[None])[0, :half]
-    for other in others:
-        if reason := _gap(model, _logits(model, other[None], words[None])[0, :half], plain, "off"):
-            return reason
+        variants.append(tokens[:half])
+    expected = _logits(model, tokens[None], tokens[None])[0, :half]
+    for variant in variants:
+        if change := _difference(model, _logits(model, variant[None], tokens[None])[0, :half], expected):
+            return f"they change by {change}"
     return None
 
 
-def _sees_padding(model: Any, words: list[Tensor]) -> str | None:
-    tokens = nn.utils.rnn.pad_sequence(words, batch_first=True)
-    attention = nn.utils.rnn.pad_sequence([torch.ones_like(some).bool() for some in words], batch_first=True)
+def _padding_effect(model: Any, sequences: list[Tensor]) -> str | None:
+    """Describes how padding changes the logits; None if it does not."""
+    tokens = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    attention = nn.utils.rnn.pad_sequence([torch.ones_like(tokens).bool() for tokens in sequences], batch_first=True)
     encoder = (tokens, attention) if is_encoder_decoder(model) else (None, None)
     try:
-        together = model(**forward_inputs(model, tokens, attention, *encoder)).logits
+        padded = model(**forward_inputs(model, tokens, attention, *encoder)).logits
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
-        return f"with padding, {type(error).__name__}: {error}"
-    for row, some in enumerate(words):
-        alone = _logits(model, some[None], some[None])[0]
-        if reason := _gap(model, together[row, : len(some)], alone, "with padding, logits are off"):
-            return reason
+        return f"padding fails with {type(error).__name__}: {error}"
+    for sequence, logits in zip(sequences, padded, strict=True):
+        alone = _logits(model, sequence[None], sequence[None])[0]
+        if change := _difference(model, logits[: len(sequence)], alone):
+            return f"padding changes the logits by {change}"
     return None
 
 
@@ -118,11 +119,19 @@ def _logits(model: Any, tokens: Tensor, query: Tensor) -> Tensor:
     return model(**forward_inputs(model, tokens, torch.ones_like(tokens).bool(), *encoder)).logits
 
 
-def _gap(model: Any, seen: Tensor, expected: Tensor, what: str) -> str | None:
-    gap = ((seen.float() - expected.float()).square().mean(dim=-1).sqrt() / expected.float().std(dim=-1)).max().item()
-    if gap <= _TOLERANCE.get(model.get_input_embeddings().weight.element_size(), 0.5):
-        return None
-    return f"{what} by {gap:.1e} standard deviations"
+def _difference(model: Any, logits: Tensor, expected: Tensor) -> str | None:
+    """Describes a difference that rounding does not explain; None if there is no such difference."""
+    error = logits_error(logits, expected)
+    within_tolerance = error <= logits_tolerance(model.get_input_embeddings().weight)
+    return None if within_tolerance else f"{error:.1e} standard deviations"
+
+
+def unpadded_inputs(model: nn.Module, tokens: Tensor) -> dict[str, Any]:
+    """Builds cache-free forward keyword arguments for one sequence `[T]`, which an encoder-decoder also encodes."""
+    inputs: dict[str, Any] = {"input_ids": tokens[None]} | ({"use_cache": False} if accepts(model, "use_cache") else {})
+    if is_encoder_decoder(model):
+        inputs["decoder_input_ids"] = tokens[None]
+    return inputs
 
 
 def forward_inputs(
@@ -139,25 +148,25 @@ def forward_inputs(
         if accepts(model, "position_ids"):
             inputs["position_ids"] = (attention.long().cumsum(dim=1) - 1).clamp(min=0)
         return inputs
-    order = left_edge(encoder_attention)
+    order = left_aligning_order(encoder_attention)
     return inputs | {
-        "input_ids": move(clean(encoder_tokens, encoder_attention), order),
-        "attention_mask": move(encoder_attention.long(), order),
+        "input_ids": reorder(clean(encoder_tokens, encoder_attention), order),
+        "attention_mask": reorder(encoder_attention.long(), order),
         "decoder_input_ids": tokens,
         "decoder_attention_mask": attention.long(),
     }
 
 
 def clean(tokens: Tensor, attention: Tensor) -> Tensor:
-    """Replaces padding by token 0: it may hold anything, even ids outside the vocabulary."""
+    """Replaces padding by token 0, because it may be anything, even ids outside the vocabulary."""
     return tokens.masked_fill(~attention.bool(), 0)
 
 
-def left_edge(attention: Tensor) -> Tensor:
+def left_aligning_order(attention: Tensor) -> Tensor:
     """Returns a column order [B, T] that puts each row's tokens before its padding, given `attention` [B, T]."""
     return torch.argsort(~attention.bool(), dim=1, stable=True)
 
 
-def move(x: Tensor, order: Tensor) -> Tensor:
+def reorder(x: Tensor, order: Tensor) -> Tensor:
     """Reorders the columns of `x` [B, T, ...] by `order` [B, T]."""
     return x.gather(1, order.reshape(order.shape + (1,) * (x.dim() - 2)).expand_as(x))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.kernels.products import has_bfloat16
-from trl.models.adapters import stands_on_frozen_base
+from trl.models.adapters import trains_only_lora
 from trl.models.trunk import base_language_model
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
@@ -35,29 +35,28 @@ class NarrowCopies:
 
     def __init__(self, model: nn.Module, keep: tuple[str, ...] = ("v_head.",)) -> None:
         self._parameters = list(_narrowable(model, keep))
-        self._places: dict[Tensor, int] = {parameter: place for place, parameter in enumerate(self._parameters)}
+        self._indices: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self._parameters)}
         self._copies: list[Tensor] = []
         self._versions: list[int] = []  # version counters of the parameters when they were last copied
-        self._gradients: dict[
-            int, Tensor
-        ] = {}  # float32, by parameter index; reused, so that steps do not reallocate them
+        # float32, by parameter index; reused, so that steps do not reallocate them
+        self._gradients: dict[int, Tensor] = {}
         self._pending: set[int] = set()  # indices whose gradient is accumulated in `_gradients`
         self._in_place: set[int] = set()  # indices whose gradient overwrites their copy in this pass
-        self._held: set[int] = set()  # indices whose copy has been overwritten by a gradient, or part of one
+        self._overwritten: set[int] = set()  # indices whose copy has been overwritten by a gradient, or part of one
         self._active = False
-        self._watch()
+        self._register_hooks()
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Registers the gradient hooks again: copying or pickling a parameter drops them."""
         vars(self).update(state)
-        self._watch()
+        self._register_hooks()
 
-    def _watch(self) -> None:
-        for place, parameter in enumerate(self._parameters):
+    def _register_hooks(self) -> None:
+        for index, parameter in enumerate(self._parameters):
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._taking(place))
+                parameter.register_post_accumulate_grad_hook(self._gradient_hook(index))
 
-    def _taking(self, place: int) -> Callable[[Tensor], None]:
+    def _gradient_hook(self, index: int) -> Callable[[Tensor], None]:
         """Returns a hook that moves a bfloat16 gradient into the copy's memory, or adds it to the float32 gradient.
 
         Autograd calls it once every node that reads the parameter has run.
@@ -67,33 +66,33 @@ class NarrowCopies:
             narrow = parameter.grad
             if narrow is None or not self._active:
                 return
-            if place in self._in_place:
-                if place in self._held:
+            if index in self._in_place:
+                if index in self._overwritten:
                     raise RuntimeError(
                         f"a weight of shape {tuple(parameter.shape)} got two gradients in one backward pass, as re-entrant "
                         "checkpointing of shared layers does: use gradient_checkpointing_kwargs={'use_reentrant': False} "
                         "or PPOConfig.dtype='float32'"
                     )
-                self._held.add(place)
+                self._overwritten.add(index)
                 # Writing to the parameter itself would bump the version that autograd checks. The copy is safe to
                 # overwrite: the nodes that read it have already run.
-                self._copies[place].copy_(narrow)
+                self._copies[index].copy_(narrow)
             else:
-                self._widen(place, narrow)
+                self._widen(index, narrow)
             parameter.grad = None
 
         return hook
 
-    def _widen(self, place: int, narrow: Tensor) -> None:
+    def _widen(self, index: int, narrow: Tensor) -> None:
         """Accumulates a gradient in float32."""
-        if place not in self._gradients:
-            self._gradients[place] = torch.empty_like(narrow, dtype=torch.float32)
-        wide = self._gradients[place]
-        if place in self._pending:
+        if index not in self._gradients:
+            self._gradients[index] = torch.empty_like(narrow, dtype=torch.float32)
+        wide = self._gradients[index]
+        if index in self._pending:
             wide += narrow
         else:
             wide.copy_(narrow)
-        self._pending.add(place)
+        self._pending.add(index)
 
     def refresh(self) -> None:
         """Copies the current weights to bfloat16."""
@@ -105,30 +104,30 @@ class NarrowCopies:
     def refresh_changed(self) -> None:
         """Refreshes only the weights written to since the last refresh; misses writes through `.data`."""
         versions = enumerate(self._versions)
-        self._narrow({place for place, v in versions if v != self._parameters[place]._version} | self._held)
+        self._narrow({index for index, v in versions if v != self._parameters[index]._version} | self._overwritten)
 
-    def _narrow(self, places: Collection[int]) -> None:
+    def _narrow(self, indices: Collection[int]) -> None:
         if self._active:
-            raise RuntimeError("the weights cannot be narrowed while their copies stand in for them")
-        for place in places:
-            self._copies[place].copy_(self._parameters[place].detach())
-            self._versions[place] = self._parameters[place]._version
-        self._held -= set(places)
+            raise RuntimeError("cannot refresh the bfloat16 copies while they stand in for the weights")
+        for index in indices:
+            self._copies[index].copy_(self._parameters[index].detach())
+            self._versions[index] = self._parameters[index]._version
+        self._overwritten -= set(indices)
 
     def gradients(self) -> dict[Tensor, Tensor]:
         """Returns the bfloat16 gradients that occupy copies' memory, by parameter."""
-        return {self._parameters[place]: self._copies[place] for place in sorted(self._held)}
+        return {self._parameters[index]: self._copies[index] for index in sorted(self._overwritten)}
 
     def discard(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Overwrites in-place gradients with fresh copies of the weights: for `parameters`, or for all."""
-        places = {self._places[p] for p in parameters if p in self._places} if parameters is not None else self._held
-        self._narrow(places & self._held)
+        parameters = self._parameters if parameters is None else parameters
+        self._narrow({self._indices[p] for p in parameters if p in self._indices} & self._overwritten)
 
     def narrowed(self, parameters: Iterable[Tensor]) -> None:
         """Records that the tensors from `gradients` now hold the current `parameters` in bfloat16."""
-        for place in (self._places[parameter] for parameter in parameters):
-            self._held.discard(place)
-            self._versions[place] = self._parameters[place]._version
+        for index in (self._indices[parameter] for parameter in parameters):
+            self._overwritten.discard(index)
+            self._versions[index] = self._parameters[index]._version
 
     @contextmanager
     def stand_in(self, *, gradients_in_place: bool = False) -> Iterator[None]:
@@ -148,10 +147,10 @@ class NarrowCopies:
         else:
             self.refresh()
         wide = [parameter.data for parameter in self._parameters]
-        before = [parameter.grad for parameter in self._parameters]
+        previous = [parameter.grad for parameter in self._parameters]
         # Gradients that an earlier pass left in our buffer keep accumulating there.
-        self._pending = {place for place, grad in enumerate(before) if grad is not None and self._is_ours(place, grad)}
-        self._in_place = {place for place, grad in enumerate(before) if grad is None} if gradients_in_place else set()
+        self._pending = {index for index, grad in enumerate(previous) if grad is not None and self._owns(index, grad)}
+        self._in_place = {index for index, grad in enumerate(previous) if grad is None} if gradients_in_place else set()
         self._active = True
         try:
             for parameter, copy in zip(self._parameters, self._copies, strict=True):
@@ -160,24 +159,26 @@ class NarrowCopies:
             yield
         finally:
             self._active = False
-            for place, (parameter, data) in enumerate(zip(self._parameters, wide, strict=True)):
+            for index, (parameter, data) in enumerate(zip(self._parameters, wide, strict=True)):
                 parameter.data = data
-                parameter.grad = self._sum(place, before[place])
+                parameter.grad = self._sum(index, previous[index])
 
-    def _sum(self, place: int, before: Tensor | None) -> Tensor | None:
-        """Returns a parameter's gradient after a pass, given the gradient `before` it."""
-        if place not in self._pending:
-            return before
-        wide = self._gradients[place]
-        return wide if before is None or before is wide else before.add_(wide)
+    def _sum(self, index: int, previous: Tensor | None) -> Tensor | None:
+        """Returns a parameter's gradient after a pass, given its `previous` gradient."""
+        if index not in self._pending:
+            return previous
+        wide = self._gradients[index]
+        return wide if previous is None or previous is wide else previous.add_(wide)
 
-    def _is_ours(self, place: int, gradient: Tensor) -> bool:
-        return self._gradients.get(place) is gradient
+    def _owns(self, index: int, gradient: Tensor) -> bool:
+        return self._gradients.get(index) is gradient
 
 
-def narrow_for_good(model: nn.Module, keep: tuple[str, ...] = ("v_head.",), besides: nn.Module | None = None) -> None:
-    """Casts a frozen model's float32 parameters to bfloat16 in place, except those shared with `besides`."""
-    shared = {id(parameter) for parameter in besides.parameters()} if besides is not None else set()
+def narrow_for_good(
+    model: nn.Module, keep: tuple[str, ...] = ("v_head.",), shared_with: nn.Module | None = None
+) -> None:
+    """Casts a frozen model's float32 parameters to bfloat16 in place, except those shared with `shared_with`."""
+    shared = {id(parameter) for parameter in shared_with.parameters()} if shared_with is not None else set()
     for parameter in _narrowable(model, keep):
         if id(parameter) not in shared:
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -191,7 +192,7 @@ def narrow_base(model: nn.Module, keep: tuple[str, ...] = ("v_head.",)) -> list[
     Returns:
         The parameters that were cast.
     """
-    if not stands_on_frozen_base(model):
+    if not trains_only_lora(model):
         return []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     base = [p for p in _narrowable(model, keep) if not p.requires_grad and "lora_" not in names[id(p)]]
@@ -208,7 +209,7 @@ def _narrowable(model: nn.Module, keep: tuple[str, ...]) -> Iterator[nn.Paramete
             yield parameter
 
 
-def choose_dtype(model: nn.Module, wanted: ComputeDtype) -> tuple[torch.dtype, str]:
+def choose_dtype(model: nn.Module, requested: ComputeDtype) -> tuple[torch.dtype, str]:
     """Chooses the compute dtype and returns it with the reason.
 
     "auto" depends only on the model and the hardware, never on a measurement, so a resumed run computes in the same
@@ -216,25 +217,22 @@ def choose_dtype(model: nn.Module, wanted: ComputeDtype) -> tuple[torch.dtype, s
 
     Args:
         model: the model whose float32 parameters would be cast.
-        wanted: "float32", "bfloat16", or "auto": bfloat16 if the processor has fast bfloat16 matrix multiplication and
+        requested: "float32", "bfloat16", or "auto": bfloat16 if the processor has fast bfloat16 matrix multiplication and
             the model is large enough to benefit.
     """
-    if wanted == "float32":
-        return torch.float32, "asked for"
-    if wanted == "bfloat16":
-        return torch.bfloat16, "asked for"
+    if requested != "auto":
+        return (torch.bfloat16 if requested == "bfloat16" else torch.float32), "as requested"
     parameters = [p for p in model.parameters() if p.dtype == torch.float32]
     if not parameters:
-        return torch.float32, "no parameter is float32: the model computes in its own dtype"
+        return torch.float32, "no parameters are float32, so the model computes in its own dtype"
     size = sum(p.numel() for p in parameters)
     if size < _WORTHWHILE_PARAMETERS:
-        return torch.float32, f"{size:,} parameters are too few to gain"
+        return torch.float32, f"{size:,} parameters are too few to benefit"
     device = parameters[0].device
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        return (
-            (torch.bfloat16, "the GPU has bfloat16 units") if fast else (torch.float32, "the GPU has no bfloat16 units")
-        )
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16, "the GPU has bfloat16 units"
+        return torch.float32, "the GPU has no bfloat16 units"
     if device.type == "cpu":
         if has_bfloat16():
             return torch.bfloat16, "the CPU has bfloat16 instructions"

@@ -11,21 +11,29 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from trl.functional.probes import logits_error, logits_tolerance
 from trl.kernels.door import kernels_enabled
 from trl.kernels.packed_attention import packed
 from trl.kernels.products import LinearForward
 from trl.kernels.projection import projected_logprobs_and_entropy
-from trl.models.trunk import accepts, base_language_model, is_encoder_decoder, trial_words, unwrap, without_head
+from trl.models.padding import unpadded_inputs
+from trl.models.trunk import (
+    accepts,
+    base_language_model,
+    evaluation_mode,
+    is_encoder_decoder,
+    pretrained_part,
+    probe_sequences,
+    without_head,
+)
 
 logger = logging.getLogger(__name__)
 
-# Tolerance of packed against single sequences: RMS error over the logits' standard deviation, by bytes per weight.
-_TOLERANCE = {8: 1e-3, 4: 1e-3, 2: 0.5}  # bfloat16 alone moves logits by 0.25 relative to float32
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class PredictionRequest:
     """The tokens whose log-probabilities a forward pass returns instead of logits."""
 
     rows: Tensor  # [N] int64: position that predicts each token, as an index into the flattened decoder tokens [B, T]
@@ -42,22 +50,24 @@ class Abilities:
     packs: bool  # several sequences can be packed into one row
 
 
-_FOUND: WeakKeyDictionary[nn.Module, tuple[Any, Abilities]] = WeakKeyDictionary()  # with the `_marks` probed
+_CACHE: WeakKeyDictionary[nn.Module, tuple[Any, Abilities]] = (
+    WeakKeyDictionary()
+)  # with the `_cache_key` they were probed for
 
 
-def predict(pretrained: nn.Module, inputs: dict[str, Any], wanted: Wanted) -> tuple[Tensor, Tensor]:
+def predict(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRequest) -> tuple[Tensor, Tensor]:
     """Returns `[N]` float32 log-probabilities and entropies, for a model whose `abilities` say `projects`."""
     head = base_language_model(pretrained).get_output_embeddings()
-    with without_head(pretrained) as seen:
+    with without_head(pretrained) as captured:
         pretrained(**inputs)
-    assert seen.value is not None
+    assert captured.value is not None
     return projected_logprobs_and_entropy(
-        seen.value.flatten(0, 1)[wanted.rows],
+        captured.value.flatten(0, 1)[request.rows],
         head.weight,
-        wanted.tokens,
+        request.tokens,
         bias=head.bias,
-        temperature=wanted.temperature,
-        entropy=wanted.entropy,
+        temperature=request.temperature,
+        entropy=request.entropy,
     )
 
 
@@ -66,28 +76,22 @@ def abilities(model: nn.Module) -> Abilities:
     if not kernels_enabled():
         return Abilities(projects=False, packs=False)
     base = base_language_model(model)
-    tried = _marks(base.get_output_embeddings())
-    if base not in _FOUND or _FOUND[base][0] != tried:
-        pretrained = getattr(unwrap(model), "pretrained_model", unwrap(model))
-        modes = {module: module.training for module in pretrained.modules()}
-        pretrained.eval()
-        try:
-            with torch.no_grad():
-                reason = _keeps_logits(pretrained)
-                packs = _cannot_pack(pretrained) if reason is None else reason
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        _FOUND[base] = tried, Abilities(projects=reason is None, packs=packs is None)
+    key = _cache_key(base.get_output_embeddings())
+    if base not in _CACHE or _CACHE[base][0] != key:
+        pretrained = pretrained_part(model)
+        with evaluation_mode(pretrained), torch.no_grad():
+            projecting = _projection_obstacle(pretrained)
+            packing = _packing_obstacle(pretrained) if projecting is None else projecting
+        _CACHE[base] = key, Abilities(projects=projecting is None, packs=packing is None)
         name = type(base).__name__
-        if reason is not None:
-            logger.info("%s: logits of all words are made at once: %s", name, reason)
-        elif packs is not None:
-            logger.info("%s: sequences are padded to one length, not packed: %s", name, packs)
-    return _FOUND[base][1]
+        if projecting is not None:
+            logger.info("%s: every pass computes the full logits: %s", name, projecting)
+        elif packing is not None:
+            logger.info("%s: sequences are padded, not packed: %s", name, packing)
+    return _CACHE[base][1]
 
 
-def _marks(head: Any) -> tuple[Any, ...]:
+def _cache_key(head: Any) -> tuple[Any, ...]:
     """Cache key of an output embedding; changes when an adapter is injected or hooks are registered."""
     return (type(head), id(head), *getattr(head, "_forward_hooks", ()), *getattr(head, "_forward_pre_hooks", ()))
 
@@ -103,66 +107,59 @@ def may_pack(model: nn.Module) -> bool:
     return abilities(model).packs
 
 
-def _plain(model: Any, words: Tensor) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"input_ids": words[None]} | ({"use_cache": False} if accepts(model, "use_cache") else {})
-    if is_encoder_decoder(model):
-        inputs["decoder_input_ids"] = words[None]
-    return inputs
-
-
-def _keeps_logits(model: Any) -> str | None:
+def _projection_obstacle(model: Any) -> str | None:
     """Returns why logits are more than the output projection; None if they are exactly that."""
     head = base_language_model(model).get_output_embeddings()
     if type(head) is not nn.Linear:
         return f"its output embedding is a {type(head).__name__}"
     if hasattr(head.weight, "device_mesh") or hasattr(head.weight, "ds_id") or head.weight.numel() == 0:
-        return "its weights are spread over processes"
+        return "its weights are sharded"
     if hasattr(head, "_hf_hook") or not isinstance(vars(head).get("forward"), LinearForward | None):
         return "its output embedding is moved between devices"
     if head._forward_hooks:
-        return "its output embedding has hooks, which may change what it returns"
-    given: list[Tensor] = []
-    words = trial_words(model)[0]
-    handle = head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+        return "its output embedding has hooks, which may change its output"
+    hidden: list[Tensor] = []
+    tokens = probe_sequences(model)[0]
+    inputs = unpadded_inputs(model, tokens)
+    handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
     try:
-        logits = model(**_plain(model, words)).logits
+        logits = model(**inputs).logits
     finally:
         handle.remove()
-    if len(given) != 1 or given[0].shape[:-1] != (1, len(words)):
+    if len(hidden) != 1 or hidden[0].shape[:-1] != (1, len(tokens)):
         return "its output embedding is not called once on every token"
-    if logits.shape[-1] != head.weight.shape[0] or not torch.equal(head(given[0]).float(), logits.float()):
+    if logits.shape[-1] != head.weight.shape[0] or not torch.equal(head(hidden[0]).float(), logits.float()):
         return "its logits are changed after the projection"
     try:
         with without_head(model):
-            model(**_plain(model, words))
+            model(**inputs)
     except (RuntimeError, ValueError, IndexError) as error:
         return f"it does not run without the projection: {type(error).__name__}: {error}"
     return None
 
 
-def _cannot_pack(model: Any) -> str | None:
+def _packing_obstacle(model: Any) -> str | None:
     """Returns why sequences cannot be packed into one row; None if they can."""
     base = base_language_model(model)
     if is_encoder_decoder(model):
         return "it is an encoder-decoder"
     if base.device.type != "cpu":
-        return "packed attention is written for CPUs"
+        return "packed attention supports CPUs only"
     if not accepts(model, "position_ids"):
-        return "it takes no position_ids"
-    if strange := set(getattr(decoder_config(model), "layer_types", None) or ()) - _KNOWN_LAYERS:
-        return f"it has layers of {', '.join(sorted(strange))}"
-    words = trial_words(model)
+        return "its forward takes no position_ids"
+    if unknown := set(getattr(decoder_config(model), "layer_types", None) or ()) - _PACKABLE_LAYERS:
+        return f"it has layers of type {', '.join(sorted(unknown))}"
+    sequences = probe_sequences(model)
+    lengths = [len(sequence) for sequence in sequences]
     try:
-        row = packed_inputs(words)
-        with packed(decoder_config(model), [len(some) for some in words]):
-            together = model(**row).logits[0].split([len(some) for some in words])
+        with packed(decoder_config(model), lengths):
+            parts = model(**packed_inputs(sequences)).logits[0].split(lengths)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
-    for some, seen in zip(words, together, strict=True):
-        alone = model(**_plain(model, some)).logits[0].float()
-        gap = ((seen.float() - alone).square().mean(dim=-1).sqrt() / alone.std(dim=-1)).max().item()
-        if not gap <= _TOLERANCE.get(base.get_input_embeddings().weight.element_size(), 0.5):
-            return f"a packed sequence is off by {gap:.1e} standard deviations of its logits"
+    for sequence, logits in zip(sequences, parts, strict=True):
+        difference = logits_error(logits, model(**unpadded_inputs(model, sequence)).logits[0])
+        if not difference <= logits_tolerance(base.get_input_embeddings().weight):
+            return f"packing changes its logits by {difference:.1e} standard deviations"
     return None
 
 

@@ -38,10 +38,10 @@ class LayerForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _has_cache(args, kwargs) or not torch.is_grad_enabled():
             return self.plain(*args, **kwargs)
-        return checkpoint(_as_now(self.plain, self.config), *args, use_reentrant=False, **kwargs)
+        return checkpoint(_bind_context(self.plain, self.config), *args, use_reentrant=False, **kwargs)
 
 
-def _as_now(run: Callable[..., Any], config: Any) -> Callable[..., Any]:
+def _bind_context(run: Callable[..., Any], config: Any) -> Callable[..., Any]:
     """Binds `run` to the current attention implementation and context variables, for any later call in any thread.
 
     Packed attention is active only during the forward pass; recomputation happens in the backward pass, which on a GPU
@@ -49,11 +49,11 @@ def _as_now(run: Callable[..., Any], config: Any) -> Callable[..., Any]:
     """
     context, attention = copy_context(), config._attn_implementation
 
-    def later(*args: Any, **kwargs: Any) -> Any:
+    def bound(*args: Any, **kwargs: Any) -> Any:
         with chosen_attention(config, attention):
             return context.run(run, *args, **kwargs)
 
-    return later
+    return bound
 
 
 def _has_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -79,10 +79,10 @@ def recompute_activations(model: nn.Module) -> None:
     if not base.supports_gradient_checkpointing or not layers:
         raise ValueError(
             f"gradient_checkpointing=True: {type(base).__name__} does not support activation checkpointing "
-            f"(supports_gradient_checkpointing={base.supports_gradient_checkpointing}, {len(layers)} layers that can be "
-            "run again)"
+            f"(supports_gradient_checkpointing={base.supports_gradient_checkpointing}, {len(layers)} checkpointable "
+            "layers)"
         )
     config = decoder_config(model)
-    # A model that an earlier trainer has had keeps its replacements: another around them would run each layer thrice.
+    # Layers that an earlier trainer replaced are skipped: wrapped twice, each would run three times.
     plain = [layer for layer in layers if not isinstance(vars(layer).get("forward"), LayerForward)]
     replace_forwards({layer: LayerForward(layer, config) for layer in plain})

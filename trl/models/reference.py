@@ -59,7 +59,7 @@ def create_reference_model(model: M, num_shared_layers: int | None = None, patte
     if num_shared_layers is not None:
         shared = list(_shared_parameters(base_language_model(inner), num_shared_layers, pattern))
     elif pattern is not None:
-        raise ValueError(f"pattern={pattern!r} has no use without num_shared_layers")
+        raise ValueError(f"pattern={pattern!r} has no effect without num_shared_layers")
     for parameter in shared:
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -82,7 +82,7 @@ def check_reference(reference: nn.Module, model: nn.Module) -> None:
     if shared:
         raise ValueError(
             f"ref_model shares {len(shared)} trained parameters with the model, such as {shared[0]}, and would change with it: "
-            "leave ref_model out, or make it with create_reference_model(model)"
+            "omit ref_model, or create it with create_reference_model(model)"
         )
 
 
@@ -122,10 +122,10 @@ def _find_pattern(base: nn.Module, pattern: str | None) -> str:
     for candidate in candidates:
         if candidate.count("{layer}") == 1 and _depth(base, candidate):
             return candidate
-    known = ", ".join(name for name in LAYER_PATTERNS if _depth(base, name)) or "none of the known ones"
+    matching = ", ".join(name for name in LAYER_PATTERNS if _depth(base, name)) or "none"
     raise ValueError(
-        f"pattern={pattern!r} names no layer of {type(base).__name__}; "
-        f"known patterns: {', '.join(LAYER_PATTERNS)}; of these fits: {known}"
+        f"pattern={pattern!r} matches no layer of {type(base).__name__}; "
+        f"known patterns: {', '.join(LAYER_PATTERNS)}; of these, matching: {matching}"
     )
 
 

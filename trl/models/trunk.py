@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl.functional.probes import probe_tokens
 from trl.kernels.door import replaced_forwards
 
 
@@ -24,10 +25,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def pretrained_part(model: nn.Module) -> Any:
+    """Returns the transformers or PEFT model inside parallel wrappers and the value-head model."""
+    inner: Any = unwrap(model)
+    return getattr(inner, "pretrained_model", inner)
+
+
 def base_language_model(model: nn.Module) -> Any:
     """Returns the plain transformers model under all wrappers: parallel, value head and PEFT."""
-    inner: Any = unwrap(model)
-    inner = unwrap(getattr(inner, "pretrained_model", inner))
+    inner: Any = unwrap(pretrained_part(model))
     if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     return inner
@@ -47,10 +53,10 @@ def decoder_of(model: nn.Module) -> Any:
     base = base_language_model(model)
     # `get_decoder` returns the head if that is named `decoder` (ModernBERT), and the whole model if the trunk's
     # attribute is not named as the class declares (Llama 4).
-    for found in (base.get_decoder(), getattr(base, "base_model", None), getattr(base, "model", None)):
-        if isinstance(found, nn.Module) and found is not base and found is not base.get_output_embeddings():
-            return found
-    raise ValueError(f"{type(base).__name__} has no decoder beside its language-model head")
+    for module in (base.get_decoder(), getattr(base, "base_model", None), getattr(base, "model", None)):
+        if isinstance(module, nn.Module) and module is not base and module is not base.get_output_embeddings():
+            return module
+    raise ValueError(f"{type(base).__name__} has no decoder apart from its language-model head")
 
 
 def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
@@ -67,18 +73,29 @@ def accepts(model: nn.Module, name: str) -> bool:
 def has_lm_head(model: nn.Module, namings: list[str] | tuple[str, ...]) -> bool:
     """Whether the model has a language-model head: an output embedding, or a module named in `namings`."""
     base = base_language_model(model)
-    find = getattr(base, "get_output_embeddings", None)
-    if callable(find) and find() is not None:
+    get_head = getattr(base, "get_output_embeddings", None)
+    if callable(get_head) and get_head() is not None:
         return True
     return any(name.rpartition(".")[2] in namings for name, _ in base.named_modules())
 
 
-def trial_words(model: Any) -> list[Tensor]:
-    """Returns two short token sequences for probing a model, from mid-vocabulary: special tokens are at its ends."""
+def probe_sequences(model: Any) -> list[Tensor]:
+    """Returns two short token sequences for probing a model."""
     embeddings = model.get_input_embeddings().weight
-    count = embeddings.shape[0]
-    word = [count // 2 + i % max(1, count // 4) for i in range(8)]
-    return [torch.tensor(some, device=embeddings.device) for some in (word[:5], word[5:])]
+    tokens = probe_tokens(len(embeddings), 8)
+    return [torch.tensor(sequence, device=embeddings.device) for sequence in (tokens[:5], tokens[5:])]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts every module of `model` into evaluation mode inside the `with` block."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class LastHiddenState:
@@ -93,13 +110,13 @@ def watch_last_hidden_state(model: nn.Module) -> Iterator[LastHiddenState]:
 
     `output_hidden_states=True` would keep every layer's states alive; this keeps only the last.
     """
-    seen = LastHiddenState()
+    captured = LastHiddenState()
 
     def from_output(module: nn.Module, args: Any, output: Any) -> None:
-        seen.value = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        captured.value = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
 
     def from_input(module: nn.Module, args: Any) -> None:
-        seen.value = args[0]
+        captured.value = args[0]
 
     decoder = decoder_of(model)
     head = getattr(decoder, "output_projection", None)
@@ -108,7 +125,7 @@ def watch_last_hidden_state(model: nn.Module) -> Iterator[LastHiddenState]:
     else:
         handle = decoder.register_forward_hook(from_output)
     try:
-        yield seen
+        yield captured
     finally:
         handle.remove()
 
@@ -116,11 +133,11 @@ def watch_last_hidden_state(model: nn.Module) -> Iterator[LastHiddenState]:
 @contextmanager
 def without_head(model: nn.Module) -> Iterator[LastHiddenState]:
     """Captures the output projection's input [B, T, H] and skips the projection: logits are [B, T, 0]."""
-    seen = LastHiddenState()
+    captured = LastHiddenState()
 
     def forward(hidden: Tensor) -> Tensor:
-        seen.value = hidden
+        captured.value = hidden
         return hidden.new_empty(*hidden.shape[:-1], 0)
 
     with replaced_forwards({base_language_model(model).get_output_embeddings(): forward}):
-        yield seen
+        yield captured

@@ -32,8 +32,8 @@ def hidden_size(config: Any) -> int:
         if nested is not None and not isinstance(nested, (str, int, float, dict)):
             return hidden_size(nested)
     raise ValueError(
-        f"{type(config).__name__} names no hidden size: looked for {', '.join(_WIDTH_NAMES)} "
-        f"there and in {', '.join(_NESTED_NAMES)}"
+        f"{type(config).__name__} defines no hidden size: looked for {', '.join(_WIDTH_NAMES)} "
+        f"in it and in its {', '.join(_NESTED_NAMES)}"
     )
 
 
@@ -64,7 +64,7 @@ class ValueHead(nn.Module):
     ) -> None:
         super().__init__()
         if v_head_init_strategy not in INIT_STRATEGIES:
-            raise ValueError(f"v_head_init_strategy={v_head_init_strategy!r} is none of {INIT_STRATEGIES}")
+            raise ValueError(f"v_head_init_strategy={v_head_init_strategy!r} must be one of {INIT_STRATEGIES}")
         if not v_head_initializer_range >= 0:
             raise ValueError(f"v_head_initializer_range={v_head_initializer_range} must be >= 0")
         if summary_dropout_prob is None:
@@ -72,7 +72,7 @@ class ValueHead(nn.Module):
         if summary_dropout_prob is None:
             summary_dropout_prob = DEFAULT_DROPOUT
         if not 0 <= summary_dropout_prob <= 1:
-            raise ValueError(f"summary_dropout_prob={summary_dropout_prob} must lie in [0, 1]")
+            raise ValueError(f"summary_dropout_prob={summary_dropout_prob} must be in [0, 1]")
 
         width = hidden_size(config)
         self.dropout = nn.Dropout(summary_dropout_prob)

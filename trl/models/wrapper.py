@@ -1,4 +1,7 @@
-"""`PreTrainedModelWrapper`: a transformers language model with a value head, and its loading and saving."""
+"""`PreTrainedModelWrapper`: a transformers language model with a value head, and its loading and saving.
+
+It is long because it documents all of TRL 0.4.6's public methods; the modules beside it do most of their work.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from torch import Tensor, nn
 from trl.import_utils import cache_keyword
 from trl.models import adapters, loading
 from trl.models.load_trunk import load_trunk
-from trl.models.predictions import Wanted, predict
+from trl.models.predictions import PredictionRequest, predict
 from trl.models.saving import save_value_head_model
 from trl.models.trunk import (
     base_language_model,
+    evaluation_mode,
     forward_parameters,
     has_lm_head,
     is_encoder_decoder,
@@ -71,7 +75,7 @@ class PreTrainedModelWrapper(nn.Module):
             )
         unknown = sorted(set(kwargs) - set(self.supported_args or ()))
         if unknown:
-            raise ValueError(f"unknown arguments {unknown}; the value head knows {list(self.supported_args or ())}")
+            raise ValueError(f"unknown arguments {unknown}; the value head accepts {list(self.supported_args or ())}")
         if not has_lm_head(pretrained_model, self.lm_head_namings):
             name = type(base_language_model(pretrained_model)).__name__
             raise ValueError(
@@ -101,10 +105,10 @@ class PreTrainedModelWrapper(nn.Module):
         *,
         cache: Any = None,
         float32_logits: bool = True,
-        wanted: Wanted | None = None,
+        request: PredictionRequest | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Returns logits, loss and values; or, with `wanted`, per-token log-probabilities, entropies and values.
+        """Returns logits, loss and values; or, with `request`, per-token log-probabilities, entropies and values.
 
         Args:
             input_ids: [B, T] tokens; the queries of an encoder-decoder.
@@ -113,12 +117,12 @@ class PreTrainedModelWrapper(nn.Module):
             return_past_key_values: return the key-value cache as a fourth value.
             cache: the name of `past_key_values` in transformers >= 5.24; pass one or the other.
             float32_logits: False keeps the model's dtype, which halves the memory in half precision.
-            wanted: the `N` tokens to score; only for models whose `trl.models.predictions.abilities` say `projects`.
+            request: the `N` tokens to score; only for models whose `trl.models.predictions.abilities` say `projects`.
             kwargs: forwarded to the model, such as `position_ids`, `labels`, `decoder_input_ids`, `logits_to_keep`.
 
         Returns:
             logits [B, T, V], the loss (None without labels) and float32 values [B, T]. For an encoder-decoder, `T` is
-            the decoder's length. `logits_to_keep` narrows the logits but never the values. With `wanted`, three `[N]`
+            the decoder's length. `logits_to_keep` narrows the logits but never the values. With `request`, three `[N]`
             float32 tensors.
 
         Raises:
@@ -126,23 +130,23 @@ class PreTrainedModelWrapper(nn.Module):
         """
         kwargs.pop("return_dict", None)
         if cache is not None and past_key_values is not None:
-            raise ValueError("past_key_values and cache are two names of one argument: pass one of them")
+            raise ValueError("past_key_values and cache are two names for one argument: pass only one of them")
         if (cache := past_key_values if cache is None else cache) is not None:
             kwargs[cache_keyword(forward_parameters(self))] = cache
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
         kwargs["input_ids"] = input_ids
-        with watch_last_hidden_state(self.pretrained_model) as seen:
-            if wanted is not None:
-                logprobs, entropies = predict(self.pretrained_model, kwargs, wanted)
+        with watch_last_hidden_state(self.pretrained_model) as captured:
+            if request is not None:
+                logprobs, entropies = predict(self.pretrained_model, kwargs, request)
             else:
                 output = self.pretrained_model(**kwargs)
-        if seen.value is None:
+        if captured.value is None:
             raise RuntimeError(f"{type(self.pretrained_model).__name__} did not run its decoder in forward")
-        if wanted is not None:
-            return logprobs, entropies, self.v_head(seen.value.flatten(0, 1)[wanted.rows]).squeeze(-1)
+        if request is not None:
+            return logprobs, entropies, self.v_head(captured.value.flatten(0, 1)[request.rows]).squeeze(-1)
         logits, loss = output.logits, output.get("loss")
-        values = self.v_head(seen.value).squeeze(-1)
+        values = self.v_head(captured.value).squeeze(-1)
         if float32_logits and logits.dtype != torch.float64:
             logits = logits.float()
         if self.is_sequential_parallel and input_ids is not None:
@@ -166,11 +170,11 @@ class PreTrainedModelWrapper(nn.Module):
 
         For code that calls `pretrained_model` directly, as sampling does.
         """
-        with watch_last_hidden_state(self.pretrained_model) as seen:
+        with watch_last_hidden_state(self.pretrained_model) as captured:
 
             def values() -> Tensor:
-                assert seen.value is not None, "no forward pass was made"
-                return self.v_head(seen.value[:, -1:]).squeeze(-1)
+                assert captured.value is not None, "no forward pass was made"
+                return self.v_head(captured.value[:, -1:]).squeeze(-1)
 
             yield values
 
@@ -199,19 +203,16 @@ class PreTrainedModelWrapper(nn.Module):
             raise ValueError("this model has no reward adapter: pass reward_adapter= to from_pretrained")
         peft_model = self.pretrained_model
         if ppo_adapter_name not in peft_model.peft_config:
-            raise ValueError(f"ppo_adapter_name={ppo_adapter_name!r} is none of {sorted(peft_model.peft_config)}")
-        training = peft_model.training
-        with adapters.preserve_requires_grad(peft_model), torch.no_grad():
+            raise ValueError(f"ppo_adapter_name={ppo_adapter_name!r} must be one of {sorted(peft_model.peft_config)}")
+        with adapters.preserve_requires_grad(peft_model), evaluation_mode(peft_model), torch.no_grad():
             peft_model.set_adapter(self.reward_adapter_name)
-            peft_model.eval()
             try:
-                with watch_last_hidden_state(peft_model) as seen:
+                with watch_last_hidden_state(peft_model) as captured:
                     peft_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
             finally:
                 peft_model.set_adapter(ppo_adapter_name)
-                peft_model.train(training)
-        assert seen.value is not None
-        return self.reward_score(seen.value.to(self.reward_score.weight.dtype))
+        assert captured.value is not None
+        return self.reward_score(captured.value.to(self.reward_score.weight.dtype))
 
     # -- loading ------------------------------------------------------------------------------------------------
 
@@ -253,7 +254,7 @@ class PreTrainedModelWrapper(nn.Module):
         hub = hub_arguments(kwargs)
         if source is not None:
             if cls.transformers_parent_class is None:
-                raise ValueError(f"{cls.__name__} loads nothing by itself: use one of its subclasses")
+                raise ValueError(f"{cls.__name__} cannot load a model: use one of its subclasses")
             model, has_adapter, commits = load_trunk(
                 cls.transformers_parent_class,
                 source,
@@ -268,9 +269,7 @@ class PreTrainedModelWrapper(nn.Module):
             loading.ignore_beside_object(model_args, kwargs)
         if peft_config is not None:
             if has_adapter:
-                raise ValueError(
-                    "peft_config would add a second adapter to one that is already there; drop one of them"
-                )
+                raise ValueError("peft_config would add a second adapter to a model that has one; omit peft_config")
             model = adapters.attach_adapter(model, peft_config)
 
         wrapper = cls(model, **head_args)
@@ -279,7 +278,7 @@ class PreTrainedModelWrapper(nn.Module):
         if source is not None:
             head = loading.read_value_head(source, hub, allow_pickle=allow_pickle)
             if not head:
-                logger.info("%r holds no value head: a fresh one was made", source)
+                logger.info("%r has no value head: initialised a fresh one", source)
                 if has_adapter and not allow_pickle:
                     loading.warn_of_unread_pickle(source, hub)
         wrapper.post_init(head)
@@ -289,12 +288,10 @@ class PreTrainedModelWrapper(nn.Module):
             )
         return wrapper
 
-    def post_init(self, *args: Any, **kwargs: Any) -> None:
-        """Called by `from_pretrained` with the saved value head's tensors; subclasses take them as `state_dict`."""
-        self._place_value_head(*args, **kwargs)
+    def post_init(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Loads the value head from the `v_head.*` entries of `state_dict`, if there are any, and places it.
 
-    def _place_value_head(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Loads the value head from the `v_head.*` entries of `state_dict`; moves it to the output embeddings' device.
+        Called by `from_pretrained`. The head goes to the output embeddings' device.
 
         Raises:
             ValueError: if the shapes do not match, or part of the model is offloaded to CPU or disk.
@@ -302,20 +299,17 @@ class PreTrainedModelWrapper(nn.Module):
         prefix = loading.VALUE_HEAD_PREFIX
         head = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
         if head:
-            wanted = {name: tuple(t.shape) for name, t in self.v_head.state_dict().items()}
-            given = {name: tuple(t.shape) for name, t in head.items()}
-            if wanted != given:
-                raise ValueError(f"the saved value head has shapes {given}, this model needs {wanted}")
+            expected = {name: tuple(t.shape) for name, t in self.v_head.state_dict().items()}
+            shapes = {name: tuple(t.shape) for name, t in head.items()}
+            if shapes != expected:
+                raise ValueError(f"the saved value head has shapes {shapes}, but this model needs {expected}")
             self.v_head.load_state_dict(head)
         device_map = getattr(base_language_model(self), "hf_device_map", None) or {}
         devices = set(device_map.values())
         if len(devices) > 1 and devices & {"cpu", "disk"}:
-            raise ValueError(
-                f"device_map offloads layers to {sorted(map(str, devices))}; training needs them on devices"
-            )
+            raise ValueError(f"device_map={device_map} offloads layers to CPU or disk, which training does not support")
         embeddings = base_language_model(self).get_output_embeddings()
-        where = self.pretrained_model.device if embeddings is None else embeddings.weight.device
-        self.v_head.to(device=where)
+        self.v_head.to(self.pretrained_model.device if embeddings is None else embeddings.weight.device)
         self.is_sequential_parallel = len(devices) > 1
 
     def add_and_load_reward_modeling_adapter(
@@ -338,7 +332,7 @@ class PreTrainedModelWrapper(nn.Module):
             ValueError: if this model has no adapter of its own, or the reward adapter has no score head.
         """
         if not self.is_peft_model:
-            raise ValueError("reward_adapter needs a model that trains an adapter itself: pass peft_config as well")
+            raise ValueError("reward_adapter needs a model that trains an adapter: pass peft_config as well")
         source = os.fspath(adapter_model_id)
         weights = loading.read_adapter_weights(source, hub, allow_pickle=allow_pickle)
         self.reward_score = adapters.add_reward_adapter(self.pretrained_model, source, adapter_name, weights)
@@ -354,8 +348,8 @@ class PreTrainedModelWrapper(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         # Submodules look up their entries under `pretrained_model.`, a prefix that `state_dict` omits.
-        own = (f"{prefix}pretrained_model.", f"{prefix}v_head.", f"{prefix}reward_score.")
-        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
+        prefixes = (f"{prefix}pretrained_model.", f"{prefix}v_head.", f"{prefix}reward_score.")
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(prefixes)]:
             state_dict[f"{prefix}pretrained_model.{key[len(prefix) :]}"] = state_dict.pop(key)
         if self.reward_score is not None:  # frozen, not part of `state_dict`
             for name, tensor in self.reward_score.state_dict().items():

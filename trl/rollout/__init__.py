@@ -1,11 +1,11 @@
-"""Sampling responses from a policy: the engines, and what a `generate` call may ask of them."""
+"""Sampling responses from a policy: rollout engines, and the arguments of a `generate` call."""
 
 from trl.rollout.assembly import rollout_rows
 from trl.rollout.generation_settings import (
     check_context,
     check_sampling,
+    local_sampling,
     new_token_limits,
-    own_sampling,
     stop_strings,
     stop_tokens,
     unseen_by_scoring,
@@ -20,9 +20,9 @@ __all__ = [
     "TransformersEngine",
     "check_context",
     "check_sampling",
+    "local_sampling",
     "new_token_limits",
     "obstacle",
-    "own_sampling",
     "rollout_rows",
     "sample",
     "stop_strings",

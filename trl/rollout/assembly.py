@@ -33,7 +33,7 @@ def assemble(
         pad_token: fills `tokens` where there is no token.
         side: side to pad on.
         encoded: `B` 1-D queries that an encoder read.
-        logprobs: one number per response token, as the engine saw them.
+        logprobs: one number per response token, as computed by the engine.
         values: one number per response token, likewise.
         policy_version: version of the weights that sampled the responses.
 
@@ -44,14 +44,14 @@ def assemble(
     contexts = [context.to(device) for context in contexts]
     rows = [torch.cat(pair) for pair in zip(contexts, responses, strict=True)]
     tokens, attention = padded(rows, pad_token, side)
-    given = torch.tensor([[len(context)] for context in contexts], device=device)  # [B, 1]
-    mask = (attention & (attention.cumsum(dim=1) > given))[:, 1:]
+    context_lengths = torch.tensor([[len(context)] for context in contexts], device=device)  # [B, 1]
+    mask = (attention & (attention.cumsum(dim=1) > context_lengths))[:, 1:]
     inputs: dict[str, Tensor] = {}
     if encoded is not None:
         queries = padded([query.to(device) for query in encoded], pad_token, side)
         inputs = dict(zip(("encoder_tokens", "encoder_attention"), queries, strict=True))
 
-    def placed(numbers: Sequence[Tensor] | None) -> Tensor | None:
+    def scattered(numbers: Sequence[Tensor] | None) -> Tensor | None:
         if numbers is None:
             return None
         flat = torch.cat(list(numbers))  # in the order of the mask's True entries
@@ -61,8 +61,8 @@ def assemble(
         tokens=tokens,
         attention=attention,
         mask=mask,
-        sampler_logprobs=placed(logprobs),
-        values=placed(values),
+        sampler_logprobs=scattered(logprobs),
+        values=scattered(values),
         policy_version=policy_version,
         **inputs,
     )
@@ -94,4 +94,4 @@ def padded(rows: Sequence[Tensor], pad_token: int, side: Side) -> tuple[Tensor, 
 
 def _unpadded(tokens: Tensor, attention: Tensor) -> list[Tensor]:
     """Copies each row of `[B, T]` tokens without its padding."""
-    return [row[seen] for row, seen in zip(tokens, attention, strict=True)]
+    return [row[is_token] for row, is_token in zip(tokens, attention, strict=True)]

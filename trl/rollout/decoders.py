@@ -52,11 +52,11 @@ def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
 
 def _last_column(parameters: Mapping[str, inspect.Parameter], width: int, device: torch.device) -> dict[str, Any]:
     """Returns the argument that restricts logits to the last of `width` columns, if the model supports it."""
-    found = parameters.get("logits_to_keep")
-    if found is None or width == 1:
+    parameter = parameters.get("logits_to_keep")
+    if parameter is None or width == 1:
         return {}
     # Prefer an index: a slice is non-contiguous, and torch then multiplies each row with a copy of the weights.
-    by_index = "Tensor" in str(found.annotation)
+    by_index = "Tensor" in str(parameter.annotation)
     return {"logits_to_keep": torch.tensor([width - 1], device=device) if by_index else 1}
 
 
@@ -68,14 +68,14 @@ class CausalDecoder(Decoder):
 
     def __init__(self, model: Any, queries: Sequence[Tensor], limits: Sequence[int]) -> None:
         super().__init__(model, queries, limits)
-        width, room = max(len(query) for query in queries), max(limits)
-        # A row that has ended may stay in the batch; no row passes its own last position.
+        width = max(len(query) for query in queries)
+        # Finished rows may stay in the batch, so positions stop at each row's last one.
         self.ends = torch.tensor([[len(q) + limit - 1] for q, limit in zip(queries, limits, strict=True)])  # [B, 1]
         self.ends = self.ends.to(self.device)
         unique: dict[tuple[int, ...], int] = {}
         self.source = [unique.setdefault(tuple(query.tolist()), len(unique)) for query in queries]
         self.tokens = torch.zeros(len(unique), width, dtype=torch.int64)
-        self.attention = torch.zeros(len(unique), width + room, dtype=torch.int64)
+        self.attention = torch.zeros(len(unique), width + max(limits), dtype=torch.int64)
         for row, query in enumerate(unique):
             self.tokens[row, width - len(query) :] = torch.tensor(query)
             self.attention[row, width - len(query) :] = 1
@@ -169,9 +169,10 @@ def start_token(model: Any) -> int:
             token = getattr(config, name, None)
             if isinstance(token, int):
                 return token
-    raise ValueError(f"{type(model).__name__} names no decoder_start_token_id")
+    raise ValueError(f"{type(model).__name__} has no decoder_start_token_id")
 
 
 def decoder_for(model: Any, queries: Sequence[Tensor], limits: Sequence[int]) -> Decoder:
-    kind = Seq2SeqDecoder if model.config.is_encoder_decoder else CausalDecoder
-    return kind(model, queries, limits)
+    """Builds the decoder for the model's architecture."""
+    decoder = Seq2SeqDecoder if model.config.is_encoder_decoder else CausalDecoder
+    return decoder(model, queries, limits)

@@ -1,4 +1,4 @@
-"""Interprets the arguments of a `generate` call: what it asks for, whether it can be had, and which loop can do it."""
+"""Interprets the arguments of a `generate` call: checks them, and decides whether our own decoding loop supports them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from trl.types import Sampling
 
 # transformers' default `top_k`.
 _DEFAULT_TOP_K = 50
-# Settings, with their neutral values, that make `generate` sample from other than softmax(logits / temperature).
+# Settings, with their neutral values, that make `generate` sample from a distribution other than
+# softmax(logits / temperature).
 RESHAPING: dict[str, tuple[Any, ...]] = {
     "top_k": (None, 0),
     "top_p": (None, 1.0),
@@ -40,13 +41,13 @@ RESHAPING: dict[str, tuple[Any, ...]] = {
     "assistant_ensemble_weight": (None,),
 }
 
-# Settings that the native decoding loop handles; any other falls back to `generate`.
-_OWN = {
+# Settings that our own decoding loop handles; any other falls back to `generate`.
+_SUPPORTED = {
     "do_sample", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "min_new_tokens", "min_length",
     "eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "num_return_sequences",
 }  # fmt: skip
-# Other settings that the native loop supports only at these neutral values.
-_ELSEWHERE: dict[str, tuple[Any, ...]] = {
+# Other settings that our own loop supports only at these neutral values.
+_SUPPORTED_IF_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_strings": (None,),
     "max_time": (None,),
     "penalty_alpha": (None,),
@@ -61,17 +62,17 @@ _ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "return_dict_in_generate": (None, False),
 }
 # Arguments of `generate` that are built from the queries, so that callers may not pass them.
-_MADE = (
+_BUILT_FROM_QUERIES = (
     "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "encoder_outputs", "decoder_input_ids",
     "decoder_inputs_embeds", "decoder_attention_mask", "past_key_values",
 )  # fmt: skip
 # Arguments that prevent `generate` from returning one response per query: their allowed values, and the reason.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_return_sequences": ((None, 1), "generate returns one response per query: repeat a query to sample it again"),
-    "return_dict_in_generate": ((None, False), "generate returns tokens alone"),
-    "custom_generate": ((None,), "where its responses end is unknown"),
-    "token_healing": ((None, False), "it would exchange the last tokens of the queries"),
-    **dict.fromkeys(_MADE, ((None,), "generate makes it of the queries")),
+    "return_dict_in_generate": ((None, False), "generate returns only tokens"),
+    "custom_generate": ((None,), "it does not report where responses end"),
+    "token_healing": ((None, False), "it would change the last tokens of the queries"),
+    **dict.fromkeys(_BUILT_FROM_QUERIES, ((None,), "generate builds it from the queries")),
 }
 
 
@@ -93,11 +94,11 @@ def check_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> None:
     """
     for name, (neutral, reason) in _REFUSED.items():
         value = effective(generation_config, kwargs, name)
-        if not any(value is one or (isinstance(value, int) and value == one) for one in neutral):
+        if not any(value is allowed or (isinstance(value, int) and value == allowed) for allowed in neutral):
             shown = f"={value!r}" if isinstance(value, int | str) else ""
-            raise ValueError(f"{name}{shown} cannot be asked for: {reason}")
+            raise ValueError(f"{name}{shown} is not supported: {reason}")
     if effective(generation_config, kwargs, "cache_implementation") == "paged":
-        raise ValueError("cache_implementation='paged' cannot be asked for: its batches are not padded")
+        raise ValueError("cache_implementation='paged' is not supported: its batches are not padded")
     temperature = effective(generation_config, kwargs, "temperature")
     if (
         temperature is not None
@@ -105,11 +106,11 @@ def check_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> None:
         and not (math.isfinite(temperature) and temperature > 0)
     ):
         raise ValueError(
-            f"temperature={temperature!r} must be a finite number > 0; do_sample=False takes the likeliest token"
+            f"temperature={temperature!r} must be a finite number > 0; pass do_sample=False for greedy decoding"
         )
-    longest = effective(generation_config, kwargs, "max_new_tokens")
-    if longest is not None and (longest < 1 or longest != int(longest)):
-        raise ValueError(f"max_new_tokens={longest!r} must be a whole number of at least 1")
+    max_new_tokens = effective(generation_config, kwargs, "max_new_tokens")
+    if max_new_tokens is not None and (max_new_tokens < 1 or max_new_tokens != int(max_new_tokens)):
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number of at least 1")
 
 
 def new_token_limits(
@@ -136,16 +137,16 @@ def new_token_limits(
     """
     batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
     if length_sampler is not None:
-        drawn = [int(length_sampler()) for _ in batches]
-        if wrong := [number for number in drawn if number < 1]:
-            raise ValueError(f"length_sampler drew {wrong[0]}: a response has at least 1 new token")
-    elif (longest := effective(generation_config, kwargs, "max_new_tokens")) is not None:
-        drawn = [int(longest)] * len(batches)
-    elif (total := effective(generation_config, kwargs, "max_length")) is not None:
-        drawn = [int(total) - (1 if is_encoder_decoder else max(batch)) for batch in batches]
+        limits = [int(length_sampler()) for _ in batches]
+        if too_short := [limit for limit in limits if limit < 1]:
+            raise ValueError(f"length_sampler drew {too_short[0]}, but a response needs at least 1 new token")
+    elif (max_new_tokens := effective(generation_config, kwargs, "max_new_tokens")) is not None:
+        limits = [int(max_new_tokens)] * len(batches)
+    elif (max_length := effective(generation_config, kwargs, "max_length")) is not None:
+        limits = [int(max_length) - (1 if is_encoder_decoder else max(batch)) for batch in batches]
     else:
         return None
-    return [number for number, batch in zip(drawn, batches, strict=True) for _ in batch]
+    return [limit for limit, batch in zip(limits, batches, strict=True) for _ in batch]
 
 
 def check_context(
@@ -163,11 +164,13 @@ def check_context(
         ValueError: if a response may not fit; the message describes the first.
     """
     for i, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
-        before, what = (1, "the decoder's start token") if is_encoder_decoder else (length, f"{length} of the query")
+        before, what = (
+            (1, "the decoder's start token") if is_encoder_decoder else (length, f"a query of {length} tokens")
+        )
         if context is not None and before + limit > context:
             raise ValueError(
-                f"query_tensor[{i}]: a response of up to max_new_tokens={limit} tokens after {what} may pass the model's "
-                f"context of {context} tokens: ask for at most {max(0, context - before)} new tokens, or shorten the query"
+                f"query_tensor[{i}]: a response of max_new_tokens={limit} tokens after {what} would exceed the model's "
+                f"context of {context} tokens; allow at most {max(0, context - before)} new tokens, or shorten the query"
             )
 
 
@@ -182,7 +185,7 @@ def stop_tokens(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[int,
 
 
 def stop_strings(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    """The texts at which `generate` ends a response, likewise."""
+    """Returns the texts at which `generate` ends a response, from the call or a generation config, as `stop_tokens`."""
     strings = effective(generation_config, kwargs, "stop_strings") or ()
     return (strings,) if isinstance(strings, str) else tuple(strings)
 
@@ -195,36 +198,36 @@ def unseen_by_scoring(generation_config: Any, kwargs: Mapping[str, Any], tempera
     """
     if not effective(generation_config, kwargs, "do_sample"):
         return {}
-    found = {}
+    ignored = {}
     for name, neutral in RESHAPING.items():
         value = effective(generation_config, kwargs, name)
         if value not in neutral:
-            found[name] = value
+            ignored[name] = value
     for name in ("min_length", "min_new_tokens"):
         value = effective(generation_config, kwargs, name)
         if value is not None and value > 0 and stop_tokens(generation_config, kwargs):
-            found[name] = value
-    sampled_at = effective(generation_config, kwargs, "temperature")
-    sampled_at = 1.0 if sampled_at is None else float(sampled_at)
-    if sampled_at != temperature:
-        found["temperature"] = sampled_at
-    return found
+            ignored[name] = value
+    sampling_temperature = effective(generation_config, kwargs, "temperature")
+    sampling_temperature = 1.0 if sampling_temperature is None else float(sampling_temperature)
+    if sampling_temperature != temperature:
+        ignored["temperature"] = sampling_temperature
+    return ignored
 
 
-def own_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> Sampling | str:
-    """Returns the requested sampling distribution, or why the native loop does not support the call."""
+def local_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> Sampling | str:
+    """Returns the requested sampling distribution, or why our own loop does not support the call."""
 
     def value(name: str) -> Any:
         return effective(generation_config, kwargs, name)
 
     for name in kwargs:
-        if name not in _OWN and name not in RESHAPING and name not in _ELSEWHERE:
-            return f"{name} is a setting that only generate knows"
-    for name, neutral in (RESHAPING | _ELSEWHERE).items():
+        if name not in _SUPPORTED and name not in RESHAPING and name not in _SUPPORTED_IF_NEUTRAL:
+            return f"only generate supports {name}"
+    for name, neutral in (RESHAPING | _SUPPORTED_IF_NEUTRAL).items():
         if name not in ("top_k", "top_p", "min_p") and value(name) not in neutral:
             return f"{name}={value(name)!r}"
     if value("max_new_tokens") is None:
-        return "max_new_tokens is not given"
+        return "max_new_tokens is not set"
     if (value("min_length") or 0) > 0 and value("min_new_tokens") is None:
         return f"min_length={value('min_length')} counts the padding of a batch"
     return Sampling(

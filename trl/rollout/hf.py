@@ -1,4 +1,4 @@
-"""Samples with transformers' `generate`: beam search, penalties, speculation, and models that our own loop cannot drive."""
+"""Samples with transformers' `generate`: beam search, penalties, speculation, and models that our own loop does not support."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+from trl.functional.probes import logits_error, logits_tolerance, probe_tokens
 from trl.rollout.assembly import Side, assemble, padded
 from trl.rollout.generation_settings import RESHAPING, effective, stop_tokens
-from trl.rollout.self_check import CHECK_TOLERANCE
 from trl.types import Rollout, Sampling
 
 logger = logging.getLogger(__name__)
 
-_CACHES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_CACHE_CHECKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class TransformersEngine:
@@ -37,10 +37,10 @@ class TransformersEngine:
         pad_token: pads queries and the rollout's tokens.
         side: side that the rollout is padded on.
         batch_size: queries per `generate` call.
-        pads: whether queries of different lengths may share a call. Models that our own loop drives are known to ignore
+        pads: whether queries of different lengths may share a call. Models that our own loop supports are known to ignore
             padding; others may feed it into a recurrent state, or count positions from the first column.
-        arguments: arguments of `generate`, for what a `Sampling` cannot ask for. They take the place of everything in the
-            request but its limits and its seed.
+        arguments: arguments of `generate`, for what a `Sampling` cannot express. They override the request, except its
+            limits and seed.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class TransformersEngine:
 
         Args:
             queries: `B` 1-D token tensors.
-            sampling: the request. Without limits, `arguments` and the model's generation config say how long responses
-                may be.
+            sampling: the request. Without limits, `arguments` and the model's generation config determine the maximum
+                lengths.
         """
         model, device = self.model, next(self.model.parameters()).device
         seq2seq = model.config.is_encoder_decoder
-        kwargs = _arguments_for(sampling, self.pad_token) if self.arguments is None else dict(self.arguments)
-        if not self.pads and kwargs.get("use_cache") is None and not _caches(model):
+        kwargs = _generate_arguments(sampling, self.pad_token) if self.arguments is None else dict(self.arguments)
+        if not self.pads and kwargs.get("use_cache") is None and not _cache_is_exact(model):
             kwargs["use_cache"] = False
         if effective(model.generation_config, kwargs, "stop_strings"):
             kwargs.setdefault("tokenizer", self.tokenizer)
-        pairs: dict[int, tuple[Tensor, Tensor]] = {}  # row -> what a response follows, and the response
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}  # row -> context and response
         with _seeded(sampling.seed, device):
             for rows in self._batches(queries, sampling.limits or [None] * len(queries)):
                 if sampling.limits:
@@ -93,14 +93,14 @@ class TransformersEngine:
                     [queries[row] for row in rows], self.pad_token, "right" if seq2seq else "left"
                 )
                 inputs = {"input_ids": tokens.to(device), "attention_mask": attention.long().to(device)}
-                given = dict(kwargs)
-                criteria, ends = _criteria(model, given, stop_tokens(model.generation_config, kwargs))
-                given |= {"stopping_criteria": criteria, "return_dict_in_generate": True}
-                generated = model.generate(**inputs, **given)
+                call_arguments = dict(kwargs)
+                criteria, recorder = _criteria(model, call_arguments, stop_tokens(model.generation_config, kwargs))
+                call_arguments |= {"stopping_criteria": criteria, "return_dict_in_generate": True}
+                generated = model.generate(**inputs, **call_arguments)
                 width = 1 if seq2seq else tokens.shape[1]
-                sizes = _sizes(model, generated, ends, width)
-                for row, written, size in zip(rows, generated.sequences, sizes, strict=True):
-                    pairs[row] = (written[:width] if seq2seq else queries[row], written[width:size])
+                row_lengths = _row_lengths(model, generated, recorder, width)
+                for row, row_tokens, size in zip(rows, generated.sequences, row_lengths, strict=True):
+                    pairs[row] = (row_tokens[:width] if seq2seq else queries[row], row_tokens[width:size])
         contexts, responses = zip(*(pairs[row] for row in range(len(queries))), strict=True)
         return assemble(
             contexts,
@@ -120,25 +120,25 @@ class TransformersEngine:
             yield from (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size))
 
 
-def _arguments_for(sampling: Sampling, pad_token: int) -> dict[str, Any]:
-    """Returns the request as arguments of `generate`, switching off whatever else the model's generation config sets."""
-    found: dict[str, Any] = dict.fromkeys(RESHAPING) | {
+def _generate_arguments(sampling: Sampling, pad_token: int) -> dict[str, Any]:
+    """Returns the request as arguments of `generate`, switching off all other settings of the model's generation config."""
+    arguments: dict[str, Any] = dict.fromkeys(RESHAPING) | {
         "do_sample": not sampling.greedy,
         "num_beams": 1,
         "eos_token_id": list(sampling.stops) or None,
         "pad_token_id": pad_token,
         "stop_strings": None,
     }
-    found |= {"min_new_tokens": sampling.least_tokens} if sampling.least_tokens else {"min_length": None}
+    arguments |= {"min_new_tokens": sampling.least_tokens} if sampling.least_tokens else {"min_length": None}
     if not sampling.greedy:
-        found |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        found |= {"min_p": sampling.min_p or None}
-    return found
+        arguments |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        arguments |= {"min_p": sampling.min_p or None}
+    return arguments
 
 
 @contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seeds torch's global generators, from which `generate` draws, and puts them back; leaves them alone for None."""
+    """Seeds torch's global generators, which `generate` uses, and restores them; does nothing for None."""
     if seed is None:
         yield
         return
@@ -147,26 +147,26 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-class _Ends(StoppingCriteria):
+class _LengthRecorder(StoppingCriteria):
     """Records the length at which stopping criteria end each row; `generate` may keep extending finished rows.
 
     Args:
-        asked: criteria that `generate` evaluates only through this one.
-        watched: criteria that `generate` also evaluates itself.
+        custom: criteria that `generate` evaluates only through this one.
+        builtin: criteria that `generate` also evaluates itself.
     """
 
-    def __init__(self, asked: Sequence[Any], watched: Sequence[Any]) -> None:
-        self.asked, self.watched = asked, watched
+    def __init__(self, custom: Sequence[Any], builtin: Sequence[Any]) -> None:
+        self.custom, self.builtin = custom, builtin
         self.lengths: Tensor | None = None  # [rows], including the prompt
         self._running: Tensor | None = None  # [rows]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Returns bools `[rows]`: whether an `asked` criterion ends the row here."""
+        """Returns bools `[rows]`: whether a `custom` criterion ends the row here."""
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for criterion in self.asked:
+        for criterion in self.custom:
             done = done | criterion(input_ids, scores, **kwargs)
         ended = done
-        for criterion in self.watched:
+        for criterion in self.builtin:
             ended = ended | criterion(input_ids, scores, **kwargs)
         if self.lengths is None or self._running is None:
             self.lengths, self._running = torch.zeros_like(done, dtype=torch.int64), torch.ones_like(done)
@@ -175,70 +175,71 @@ class _Ends(StoppingCriteria):
         return done
 
 
-def _criteria(model: Any, kwargs: dict[str, Any], stops: Sequence[int]) -> tuple[StoppingCriteriaList, _Ends]:
+def _criteria(model: Any, kwargs: dict[str, Any], stops: Sequence[int]) -> tuple[StoppingCriteriaList, _LengthRecorder]:
     """Pops stopping criteria from `kwargs`; returns those for `generate`, and the one that records row ends."""
-    given = list(kwargs.pop("stopping_criteria", None) or ())
+    criteria = list(kwargs.pop("stopping_criteria", None) or ())
     # `generate` uses criteria of these types instead of building its own.
-    known = [
-        one for one in given if type(one) in (EosTokenCriteria, StopStringCriteria, MaxLengthCriteria, MaxTimeCriteria)
-    ]
-    watched = [one for one in known if type(one) in (EosTokenCriteria, StopStringCriteria)]
-    kinds = {type(one) for one in watched}
-    if stops and EosTokenCriteria not in kinds:
-        watched.append(EosTokenCriteria(eos_token_id=list(stops)))
+    native_types = (EosTokenCriteria, StopStringCriteria, MaxLengthCriteria, MaxTimeCriteria)
+    native = [c for c in criteria if type(c) in native_types]
+    builtin = [c for c in native if type(c) in (EosTokenCriteria, StopStringCriteria)]
+    builtin_types = {type(c) for c in builtin}
+    if stops and EosTokenCriteria not in builtin_types:
+        builtin.append(EosTokenCriteria(eos_token_id=list(stops)))
     strings = effective(model.generation_config, kwargs, "stop_strings")
-    if strings and StopStringCriteria not in kinds:
-        watched.append(StopStringCriteria(tokenizer=kwargs["tokenizer"], stop_strings=strings))
-    ends = _Ends([one for one in given if one not in known], watched)
-    return StoppingCriteriaList([*known, ends]), ends
+    if strings and StopStringCriteria not in builtin_types:
+        builtin.append(StopStringCriteria(tokenizer=kwargs["tokenizer"], stop_strings=strings))
+    recorder = _LengthRecorder([c for c in criteria if c not in native], builtin)
+    return StoppingCriteriaList([*native, recorder]), recorder
 
 
-def _sizes(model: Any, generated: Any, ends: _Ends, before: int) -> list[int]:
+def _row_lengths(model: Any, generated: Any, recorder: _LengthRecorder, before: int) -> list[int]:
     """Returns the length of each row that `generate` returned, without padding and including `before` input tokens."""
     sequences = generated.sequences
     if getattr(generated, "beam_indices", None) is not None:  # the source beam of each token; -1 after the end
         return [before + n for n in (generated.beam_indices >= 0).sum(dim=1).tolist()]
     if len(sequences) == 1:  # a single row has no padding
         return [sequences.shape[1]]
-    if ends.lengths is None:
-        name = type(model).__name__
-        raise RuntimeError(f"generate of {name} asks no stopping criteria, so that the ends of responses are unknown")
-    return ends.lengths.clamp(max=sequences.shape[1]).tolist()
+    if recorder.lengths is None:
+        raise RuntimeError(f"{type(model).__name__}.generate ignores stopping_criteria: response lengths are unknown")
+    return recorder.lengths.clamp(max=sequences.shape[1]).tolist()
 
 
 @torch.no_grad()
-def _caches(model: Any) -> bool:
+def _cache_is_exact(model: Any) -> bool:
     """Whether `generate` with a cache reproduces the logits of uncached forward passes; checked once per model.
 
     Generates from two rows of three tokens, then of one: this also detects state left over from the first call.
     """
-    plain = getattr(model, "pretrained_model", model)
-    if plain not in _CACHES:
-        words = plain.get_input_embeddings().weight
-        word = [len(words) // 2 + i % max(1, len(words) // 4) for i in range(6)]
-        asked: dict[str, Any] = {"do_sample": False, "num_beams": 1, "min_new_tokens": 4, "max_new_tokens": 4}
-        asked |= {"output_logits": True, "return_dict_in_generate": True, "max_length": None, "num_return_sequences": 1}
-        made = []
+    pretrained = getattr(model, "pretrained_model", model)
+    if pretrained not in _CACHE_CHECKS:
+        embeddings = pretrained.get_input_embeddings().weight
+        probes = probe_tokens(len(embeddings), 6)
+        settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "min_new_tokens": 4, "max_new_tokens": 4}
+        settings |= {
+            "num_return_sequences": 1,
+            "max_length": None,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+        }
+        outputs = []
         for width in (3, 1):
-            tokens = torch.tensor([word[:width], word[3 : 3 + width]], device=words.device)
+            tokens = torch.tensor([probes[:width], probes[3 : 3 + width]], device=embeddings.device)
             inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            made.append((inputs, width, plain.generate(**inputs, **asked)))
-        largest = 0.0
-        for inputs, width, found in made:
-            if plain.config.is_encoder_decoder:
-                again, start = plain(**inputs, decoder_input_ids=found.sequences, use_cache=False).logits, 0
+            outputs.append((inputs, width, pretrained.generate(**inputs, **settings)))
+        error = 0.0
+        for inputs, width, generated in outputs:
+            sequences = generated.sequences
+            if pretrained.config.is_encoder_decoder:
+                logits, start = pretrained(**inputs, decoder_input_ids=sequences, use_cache=False).logits, 0
             else:
-                again, start = plain(input_ids=found.sequences, use_cache=False).logits, width - 1
-            expected = again[:, start : start + len(found.logits)].float()
-            seen = torch.stack(found.logits, dim=1).float()
-            gap = (seen - expected).square().mean(dim=-1).sqrt() / expected.std(dim=-1)
-            largest = max(largest, gap.max().item())
-        _CACHES[plain] = largest <= CHECK_TOLERANCE.get(words.element_size(), 0.5)
-        if not _CACHES[plain]:
+                logits, start = pretrained(input_ids=sequences, use_cache=False).logits, width - 1
+            expected = logits[:, start : start + len(generated.logits)]
+            error = max(error, logits_error(torch.stack(generated.logits, dim=1), expected))
+        _CACHE_CHECKS[pretrained] = error <= logits_tolerance(embeddings)
+        if not _CACHE_CHECKS[pretrained]:
             logger.warning(
-                "%s: generate reads the whole sequence again for each token: with its cache, logits are off by %.1e standard "
-                "deviations",
-                type(plain).__name__,
-                largest,
+                "%s: generate runs without its key-value cache, which changes the logits by %.1e standard deviations",
+                type(pretrained).__name__,
+                error,
             )
-    return _CACHES[plain]
+    return _CACHE_CHECKS[pretrained]

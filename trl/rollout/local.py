@@ -17,7 +17,7 @@ from torch import Tensor
 from trl.functional.sampling import draw, sampling_logits
 from trl.kernels.decode_attention import decoding
 from trl.kernels.packed_weights import packed_weights
-from trl.kernels.products import shared_size
+from trl.kernels.products import bucket_size
 from trl.rollout.assembly import Side, assemble
 from trl.rollout.decoders import decoder_for, start_token
 from trl.types import Rollout, Sampling
@@ -25,7 +25,7 @@ from trl.types import Rollout, Sampling
 # Compact the batch once this fraction of its rows has finished: each compaction copies the KV cache of the others.
 _COMPACT_SHARE = 0.25
 # Logits processed at once when sampling on a CPU.
-_NUMBERS_AT_ONCE = 2**19
+_CHUNK_LOGITS = 2**19
 # Memory budget in bytes for KV cache and logits, within which batches may exceed the requested batch size.
 _FREE_MEMORY = 512 * 2**20
 
@@ -67,14 +67,14 @@ class LocalEngine:
                 `batch_size`.
 
         Raises:
-            ValueError: if there is not one limit per query, or one is below 1.
+            ValueError: if `sampling.limits` does not have one entry per query, or has one below 1.
             RuntimeError: if logits are NaN or infinite.
         """
         count, limits = len(queries), sampling.limits
         if len(limits) != count:
-            raise ValueError(f"Sampling.limits holds {len(limits)} numbers for {count} queries; one each is needed")
+            raise ValueError(f"Sampling.limits has {len(limits)} entries for {count} queries; expected one per query")
         if (least := min(limits)) < 1:
-            raise ValueError(f"a response of at most {least} new tokens is asked for: it must be at least 1")
+            raise ValueError(f"Sampling.limits contains {least}; every response needs at least 1 new token")
         generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
         # One row per token position, so that the draws do not depend on the largest limit.
         uniforms = torch.rand(max(limits), count, dtype=torch.float64, generator=generator)
@@ -177,62 +177,63 @@ def _sample(
     # One entry per row of the batch, which shrinks: the query's index, the limit, whether the row is unfinished.
     rows: Tensor | slice = slice(None)
     limit, uniforms = torch.tensor(list(limits), device=device), uniforms.to(device)
-    live, left = torch.ones(count, dtype=torch.bool, device=device), count
+    unfinished, remaining = torch.ones(count, dtype=torch.bool, device=device), count
     raw = decoder.begin()
     for t in range(longest):
-        chosen, seen = _choose(sampling, raw, t, uniforms[t])
-        tokens[t, rows], logprobs[t, rows] = chosen, seen
+        chosen, chosen_logprobs = _choose(sampling, raw, t, uniforms[t])
+        tokens[t, rows], logprobs[t, rows] = chosen, chosen_logprobs
         if values is not None:
             value = values()[:, -1].float()
             critic[t, rows] = value if decoder.copies is None else value[decoder.copies]
         ended = limit <= t + 1
         if sampling.stops:
             ended |= torch.isin(chosen, stops)
-        running = live & ~ended
-        before, left = left, int(running.sum())
-        if left < before:
+        continuing = unfinished & ~ended
+        before, remaining = remaining, int(continuing.sum())
+        if remaining < before:
             indices = torch.arange(count, device=device)[rows]
-            lengths[indices[live & ended]] = t + 1
-            if left == 0:
+            lengths[indices[unfinished & ended]] = t + 1
+            if remaining == 0:
                 break
-            room = shared_size(left, steps=4) if device.type == "cpu" else left
-            if room <= (1 - _COMPACT_SHARE) * len(limit):
-                kept = running.logical_not().argsort(stable=True)[:room].sort().values  # may include finished rows
-                decoder.keep(kept)
-                rows, chosen, running = indices[kept], chosen[kept], running[kept]
-                limit, uniforms = limit[kept], uniforms[:, kept]
-        live = running
+            batch_rows = bucket_size(remaining, steps=4) if device.type == "cpu" else remaining
+            if batch_rows <= (1 - _COMPACT_SHARE) * len(limit):
+                # May include finished rows.
+                survivors = continuing.logical_not().argsort(stable=True)[:batch_rows].sort().values
+                decoder.keep(survivors)
+                rows, chosen, continuing = indices[survivors], chosen[survivors], continuing[survivors]
+                limit, uniforms = limit[survivors], uniforms[:, survivors]
+        unfinished = continuing
         raw = decoder.advance(chosen)
-    if bool((broken := logprobs.isnan()).any()):
-        drawn, row = broken.nonzero()[0].tolist()
+    if bool((is_nan := logprobs.isnan()).any()):
+        response_tokens, row = is_nan.nonzero()[0].tolist()
         raise RuntimeError(
-            f"{type(model).__name__}: logits after {len(queries[row])} tokens of a query and {drawn} of its response hold NaN or "
-            f"infinity, so that nothing can be sampled: are its weights ({next(model.parameters()).dtype}) finite?"
+            f"{type(model).__name__}: logits are NaN or infinite after {len(queries[row])} query tokens and {response_tokens} "
+            f"response tokens; check that its weights ({next(model.parameters()).dtype}) are finite"
         )
-    sizes = lengths.tolist()
+    response_lengths = lengths.tolist()
 
-    def cut(table: Tensor) -> list[Tensor]:
-        return [row[:size].clone() for row, size in zip(table.t(), sizes, strict=True)]
+    def trim(table: Tensor) -> list[Tensor]:
+        return [row[:size].clone() for row, size in zip(table.t(), response_lengths, strict=True)]
 
-    return Sampled(responses=cut(tokens), logprobs=cut(logprobs), values=None if values is None else cut(critic))
+    return Sampled(responses=trim(tokens), logprobs=trim(logprobs), values=None if values is None else trim(critic))
 
 
 def _choose(sampling: Sampling, raw: Tensor, length: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Samples tokens `[b]` from raw logits `[b, V]` after `length` tokens; returns them and their logprobs `[b]`."""
     # On a CPU, in chunks that fit into its cache.
-    at_once = max(1, _NUMBERS_AT_ONCE // raw.shape[1]) if raw.device.type == "cpu" else len(raw)
-    chosen: list[tuple[Tensor, Tensor]] = []
-    for logits, numbers in zip(raw.split(at_once), uniforms.split(at_once), strict=True):
+    chunk_rows = max(1, _CHUNK_LOGITS // raw.shape[1]) if raw.device.type == "cpu" else len(raw)
+    chunks: list[tuple[Tensor, Tensor]] = []
+    for logits, draws in zip(raw.split(chunk_rows), uniforms.split(chunk_rows), strict=True):
         logits = sampling_logits(logits, sampling, length)
-        chosen.append(_most_likely(logits) if sampling.greedy else draw(logits, numbers))
-    if len(chosen) == 1:
-        return chosen[0]
-    tokens, logprobs = zip(*chosen, strict=True)
+        chunks.append(_most_likely(logits) if sampling.greedy else draw(logits, draws))
+    if len(chunks) == 1:
+        return chunks[0]
+    tokens, logprobs = zip(*chunks, strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
 
 
 def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`[b]` tokens, and zeros: NaN where logits `[b, V]` have no largest one that is finite."""
+    """Returns the likeliest tokens `[b]` of logits `[b, V]`, and 0 as their logprobs, NaN if the largest is not finite."""
     tokens = logits.argmax(dim=-1)
     largest = logits.gather(-1, tokens[:, None]).squeeze(-1)
     return tokens, largest - largest

@@ -22,9 +22,9 @@ from trl.rollout import (
     TransformersEngine,
     check_context,
     check_sampling,
+    local_sampling,
     new_token_limits,
     obstacle,
-    own_sampling,
     rollout_rows,
     unseen_by_scoring,
 )
@@ -224,7 +224,7 @@ class PolicySampler:
                 self._self_check = (model, obstacle(model))
         problem = self._self_check[1]
         placeholder: dict[str, Any] = {"max_new_tokens": 1} if limits_are_drawn else {}  # `limits` replaces it
-        request = own_sampling(policy.generation_config, kwargs | placeholder)
+        request = local_sampling(policy.generation_config, kwargs | placeholder)
         reason = problem or (request if isinstance(request, str) else None)
         if isinstance(request, Sampling) and limits is not None and reason is None:
             critic = policy.watch_values if watch and not request.greedy else nullcontext

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl.kernels.linear import quick_products
+from trl.kernels.linear import fast_linear_layers
 from trl.models.precision import ComputeDtype, NarrowCopies, choose_dtype, narrow_base, narrow_for_good
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Compute(Passes):
             return self._copies.stand_in(gradients_in_place=gradients_in_place)
         if self.narrow:
             return torch.autocast(self._device_type, torch.bfloat16)
-        return quick_products(*self._models) if self._device_type == "cpu" else nullcontext()
+        return fast_linear_layers(*self._models) if self._device_type == "cpu" else nullcontext()
 
     def fresh_passes(self) -> AbstractContextManager[Any]:
         """`passes` after refreshing the copies, for when other code may have changed the weights in any way."""
@@ -123,4 +123,4 @@ class Compute(Passes):
         """Adds the frozen reference; for bfloat16 passes, stores it in bfloat16 except what the policy shares."""
         self._models.append(reference)
         if self.narrow:
-            narrow_for_good(reference, besides=policy)
+            narrow_for_good(reference, shared_with=policy)
