@@ -16,11 +16,6 @@ from tests.clients.weights import same
 from trl import PPOTrainer
 
 
-def waits_for(feature: str) -> pytest.MarkDecorator:
-    """Marks what fails for now; strict, so that the mark goes when the feature comes."""
-    return pytest.mark.xfail(strict=True, reason=f"issue: {feature}")
-
-
 @pytest.fixture(autouse=True)
 def lenient() -> Iterator[None]:
     """A client's own warnings, and ours about its habits, do not stop it."""
@@ -33,14 +28,12 @@ def lenient() -> Iterator[None]:
     "name",
     [
         "sentiment_0_4",
-        pytest.param("sentiment_0_7", marks=waits_for("PPOConfig of 0.5-0.11; generate_ref_response")),
-        pytest.param(
-            "parser_0_11", marks=waits_for("ModelConfig, get_peft_config, is_npu_available, PPOConfig of 0.11")
-        ),
+        "sentiment_0_7",
+        "parser_0_11",
         "detoxify_summaries",
         "agent",
         "multi_adapter",
-        pytest.param("framework_subclass", marks=waits_for("the hooks of 0.5-0.11 in a subclass")),
+        "framework_subclass",
     ],
 )
 def test_client_runs(name: str) -> None:
@@ -59,23 +52,27 @@ HOOKS = {
     "_step_safety_checker": framework.NegatedScores,
     "batched_forward_pass": framework.NoValues,
 }
-WAITING = tuple(HOOKS)
 
 
-@pytest.mark.parametrize(
-    "hook",
-    [pytest.param(hook, marks=waits_for(f"{hook} as 0.5-0.11 had it")) if hook in WAITING else hook for hook in HOOKS],
-)
+@pytest.mark.parametrize("hook", HOOKS)
 def test_override_changes_what_is_learnt(hook: str) -> None:
     settings = {"early_stopping": hook == "_early_stop", "target_kl": 1e6}
     assert same(framework.learnt(PPOTrainer, **settings), framework.learnt(PPOTrainer, **settings))
     assert not same(framework.learnt(HOOKS[hook], **settings), framework.learnt(PPOTrainer, **settings))
 
 
-@waits_for("_generate_batched as 0.7-0.11 had it")
 def test_override_of_batched_generation_is_called() -> None:
     responses = framework.make(framework.Parrot).generate(framework.QUERIES, max_new_tokens=3)
     assert [r.tolist() for r in responses] == [q.flip(0).tolist() for q in framework.QUERIES]
+
+
+def test_private_names_are_marked_as_this_library_s_own() -> None:
+    """A name that a client would choose is none of them: they begin with _trl, or are hooks that TRL had."""
+    hooks = {*HOOKS, "_generate_batched", "_remove_unused_columns", "_save_pretrained"}
+    trainer = framework.make(PPOTrainer)
+    trainer.step(framework.QUERIES, framework.RESPONSES, framework.SCORES)
+    names = {*vars(trainer), *(name for kind in PPOTrainer.__mro__[:-1] for name in vars(kind))}
+    assert {n for n in names if n.startswith("_") and not n.startswith(("__", "_trl_", "_abc"))} <= hooks
 
 
 def test_helpers_of_a_subclass_are_its_own() -> None:
@@ -88,7 +85,6 @@ class Called(Exception):
     """Raised by an override."""
 
 
-@waits_for("an override that is never called is an error")
 @pytest.mark.parametrize(
     "name", ["_prepare_deepspeed", "_remove_unused_columns", "_save_pretrained", "_set_signature_columns_if_needed"]
 )
@@ -102,7 +98,6 @@ def test_override_is_called_or_refused(tmp_path: Path, name: str) -> None:
         framework.make(kind, dataset).save_pretrained(str(tmp_path))
 
 
-@waits_for("compute_advantages as 0.5-0.11 had it")
 def test_advantages_that_are_not_numbers_are_not_learnt_from_in_silence() -> None:
     class Broken(PPOTrainer):
         def compute_advantages(self, values, rewards, mask):

@@ -173,6 +173,7 @@ class CriticFree:
                 "policy/entropy": Tally.of(evaluation.entropy.detach(), mask),
                 "policy/approxkl": Tally.of(0.5 * drift**2, mask),
                 "policy/policykl": Tally.of(-drift, mask),
+                "policy/mean_ratio": Tally.of(ratio.detach(), mask),
                 "policy/clipfrac": Tally.of(clipped.float(), mask),
             },
             arrays={"policy/ratio": ratio.detach(), "policy/advantages": experience.advantages},

@@ -51,6 +51,9 @@ class PPO:
     setup: Setup
     rewards: Callable[..., tuple[Tensor, Tensor]]
     shaping: RewardSettings = field(default_factory=RewardSettings)
+    advantages: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    """Maps values, rewards and mask (int64) to values, final advantages and returns, all `[B, S]`. None: generalised
+    advantage estimation, whitened in each minibatch."""
     settings: PPOSettings = field(default_factory=PPOSettings)
 
     def experience(self, rollout: Rollout, scored: Scored) -> ActorCritic:
@@ -76,16 +79,20 @@ class PPO:
             rollout.mask.long(),
             **{name: values for name, values in per_token.items() if values is not None},
         )
-        if shaping.whiten:
-            rewards = masked_whiten(rewards, rollout.mask, shift_mean=False, reduce=reduce)
-        advantages, returns = gae(rewards, policy.values, rollout.mask, gamma=shaping.gamma, lam=shaping.lam)
+        values = policy.values
+        if self.advantages is not None:
+            values, advantages, returns = self.advantages(values, rewards, rollout.mask.long())
+        else:
+            if shaping.whiten:
+                rewards = masked_whiten(rewards, rollout.mask, shift_mean=False, reduce=reduce)
+            advantages, returns = gae(rewards, values, rollout.mask, gamma=shaping.gamma, lam=shaping.lam)
         return ActorCritic(
             rollout=rollout,
             scores=scores,
             old_logprobs=policy.logprobs,
             ref_logprobs=ref_logprobs,
             entropy=policy.entropy,
-            old_values=policy.values,
+            old_values=values,
             rewards=rewards,
             non_score_reward=penalty,
             advantages=advantages,
@@ -102,6 +109,7 @@ class PPO:
             epochs=setup.epochs,
             generator=setup.generator,
             denominator=setup.denominator,
+            whiten=self.advantages is None,
             reduce=setup.reduce,
         )
 
@@ -149,6 +157,7 @@ def ppo_terms(
             "policy/approxkl": Tally.of(0.5 * drift**2, mask),
             "policy/policykl": Tally.of(-drift, mask),
             "policy/clipfrac": policy.clipped,
+            "policy/mean_ratio": Tally.of(policy.ratio, mask),
             "val/vpred": Tally.of(values.detach(), mask),
             "val/error": value.error,
             "val/clipfrac": value.clipped,
@@ -192,6 +201,7 @@ def ppo_minibatches(
     epochs: int,
     generator: torch.Generator,
     denominator: Denominator = "minibatch",
+    whiten: bool = True,
     reduce: Reduce = identity,
 ) -> Iterator[Minibatch[ActorCritic]]:
     """Yields shuffled minibatches of `size` sequences for `epochs` passes, with whitened advantages.
@@ -206,6 +216,7 @@ def ppo_minibatches(
         generator: source of the random orders.
         denominator: "minibatch" divides by the minibatch's counted tokens, weighting every minibatch equally; "batch"
             divides by the mean count over all minibatches, weighting every token equally.
+        whiten: False leaves the advantages as they are.
         reduce: sums a tensor over all processes.
 
     Raises:
@@ -221,7 +232,7 @@ def ppo_minibatches(
         counted_tokens = mean_tokens if denominator == "batch" and not any_empty else reduce(mask.sum().float())
         if any_empty and counted_tokens == 0:
             continue
-        whitened = masked_whiten(part.advantages, mask, reduce=reduce)
+        whitened = masked_whiten(part.advantages, mask, reduce=reduce) if whiten else part.advantages
         yield Minibatch(
             experience=replace(part, advantages=whitened),
             denominator=mean_tokens if denominator == "batch" else counted_tokens,

@@ -49,9 +49,13 @@ class BaseTrainer:
             return
         path = Path(save_directory)
         path.mkdir(parents=True, exist_ok=True)
-        self._trl_saved_model().save_pretrained(path, **kwargs)
-        self.tokenizer.save_pretrained(path)
-        self.create_model_card(str(path))
+        self._save_pretrained(path, **kwargs)
+
+    def _save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """What `save_pretrained` does on the main process, in an existing folder; a hook."""
+        self._trl_saved_model().save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+        self.create_model_card(str(save_directory))
 
     def _trl_saved_model(self) -> Any:
         """The model that `save_pretrained` saves."""

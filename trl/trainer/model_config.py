@@ -77,10 +77,13 @@ def get_peft_config(model_config: ModelConfig) -> Any:
     """
     if not model_config.use_peft:
         return None
+    targets = (
+        model_config.lora_target_modules
+    )  # a string is a pattern for the whole path: a bare name would match nothing
     return require_peft("use_peft").LoraConfig(
         task_type=model_config.lora_task_type,
         r=model_config.lora_r,
-        target_modules=model_config.lora_target_modules,
+        target_modules=[targets] if isinstance(targets, str) and targets.isidentifier() else targets,
         lora_alpha=model_config.lora_alpha,
         lora_dropout=model_config.lora_dropout,
         bias="none",

@@ -16,6 +16,7 @@ from trl.core import PPODecorators
 from trl.functional import masked_sum
 from trl.models import RolloutAboveFrozen
 from trl.protocols import Algorithm
+from trl.trainer.hooks import UNSET, call_safety_checker
 from trl.trainer.policy_trainer import PolicyTrainer
 from trl.trainer.step_arguments import check_batch, check_extras, split_rollout, to_scored
 from trl.training.batch import Batch
@@ -146,14 +147,14 @@ class OnlineTrainer(PolicyTrainer):
                 raise ValueError("pass either rollout, or queries and responses")
             queries, responses, sampler_logprobs = split_rollout(rollout)
             group = rollout.group.tolist()
-        queries, responses, scores = self._step_safety_checker(
-            int(self.config.batch_size or 1), queries, responses, scores
+        queries, responses, scores, response_masks = call_safety_checker(
+            self, int(self.config.batch_size or 1), queries, responses, scores, masks=response_masks
         )
         check_extras(
             responses, response_masks, token_rewards, sampler_logprobs, is_encoder_decoder=self.is_encoder_decoder
         )
         with _timed(timing, "forward_pass"):
-            batch = self._trl_batch(queries, responses)
+            batch = replace(self._trl_batch(queries, responses), response_masks=response_masks)
             rollout = batch.rollout(
                 policy_version=self._trl_steps_done,
                 group=None if group is None else torch.tensor(group),
@@ -199,7 +200,10 @@ class OnlineTrainer(PolicyTrainer):
                 f"temperature={self.config.temperature} was {prepared.temperature} when the batch was prepared, and its "
                 "log-probabilities depend on it: prepare the batch again"
             )
-        with PPODecorators.empty_cuda_cache(self.config.optimize_cuda_cache), whole_gradients(self.accelerator):
+        with (
+            PPODecorators.empty_cuda_cache(bool(self.config.optimize_cuda_cache or self.config.optimize_device_cache)),
+            whole_gradients(self.accelerator),
+        ):
             started = time.perf_counter()
             experience, timing = prepared.experience, dict(prepared.timing)
             rollout = experience.rollout
@@ -270,6 +274,7 @@ class OnlineTrainer(PolicyTrainer):
             microbatch_size=int(self.config.mini_batch_size or 1),
             reduce=self._trl_reduce,
             stop=lambda metrics: self._trl_stops_early(metrics.means["policy/policykl"]),
+            refuse=self._trl_refuse,
         )
         return stack_updates(history)
 
@@ -318,6 +323,13 @@ class OnlineTrainer(PolicyTrainer):
         assert evaluated.ref_logprobs is not None
         return masked_sum(evaluated.policy.logprobs - evaluated.ref_logprobs, evaluated.rollout.mask, dim=1)
 
+    def _trl_refuse(self, means: Mapping[str, float]) -> str | None:
+        """Reason to skip an optimizer step because of its minibatch's mean ratio; None to take it."""
+        limit, ratio = self.config.ratio_threshold, means["policy/mean_ratio"]
+        if limit is None or ratio <= limit:
+            return None
+        return f"the mean probability ratio of a minibatch is {ratio:.4g}, above ratio_threshold={limit:g}"
+
     def _trl_stops_early(self, policy_kl: float) -> bool:
         """Whether early stopping ends the passes over this batch."""
         return self.config.early_stopping and policy_kl > 1.5 * float(self.config.target_kl or 0)
@@ -326,14 +338,17 @@ class OnlineTrainer(PolicyTrainer):
         return [(id(p), p._version) for p in self.model.parameters() if not p.requires_grad]
 
     def _step_safety_checker(
-        self, batch_size: int | None, queries: Any, responses: Any, scores: Any
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        self, batch_size: int | None, queries: Any, responses: Any, scores: Any, masks: Any = UNSET
+    ) -> tuple[Any, ...]:
         """Checks the arguments of `step` and copies them to the model's device.
+
+        Returns:
+            Queries, responses and scores; and the masks, where they are given, as in TRL 0.7 to 0.11.
 
         Raises:
             ValueError: if an argument is invalid; the message names it, its value and what is expected.
         """
-        return check_batch(
+        checked = check_batch(
             self.model,
             batch_size,
             queries,
@@ -342,6 +357,7 @@ class OnlineTrainer(PolicyTrainer):
             is_encoder_decoder=self.is_encoder_decoder,
             device=self.current_device,
         )
+        return checked if masks is UNSET else (*checked, masks)
 
     def _trl_count_rows(self, rollout: Rollout) -> int:
         """Number of samples to train on, over all processes, which must all call this.

@@ -271,7 +271,7 @@ class PolicySampler:
             warnings.warn(
                 f"responses are sampled with {settings}, but the update's log-probabilities (softmax at "
                 f"PPOConfig.temperature={temperature}) ignore these settings: expect a biased ratio and a negative KL",
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from trl.core import set_seed
-from trl.data import PadCollator, prompt_loader
+from trl.data import PadCollator, is_hub_dataset, prompt_loader
 from trl.functional import Moments
+from trl.models import reference_mode
 from trl.models.adapters import check_adapters_on
 from trl.models.recompute import recompute_activations
 from trl.redaction import remember_secrets
@@ -28,6 +31,7 @@ from trl.trainer.construction import (
     make_reference,
     start_accelerator,
 )
+from trl.trainer.hooks import call_generate_batched, is_overridden
 from trl.trainer.kl_controllers import controller_for
 from trl.trainer.live_settings import LiveSettings
 from trl.trainer.policy_sampler import PolicySampler
@@ -88,7 +92,7 @@ class PolicyTrainer(ResumableTrainer):
         config.is_encoder_decoder, config.is_peft_model = self.is_encoder_decoder, self.is_peft_model
         reference = make_reference(model, ref_model, num_shared_layers) if self._trl_uses_reference else None
         self.dataset = dataset
-        self.data_collator = PadCollator(tokenizer)
+        self.data_collator: Callable[..., Any] = PadCollator(tokenizer)
         if dataset is None:
             warnings.warn(
                 "no dataset is given: trainer.dataloader is None, so pass your own batches to step", stacklevel=3
@@ -149,8 +153,15 @@ class PolicyTrainer(ResumableTrainer):
         Raises:
             ValueError: if `dataset` is neither of the two, or is smaller than one batch.
         """
-        keep = (*self._trl_forward_columns, *_TRAINER_COLUMNS) if self.config.remove_unused_columns else None
-        return prompt_loader(dataset, batch_size=int(self.config.batch_size or 1), collate_fn=data_collator, keep=keep)
+        if self.config.remove_unused_columns and is_hub_dataset(dataset):
+            dataset = self._remove_unused_columns(dataset)
+        batch_size = int(self.config.batch_size or 1)
+        return prompt_loader(dataset, batch_size=batch_size, collate_fn=data_collator, keep=None)
+
+    def _remove_unused_columns(self, dataset: Any) -> Any:
+        """The `datasets.Dataset` without columns that neither the model's `forward` nor the trainer uses; a hook."""
+        used = (*self._trl_forward_columns, *_TRAINER_COLUMNS)
+        return dataset.remove_columns([column for column in dataset.column_names if column not in used])
 
     def prepare_model_inputs(self, queries: list[Tensor], responses: list[Tensor]) -> BatchEncoding:
         """Pads queries and responses into model inputs, on the tokenizer's padding side.
@@ -163,16 +174,16 @@ class PolicyTrainer(ResumableTrainer):
             `input_ids` and `attention_mask` [B, T] of query + response. For an encoder-decoder, those of the queries,
             plus `decoder_input_ids` and `decoder_attention_mask` of the responses.
         """
-        device = self.current_device
         if self.is_encoder_decoder:
-            encoder = self.data_collator([{"input_ids": q} for q in queries])
-            decoder = self.data_collator([{"input_ids": r} for r in responses])
-            inputs = encoder | {f"decoder_{name}": tensor for name, tensor in decoder.items()}
+            inputs = self._trl_pad(queries)
+            inputs |= {f"decoder_{name}": tensor for name, tensor in self._trl_pad(responses).items()}
         else:
-            inputs = self.data_collator(
-                [{"input_ids": torch.cat([q, r])} for q, r in zip(queries, responses, strict=True)]
-            )
-        return BatchEncoding({name: tensor.to(device) for name, tensor in inputs.items()})
+            inputs = self._trl_pad([torch.cat(pair) for pair in zip(queries, responses, strict=True)])
+        return BatchEncoding({name: tensor.to(self.current_device) for name, tensor in inputs.items()})
+
+    def _trl_pad(self, sequences: list[Tensor]) -> dict[str, Tensor]:
+        padded = self.data_collator([{"input_ids": s, "attention_mask": torch.ones_like(s)} for s in sequences])
+        return {name: tensor for name, tensor in padded.items() if name != "labels"}  # of language-model collators
 
     def _trl_batch(self, queries: list[Tensor], responses: list[Tensor]) -> Batch:
         return Batch(
@@ -190,8 +201,9 @@ class PolicyTrainer(ResumableTrainer):
         length_sampler: Callable[[], int] | None = None,
         batch_size: int = 4,
         return_prompt: bool = True,
+        generate_ref_response: bool = False,
         **generation_kwargs: Any,
-    ) -> Tensor | list[Tensor]:
+    ) -> Any:
         """Samples responses with trl's own decoding loop, falling back to transformers' `generate` where needed.
 
         Each token uses one random number from a generator seeded by torch's global one, so `set_seed` reproduces the
@@ -202,27 +214,69 @@ class PolicyTrainer(ResumableTrainer):
             length_sampler: draws `max_new_tokens`, once per `batch_size` queries.
             batch_size: queries sampled together; our own loop may take more where memory allows.
             return_prompt: prepend the query to the response (decoder-only models).
+            generate_ref_response: also sample from the reference, with random numbers of its own.
             **generation_kwargs: arguments of transformers' `generate`. Those that change the sampling distribution
                 trigger a warning.
 
         Returns:
             `[1, R]` for a single query, else a list of 1-D responses. A sampled stop token is kept; an
-            encoder-decoder's response begins with the decoder's start token.
+            encoder-decoder's response begins with the decoder's start token. With `generate_ref_response`, a pair: the
+            policy's and the reference's.
 
         Raises:
             ValueError: if a query is not a 1-D tensor of valid token ids, if query and response might not fit into the
                 model's context, or if the arguments do not ask for exactly one response per query.
         """
+        arguments: dict[str, Any] = {
+            "length_sampler": length_sampler,
+            "batch_size": batch_size,
+            "return_prompt": return_prompt,
+        }
+        arguments |= generation_kwargs
+        sample = self._trl_sample
+        if not isinstance(query_tensor, Tensor) and is_overridden(self, PolicyTrainer, "_generate_batched"):
+            sample = partial(call_generate_batched, self)
+        responses = sample(self.model, query_tensor, **arguments)
+        if not generate_ref_response:
+            return responses
+        if not self._trl_uses_reference:
+            raise ValueError("generate_ref_response=True needs a reference model, which this algorithm does not use")
+        with reference_mode(self.model) if self.ref_model is None else nullcontext(self.ref_model) as reference:
+            return responses, sample(reference, query_tensor, **arguments)
+
+    def _trl_sample(
+        self,
+        model: nn.Module,
+        query_tensor: Any,
+        *,
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int = 4,
+        return_prompt: bool = True,
+        remove_padding: bool = True,
+        pad_to_multiple_of: int | None = None,  # of the batches in between, which nobody sees
+        **generation_kwargs: Any,
+    ) -> Any:
+        if not remove_padding:
+            raise ValueError("remove_padding=False: responses are returned without padding; pad them with pad_sequence")
         return self._trl_sampler.generate(
-            self.model,
+            model,
             query_tensor,
             generation_kwargs,
             length_sampler=length_sampler,
             batch_size=batch_size,
             return_prompt=return_prompt,
             temperature=self.config.temperature,
-            cache=self.config.score_while_sampling,
+            cache=self.config.score_while_sampling and model is self.model,
         )
+
+    def _generate_batched(self, model: Any, query_tensors: Any = None, **arguments: Any) -> list[Tensor]:
+        """Samples responses to a list of queries; a hook of TRL 0.5 to 0.11, which `generate` calls for lists.
+
+        Arguments as for `generate`. `model` came with TRL 0.7: before, the queries were the first argument.
+        """
+        if isinstance(model, list):
+            model, query_tensors = self.model, model
+        return self._trl_sample(model, query_tensors, **arguments)
 
     def _trl_recalled(self, batch: Batch) -> Evaluation | None:
         """Evaluation cached by `generate`, which saves the scoring pass; None unless every process has its whole batch."""

@@ -1,8 +1,8 @@
-"""PPO by the overridden methods of a subclass, as TRL 0.4.6 called them.
+"""PPO by the overridden methods of a subclass, as TRL called them.
 
 `step` always calls `prepare_model_inputs`, `compute_rewards`, `record_step_stats` and `gather_stats`. It calls
 `batched_forward_pass`, `loss` and `train_minibatch` if a subclass or the instance overrides them: evaluation and update then
-run through the functions here, which need more memory and do not trim padding.
+run through the functions here, which need more memory and do not trim padding. `trl.trainer.hooks` knows their signatures.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trl.functional import importance_weights, masked_sum
+from trl.algorithms.ppo import experience_statistics, ppo_terms
+from trl.functional import entropy, importance_weights, masked_sum
 from trl.protocols import Reduce
+from trl.trainer.hooks import call_in_order, is_newer, is_overridden, takes
 from trl.training.batch import Batch
 from trl.training.evaluator import Evaluated, Evaluator
-from trl.training.statistics import stack_statistics
+from trl.training.loop import means_of
+from trl.training.processes import whole_gradients
+from trl.training.statistics import stack_statistics, update_statistics
 from trl.types import ActorCritic, Evaluation, Rollout, take
 
 if TYPE_CHECKING:
     from trl.trainer.ppo_trainer import PPOTrainer
-
-
-def is_overridden(trainer: Any, base: type, *names: str) -> bool:
-    """Whether a subclass of `base`, or the instance `trainer` itself, overrides any of these methods."""
-    return any(name in vars(trainer) or getattr(type(trainer), name) is not getattr(base, name) for name in names)
 
 
 class MethodEvaluator:
@@ -46,7 +45,11 @@ class MethodEvaluator:
         """Evaluates policy and reference."""
         evaluator = self._evaluator
         with evaluator.evaluating():
-            logprobs, values, mask = self._passes(evaluator.policy)
+            masks = self._batch.response_masks
+            with_masks = (
+                {"response_masks": masks} if masks is not None and takes(self._forward, "response_masks") else {}
+            )
+            logprobs, values, mask = self._passes(evaluator.policy, **with_masks)
             with evaluator.reference() as reference:
                 ref_logprobs = self._passes(reference)[0]
             exact = evaluator.kl_over_vocabulary(rollout)
@@ -58,9 +61,9 @@ class MethodEvaluator:
             exact_kl=exact,
         )
 
-    def _passes(self, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    def _passes(self, model: nn.Module, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
         batch = self._batch
-        logprobs, _, values, masks = self._forward(model, batch.queries, batch.responses, batch.inputs)
+        logprobs, _, values, masks = self._forward(model, batch.queries, batch.responses, batch.inputs, **more)
         return logprobs, values, masks.bool()
 
 
@@ -98,6 +101,63 @@ class MinibatchContext:
             )
 
 
+def minibatch_loss(
+    trainer: PPOTrainer,
+    old_logprobs: Tensor,
+    values: Tensor,
+    logits: Tensor,
+    vpreds: Tensor,
+    logprobs: Tensor,
+    counted: Tensor,
+    *,
+    advantages: Tensor,
+    returns: Tensor,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Implements `PPOTrainer.loss`, given advantages and returns; `counted` is its mask, as bools."""
+    entropies = entropy(logits)
+    if entropies.shape != counted.shape:  # TRL 0.4.6 took any logits here, such as [B, S]
+        entropies = entropies.mean().expand(counted.shape)
+    terms = ppo_terms(
+        logprobs,
+        vpreds,
+        entropies,
+        old_logprobs=old_logprobs,
+        old_values=values,
+        advantages=advantages,
+        returns=returns,
+        mask=counted,
+        settings=trainer._trl_ppo_settings(),
+        weights=trainer._trl_minibatch_context.weights_for(counted),
+    )
+    reduce = trainer._trl_reduce
+    means = means_of([{name: tally.detach() for name, tally in terms.metrics.items()}], reduce)
+    stats = {name: torch.tensor(mean) for name, mean in means.items()}
+    stats |= experience_statistics(advantages=advantages, returns=returns, values=values, mask=counted, reduce=reduce)
+    vf_coef = float(trainer.config.vf_coef or 0)
+    return (
+        terms.metrics["loss/policy"].mean(),
+        vf_coef * terms.metrics["loss/value"].mean(),
+        stats | dict(terms.arrays),
+    )
+
+
+def take_step(
+    trainer: PPOTrainer, loss: Tensor, stats: dict[str, Tensor], logprobs: Tensor, vpreds: Tensor, counted: Tensor
+) -> dict[str, Tensor]:
+    """Takes the optimizer step of `PPOTrainer.train_minibatch` on `loss`, a mean over this process's counted tokens."""
+    context = trainer._trl_minibatch_context
+    context.check_weighted(type(trainer).__name__)
+    objective = share_of_mean(
+        loss, logprobs, vpreds, counted, all_tokens=context.batch_tokens, reduce=trainer._trl_reduce
+    )
+    updater = trainer._trl_updater()
+    refused = trainer._trl_refuse({"policy/mean_ratio": float(stats.get("policy/mean_ratio", 0.0))})
+    with whole_gradients(trainer.accelerator):
+        updater.clear()
+        updater.accumulate(objective, last=True)
+        return stats | update_statistics(*updater.step(refused=refused))
+
+
 def share_of_mean(
     mean: Tensor, logprobs: Tensor, vpreds: Tensor, counted: Tensor, *, all_tokens: Tensor | None, reduce: Reduce
 ) -> Tensor:
@@ -119,15 +179,22 @@ def share_of_mean(
     return mean * (local_tokens / all_tokens.clamp(min=1))
 
 
-def update_by_methods(trainer: PPOTrainer, experience: ActorCritic, batch: Batch) -> dict[str, Tensor]:
-    """Runs the update through the trainer's methods; returns their statistics, one row per optimizer step."""
+def uses_final_advantages(trainer: Any, base: type) -> bool:
+    """Whether advantages come whitened from `compute_advantages`, as in TRL 0.5 to 0.11, and not from `loss`."""
+    return is_overridden(trainer, base, "compute_advantages") or any(
+        is_newer(trainer, base, name) for name in ("loss", "train_minibatch")
+    )
+
+
+def update_by_methods(trainer: PPOTrainer, base: type, experience: ActorCritic, batch: Batch) -> dict[str, Tensor]:
+    """Runs the update through the methods of `trainer`, a `base`; returns their statistics, a row per optimizer step."""
     try:
-        return stack_statistics(_history(trainer, experience, batch))
+        return stack_statistics(_history(trainer, base, experience, batch))
     finally:
         trainer._trl_minibatch_context = MinibatchContext()
 
 
-def _history(trainer: PPOTrainer, experience: ActorCritic, batch: Batch) -> list[dict[str, Tensor]]:
+def _history(trainer: PPOTrainer, base: type, experience: ActorCritic, batch: Batch) -> list[dict[str, Tensor]]:
     config, reduce = trainer.config, trainer._trl_reduce
     history: list[dict[str, Tensor]] = []
     batch_tokens = None
@@ -152,9 +219,19 @@ def _history(trainer: PPOTrainer, experience: ActorCritic, batch: Batch) -> list
                 trainer.model, minibatch.queries, minibatch.responses, minibatch.inputs, return_logits=True
             )
             assert logits is not None
-            stats = trainer.train_minibatch(
-                part.old_logprobs, part.old_values, part.rewards, logprobs, logits, values, mask.long()
-            )
+            final = uses_final_advantages(trainer, base)
+            arguments = {
+                "old_logprobs": part.old_logprobs,
+                "values": part.old_values,
+                "rewards": part.rewards,
+                "logprobs": logprobs,
+                "logits": logits,
+                "vpreds": values,
+                "mask": mask.long(),
+                "advantages": part.advantages if final else None,
+                "returns": part.returns if final else None,
+            }
+            stats = call_in_order(trainer, base, "train_minibatch", arguments)
             trainer._trl_minibatch_context.check_weighted(type(trainer).__name__)
             history.append(_pool({n: torch.as_tensor(v).detach() for n, v in stats.items()}, mask, trainer))
             if trainer._trl_stops_early(float(history[-1]["policy/policykl"])):

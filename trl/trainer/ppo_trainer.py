@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,25 +17,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trl import functional, legacy
-from trl.algorithms.ppo import PPO, PPOSettings, RewardSettings, experience_statistics, ppo_terms
-from trl.functional import entropy, gae, k1, k1_abs, k2, k3, shape_rewards
+from trl.algorithms.ppo import PPO, PPOSettings, RewardSettings
+from trl.functional import exact_kl, gae, k1, k1_abs, k2, k3, shape_rewards
 from trl.models import PreTrainedModelWrapper
+from trl.trainer.hooks import call_in_order, call_rewards, check_overrides, in_either_order, is_overridden
 from trl.trainer.online import OnlineTrainer
 from trl.trainer.ppo_compat import (
     MethodEvaluator,
     MinibatchContext,
-    is_overridden,
-    share_of_mean,
+    minibatch_loss,
+    take_step,
     update_by_methods,
+    uses_final_advantages,
 )
 from trl.trainer.ppo_config import PPOConfig
 from trl.training.batch import Batch
 from trl.training.batched import evaluate_in_batches
 from trl.training.evaluator import Evaluated, Evaluator
-from trl.training.loop import means_of
-from trl.training.processes import whole_gradients
 from trl.training.scores import ScoreSettings
-from trl.training.statistics import update_statistics
 from trl.types import ActorCritic, Experience, Rollout
 
 # Keys that `prepare_model_inputs` may return: those that forward passes read, and what language-model collators add.
@@ -52,25 +52,19 @@ class PPOTrainer(OnlineTrainer):
     response, minus a KL penalty that keeps the policy close to a reference model.
 
     Args:
-        config: settings. Changes to it apply from the next call, except for what the trainer is built from (seed,
-            trackers, accelerator, dtype, memory); changing those has no effect and warns.
+        config: settings.
         model: policy with a value head. For a PEFT model, only the adapter and the value head are trained.
-        ref_model: frozen reference model. If None: for a PEFT model whose adapter starts at zero, the model with the
-            adapter disabled; otherwise a frozen copy of `model`.
-        tokenizer: the model's tokenizer. Without a pad token, eos is used for padding; this is safe because masks come
-            from lengths.
-        dataset: optional prompts, batched by `self.dataloader`.
-        optimizer: defaults to Adam at `config.learning_rate`.
-        data_collator: turns a list of examples from `dataset` into a batch.
-        num_shared_layers: number of layers shared by policy and reference, frozen in both.
-        lr_scheduler: learning-rate scheduler, stepped once per call to `step`, without arguments.
+        ref_model: frozen reference model, also with a value head. If None: for a PEFT model whose adapter starts at zero,
+            the model with the adapter disabled; otherwise a frozen copy of `model`.
+        training_data_collator: pads a list of `input_ids` and `attention_mask` into the inputs of a step; by default, on
+            the tokenizer's padding side.
 
-    Raises:
-        ValueError: if an argument has the wrong type, if settings other than seed and names differ between processes, if
-            `optimizer` holds none of the model's trainable parameters, or if `lr_scheduler` needs a metric at each step.
+    `OnlineTrainer` describes the other arguments and the errors. A TypeError says that a subclass overrides a method of TRL
+    that is never called here.
     """
 
     _trl_minibatch_context = MinibatchContext()
+    _trl_returns_kl = False  # whether compute_rewards returns the KL as well, as in TRL 0.7 to 0.11
 
     def __init__(
         self,
@@ -83,10 +77,14 @@ class PPOTrainer(OnlineTrainer):
         data_collator: Callable[..., Any] | None = None,
         num_shared_layers: int | None = None,
         lr_scheduler: Any = None,
+        training_data_collator: Callable[..., Any] | None = None,
     ) -> None:
+        check_overrides(self)
         super().__init__(
             config, model, ref_model, tokenizer, dataset, optimizer, data_collator, num_shared_layers, lr_scheduler
         )
+        if training_data_collator is not None:
+            self.data_collator = training_data_collator
 
     # The algorithm ---------------------------------------------------------------------------------------------------
 
@@ -107,8 +105,9 @@ class PPOTrainer(OnlineTrainer):
         )
         return PPO(
             setup=self._trl_setup(evaluate),
-            rewards=self.compute_rewards,
+            rewards=partial(call_rewards, self),
             shaping=shaping,
+            advantages=self.compute_advantages if uses_final_advantages(self, PPOTrainer) else None,
             settings=self._trl_ppo_settings(),
         )
 
@@ -149,7 +148,7 @@ class PPOTrainer(OnlineTrainer):
                 stacklevel=4,
             )
         if self._trl_updates_by_methods():
-            return update_by_methods(self, experience, batch)
+            return update_by_methods(self, PPOTrainer, experience, batch)
         return super()._trl_update(experience, batch)
 
     def _trl_not_updated(self) -> list[nn.Parameter]:
@@ -174,6 +173,7 @@ class PPOTrainer(OnlineTrainer):
         responses: list[Tensor],
         model_inputs: Mapping[str, Tensor],
         return_logits: bool = False,
+        response_masks: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Evaluates a model on a batch, `config.mini_batch_size` sequences at a time. Differentiable.
 
@@ -183,6 +183,7 @@ class PPOTrainer(OnlineTrainer):
             responses: `B` 1-D tensors.
             model_inputs: output of `prepare_model_inputs`, padded on either side.
             return_logits: also return the logits, which hold `B · S · V` numbers.
+            response_masks: one number per response token, 0 where it does not count.
 
         Returns:
             logprobs [B, S]; logits [B, S, V], divided by the temperature, or None; values [B, S]; masks [B, S] int64,
@@ -190,7 +191,7 @@ class PPOTrainer(OnlineTrainer):
         """
         rollout = Batch(
             queries=queries, responses=responses, inputs=model_inputs, is_encoder_decoder=self.is_encoder_decoder
-        ).rollout()
+        ).rollout(response_masks=response_masks)
         evaluation = evaluate_in_batches(
             model,
             rollout,
@@ -210,7 +211,7 @@ class PPOTrainer(OnlineTrainer):
         masks: Tensor,
         kl: Tensor | None = None,
         token_rewards: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Per-token rewards: the score on the last response token, minus the KL penalty on every token.
 
         Args:
@@ -225,30 +226,90 @@ class PPOTrainer(OnlineTrainer):
             Rewards `[B, S]` and their non-score part `[B, S]`; both 0 off the mask.
 
         Raises:
-            ValueError: if `config.kl_penalty` is "full" and `kl` is not given.
+            ValueError: if `config.kl_penalty` is "full" and `kl` is not given, or `_kl_penalty` is overridden.
         """
-        if kl is None:
+        by_hook = is_overridden(self, PPOTrainer, "_kl_penalty")
+        if by_hook and self.config.kl_penalty == "full":
+            raise ValueError(
+                f"kl_penalty='full' is computed without logits of whole sequences, so without _kl_penalty, which "
+                f"{type(self).__name__} overrides: choose another kl_penalty"
+            )
+        if by_hook:
+            kl = torch.stack([self._kl_penalty(p, q) for p, q in zip(logprobs, ref_logprobs, strict=True)])
+        elif kl is None:
             if self.config.kl_penalty == "full":
                 raise ValueError("kl_penalty='full' cannot be computed from logprobs: pass kl [B, S]")
             kl = _KL_OF_TOKEN[self.config.kl_penalty](logprobs, ref_logprobs)
         stacked = (
             scores if isinstance(scores, Tensor) else torch.stack([torch.as_tensor(s).reshape(()) for s in scores])
         )
-        return shape_rewards(
+        rewards, penalty = shape_rewards(
             stacked.to(kl.device), kl, masks.bool(), kl_coef=self.kl_ctl.value, token_rewards=token_rewards
         )
+        return (rewards, penalty, kl) if self._trl_returns_kl else (rewards, penalty)
 
+    def _kl_penalty(self, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
+        """KL of each token of one sequence, `[S]`, by `config.kl_penalty`; a hook of TRL 0.5 to 0.11.
+
+        Args:
+            logprob: `[S]` under the policy; for "full", `[S, V]` over the vocabulary.
+            ref_logprob: the same under the reference.
+        """
+        if self.config.kl_penalty == "full":
+            return exact_kl(logprob, ref_logprob)
+        return _KL_OF_TOKEN[self.config.kl_penalty](logprob, ref_logprob)
+
+    def compute_advantages(self, values: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Advantages whitened over the whole batch, as TRL 0.5 to 0.11 computed them; a hook.
+
+        A step whitens them in each minibatch, as TRL 0.4.6, unless this is overridden, or a `loss` or `train_minibatch`
+        that takes advantages.
+
+        Args:
+            values: `[B, S]` before the update.
+            rewards: `[B, S]` per-token rewards.
+            mask: `[B, S]`, non-zero where a response token is predicted.
+
+        Returns:
+            Values, advantages and returns, `[B, S]`, 0 off the mask.
+        """
+        counted = mask.bool()
+        if self.config.whiten_rewards:
+            rewards = functional.masked_whiten(rewards, counted, shift_mean=False, reduce=self._trl_reduce)
+        advantages, returns = self._trl_gae(rewards, values, counted)
+        advantages = functional.masked_whiten(advantages, counted, reduce=self._trl_reduce)
+        return values.masked_fill(~counted, 0.0), advantages, returns
+
+    def _trl_gae(self, rewards: Tensor, values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        return gae(rewards, values, counted, gamma=float(self.config.gamma or 0), lam=float(self.config.lam or 0))
+
+    def _early_stop(self, policykl: Tensor | float) -> bool:
+        """Whether the update of a batch ends, asked after each optimizer step if `config.early_stopping`; a hook.
+
+        Args:
+            policykl: mean KL of the policy to the one before the update, in nats per token, over all processes.
+        """
+        return float(policykl) > 1.5 * float(self.config.target_kl or 0)
+
+    def _trl_stops_early(self, policy_kl: float) -> bool:
+        return self.config.early_stopping and bool(self._early_stop(torch.tensor(policy_kl)))
+
+    @in_either_order
     def loss(
         self,
         old_logprobs: Tensor,
         values: Tensor,
-        rewards: Tensor,
+        rewards: Tensor | None,
         logits: Tensor,
         vpreds: Tensor,
         logprobs: Tensor,
         mask: Tensor,
+        advantages: Tensor | None = None,
+        returns: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """PPO loss of one minibatch; computes and whitens the advantages itself.
+        """PPO loss of one minibatch; computes and whitens the advantages itself, unless they are given.
+
+        It may also be called in the order of TRL 0.5 to 0.11: without `rewards`, with `advantages` and `returns` at the end.
 
         Args:
             old_logprobs: `[B, S]` log-probabilities before the update.
@@ -258,52 +319,33 @@ class PPOTrainer(OnlineTrainer):
             vpreds: `[B, S]` current values.
             logprobs: `[B, S]` current log-probabilities.
             mask: `[B, S]`, non-zero where a response token is predicted.
+            advantages: `[B, S]`, used as they are.
+            returns: `[B, S]` value targets, along with `advantages`.
 
         Returns:
             The policy loss and `vf_coef` times the value loss, as differentiable scalars averaged over this process's
             tokens, and statistics by name, whose scalars cover all processes.
         """
-        counted = mask.bool()
-        advantages, returns = gae(
-            rewards, values, counted, gamma=float(self.config.gamma or 0), lam=float(self.config.lam or 0)
-        )
-        advantages = functional.masked_whiten(advantages, counted, reduce=self._trl_reduce)
-        entropies = entropy(logits)
-        if entropies.shape != counted.shape:  # TRL 0.4.6 took any logits here, such as [B, S]
-            entropies = entropies.mean().expand(counted.shape)
-        terms = ppo_terms(
-            logprobs,
-            vpreds,
-            entropies,
-            old_logprobs=old_logprobs,
-            old_values=values,
-            advantages=advantages,
-            returns=returns,
-            mask=counted,
-            settings=self._trl_ppo_settings(),
-            weights=self._trl_minibatch_context.weights_for(counted),
-        )
-        means = means_of([{name: tally.detach() for name, tally in terms.metrics.items()}], self._trl_reduce)
-        stats = {name: torch.tensor(mean) for name, mean in means.items()}
-        stats |= experience_statistics(
-            advantages=advantages, returns=returns, values=values, mask=counted, reduce=self._trl_reduce
-        )
-        vf_coef = float(self.config.vf_coef or 0)
-        return (
-            terms.metrics["loss/policy"].mean(),
-            vf_coef * terms.metrics["loss/value"].mean(),
-            stats | dict(terms.arrays),
+        if advantages is None or returns is None:
+            assert rewards is not None
+            advantages, returns = self._trl_gae(rewards, values, mask.bool())
+            advantages = functional.masked_whiten(advantages, mask.bool(), reduce=self._trl_reduce)
+        return minibatch_loss(
+            self, old_logprobs, values, logits, vpreds, logprobs, mask.bool(), advantages=advantages, returns=returns
         )
 
+    @in_either_order
     def train_minibatch(
         self,
         old_logprobs: Tensor,
         values: Tensor,
-        rewards: Tensor,
+        rewards: Tensor | None,
         logprobs: Tensor,
         logits: Tensor,
         vpreds: Tensor,
         mask: Tensor,
+        advantages: Tensor | None = None,
+        returns: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Takes one optimizer step on a minibatch after its forward pass. Arguments as for `loss`.
 
@@ -317,18 +359,6 @@ class PPOTrainer(OnlineTrainer):
         Raises:
             RuntimeError: if `step` was given `sampler_logprobs` and an overridden `loss` ignores them.
         """
-        policy_loss, value_loss, stats = self.loss(old_logprobs, values, rewards, logits, vpreds, logprobs, mask)
-        self._trl_minibatch_context.check_weighted(type(self).__name__)
-        objective = share_of_mean(
-            policy_loss + value_loss,
-            logprobs,
-            vpreds,
-            mask.bool(),
-            all_tokens=self._trl_minibatch_context.batch_tokens,
-            reduce=self._trl_reduce,
-        )
-        updater = self._trl_updater()
-        with whole_gradients(self.accelerator):
-            updater.clear()
-            updater.accumulate(objective, last=True)
-            return stats | update_statistics(*updater.step())
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        policy_loss, value_loss, stats = call_in_order(self, PPOTrainer, "loss", arguments)
+        return take_step(self, policy_loss + value_loss, stats, logprobs, vpreds, mask.bool())

@@ -39,12 +39,14 @@ class ReportingTrainer(BaseTrainer):
     ) -> dict[str, Any]:
         """Statistics of a step as numbers and arrays. Every process must call this."""
         mask, sampler_logprobs = experience.rollout.mask, experience.rollout.sampler_logprobs
+        penalty = experience.non_score_reward if isinstance(experience, ActorCritic) else None
         stats = self.record_step_stats(
             kl_coef=kl_coef,
             scores=list(experience.scores),
             logprobs=experience.old_logprobs,
             ref_logprobs=experience.ref_logprobs,
-            non_score_reward=experience.non_score_reward if isinstance(experience, ActorCritic) else None,
+            non_score_reward=penalty,
+            kls=penalty / -kl_coef if penalty is not None and kl_coef else None,
             train_stats=train_stats,
             masks=mask,
             queries=batch.queries,
@@ -65,7 +67,7 @@ class ReportingTrainer(BaseTrainer):
 
         Args:
             kl_coef: KL coefficient used in this step's rewards; None if they include no KL.
-            **data: scores, logprobs, ref_logprobs, non_score_reward, masks [B, S], queries, responses, train_stats.
+            **data: scores, logprobs, ref_logprobs, non_score_reward, kls, masks [B, S], queries, responses, train_stats.
 
         Returns:
             Statistics by name: scalars cover all processes, arrays only this one.

@@ -20,6 +20,7 @@ class Batch:
     responses: list[Tensor]  # 1-D; an encoder-decoder's begin with the decoder's start token
     inputs: Mapping[str, Tensor]
     is_encoder_decoder: bool
+    response_masks: Sequence[Tensor] | None = None  # one number per response token, 0 where it does not count
 
     def rows(self, rows: Tensor) -> Batch:
         """Selects the samples at indices `rows` `[b]`, keeping their padding."""

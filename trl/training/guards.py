@@ -47,7 +47,7 @@ class UpdateGuards:
             norm: gradient norm on this process.
             reason: why it was skipped.
             experience: the minibatch of the gradient.
-            counts: whether it counts towards `max_skipped`; False for a loss-scaler overflow, which is by design.
+            counts: whether it counts towards `max_skipped`; False for what is by design: a loss-scaler overflow, or a refusal.
 
         Raises:
             NonFiniteError: at `max_skipped` skipped steps in a row.

@@ -78,11 +78,12 @@ class Updater:
             # Data-parallel wrappers average over processes; the objective is a sum over them.
             self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def step(self, experience: Experience | None = None) -> tuple[float, bool, float]:
+    def step(self, experience: Experience | None = None, *, refused: str | None = None) -> tuple[float, bool, float]:
         """Takes an optimizer step; if any process has a non-finite loss or gradient, all processes skip it.
 
         Args:
             experience: the minibatch behind the gradients, passed on to the `on_skip` hook.
+            refused: reason to skip the step although everything is finite, the same on every process.
 
         Returns:
             Gradient norm before clipping, whether the step was taken, and its duration in seconds.
@@ -102,7 +103,7 @@ class Updater:
         local_finite = math.isfinite(norm) and bool(finite)
         failures = torch.stack([torch.full_like(finite, float(not local_finite)), 1 - finite])
         failed, without_loss = self.reduce(failures).tolist()
-        if failed == 0:
+        if failed == 0 and refused is None:
             if narrow:
                 # As the closure of the optimizer's own step, which updates the rest: hooks and schedulers see one step.
                 self.optimizer.step(lambda: self._step_narrow(narrow, scale))
@@ -112,19 +113,23 @@ class Updater:
             self.guards.stepped()
             return norm, True, time.perf_counter() - started
         self.compute.discard()
+        if failed == 0 and refused is not None:
+            self._reset_scaler(lower=False)
+            self.guards.skipped(norm, refused, experience, counts=False)
+            return norm, False, time.perf_counter() - started
         if not math.isfinite(norm):
             reason = f"gradient norm is {norm}"
         else:
             reason = "loss or gradient of another process is not finite" if local_finite else "the loss is not finite"
-        loss_scale = self._back_off()
+        loss_scale = self._reset_scaler(lower=True)
         if loss_scale is not None:
             reason += f" at a loss scale of {loss_scale:g}, which is lowered"
         counts = loss_scale is None or loss_scale <= 1 or without_loss > 0
         self.guards.skipped(norm, reason, experience, counts)
         return norm, False, time.perf_counter() - started
 
-    def _back_off(self) -> float | None:
-        """Lowers the fp16 loss scale on every process and returns its previous value; None without a scaler.
+    def _reset_scaler(self, *, lower: bool) -> float | None:
+        """Readies the fp16 scaler for the next step, at a lower scale on request; returns the scale so far, or None.
 
         The scaler must be updated after unscaling before it can unscale again.
         """
@@ -132,7 +137,7 @@ class Updater:
         if scaler is None or not scaler.is_enabled():
             return None
         scale = float(scaler.get_scale())
-        scaler.update(new_scale=scale * scaler.get_backoff_factor())
+        scaler.update(new_scale=scale * scaler.get_backoff_factor() if lower else scale)
         return scale
 
     def _clip(self, narrow: Mapping[Tensor, Tensor]) -> tuple[float, float]:
@@ -180,6 +185,7 @@ def optimize(
     microbatch_size: int,
     reduce: Reduce = identity,
     stop: Callable[[UpdateMetrics], bool] = lambda metrics: False,
+    refuse: Callable[[Mapping[str, float]], str | None] = lambda means: None,
 ) -> list[UpdateMetrics]:
     """Takes one optimizer step per minibatch.
 
@@ -194,6 +200,7 @@ def optimize(
         microbatch_size: sequences per forward and backward pass.
         reduce: sums a tensor over all processes.
         stop: called after every step; True ends the loop. Must return the same value on every process.
+        refuse: given the loss's means, returns the reason to skip the step, or None; the same on every process.
 
     Returns:
         The metrics of every step.
@@ -201,9 +208,10 @@ def optimize(
     history: list[UpdateMetrics] = []
     for minibatch in minibatches:
         tallies, arrays = _gradient(minibatch, loss_fn, updater, microbatch_size, reduce)
-        norm, stepped, seconds = updater.step(minibatch.experience)
+        means = means_of(tallies, reduce)
+        norm, stepped, seconds = updater.step(minibatch.experience, refused=refuse(means))
         metrics = UpdateMetrics(
-            means=means_of(tallies, reduce) | {name: float(mean) for name, mean in minibatch.means.items()},
+            means=means | {name: float(mean) for name, mean in minibatch.means.items()},
             arrays={name: torch.cat([a[name] for a in arrays]) for name in arrays[0]},
             grad_norm=norm,
             stepped=stepped,
