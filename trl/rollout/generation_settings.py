@@ -164,10 +164,9 @@ def check_context(
         ValueError: if a response may not fit; the message describes the first.
     """
     for i, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
-        before, what = (
-            (1, "the decoder's start token") if is_encoder_decoder else (length, f"a query of {length} tokens")
-        )
+        before = 1 if is_encoder_decoder else length
         if context is not None and before + limit > context:
+            what = "the decoder's start token" if is_encoder_decoder else f"a query of {length} tokens"
             raise ValueError(
                 f"query_tensor[{i}]: a response of max_new_tokens={limit} tokens after {what} would exceed the model's "
                 f"context of {context} tokens; allow at most {max(0, context - before)} new tokens, or shorten the query"
@@ -185,7 +184,7 @@ def stop_tokens(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[int,
 
 
 def stop_strings(generation_config: Any, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the texts at which `generate` ends a response, from the call or a generation config, as `stop_tokens`."""
+    """Returns the texts at which `generate` ends a response, from the same places as `stop_tokens`."""
     strings = effective(generation_config, kwargs, "stop_strings") or ()
     return (strings,) if isinstance(strings, str) else tuple(strings)
 

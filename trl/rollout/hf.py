@@ -214,13 +214,8 @@ def _cache_is_exact(model: Any) -> bool:
     if pretrained not in _CACHE_CHECKS:
         embeddings = pretrained.get_input_embeddings().weight
         probes = probe_tokens(len(embeddings), 6)
-        settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "min_new_tokens": 4, "max_new_tokens": 4}
-        settings |= {
-            "num_return_sequences": 1,
-            "max_length": None,
-            "output_logits": True,
-            "return_dict_in_generate": True,
-        }
+        settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_length": None}
+        settings |= {"min_new_tokens": 4, "max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
         outputs = []
         for width in (3, 1):
             tokens = torch.tensor([probes[:width], probes[3 : 3 + width]], device=embeddings.device)
