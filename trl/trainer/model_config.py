@@ -77,9 +77,8 @@ def get_peft_config(model_config: ModelConfig) -> Any:
     """
     if not model_config.use_peft:
         return None
-    targets = (
-        model_config.lora_target_modules
-    )  # a string is a pattern for the whole path: a bare name would match nothing
+    # peft reads a string as a pattern of the whole path, which a bare name would not match.
+    targets = model_config.lora_target_modules
     return require_peft("use_peft").LoraConfig(
         task_type=model_config.lora_task_type,
         r=model_config.lora_r,
