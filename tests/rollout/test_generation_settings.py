@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from tests.helpers import tiny_gpt2
-from trl.rollout import local_sampling, unseen_by_scoring
+from trl.rollout import check_sampling, local_sampling, unseen_by_scoring
 from trl.types import Sampling
 
 
@@ -67,3 +67,14 @@ def test_top_k_none_cuts_nothing_as_in_transformers() -> None:
         return_dict_in_generate=True, **asked,
     ).scores[0]  # fmt: skip
     assert int(torch.isfinite(scores).sum()) == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("max_new_token", "max_new_tokens"), ("temprature", "temperature"), ("topk", None), ("labels", None)]
+)
+def test_a_misspelt_argument_names_the_one_that_was_meant(name: str, meant: str | None) -> None:
+    config = GenerationConfig()
+    if meant is None:
+        return check_sampling(config, {name: 3})
+    with pytest.raises(ValueError, match=f"generate has no argument {name}: did you mean {meant}"):
+        check_sampling(config, {name: 3})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -87,11 +88,17 @@ def effective(generation_config: Any, kwargs: Mapping[str, Any], name: str) -> A
 
 
 def check_sampling(generation_config: Any, kwargs: Mapping[str, Any]) -> None:
-    """Rejects arguments with which `generate` cannot sample one response per query.
+    """Rejects arguments with which `generate` cannot sample one response per query, and misspelt ones.
 
     Raises:
-        ValueError: if an argument is rejected; the message names it and the reason.
+        ValueError: if an argument is rejected; the message names it and the reason, or the name that was meant.
     """
+    for name in kwargs:
+        if name in _REFUSED or hasattr(generation_config, name):
+            continue
+        # A name unlike any setting may be an argument of the model's forward, which transformers checks.
+        if close := difflib.get_close_matches(name, [*_REFUSED, *vars(generation_config)], n=1, cutoff=0.85):
+            raise ValueError(f"generate has no argument {name}: did you mean {close[0]}?")
     for name, (neutral, reason) in _REFUSED.items():
         value = effective(generation_config, kwargs, name)
         if not any(value is allowed or (isinstance(value, int) and value == allowed) for allowed in neutral):
