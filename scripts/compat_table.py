@@ -186,13 +186,20 @@ def problems(theirs: Signature, ours: inspect.Signature) -> tuple[list[str], lis
 
 def compare(path: str, facts: Facts) -> tuple[str, str]:
     """Status and note of a call of `path` in all its signatures."""
-    function = callable_at(path)
+    from trl.trainer.hooks import NOT_HERE
+
+    function, name = callable_at(path), path.rpartition(".")[2]
+    if function is None and path.startswith(f"{TRAINER}.") and name in NOT_HERE:
+        return "refused", f"use {NOT_HERE[name]}"
     if function is None:
         return "missing", ""
+    orders = [list(order) for order in getattr(function, "orders", ())]
     signature = inspect.signature(function)
     broken: dict[str, list[str]] = {}
     different: dict[str, list[str]] = {}
     for theirs, versions in variants(facts, path):
+        if list(theirs) in orders:  # sorts out by itself in which one it is called
+            continue
         for found, texts in zip((broken, different), problems(theirs, signature), strict=True):
             for text in texts:
                 found.setdefault(text, []).extend(versions)
@@ -392,8 +399,12 @@ def attributes(facts: Facts) -> Iterable[Row]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = use(PPOTrainer, folder)
     for name, versions in by_name(facts, lambda f: f["attributes"]["PPOTrainer"]).items():
-        status = "same" if hasattr(trainer, name) else "missing"
-        yield Row(cells=(f"`{name}`", releases(versions, list(facts))), status=status)
+        try:
+            getattr(trainer, name)
+            status, note = "same", ""
+        except AttributeError as error:
+            status, note = ("refused" if ": use " in str(error) else "missing"), first_line(error)
+        yield Row(cells=(f"`{name}`", releases(versions, list(facts))), status=status, note=note)
 
 
 def page(facts: Facts) -> str:

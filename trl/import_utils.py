@@ -57,11 +57,11 @@ def is_xpu_available() -> bool:
     return usable()
 
 
-def is_transformers_greater_than(current_version: str) -> bool:
-    """Whether the installed transformers is newer than `current_version`, such as "4.40.0"."""
+def is_transformers_greater_than(current_version: str = "", version: str = "") -> bool:
+    """Whether the installed transformers is newer than `current_version` (`version` in TRL 0.7), such as "4.40.0"."""
     from accelerate.utils import compare_versions
 
-    return compare_versions("transformers", ">", current_version)
+    return compare_versions("transformers", ">", current_version or version)
 
 
 def is_accelerate_greater_20_0() -> bool:

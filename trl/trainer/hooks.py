@@ -33,6 +33,24 @@ _NEVER_CALLED = {
 }
 
 
+# Attributes and helpers of TRL's trainer that this one does not have: what to use.
+NOT_HERE = {
+    "_filter_kwargs": "inspect.signature; TRL never called it",
+    "_prepare_deepspeed": "accelerate, which prepares the reference, too",
+    "_set_signature_columns_if_needed": "config.remove_unused_columns",
+    "_show_tokens": "tokenizer.convert_ids_to_tokens; TRL never called it",
+    "_signature_columns": "inspect.signature(model.forward)",
+    "_tag_names": "create_model_card, which writes the tags",
+    "compare_step": "config.compare_steps; the count is part of state_dict()",
+    "highest_reward": "state_dict()['highest_score']",
+    "is_using_text_environment": "step(response_masks=...)",
+    "model_params": "[p for p in trainer.model.parameters() if p.requires_grad]",
+    "optional_peft_ctx": "trl.models.reference_mode(trainer.model)",
+    "push_to_hub_kwargs": "config.push_to_hub_if_best_kwargs",
+    "running": "score_moments",
+}
+
+
 def is_overridden(trainer: Any, base: type, *names: str) -> bool:
     """Whether a subclass of `base`, or the instance `trainer` itself, overrides any of these methods."""
     return any(name in vars(trainer) or getattr(type(trainer), name) is not getattr(base, name) for name in names)
@@ -65,6 +83,7 @@ def in_either_order(method: Callable[..., Any]) -> Callable[..., Any]:
             args, kwargs = (), dict(zip(order, args, strict=False)) | {"rewards": None} | kwargs
         return method(self, *args, **kwargs)
 
+    ordered.orders = (_OLD_ORDER[method.__name__], order)  # type: ignore[attr-defined]  # for docs/compat.md
     return ordered
 
 

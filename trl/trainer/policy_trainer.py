@@ -253,7 +253,7 @@ class PolicyTrainer(ResumableTrainer):
         batch_size: int = 4,
         return_prompt: bool = True,
         remove_padding: bool = True,
-        pad_to_multiple_of: int | None = None,  # of the batches in between, which nobody sees
+        pad_to_multiple_of: int | None = None,  # of the padded batches, which are not returned
         **generation_kwargs: Any,
     ) -> Any:
         if not remove_padding:
@@ -269,14 +269,32 @@ class PolicyTrainer(ResumableTrainer):
             cache=self.config.score_while_sampling and model is self.model,
         )
 
-    def _generate_batched(self, model: Any, query_tensors: Any = None, **arguments: Any) -> list[Tensor]:
+    def _generate_batched(
+        self,
+        model: Any,
+        query_tensors: Any = None,
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int = 4,
+        return_prompt: bool = True,
+        pad_to_multiple_of: int | None = None,
+        remove_padding: bool = True,
+        **generation_kwargs: Any,
+    ) -> list[Tensor]:
         """Samples responses to a list of queries; a hook of TRL 0.5 to 0.11, which `generate` calls for lists.
 
         Arguments as for `generate`. `model` came with TRL 0.7: before, the queries were the first argument.
         """
         if isinstance(model, list):
             model, query_tensors = self.model, model
-        return self._trl_sample(model, query_tensors, **arguments)
+        return self._trl_sample(
+            model,
+            query_tensors,
+            length_sampler=length_sampler,
+            batch_size=batch_size,
+            return_prompt=return_prompt,
+            remove_padding=remove_padding,
+            **generation_kwargs,
+        )
 
     def _trl_recalled(self, batch: Batch) -> Evaluation | None:
         """Evaluation cached by `generate`, which saves the scoring pass; None unless every process has its whole batch."""

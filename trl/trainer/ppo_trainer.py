@@ -20,7 +20,7 @@ from trl import functional, legacy
 from trl.algorithms.ppo import PPO, PPOSettings, RewardSettings
 from trl.functional import exact_kl, gae, k1, k1_abs, k2, k3, shape_rewards
 from trl.models import PreTrainedModelWrapper
-from trl.trainer.hooks import call_in_order, call_rewards, check_overrides, in_either_order, is_overridden
+from trl.trainer.hooks import NOT_HERE, call_in_order, call_rewards, check_overrides, in_either_order, is_overridden
 from trl.trainer.online import OnlineTrainer
 from trl.trainer.ppo_compat import (
     MethodEvaluator,
@@ -85,6 +85,10 @@ class PPOTrainer(OnlineTrainer):
         )
         if training_data_collator is not None:
             self.data_collator = training_data_collator
+
+    def __getattr__(self, name: str) -> Any:
+        instead = f": use {NOT_HERE[name]}" if name in NOT_HERE else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name}{instead}")
 
     # The algorithm ---------------------------------------------------------------------------------------------------
 
