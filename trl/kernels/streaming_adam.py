@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW
-from torch.optim.adam import adam
 
 from trl.kernels.door import kernels_enabled
 
@@ -138,6 +137,9 @@ def _step(
     beta1, beta2 = group["betas"]
     narrow = state["exp_avg"].dtype != parameter.dtype
     seed = int(state["step"]) if narrow else 0
+    # The operation itself: torch's functional Adam spends a twentieth of a step on sorting one tensor.
+    update = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    count = state["step"].to(parameter.device, torch.float32) + 1
     for weights, average, square, grad_chunk in _pieces(
         parameter.detach(), state["exp_avg"], state["exp_avg_sq"], gradient
     ):
@@ -145,21 +147,19 @@ def _step(
         if scale != 1.0:
             wide.mul_(scale)
         moments = (average.to(weights.dtype), square.to(weights.dtype)) if narrow else (average, square)
-        adam(
+        update(
             [weights],
             [wide],
             [moments[0]],
             [moments[1]],
             [],
-            [state["step"].to(weights.device, torch.float32, copy=True)],  # adam increments it
-            fused=True,
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            amsgrad=False,
+            [count],
+            lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"],
             weight_decay=group["weight_decay"],
             eps=group["eps"],
+            amsgrad=False,
             maximize=False,
         )
         if narrow:
