@@ -79,7 +79,10 @@ class Algorithm(Protocol):
         ...
 
     def loss(self, experience: Any) -> Loss:
-        """The loss of one microbatch: a forward pass of the policy, and sums over the counted tokens."""
+        """The loss of one microbatch: a forward pass of the policy, and sums over the counted tokens.
+
+        Managed runs read its metric `loss/total`, early stopping `policy/policykl`, ratio_threshold `policy/mean_ratio`.
+        """
         ...
 
 

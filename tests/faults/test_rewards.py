@@ -93,6 +93,6 @@ def test_too_many_errors_end_the_run_with_the_commonest(server: Server, tmp_path
     for name in ("whole", "killed"):
         ended = server.run(tmp_path / name, limited)
         assert ended.status == 1
-        assert "RewardErrors: 3 of the last" in ended.log
+        assert "RewardErrors: the reward failed on 3 of the last" in ended.log
         assert WORDS["raises"] in ended.log and 'rewards.py", line' in ended.log
         assert not ended.report

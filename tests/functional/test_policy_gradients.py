@@ -71,3 +71,11 @@ def test_weights_add_up_to_what_they_are_divided_by() -> None:
     assert int(total) == 2 and math.isclose(float(weights.sum()), 2)
     weights, total = per_token(mask)
     assert torch.equal(weights, mask.float()) and int(total) == 4
+
+
+def test_equal_scores_are_equal_in_groups_of_any_size() -> None:
+    for size in (2, 3, 5, 6, 7, 11):
+        group = torch.arange(3).repeat_interleave(size)
+        for score in (0.1, 10.1, 101.3, 1000.1, 12345.6):
+            advantages = group_normalised(torch.full((3 * size,), score), group, torch.ones(3 * size).bool())
+            assert not bool(advantages.any()), (size, score)

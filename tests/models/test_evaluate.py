@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -358,3 +359,35 @@ def test_rollouts_that_do_not_fit() -> None:
         evaluate(wrap(tiny_gpt2()), make_rollout("left", seq2seq=True))
     with pytest.raises(ValueError, match="temperature=0"):
         evaluate(wrap(tiny_gpt2()), rollout, temperature=0.0)
+
+
+@pytest.mark.parametrize("how", ["subclass", "instance", "narrow", "four"])
+def test_a_forward_of_a_client_s_own_is_what_is_evaluated(how: str) -> None:
+    """Its logits count, however the library would have read the model under it."""
+
+    def forward(self: Any, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        output = self.pretrained_model(input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        return output.logits / 0.5, None, self.v_head(output.hidden_states[-1]).squeeze(-1)
+
+    def narrow(self: Any, input_ids: Any, attention_mask: Any = None) -> Any:
+        return forward(self, input_ids, attention_mask)
+
+    def four(self: Any, *args: Any, **kwargs: Any) -> Any:
+        logits, loss, values = Causal.forward(self, *args, **kwargs)
+        return logits / 0.5, loss, values, None
+
+    chosen = {"subclass": forward, "instance": forward, "narrow": narrow, "four": four}[how]
+    if how == "instance":
+        model = Causal.from_pretrained(tiny_gpt2()).eval()
+        model.forward = types.MethodType(chosen, model)
+    else:
+        model = type("Own", (Causal,), {"forward": chosen}).from_pretrained(tiny_gpt2()).eval()
+    tokens = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 5, 6, 7]])
+    attention = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]).bool()
+    rollout = Rollout(tokens=tokens, attention=attention, mask=attention[:, :-1] & attention[:, 1:])
+    found = evaluate(model, rollout, response_only=True)
+    for row, start in ((0, 0), (1, 2)):
+        alone = tokens[row : row + 1, start:]
+        logits = model.pretrained_model(alone).logits / 0.5
+        expected = logits.log_softmax(-1)[0, :-1].gather(1, alone[0, 1:, None]).squeeze(1)
+        assert_close(found.logprobs[row, start:], expected)

@@ -189,3 +189,92 @@ def test_an_override_that_is_never_called_is_refused(make_trainer: Any) -> None:
         TypeError, match="Framework defines _prepare_deepspeed, which is never called here: configure DeepSpeed"
     ):
         make_trainer(trainer_class=Framework)
+
+
+def test_final_advantages_reach_a_loss_of_any_order(make_trainer: Any, make_batch: Any) -> None:
+    """An override of compute_advantages counts, however the loss beside it is written."""
+
+    class Broken(PPOTrainer):
+        def compute_advantages(self, values: Tensor, rewards: Tensor, mask: Tensor) -> Any:
+            values, advantages, returns = super().compute_advantages(values, rewards, mask)
+            return values, advantages * torch.nan, returns
+
+    class Anything(Broken):
+        def loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().loss(*args, **kwargs)
+
+    class Old(Broken):
+        def train_minibatch(self, old_logprobs, values, rewards, logprobs, logits, vpreds, mask):  # type: ignore[no-untyped-def]
+            return super().train_minibatch(old_logprobs, values, rewards, logprobs, logits, vpreds, mask)
+
+    for kind in (Broken, Anything, Old):
+        with pytest.warns(UserWarning, match="is skipped"):
+            assert make_trainer(trainer_class=kind).step(*make_batch())["ppo/skipped_updates"] == 1.0
+
+
+def test_new_orders_are_known_by_more_than_a_name(make_trainer: Any, make_batch: Any) -> None:
+    class Eight(PPOTrainer):
+        def loss(self, old_lp, v, logits, vpred, lp, mask, adv, ret):  # type: ignore[no-untyped-def]
+            return super().loss(old_lp, v, logits, vpred, lp, mask, adv, ret)
+
+    class Rest(PPOTrainer):
+        def loss(self, old_logprobs, values, logits, *rest):  # type: ignore[no-untyped-def]
+            assert logits.dim() == 3
+            return super().loss(old_logprobs, values, logits, *rest)
+
+    losses = [make_trainer(trainer_class=kind).step(*make_batch())["ppo/loss/total"] for kind in (Eight, Rest)]
+    assert losses[0] == losses[1]
+
+
+def test_names_that_a_client_gives_to_something_else(make_trainer: Any, make_batch: Any) -> None:
+    class Agent(PPOTrainer):
+        recipe = "lora"
+        stats_prefix = "mine"
+
+        def learn(self, batch: Any) -> None:
+            raise AssertionError("a method of the client's own")
+
+        prepare = compute = guards = algorithm = learn  # type: ignore[assignment]
+
+    trainer, plain = make_trainer(trainer_class=Agent), make_trainer()
+    trainer.score_moments = trainer.fingerprints = 5  # type: ignore[assignment]
+    stats, expected = trainer.step(*make_batch()), plain.step(*make_batch())
+    assert stats["ppo/loss/total"] == expected["ppo/loss/total"]
+    assert plain.guards.consecutive_skips == 0 and plain.algorithm == {"name": "ppo"}
+
+
+def test_errors_of_properties_are_their_own(make_trainer: Any) -> None:
+    class Broken(PPOTrainer):
+        @property
+        def scale(self) -> Any:
+            return self.config.no_such_thing
+
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = make_trainer(trainer_class=Broken).scale
+    with pytest.raises(AttributeError, match="PPOTrainer has no attribute push_to_hub_kwargs: use config"):
+        _ = make_trainer().push_to_hub_kwargs
+    trainer = make_trainer()
+    assert trainer.running is trainer.running and list(trainer.model_params) and not trainer.is_using_text_environment
+    with trainer.optional_peft_ctx():
+        assert trainer.processing_class is trainer.tokenizer
+
+
+def test_classes_beside_the_trainer_are_not_its_overrides(make_trainer: Any, make_batch: Any) -> None:
+    from transformers import Trainer
+
+    class Framework(PPOTrainer, Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            PPOTrainer.__init__(self, *args, **kwargs)
+            self.args, self.state = None, None
+
+    assert "ppo/loss/total" in make_trainer(trainer_class=Framework).step(*make_batch())
+
+
+def test_the_exact_kl_reaches_an_old_override(make_trainer: Any, make_batch: Any) -> None:
+    class Old(PPOTrainer):
+        def compute_rewards(self, scores, logprobs, ref_logprobs, masks):  # type: ignore[no-untyped-def]
+            return super().compute_rewards(scores, logprobs, ref_logprobs, masks)
+
+    stats = [make_trainer(trainer_class=kind, kl_penalty="full") for kind in (Old, PPOTrainer)]
+    losses = [trainer.step(*make_batch())["ppo/loss/total"] for trainer in stats]
+    assert losses[0] == losses[1]

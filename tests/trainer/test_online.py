@@ -187,3 +187,58 @@ def test_groups_of_a_rollout_are_its_own() -> None:
     group = torch.tensor([0, 1] * 4)
     trainer.step(rollout=replace(rollout, group=group, sampler_logprobs=None), scores=SCORES)
     assert trainer.last_experience is not None and torch.equal(trainer.last_experience.rollout.group, group)
+
+
+def test_groups_of_an_engine_are_those_of_equal_queries() -> None:
+    trainer = make(algorithm=grpo(kl_coef=0.0))
+    rollout = engine_of(trainer).generate(QUERIES, Sampling(limits=(4,) * 8, seed=1))
+    assert len(rollout.group.unique()) == 2
+    trainer.step(rollout=rollout, scores=SCORES)
+    assert trainer.last_experience is not None and bool(trainer.last_experience.advantages.any())
+    prepared = trainer.prepare(rollout=rollout, scores=SCORES, group=[0, 1] * 4)
+    assert prepared.experience.rollout.group.tolist() == [0, 1] * 4
+    with pytest.raises(ValueError, match="group"):
+        trainer.prepare(rollout=rollout, scores=SCORES, group=[0])
+
+
+def test_responses_that_are_alone_are_warned_of() -> None:
+    trainer = make(algorithm=grpo(kl_coef=0.0), group_size=1)
+    with pytest.warns(UserWarning, match=r"every response is the only one to its prompt.*group_size"):
+        trainer.step([torch.tensor([5 + i]) for i in range(8)], RESPONSES, SCORES)
+
+
+def test_what_an_algorithm_has_no_use_for_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no dataset is given")
+        with pytest.raises(ValueError, match="grpo has no KL penalty: leave ref_model and num_shared_layers out"):
+            OnlineTrainer(
+                PPOConfig(batch_size=8), tiny_gpt2(), tiny_gpt2(), tiny_tokenizer(), algorithm=grpo(kl_coef=0.0)
+            )
+
+
+def test_another_algorithm_is_another_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(make(), tmp_path / "run", 1, save_every=1)
+    with caplog.at_level("WARNING"):
+        train(make(algorithm=grpo(clip_range=0.5)), tmp_path / "run", 2, save_every=1, resume=True)
+    assert "algorithm.surrogate was clipped_surrogate(low=0.2, high=0.2), is clipped_surrogate(low=0.5" in caplog.text
+    with pytest.raises(ValueError, match="the algorithm was grpo, is mine"):
+        train(make(algorithm=replace(grpo(), name="mine")), tmp_path / "run", 3, resume=True)
+    with pytest.raises(ValueError, match="group_size was 4, is 2"):
+        train(make(group_size=2), tmp_path / "run", 3, resume=True)
+    assert "clipped_surrogate" in (tmp_path / "run/config.resolved.yaml").read_text(encoding="utf-8")
+
+
+def test_the_card_names_the_algorithm(tmp_path: Path) -> None:
+    trainer = make()
+    trainer.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "grpo, a policy gradient without a critic" in card and "- grpo" in card and "clipped_surrogate" in card
+    assert "ValueHead" not in card and "value head" not in card and "PPO" not in card
+
+
+def test_a_step_refused_by_design_is_an_event_and_no_dump(tmp_path: Path) -> None:
+    trainer = make(ratio_threshold=0.5)
+    with pytest.warns(UserWarning, match="above ratio_threshold=0.5"):
+        train(trainer, tmp_path / "run", 1)
+    assert not list((tmp_path / "run").glob("dumps/*"))
+    assert "above ratio_threshold=0.5" in (tmp_path / "run/events.log").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -63,9 +63,9 @@ def test_what_is_no_setting(setting: dict[str, object], message: str) -> None:
 
 
 def test_what_follows_from_other_settings() -> None:
-    with pytest.warns(UserWarning, match="backward_batch_size=7 is ignored.* = 4 samples"):
-        config = PPOConfig(batch_size=8, mini_batch_size=2, gradient_accumulation_steps=2, backward_batch_size=7)
+    config = PPOConfig(batch_size=8, mini_batch_size=2, gradient_accumulation_steps=2, backward_batch_size=7)
     assert config.backward_batch_size == 4
+    assert replace(config, mini_batch_size=4).backward_batch_size == 8
     assert PPOConfig.like("0.7", optimize_device_cache=True).optimize_cuda_cache
     assert PPOConfig(optimize_cuda_cache=None).optimize_cuda_cache is False  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"ratio_threshold=0 must be a number above 0 or None"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -48,6 +51,11 @@ class PolicyGradient:
     def uses_reference(self) -> bool:
         """Whether the KL to a reference is penalised."""
         return self.kl is not None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The choices in words, to tell runs apart."""
+        return {f.name: _described(getattr(self, f.name)) for f in fields(self) if f.name != "name"}
 
     def bind(self, setup: Setup) -> CriticFree:
         """Returns the algorithm for a trainer's models."""
@@ -106,6 +114,13 @@ class CriticFree:
         evaluated = self.setup.evaluate(rollout)
         counted = rollout.mask.any(dim=1)
         advantages = self.choices.advantages(scores, rollout.group, counted)  # [B]
+        alone = len(rollout.group[counted].unique()) == int(counted.sum()) > 1
+        if alone and not bool(advantages[counted].any()):
+            warnings.warn(
+                f"every response is the only one to its prompt, and {self.choices.name} gives it an advantage of 0: the policy learns "
+                "nothing. Set PPOConfig.group_size, or repeat each query",
+                stacklevel=5,
+            )
         return Experience(
             rollout=evaluated.rollout,
             scores=scores,
@@ -178,3 +193,12 @@ class CriticFree:
             },
             arrays={"policy/ratio": ratio.detach(), "policy/advantages": experience.advantages},
         )
+
+
+def _described(choice: Any) -> str:
+    """A function by its name, with the arguments that it is bound to."""
+    if isinstance(choice, partial):
+        return f"{_described(choice.func)}({', '.join(f'{name}={value!r}' for name, value in choice.keywords.items())})"
+    if isinstance(choice, KLPenalty):
+        return f"{choice.coef:g} * {_described(choice.estimator)}"
+    return getattr(choice, "__name__", None) or repr(choice)

@@ -22,12 +22,13 @@ def group_moments(scores: Tensor, group: Tensor, counted: Tensor) -> tuple[Tenso
     Returns:
         Three `[B]` tensors, one entry per sequence; 0 for a group without a counted score.
     """
-    same = ((group[:, None] == group) & counted).to(scores.dtype)  # [B, B]
-    scores = scores.masked_fill(~counted, 0.0)
+    dtype = scores.dtype
+    same = ((group[:, None] == group) & counted).double()  # [B, B]
+    scores = scores.masked_fill(~counted, 0.0).double()  # in float32, the mean of equal scores may be another number
     size = same.sum(dim=1)
     mean = same @ scores / size.clamp(min=1)
     squares = (same * (scores - mean[:, None]) ** 2).sum(dim=1)
-    return mean, (squares / (size - 1).clamp(min=1)).sqrt(), size
+    return mean.to(dtype), (squares / (size - 1).clamp(min=1)).sqrt().to(dtype), size.to(dtype)
 
 
 def group_normalised(scores: Tensor, group: Tensor, counted: Tensor) -> Tensor:

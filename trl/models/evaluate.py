@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,14 @@ from trl.kernels.packed_attention import packed
 from trl.kernels.products import bucket_size
 from trl.models.frozen import RolloutAboveFrozen, first_layers_in_training, only_first_layers, skipping_first_layers
 from trl.models.padding import clean, forward_inputs, ignores_padding, left_aligning_order, reorder
-from trl.models.predictions import PredictionRequest, abilities, decoder_config, may_pack, predict
+from trl.models.predictions import (
+    PredictionRequest,
+    abilities,
+    decoder_config,
+    has_own_forward,
+    may_pack,
+    predict,
+)
 from trl.models.trunk import (
     base_language_model,
     forward_parameters,
@@ -91,8 +99,12 @@ def evaluate(
     requested = _span(mask) if response_only else slice(0, tokens.shape[1] - 1)
 
     inputs = forward_inputs(model, tokens, attention, rollout.encoder_tokens, rollout.encoder_attention)
-    computed, keep = _logits_to_keep(model, requested, tokens)
-    output = model(**inputs, **keep, **({"float32_logits": False} if _has_values(model) else {}))
+    if has_own_forward(model):  # a client's, which may take fewer arguments and compute other logits
+        computed, inputs = slice(0, tokens.shape[1]), _accepted(model, inputs)
+    else:
+        computed, keep = _logits_to_keep(model, requested, tokens)
+        inputs |= keep | ({"float32_logits": False} if _has_values(model) else {})
+    output = model(**inputs)
     logits, state_values = (output[0], output[2]) if _has_values(model) else (output.logits, None)  # [B, c, V], [B, T]
 
     if response_only and computed != requested:
@@ -323,6 +335,14 @@ def _joined(rollout: Rollout, parts: list[Tensor | None]) -> Tensor | None:
         whole = wide.new_zeros(len(rollout), *wide.shape[1:]) if whole is None else whole
         whole = whole.index_copy(0, rows, wide)
     return whole
+
+
+def _accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that a value-head model's own forward takes."""
+    parameters = inspect.signature(unwrap(model).forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name in parameters}
 
 
 def _has_values(model: nn.Module) -> bool:

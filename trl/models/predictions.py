@@ -24,6 +24,7 @@ from trl.models.trunk import (
     is_encoder_decoder,
     pretrained_part,
     probe_sequences,
+    unwrap,
     without_head,
 )
 
@@ -71,9 +72,19 @@ def predict(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRe
     )
 
 
+def has_own_forward(model: nn.Module) -> bool:
+    """Whether a subclass of our value-head models, or an instance, has a forward that is not ours."""
+    module = unwrap(model)
+    if not hasattr(module, "v_head"):
+        return False
+    attributes = vars(module)  # accelerate's mixed precision wraps the forward, and keeps the one before it
+    forward = attributes.get("_original_forward") or attributes.get("forward") or type(module).forward
+    return getattr(forward, "__module__", "") != "trl.models.wrapper"
+
+
 def abilities(model: nn.Module) -> Abilities:
     """Probes a model on a few tokens for its fast evaluation paths; cached per output embedding. None with kernels off."""
-    if not kernels_enabled():
+    if not kernels_enabled() or has_own_forward(model):
         return Abilities(projects=False, packs=False)
     base = base_language_model(model)
     key = _cache_key(base.get_output_embeddings())

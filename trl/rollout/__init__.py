@@ -1,6 +1,6 @@
 """Sampling responses from a policy: rollout engines, and the arguments of a `generate` call."""
 
-from trl.rollout.assembly import rollout_rows
+from trl.rollout.assembly import rollout_rows, same_queries
 from trl.rollout.generation_settings import (
     check_context,
     check_sampling,
@@ -24,6 +24,7 @@ __all__ = [
     "new_token_limits",
     "obstacle",
     "rollout_rows",
+    "same_queries",
     "sample",
     "stop_strings",
     "stop_tokens",

@@ -61,6 +61,7 @@ def assemble(
         tokens=tokens,
         attention=attention,
         mask=mask,
+        group=same_queries(contexts if encoded is None else encoded).to(device),
         sampler_logprobs=scattered(logprobs),
         values=scattered(values),
         policy_version=policy_version,
@@ -82,6 +83,12 @@ def rollout_rows(rollout: Rollout) -> tuple[list[Tensor], list[Tensor]]:
         [row[: len(row) - length].clone() for row, length in zip(rows, lengths, strict=True)],
         [row[len(row) - length :].clone() for row, length in zip(rows, lengths, strict=True)],
     )
+
+
+def same_queries(queries: Sequence[Tensor]) -> Tensor:
+    """`[B]` int64 group of each query, equal for equal tokens."""
+    padded = pad_sequence(list(queries), batch_first=True, padding_value=-1)
+    return padded.unique(dim=0, return_inverse=True)[1]
 
 
 def padded(rows: Sequence[Tensor], pad_token: int, side: Side) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,10 @@ class LoopState:
             reasons.append("its prompts have other ids or tokens")
         if (seed := state["sampler"]["seed"]) != self.sampler.seed:
             reasons.append(f"seed was {seed}, is {self.sampler.seed}, which changes the order of the prompts")
+        if (group_size := checkpoint.state["config"].get("group_size", 1)) != self.inputs.group_size:
+            reasons.append(
+                f"group_size was {group_size}, is {self.inputs.group_size}, which changes the order of the prompts"
+            )
         return reasons
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:

@@ -108,7 +108,12 @@ class _Run:
         remarks = [] if checkpoint is None else state.restore(checkpoint)
         policy = self.accelerator.unwrap_model(self.trainer.model)
         train_options = self.inputs.resolved(self.options)
-        config = {"ppo": self.trainer.config, "train": train_options, "model": {"commits": policy.commits}}
+        config = {
+            "ppo": self.trainer.config,
+            "algorithm": self.trainer._trl_choices,
+            "train": train_options,
+            "model": {"commits": policy.commits},
+        }
         self.keeper.begin(state.step, None if checkpoint is None else checkpoint.path, config)
         source = "" if checkpoint is None else f", from {checkpoint.path.name}"
         self.keeper.event(f"from step {state.step} to {self.inputs.target}{source}")
@@ -129,11 +134,14 @@ class _Run:
 
     def _dump_skipped_updates(self) -> None:
         """Dumps the minibatches of skipped optimizer steps for the duration of this run."""
-        guards = self.trainer.guards
+        guards = self.trainer._trl_guards
         before = guards.on_skip
 
         def on_skip(update: Any) -> None:
-            self.keeper.dump(self.state.step + 1, update)
+            if update.counts:
+                self.keeper.dump(self.state.step + 1, update)
+            else:
+                self.keeper.event(f"optimizer step of step {self.state.step + 1} skipped: {update.reason}")
             if before is not None:
                 before(update)
 
@@ -154,7 +162,9 @@ class _Run:
         stats, experience = self._learn(drawn, scored, all_scored)
         clock.lap("learn")
         state.step += 1
-        records = self._records(drawn, scored, experience, trained=f"{self.trainer.stats_prefix}/loss/total" in stats)
+        records = self._records(
+            drawn, scored, experience, trained=f"{self.trainer._trl_stats_prefix}/loss/total" in stats
+        )
         evaluation = self._evaluate()
         clock.lap("eval")
         self.row = scalars_of(stats, all_scored) | self._counts() | evaluation | clock.times(records)
@@ -186,13 +196,13 @@ class _Run:
             offset=int(self.trainer.is_encoder_decoder),
             group_size=self.inputs.group_size,
         )
-        prepared = self.trainer.prepare(**arguments)
+        prepared = self.trainer._trl_prepare(**arguments)
         step, reason = self.state.step + 1, self.spikes.reason_to_skip(prepared.experience)
         if reason is not None:
             self.state.skipped_batches += 1
             return self.spikes.skip(step, reason), prepared.experience
-        stats = self.trainer.learn(prepared)
-        self.spikes.after_update(step, float(stats[f"{self.trainer.stats_prefix}/loss/total"]))
+        stats = self.trainer._trl_learn(prepared)
+        self.spikes.after_update(step, float(stats[f"{self.trainer._trl_stats_prefix}/loss/total"]))
         return stats, prepared.experience
 
     def _skip_unscored(self, all_scored: Scored) -> None:

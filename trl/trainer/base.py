@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl.models.saving import make_repository, upload_folder
 from trl.pretrained import find_file
 from trl.trainer.card import HUB_ID, base_model_of, model_card
+from trl.trainer.hooks import old_attribute
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,18 @@ class BaseTrainer:
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    if not TYPE_CHECKING:  # else no attribute would be unknown
+
+        def __getattr__(self, name: str) -> Any:
+            if hasattr(type(self), name):  # a property that raised an AttributeError of its own
+                return object.__getattribute__(self, name)
+            return old_attribute(self, name)
+
+    @property
+    def _trl_choices(self) -> dict[str, str]:
+        """Name and choices of the algorithm, in words; PPO's are settings of `config`."""
+        return {"name": "ppo"}
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one optimisation step."""
@@ -79,6 +92,7 @@ class BaseTrainer:
             repo_id=model_name if is_id else None,
             steps=self._trl_steps_done,
             samples=int(self.config.batch_size) * self.accelerator.num_processes,
+            algorithm=self._trl_choices,
         )
         (Path(path) / "README.md").write_text(card, encoding="utf-8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ _CARD = """---
 
 ## Use
 
-As a language model, without the value head{needs}:
+As a language model{without_head}{needs}:
 
 ```python
 from transformers import AutoTokenizer, {plain_class}
@@ -41,18 +42,9 @@ tokenizer = AutoTokenizer.from_pretrained(source)
 model = {plain_class}.from_pretrained(source)
 ```
 
-With the value head, to continue training:
+{head_use}## Training
 
-```python
-from trl import {wrapper_class}
-
-model = {wrapper_class}.from_pretrained(source)
-```
-
-## Training
-
-PPO ([arXiv:1707.06347](https://arxiv.org/abs/1707.06347)) on scores of whole responses, with a penalty on the KL divergence from
-the initial model ([arXiv:1909.08593](https://arxiv.org/abs/1909.08593)): {steps} steps of {samples} samples.
+{method}: {steps} steps of {samples} samples.
 
 | setting | value |
 | --- | --- |
@@ -60,10 +52,29 @@ the initial model ([arXiv:1909.08593](https://arxiv.org/abs/1909.08593)): {steps
 
 All other settings are the defaults. Versions: {versions}.
 """
+_HEAD_USE = """With the value head, to continue training:
+
+```python
+from trl import {wrapper_class}
+
+model = {wrapper_class}.from_pretrained(source)
+```
+
+"""
+_PPO = """PPO ([arXiv:1707.06347](https://arxiv.org/abs/1707.06347)) on scores of whole responses, with a penalty on the KL divergence from
+the initial model ([arXiv:1909.08593](https://arxiv.org/abs/1909.08593))"""
+_OTHER = "{name}, a policy gradient without a critic, on scores of whole responses"
 
 
 def model_card(
-    model: PreTrainedModelWrapper, config: Any, *, title: str | None, repo_id: str | None, steps: int, samples: int
+    model: PreTrainedModelWrapper,
+    config: Any,
+    *,
+    title: str | None,
+    repo_id: str | None,
+    steps: int,
+    samples: int,
+    algorithm: Mapping[str, str],
 ) -> str:
     """Renders a model card in Markdown with the Hub's metadata header, secrets redacted.
 
@@ -74,12 +85,14 @@ def model_card(
         repo_id: hub id that the example code loads; None to load the card's own folder.
         steps: calls to `step` so far.
         samples: samples per step, over all processes.
+        algorithm: its name and choices in words; PPO's are settings.
     """
     import yaml
 
     from trl import __version__
 
-    metadata = _metadata(model)
+    with_head = algorithm["name"] == "ppo"  # others train no critic, and save none
+    metadata = _metadata(model, algorithm["name"])
     base_model = metadata.get("base_model")
     base_links = ", ".join(
         f"[{name}](https://huggingface.co/{name})"
@@ -89,17 +102,21 @@ def model_card(
     text = _CARD.format(
         metadata=yaml.safe_dump(redact(metadata), sort_keys=False),
         title=title,
-        what="A LoRA or other PEFT adapter of a language model, with a value head"
-        if model.is_peft_model
-        else "A language model with a value head",
+        what=("A LoRA or other PEFT adapter of a language model" if model.is_peft_model else "A language model")
+        + (("," if model.is_peft_model else "") + " with a value head" if with_head else ""),
         base=f" from {base_links}" if base_links else "",
         needs=" (an adapter needs `pip install peft`)" if model.is_peft_model else "",
         plain_class=model.transformers_parent_class.__name__,
-        wrapper_class=type(model).__name__,
+        head_use=_HEAD_USE.format(wrapper_class=type(model).__name__) if with_head else "",
+        without_head=", without the value head" if with_head else "",
+        method=_PPO if with_head else _OTHER.format(name=algorithm["name"]),
         source=f'"{repo_id}"' if repo_id else '"."  # the folder of this file',
         steps=steps,
         samples=samples,
-        settings="\n".join(f"| `{name}` | `{value}` |" for name, value in _settings(config).items()),
+        settings="\n".join(
+            f"| `{name}` | `{value}` |"
+            for name, value in ({k: v for k, v in algorithm.items() if k != "name"} | _settings(config)).items()
+        ),
         versions=", ".join([f"trl {__version__}", *library_versions]),
     )
     return str(redact(text))
@@ -110,7 +127,7 @@ def base_model_of(model: PreTrainedModelWrapper) -> str:
     return str(getattr(model.config, "_name_or_path", "") or "")
 
 
-def _metadata(model: PreTrainedModelWrapper) -> dict[str, Any]:
+def _metadata(model: PreTrainedModelWrapper, algorithm: str) -> dict[str, Any]:
     metadata: dict[str, Any] = {"library_name": "peft" if model.is_peft_model else "transformers"}
     source = base_model_of(model)
     inherited = _front_matter(source)
@@ -123,7 +140,7 @@ def _metadata(model: PreTrainedModelWrapper) -> dict[str, Any]:
     metadata |= {name: inherited[name] for name in _INHERITED if isinstance(inherited.get(name), str)}
     if not model.is_encoder_decoder:
         metadata["pipeline_tag"] = "text-generation"
-    return metadata | {"tags": ["ppo", "reinforcement-learning"]}
+    return metadata | {"tags": [algorithm, "reinforcement-learning"]}
 
 
 def _front_matter(source: str) -> dict[str, Any]:

@@ -9,13 +9,17 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from functools import wraps
+from contextlib import nullcontext
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor
 
+from trl.models import reference_mode
+from trl.training.running_moments import RunningMoments
+
 logger = logging.getLogger(__name__)
-UNSET = object()  # an argument that is not given, where None is a value
+UNSET: Any = ...  # an argument that is not given, where None is a value
 
 # Order of the arguments in TRL 0.4.6, and from 0.5 on.
 _OLD_ORDER = {
@@ -33,7 +37,7 @@ _NEVER_CALLED = {
 }
 
 
-# Attributes and helpers of TRL's trainer that this one does not have: what to use.
+# Helpers of TRL's trainer that this one does not have: what to use.
 NOT_HERE = {
     "_filter_kwargs": "inspect.signature; TRL never called it",
     "_prepare_deepspeed": "accelerate, which prepares the reference, too",
@@ -42,13 +46,35 @@ NOT_HERE = {
     "_signature_columns": "inspect.signature(model.forward)",
     "_tag_names": "create_model_card, which writes the tags",
     "compare_step": "config.compare_steps; the count is part of state_dict()",
-    "highest_reward": "state_dict()['highest_score']",
-    "is_using_text_environment": "step(response_masks=...)",
-    "model_params": "[p for p in trainer.model.parameters() if p.requires_grad]",
-    "optional_peft_ctx": "trl.models.reference_mode(trainer.model)",
     "push_to_hub_kwargs": "config.push_to_hub_if_best_kwargs",
-    "running": "score_moments",
 }
+# Attributes that TRL's trainer had, made when they are asked for: a step of a client's own may use them.
+_OLD_ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
+    "highest_reward": lambda trainer: trainer._trl_highest_score,
+    "is_using_text_environment": lambda trainer: False,
+    "model_params": lambda trainer: filter(lambda p: p.requires_grad, trainer.model.parameters()),
+    "optional_peft_ctx": lambda trainer: (
+        partial(reference_mode, trainer.model) if trainer.is_peft_model else nullcontext
+    ),
+    "processing_class": lambda trainer: trainer.tokenizer,
+    "running": lambda trainer: vars(trainer).setdefault("running", RunningMoments(trainer.accelerator)),
+}
+# This library's own, under names that a subclass may give to something else.
+_PUBLIC = ("algorithm", "compute", "fingerprints", "guards", "recipe", "score_moments", "stats_prefix")
+
+
+def old_attribute(trainer: Any, name: str) -> Any:
+    """An attribute that `trainer` does not hold: one that TRL had, or this library's own under its short name.
+
+    Raises:
+        AttributeError: if it is neither; the message says what to use instead of one that TRL had.
+    """
+    if name in _OLD_ATTRIBUTES:
+        return _OLD_ATTRIBUTES[name](trainer)
+    if name in _PUBLIC:
+        return getattr(trainer, "_trl_choices" if name == "algorithm" else f"_trl_{name}")
+    instead = f": use {NOT_HERE[name]}" if name in NOT_HERE else ""
+    raise AttributeError(f"{type(trainer).__name__} has no attribute {name}{instead}")
 
 
 def is_overridden(trainer: Any, base: type, *names: str) -> bool:
@@ -56,14 +82,19 @@ def is_overridden(trainer: Any, base: type, *names: str) -> bool:
     return any(name in vars(trainer) or getattr(type(trainer), name) is not getattr(base, name) for name in names)
 
 
-def check_overrides(trainer: Any) -> None:
-    """Checks that no class defines a method that TRL called and this library never would.
+def check_overrides(trainer: Any, base: type) -> None:
+    """Checks that no subclass of `base` defines a method that TRL called and this library never would.
 
     Raises:
         TypeError: if one does.
     """
+    kinds = type(trainer).__mro__
+    own = [
+        vars(trainer),
+        *map(vars, kinds[: kinds.index(base)]),
+    ]  # not those of classes beside it, such as transformers.Trainer
     for name, remedy in _NEVER_CALLED.items():
-        if hasattr(trainer, name):
+        if any(name in names for names in own):
             raise TypeError(f"{type(trainer).__name__} defines {name}, which is never called here: {remedy}")
 
 
@@ -88,44 +119,59 @@ def in_either_order(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_newer(trainer: Any, base: type, name: str) -> bool:
-    """Whether an override of `loss` or `train_minibatch` is given advantages and returns, as from TRL 0.5 on."""
-    return is_overridden(trainer, base, name) and takes(getattr(trainer, name), "advantages")
+    """Whether an override of `loss` or `train_minibatch` takes advantages and returns, as from TRL 0.5 on.
+
+    It does if it has a parameter `advantages`, if its third one is not the rewards, or if it needs eight. An override of
+    `*args` alone, or one that only passes on what the trainer's own takes, is called in the order of TRL 0.4.6.
+    """
+    method = getattr(trainer, name)
+    own = inspect.unwrap(getattr(base, name))
+    if not is_overridden(trainer, base, name) or inspect.unwrap(getattr(method, "__func__", method)) is own:
+        return False
+    parameters = [p for p in inspect.signature(method).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [p.name for p in parameters]
+    third = _OLD_ORDER[name][2:3] == ("rewards",) and len(names) > 2 and names[2] in ("logits", "logprobs")
+    return (
+        "advantages" in names or third or len([p for p in parameters if p.default is p.empty]) == len(_NEW_ORDER[name])
+    )
 
 
 def call_in_order(trainer: Any, base: type, name: str, values: Mapping[str, Tensor | None]) -> Any:
-    """Calls `loss` or `train_minibatch` in the order that it has, the trainer's own with the advantages as well."""
+    """Calls `loss` or `train_minibatch` in the order that it has."""
     method = getattr(trainer, name)
     if is_newer(trainer, base, name):
         return method(*(values[argument] for argument in _NEW_ORDER[name]))
-    arguments = [values[argument] for argument in _OLD_ORDER[name]]
-    if is_overridden(trainer, base, name):
-        return method(*arguments)
-    return method(*arguments, advantages=values["advantages"], returns=values["returns"])
+    return method(*(values[argument] for argument in _OLD_ORDER[name]))
 
 
 def call_rewards(trainer: Any, *arguments: Any, **more: Tensor) -> tuple[Tensor, Tensor]:
     """Calls `compute_rewards`, which returns rewards and their KL penalty, and from TRL 0.7 on the KL as well.
 
     Raises:
-        ValueError: if it takes no `kl` or `token_rewards`, and there are some.
+        ValueError: if there are token rewards, and it takes none.
     """
     method = trainer.compute_rewards
     parameters = inspect.signature(method).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if missing := [name for name in more if name not in parameters and not takes_any]:
+    if "token_rewards" in more and "token_rewards" not in parameters and not takes_any:
         raise ValueError(
-            f"compute_rewards of {type(trainer).__name__} takes no {', '.join(missing)}, which this step has (kl for "
-            "kl_penalty='full', token_rewards for rewards of single tokens): add it"
+            f"compute_rewards of {type(trainer).__name__} takes no token_rewards, which this step has: add the argument"
         )
+    given = {name: value for name, value in more.items() if name in parameters or takes_any}
+    trainer._trl_exact_kl = more.get("kl")  # for super().compute_rewards, if the override takes none
     try:
-        results = method(*arguments, **more)
-    except ValueError as error:
-        if "expected 3, got 2" not in str(error):
+        results = method(*arguments, **given)
+    except (ValueError, IndexError) as error:
+        if trainer._trl_returns_kl or not (
+            "expected 3, got 2" in str(error) or "tuple index out of range" in str(error)
+        ):
             raise
-        # An override of TRL 0.7 to 0.11 unpacked three results of super().compute_rewards.
+        # An override of TRL 0.7 to 0.11 took three results from super().compute_rewards.
         logger.info("compute_rewards returns rewards, KL penalty and KL from here on, as in TRL 0.7 to 0.11")
         trainer._trl_returns_kl = True
-        results = method(*arguments, **more)
+        results = method(*arguments, **given)
+    finally:
+        trainer._trl_exact_kl = None
     return results[0], results[1]
 
 

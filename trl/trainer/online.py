@@ -109,8 +109,10 @@ class OnlineTrainer(PolicyTrainer):
             ValueError: if an argument is invalid; nothing has been changed.
             NonFiniteError: after `config.max_skipped_updates` consecutive non-finite optimizer steps.
         """
-        return self.learn(
-            self.prepare(queries, responses, scores, response_masks, token_rewards, sampler_logprobs, rollout=rollout)
+        return self._trl_learn(
+            self._trl_prepare(
+                queries, responses, scores, response_masks, token_rewards, sampler_logprobs, rollout=rollout
+            )
         )
 
     def prepare(
@@ -137,7 +139,8 @@ class OnlineTrainer(PolicyTrainer):
             token_rewards: `B`, or None.
             sampler_logprobs: `B`, or None.
             rollout: instead of queries, responses and sampler_logprobs.
-            group: one number per response, equal for responses to one prompt; by default, equal for equal queries.
+            group: one number per response, equal for responses to one prompt; by default, equal for equal queries. The
+                responses to a prompt must be on one process.
         """
         self._trl_begin_call()
         started = time.perf_counter()
@@ -146,10 +149,12 @@ class OnlineTrainer(PolicyTrainer):
             if not (queries is None and responses is None and sampler_logprobs is None):
                 raise ValueError("pass either rollout, or queries and responses")
             queries, responses, sampler_logprobs = split_rollout(rollout)
-            group = rollout.group.tolist()
+            group = rollout.group.tolist() if group is None else group
         queries, responses, scores, response_masks = call_safety_checker(
             self, int(self.config.batch_size or 1), queries, responses, scores, masks=response_masks
         )
+        if group is not None and len(group) != len(responses):
+            raise ValueError(f"group has {len(group)} numbers, but there are {len(responses)} responses")
         check_extras(
             responses, response_masks, token_rewards, sampler_logprobs, is_encoder_decoder=self.is_encoder_decoder
         )
@@ -176,11 +181,11 @@ class OnlineTrainer(PolicyTrainer):
         return Prepared(
             batch=batch,
             experience=experience,
-            kl_coef=self.kl_ctl.value if self.recipe is None else None,
+            kl_coef=self.kl_ctl.value if self._trl_recipe is None else None,
             temperature=self.config.temperature,
             frozen=self._trl_frozen_versions(),
             rows=rows,
-            timing={f"time/{self.stats_prefix}/{part}": seconds for part, seconds in timing.items()},
+            timing={f"time/{self._trl_stats_prefix}/{part}": seconds for part, seconds in timing.items()},
             seconds=time.perf_counter() - started,
         )
 
@@ -212,33 +217,36 @@ class OnlineTrainer(PolicyTrainer):
             if prepared.frozen != self._trl_frozen_versions():  # frozen layers have changed since
                 experience = replace(experience, rollout=rollout)
             self._trl_before_update(experience)
-            with _timed(timing, f"time/{self.stats_prefix}/optimize_step"):
+            with _timed(timing, f"time/{self._trl_stats_prefix}/optimize_step"):
                 self._trl_sampler.weights_changed()
                 train_stats = self._trl_update(experience, prepared.batch)
             self.last_experience = replace(experience, rollout=rollout)
-            with _timed(timing, f"time/{self.stats_prefix}/calc_stats"):
+            with _timed(timing, f"time/{self._trl_stats_prefix}/calc_stats"):
                 stats = self._trl_statistics(experience, prepared.batch, prepared.kl_coef, train_stats)
             rate = self.optimizer.param_groups[0]["lr"]
             # An optimizer such as Adafactor may choose its own rate.
-            stats[f"{self.stats_prefix}/learning_rate"] = math.nan if rate is None else float(rate)
+            stats[f"{self._trl_stats_prefix}/learning_rate"] = math.nan if rate is None else float(rate)
             self._trl_after_update(stats, prepared.rows)
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
             self._trl_steps_done += 1
-            timing[f"time/{self.stats_prefix}/total"] = prepared.seconds + time.perf_counter() - started
+            timing[f"time/{self._trl_stats_prefix}/total"] = prepared.seconds + time.perf_counter() - started
             return stats | timing | memory_statistics(self.current_device)
+
+    # Under names of this library's own: a subclass may define methods called prepare and learn.
+    _trl_prepare, _trl_learn = prepare, learn
 
     def _trl_evaluator(self, known: Evaluation | None = None) -> Evaluator:
         """Evaluator with the current settings; `known` is the policy's evaluation, if sampling has computed it."""
         return Evaluator(
             policy=self.model,
             ref_model=self.ref_model,
-            compute=self.compute,
+            compute=self._trl_compute,
             accelerator=self.accelerator,
             batch_size=int(self.config.mini_batch_size or 1),
             temperature=self.config.temperature,
             known=known,
-            values=self.recipe is None,
+            values=self._trl_recipe is None,
             compare=self._trl_uses_reference,
         )
 
@@ -261,8 +269,8 @@ class OnlineTrainer(PolicyTrainer):
 
     def _trl_algorithm(self, evaluate: Callable[[Rollout], Evaluated]) -> Algorithm:
         """The algorithm at the current settings."""
-        assert self.recipe is not None
-        return self.recipe.bind(self._trl_setup(evaluate))
+        assert self._trl_recipe is not None
+        return self._trl_recipe.bind(self._trl_setup(evaluate))
 
     def _trl_update(self, experience: Experience, batch: Batch) -> dict[str, Tensor]:
         """Updates the policy; returns the training statistics, one row per optimizer step."""
@@ -273,21 +281,21 @@ class OnlineTrainer(PolicyTrainer):
             self._trl_updater(),
             microbatch_size=int(self.config.mini_batch_size or 1),
             reduce=self._trl_reduce,
-            stop=lambda metrics: self._trl_stops_early(metrics.means["policy/policykl"]),
+            stop=lambda metrics: self._trl_stops_early(metrics.means),
             refuse=self._trl_refuse,
         )
         return stack_updates(history)
 
     def _trl_updater(self) -> Updater:
-        self.guards.max_skipped = self.config.max_skipped_updates
+        self._trl_guards.max_skipped = self.config.max_skipped_updates
         return Updater(
             model=self.model,
             optimizer=self.optimizer,
             accelerator=self.accelerator,
             max_grad_norm=self.config.max_grad_norm,
             frozen=self._trl_not_updated(),
-            compute=self.compute,
-            guards=self.guards,
+            compute=self._trl_compute,
+            guards=self._trl_guards,
             reduce=self._trl_reduce,
         )
 
@@ -325,14 +333,29 @@ class OnlineTrainer(PolicyTrainer):
 
     def _trl_refuse(self, means: Mapping[str, float]) -> str | None:
         """Reason to skip an optimizer step because of its minibatch's mean ratio; None to take it."""
-        limit, ratio = self.config.ratio_threshold, means["policy/mean_ratio"]
-        if limit is None or ratio <= limit:
+        limit = self.config.ratio_threshold
+        if limit is None:
+            return None
+        ratio = self._trl_metric(means, "policy/mean_ratio", "ratio_threshold")
+        if ratio <= limit:
             return None
         return f"the mean probability ratio of a minibatch is {ratio:.4g}, above ratio_threshold={limit:g}"
 
-    def _trl_stops_early(self, policy_kl: float) -> bool:
-        """Whether early stopping ends the passes over this batch."""
-        return self.config.early_stopping and policy_kl > 1.5 * float(self.config.target_kl or 0)
+    def _trl_stops_early(self, means: Mapping[str, Any]) -> bool:
+        """Whether early stopping ends the passes over this batch, given the means of the last optimizer step."""
+        if not self.config.early_stopping:
+            return False
+        return self._trl_kl_is_too_high(self._trl_metric(means, "policy/policykl", "early_stopping"))
+
+    def _trl_kl_is_too_high(self, policy_kl: float) -> bool:
+        return policy_kl > 1.5 * float(self.config.target_kl or 0)
+
+    def _trl_metric(self, means: Mapping[str, Any], metric: str, setting: str) -> float:
+        if metric not in means:
+            raise ValueError(
+                f"{setting} needs the metric {metric}, which the loss of {self._trl_stats_prefix} does not return"
+            )
+        return float(means[metric])
 
     def _trl_frozen_versions(self) -> list[tuple[int, int]]:
         return [(id(p), p._version) for p in self.model.parameters() if not p.requires_grad]

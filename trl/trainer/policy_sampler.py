@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ class PolicySampler:
         self.version = 0
         self._cache = ResponseCache()
         self._unwrapped: tuple[nn.Module, PreTrainedModelWrapper] | None = None
-        self._self_check: tuple[nn.Module, str | None] | None = None  # a model, and its `obstacle` to our own loop
+        # What `obstacle` says of the policy and of its reference.
+        self._self_checks: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
         self._logged: set[str] = set()
         self._warned: set[tuple[str, ...]] = set()
 
@@ -219,10 +221,10 @@ class PolicySampler:
             watch: record the critic's values in our own loop, unless it samples greedily.
         """
         model, pad_token = policy.pretrained_model, self.collator.pad_token_id
-        if self._self_check is None or self._self_check[0] is not model:
+        if model not in self._self_checks:
             with eval_mode(policy):
-                self._self_check = (model, obstacle(model))
-        problem = self._self_check[1]
+                self._self_checks[model] = obstacle(model)
+        problem = self._self_checks[model]
         placeholder: dict[str, Any] = {"max_new_tokens": 1} if limits_are_drawn else {}  # `limits` replaces it
         request = local_sampling(policy.generation_config, kwargs | placeholder)
         reason = problem or (request if isinstance(request, str) else None)

@@ -51,7 +51,8 @@ _TRAINER_COLUMNS = ("label", "query", "response")
 class PolicyTrainer(ResumableTrainer):
     """A trainer's models, optimizer, data and sampling. `OnlineTrainer` documents the arguments."""
 
-    recipe: Recipe | None = None
+    _trl_samples_reference = False  # in `generate(generate_ref_response=True)`, whose numbers are not the policy's
+    _trl_recipe: Recipe | None = None
     """The algorithm's choices; None if a subclass builds its own algorithm."""
 
     def __init__(
@@ -72,7 +73,7 @@ class PolicyTrainer(ResumableTrainer):
         if algorithm is not None:
             check_unused_settings(config, algorithm.name)
             model, ref_model = critic_free(model), critic_free(ref_model)
-            self.recipe, self.stats_prefix = algorithm, algorithm.name
+            self._trl_recipe, self._trl_stats_prefix = algorithm, algorithm.name
         check_parts(config, model, tokenizer, optimizer, lr_scheduler)
         assert config is not None and tokenizer is not None
         config.validate()
@@ -90,6 +91,8 @@ class PolicyTrainer(ResumableTrainer):
         config.global_batch_size = int(config.batch_size or 1) * config.world_size
         config.global_backward_batch_size = config.samples_per_update * config.world_size
         config.is_encoder_decoder, config.is_peft_model = self.is_encoder_decoder, self.is_peft_model
+        if not self._trl_uses_reference and not (ref_model is None and num_shared_layers is None):
+            raise ValueError(f"{self._trl_stats_prefix} has no KL penalty: leave ref_model and num_shared_layers out")
         reference = make_reference(model, ref_model, num_shared_layers) if self._trl_uses_reference else None
         self.dataset = dataset
         self.data_collator: Callable[..., Any] = PadCollator(tokenizer)
@@ -102,16 +105,16 @@ class PolicyTrainer(ResumableTrainer):
         self.kl_ctl = controller_for(config)
         self._trl_live_settings = LiveSettings(config, controls_rate=optimizer is None and lr_scheduler is None)
         self.current_step = 0
-        self.score_moments = Moments()
+        self._trl_score_moments = Moments()
         self._trl_generator = torch.Generator().manual_seed(int(config.seed or 0))
         self._trl_highest_score = float("-inf")
         self._trl_compared = 0
         self._trl_steps_done = 0
-        self.guards = UpdateGuards()
+        self._trl_guards = UpdateGuards()
         self.last_experience: Experience | None = None
         """Experience of the last `step`: per-token rewards, values and advantages from before its update."""
-        self.fingerprints = Fingerprints()
-        self._trl_sampler = PolicySampler(self.accelerator, self.compute, self.data_collator)
+        self._trl_fingerprints = Fingerprints()
+        self._trl_sampler = PolicySampler(self.accelerator, self._trl_compute, self.data_collator)
 
     def _trl_check_algorithm(self, algorithm: Recipe | None) -> None:
         """Raises ValueError if the trainer needs an algorithm and none is given."""
@@ -119,7 +122,12 @@ class PolicyTrainer(ResumableTrainer):
     @property
     def _trl_uses_reference(self) -> bool:
         """Whether the algorithm compares the policy with a reference."""
-        return self.recipe is None or self.recipe.uses_reference
+        return self._trl_recipe is None or self._trl_recipe.uses_reference
+
+    @property
+    def _trl_choices(self) -> dict[str, str]:
+        """Name and choices of the algorithm, in words; PPO's are settings of `config`."""
+        return {"name": self._trl_stats_prefix} | ({} if self._trl_recipe is None else self._trl_recipe.settings)
 
     def _trl_prepare_models(
         self, model: Any, reference: Any, optimizer: Any, lr_scheduler: Any, dataset: Any, data_collator: Any
@@ -133,9 +141,9 @@ class PolicyTrainer(ResumableTrainer):
         )
         self._trl_optimizer_made_with = group_settings(inner(self.optimizer))
         self._trl_missing = missing_parameters(self.optimizer, self.model)  # known to the caller, so no warning
-        self.compute = Compute(self.model, config.dtype, self.accelerator)
+        self._trl_compute = Compute(self.model, config.dtype, self.accelerator)
         if reference is not None:
-            self.compute.adopt_reference(reference, model)
+            self._trl_compute.adopt_reference(reference, model)
         self.ref_model = None if reference is None else self.accelerator.prepare_model(reference, evaluation_mode=True)
         if config.gradient_checkpointing:
             recompute_activations(self.model)
@@ -241,8 +249,12 @@ class PolicyTrainer(ResumableTrainer):
             return responses
         if not self._trl_uses_reference:
             raise ValueError("generate_ref_response=True needs a reference model, which this algorithm does not use")
-        with reference_mode(self.model) if self.ref_model is None else nullcontext(self.ref_model) as reference:
-            return responses, sample(reference, query_tensor, **arguments)
+        self._trl_samples_reference = True
+        try:
+            with reference_mode(self.model) if self.ref_model is None else nullcontext(self.ref_model) as reference:
+                return responses, sample(reference, query_tensor, **arguments)
+        finally:
+            self._trl_samples_reference = False
 
     def _trl_sample(
         self,
@@ -266,7 +278,7 @@ class PolicyTrainer(ResumableTrainer):
             batch_size=batch_size,
             return_prompt=return_prompt,
             temperature=self.config.temperature,
-            cache=self.config.score_while_sampling and model is self.model,
+            cache=self.config.score_while_sampling and not self._trl_samples_reference,
         )
 
     def _generate_batched(
@@ -285,6 +297,8 @@ class PolicyTrainer(ResumableTrainer):
         Arguments as for `generate`. `model` came with TRL 0.7: before, the queries were the first argument.
         """
         if isinstance(model, list):
+            if isinstance(length_sampler, int):  # by position: every argument is one place further on
+                length_sampler, batch_size, return_prompt = query_tensors, length_sampler, bool(batch_size)
             model, query_tensors = self.model, model
         return self._trl_sample(
             model,
@@ -341,4 +355,4 @@ class PolicyTrainer(ResumableTrainer):
 
     def _trl_saved_model(self) -> Any:
         model = super()._trl_saved_model()
-        return model if self.recipe is None else model.pretrained_model  # without its unused value head
+        return model if self._trl_recipe is None else model.pretrained_model  # without its unused value head

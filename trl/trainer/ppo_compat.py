@@ -22,8 +22,8 @@ from trl.training.batch import Batch
 from trl.training.evaluator import Evaluated, Evaluator
 from trl.training.loop import means_of
 from trl.training.processes import whole_gradients
-from trl.training.statistics import stack_statistics, update_statistics
-from trl.types import ActorCritic, Evaluation, Rollout, take
+from trl.training.statistics import pooled_mean, stack_statistics, update_statistics
+from trl.types import ActorCritic, Evaluation, Rollout, Tally, take
 
 if TYPE_CHECKING:
     from trl.trainer.ppo_trainer import PPOTrainer
@@ -75,6 +75,8 @@ class MinibatchContext:
     batch_tokens: Tensor | None = None
     weights: Tensor | None = None  # [b, S] importance weights of the policy loss, if sampler_logprobs were given
     weighted: bool = False  # whether `loss` has applied the weights
+    advantages: Tensor | None = None  # [b, S] final ones, from compute_advantages; None: `loss` makes its own
+    returns: Tensor | None = None  # [b, S] along with them
 
     def weights_for(self, counted: Tensor) -> Tensor | None:
         """The importance weights `[b, S]`, or None.
@@ -142,7 +144,13 @@ def minibatch_loss(
 
 
 def take_step(
-    trainer: PPOTrainer, loss: Tensor, stats: dict[str, Tensor], logprobs: Tensor, vpreds: Tensor, counted: Tensor
+    trainer: PPOTrainer,
+    loss: Tensor,
+    stats: dict[str, Tensor],
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    vpreds: Tensor,
+    counted: Tensor,
 ) -> dict[str, Tensor]:
     """Takes the optimizer step of `PPOTrainer.train_minibatch` on `loss`, a mean over this process's counted tokens."""
     context = trainer._trl_minibatch_context
@@ -151,7 +159,11 @@ def take_step(
         loss, logprobs, vpreds, counted, all_tokens=context.batch_tokens, reduce=trainer._trl_reduce
     )
     updater = trainer._trl_updater()
-    refused = trainer._trl_refuse({"policy/mean_ratio": float(stats.get("policy/mean_ratio", 0.0))})
+    refused = None
+    if trainer.config.ratio_threshold is not None:  # of all processes, whatever statistics an override of loss returns
+        ratio = (logprobs.detach() - old_logprobs).masked_fill(~counted, 0.0).exp()
+        mean_ratio = pooled_mean(Tally.of(ratio, counted), trainer._trl_reduce)
+        refused = trainer._trl_refuse({"policy/mean_ratio": float(mean_ratio)})
     with whole_gradients(trainer.accelerator):
         updater.clear()
         updater.accumulate(objective, last=True)
@@ -213,13 +225,16 @@ def _history(trainer: PPOTrainer, base: type, experience: ActorCritic, batch: Ba
                 weights = importance_weights(
                     part.old_logprobs, part.rollout.sampler_logprobs, mask, cap=config.importance_cap
                 )
-            trainer._trl_minibatch_context = MinibatchContext(batch_tokens=batch_tokens, weights=weights)
+            final = uses_final_advantages(trainer, base)
+            context = MinibatchContext(batch_tokens=batch_tokens, weights=weights)
+            if final:
+                context.advantages, context.returns = part.advantages, part.returns
+            trainer._trl_minibatch_context = context
             minibatch = batch.rows(rows)
             logprobs, logits, values, _ = trainer.batched_forward_pass(
                 trainer.model, minibatch.queries, minibatch.responses, minibatch.inputs, return_logits=True
             )
             assert logits is not None
-            final = uses_final_advantages(trainer, base)
             arguments = {
                 "old_logprobs": part.old_logprobs,
                 "values": part.old_values,
@@ -228,13 +243,13 @@ def _history(trainer: PPOTrainer, base: type, experience: ActorCritic, batch: Ba
                 "logits": logits,
                 "vpreds": values,
                 "mask": mask.long(),
-                "advantages": part.advantages if final else None,
-                "returns": part.returns if final else None,
+                "advantages": context.advantages,
+                "returns": context.returns,
             }
             stats = call_in_order(trainer, base, "train_minibatch", arguments)
-            trainer._trl_minibatch_context.check_weighted(type(trainer).__name__)
+            context.check_weighted(type(trainer).__name__)
             history.append(_pool({n: torch.as_tensor(v).detach() for n, v in stats.items()}, mask, trainer))
-            if trainer._trl_stops_early(float(history[-1]["policy/policykl"])):
+            if trainer._trl_stops_early(history[-1]):
                 return history
     return history
 

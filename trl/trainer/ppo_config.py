@@ -203,12 +203,6 @@ class PPOConfig:
             self.mini_batch_size = self.forward_batch_size
         self.optimize_cuda_cache = bool(self.optimize_cuda_cache or self.optimize_device_cache)
         self.validate()
-        if self.backward_batch_size not in (None, 1, self.samples_per_update):
-            warnings.warn(
-                f"backward_batch_size={self.backward_batch_size} is ignored: an optimizer step covers mini_batch_size * "
-                f"gradient_accumulation_steps = {self.samples_per_update} samples",
-                stacklevel=4,
-            )
         self.backward_batch_size = self.samples_per_update
         self._notice_other_defaults()
 

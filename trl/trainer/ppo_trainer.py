@@ -20,7 +20,7 @@ from trl import functional, legacy
 from trl.algorithms.ppo import PPO, PPOSettings, RewardSettings
 from trl.functional import exact_kl, gae, k1, k1_abs, k2, k3, shape_rewards
 from trl.models import PreTrainedModelWrapper
-from trl.trainer.hooks import NOT_HERE, call_in_order, call_rewards, check_overrides, in_either_order, is_overridden
+from trl.trainer.hooks import call_in_order, call_rewards, check_overrides, in_either_order, is_overridden
 from trl.trainer.online import OnlineTrainer
 from trl.trainer.ppo_compat import (
     MethodEvaluator,
@@ -64,6 +64,7 @@ class PPOTrainer(OnlineTrainer):
     """
 
     _trl_minibatch_context = MinibatchContext()
+    _trl_exact_kl: Tensor | None = None  # [B, S], while an override of compute_rewards runs that does not take it
     _trl_returns_kl = False  # whether compute_rewards returns the KL as well, as in TRL 0.7 to 0.11
 
     def __init__(
@@ -79,16 +80,12 @@ class PPOTrainer(OnlineTrainer):
         lr_scheduler: Any = None,
         training_data_collator: Callable[..., Any] | None = None,
     ) -> None:
-        check_overrides(self)
+        check_overrides(self, PPOTrainer)
         super().__init__(
             config, model, ref_model, tokenizer, dataset, optimizer, data_collator, num_shared_layers, lr_scheduler
         )
         if training_data_collator is not None:
             self.data_collator = training_data_collator
-
-    def __getattr__(self, name: str) -> Any:
-        instead = f": use {NOT_HERE[name]}" if name in NOT_HERE else ""
-        raise AttributeError(f"{type(self).__name__} has no attribute {name}{instead}")
 
     # The algorithm ---------------------------------------------------------------------------------------------------
 
@@ -104,7 +101,7 @@ class PPOTrainer(OnlineTrainer):
                 center=config.use_score_norm,
                 clip=config.score_clip,
             ),
-            moments=self.score_moments,
+            moments=self._trl_score_moments,
             stops=self._trl_stop_tokens(),
         )
         return PPO(
@@ -163,7 +160,7 @@ class PPOTrainer(OnlineTrainer):
     def _trl_before_update(self, experience: Experience) -> None:
         super()._trl_before_update(experience)
         assert isinstance(experience, ActorCritic)
-        self.score_moments += experience.score_moments
+        self._trl_score_moments += experience.score_moments
 
     def _trl_after_update(self, stats: Mapping[str, Any], rows: int) -> None:
         self.kl_ctl.update(stats["objective/kl"], rows)
@@ -240,6 +237,8 @@ class PPOTrainer(OnlineTrainer):
             )
         if by_hook:
             kl = torch.stack([self._kl_penalty(p, q) for p, q in zip(logprobs, ref_logprobs, strict=True)])
+        elif kl is None and self._trl_exact_kl is not None:
+            kl = self._trl_exact_kl
         elif kl is None:
             if self.config.kl_penalty == "full":
                 raise ValueError("kl_penalty='full' cannot be computed from logprobs: pass kl [B, S]")
@@ -295,8 +294,8 @@ class PPOTrainer(OnlineTrainer):
         """
         return float(policykl) > 1.5 * float(self.config.target_kl or 0)
 
-    def _trl_stops_early(self, policy_kl: float) -> bool:
-        return self.config.early_stopping and bool(self._early_stop(torch.tensor(policy_kl)))
+    def _trl_kl_is_too_high(self, policy_kl: float) -> bool:
+        return bool(self._early_stop(torch.tensor(policy_kl)))
 
     @in_either_order
     def loss(
@@ -331,6 +330,9 @@ class PPOTrainer(OnlineTrainer):
             tokens, and statistics by name, whose scalars cover all processes.
         """
         if advantages is None or returns is None:
+            context = self._trl_minibatch_context
+            advantages, returns = context.advantages, context.returns
+        if advantages is None or returns is None:
             assert rewards is not None
             advantages, returns = self._trl_gae(rewards, values, mask.bool())
             advantages = functional.masked_whiten(advantages, mask.bool(), reduce=self._trl_reduce)
@@ -363,6 +365,8 @@ class PPOTrainer(OnlineTrainer):
         Raises:
             RuntimeError: if `step` was given `sampler_logprobs` and an overridden `loss` ignores them.
         """
+        if advantages is None:
+            advantages, returns = self._trl_minibatch_context.advantages, self._trl_minibatch_context.returns
         arguments = {name: value for name, value in locals().items() if name != "self"}
         policy_loss, value_loss, stats = call_in_order(self, PPOTrainer, "loss", arguments)
-        return take_step(self, policy_loss + value_loss, stats, logprobs, vpreds, mask.bool())
+        return take_step(self, policy_loss + value_loss, stats, logprobs, old_logprobs, vpreds, mask.bool())

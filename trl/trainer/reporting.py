@@ -22,7 +22,7 @@ from trl.types import ActorCritic, Experience, Tally
 class ReportingTrainer(BaseTrainer):
     """A trainer that reports statistics under the key names of TRL 0.4.6."""
 
-    stats_prefix = "ppo"
+    _trl_stats_prefix = "ppo"
     """Prefix of the statistics."""
     is_distributed: bool
     current_device: torch.device
@@ -74,7 +74,7 @@ class ReportingTrainer(BaseTrainer):
         """
         scores = data["scores"]
         return step_statistics(
-            name=self.stats_prefix,
+            name=self._trl_stats_prefix,
             kl_coef=kl_coef,
             scores=scores if isinstance(scores, Tensor) else torch.stack(list(scores)).float(),
             logprobs=data["logprobs"],

@@ -31,9 +31,9 @@ class ResumableTrainer(ReportingTrainer):
     lr_scheduler: Any
     ref_model: Any
     kl_ctl: Any
-    score_moments: Moments
-    guards: UpdateGuards
-    fingerprints: Fingerprints
+    _trl_score_moments: Moments
+    _trl_guards: UpdateGuards
+    _trl_fingerprints: Fingerprints
     _trl_generator: torch.Generator
     _trl_optimizer_made_with: list[dict[str, Any]]
     _trl_sampler: PolicySampler
@@ -119,28 +119,28 @@ class ResumableTrainer(ReportingTrainer):
         """State that a run carries between steps, apart from model, optimizer and scheduler."""
         return {
             "kl_ctl": self.kl_ctl.state_dict(),
-            "score_moments": asdict(self.score_moments),
+            "score_moments": asdict(self._trl_score_moments),
             "minibatch_order": self._trl_generator.get_state(),
             "steps_done": self._trl_steps_done,
             "logged_steps": self.current_step,
             "highest_score": self._trl_highest_score,
             "compared": self._trl_compared,
-            "consecutive_skips": self.guards.consecutive_skips,
-            "largest_microbatch": self.guards.largest_microbatch,
+            "consecutive_skips": self._trl_guards.consecutive_skips,
+            "largest_microbatch": self._trl_guards.largest_microbatch,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
         self._trl_sampler.weights_changed()
         self.kl_ctl.load_state_dict(state["kl_ctl"])
-        self.score_moments = Moments(**state["score_moments"])
+        self._trl_score_moments = Moments(**state["score_moments"])
         self._trl_generator.set_state(state["minibatch_order"])
         self._trl_steps_done = state["steps_done"]
         self.current_step = state["logged_steps"]
         self._trl_highest_score = state["highest_score"]
         self._trl_compared = state["compared"]
-        self.guards.consecutive_skips = state["consecutive_skips"]
-        self.guards.largest_microbatch = state["largest_microbatch"]
+        self._trl_guards.consecutive_skips = state["consecutive_skips"]
+        self._trl_guards.largest_microbatch = state["largest_microbatch"]
 
     def save_checkpoint(
         self,

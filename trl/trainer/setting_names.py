@@ -47,6 +47,7 @@ _ELSEWHERE = {
     "report_to": "log_with",
     "reward_weights": "train(reward={name: function}) and trl.rewards.weighted",
     "save_steps": "train(save_every=...)",
+    "total_ppo_epochs": "nothing: it follows from steps and batch_size",
     "total_episodes": "train(episodes=...)",
 }
 

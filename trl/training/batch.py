@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trl.data import place_on_columns, response_columns
+from trl.rollout import same_queries
 from trl.types import Rollout
 
 
@@ -88,9 +89,3 @@ class Batch:
             sampler_logprobs=None if sampler_logprobs is None else self.place(sampler_logprobs),
             policy_version=policy_version,
         )
-
-
-def same_queries(queries: Sequence[Tensor]) -> Tensor:
-    """`[B]` int64 group of each query, equal for equal tokens."""
-    padded = nn.utils.rnn.pad_sequence(list(queries), batch_first=True, padding_value=-1)
-    return padded.unique(dim=0, return_inverse=True)[1]

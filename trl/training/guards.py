@@ -25,6 +25,8 @@ class SkippedUpdate:
     experience: Experience | None  # this process's minibatch, advantages as the loss used them; None if unknown
     grad_norm: float  # on this process; may be finite if the loss or another process's gradient was not
     in_a_row: int  # consecutive skipped steps, including this one
+    reason: str
+    counts: bool = True  # False for a step that is skipped by design: its minibatch is finite
 
 
 @dataclass(kw_only=True)
@@ -59,7 +61,15 @@ class UpdateGuards:
             stacklevel=3,
         )
         if self.on_skip is not None:
-            self.on_skip(SkippedUpdate(experience=experience, grad_norm=norm, in_a_row=self.consecutive_skips))
+            self.on_skip(
+                SkippedUpdate(
+                    experience=experience,
+                    grad_norm=norm,
+                    in_a_row=self.consecutive_skips,
+                    reason=reason,
+                    counts=counts,
+                )
+            )
         if counts and self.max_skipped is not None and self.consecutive_skips >= self.max_skipped:
             raise NonFiniteError(
                 f"{self.consecutive_skips} optimizer steps in a row were skipped (max_skipped_updates={self.max_skipped}); "

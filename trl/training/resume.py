@@ -146,7 +146,7 @@ def capture(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
     state = {
         **_identity(trainer),
         "modes": _modes(model),
-        "frozen": trainer.fingerprints.of("policy", frozen),
+        "frozen": trainer._trl_fingerprints.of("policy", frozen),
         "reference": _reference(trainer),
         "optimizer": optimizer_state(
             inner(trainer.optimizer),
@@ -186,19 +186,25 @@ def _reference(trainer: RunState) -> dict[str, str] | None:
         return None
     model = trainer.accelerator.unwrap_model(trainer.ref_model)
     evaluated = {name: tensor for name, tensor in weights(model).items() if not name.startswith(_HEAD)}
-    return trainer.fingerprints.of("reference", evaluated)
+    return trainer._trl_fingerprints.of("reference", evaluated)
 
 
 def _identity(trainer: RunState) -> dict[str, Any]:
     """Settings and environment to compare between a checkpoint and a trainer."""
     return {
         "config": settings_of(trainer.config),
+        "algorithm": trainer._trl_choices,
         "processes": trainer.accelerator.num_processes,
         "device": trainer.accelerator.device.type,
         "mixed_precision": str(trainer.accelerator.mixed_precision),
         "tokenizer_size": len(trainer.tokenizer),
         "scheduler_class": kind(inner(trainer.lr_scheduler)),
     }
+
+
+def _algorithm(state: Mapping[str, Any]) -> Mapping[str, str]:
+    """The algorithm of a checkpoint; those of before 0.5 are of PPO."""
+    return state.get("algorithm", {"name": "ppo"})
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -282,6 +288,9 @@ def _differences(trainer: RunState, checkpoint: Checkpoint) -> Iterator[str]:
     for name in ("processes", "tokenizer_size", "scheduler_class"):
         if state[name] != now[name]:
             yield f"{name} was {state[name]}, is {now[name]}"
+    before = _algorithm(state)
+    if before["name"] != now["algorithm"]["name"]:
+        yield f"the algorithm was {before['name']}, is {now['algorithm']['name']}"
     for name in _FIXED_SETTINGS:
         if state["config"][name] != now["config"][name]:
             yield f"{name} was {state['config'][name]}, is {now['config'][name]}"
@@ -291,11 +300,11 @@ def _differences(trainer: RunState, checkpoint: Checkpoint) -> Iterator[str]:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it cannot be iterated)
         saved = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     yield from _compare("the policy", saved, {name: kind_of(tensor) for name, tensor in stored.items()})
-    fingerprints = trainer.fingerprints.of("policy", frozen)
+    fingerprints = trainer._trl_fingerprints.of("policy", frozen)
     yield from _compare("the base model", state["frozen"], fingerprints, values="other weights")
     reference = _reference(trainer)
     if (reference is None) != (state["reference"] is None):
-        kinds = {True: "the policy without its adapter", False: "a separate model"}
+        kinds = {True: "no model beside the policy", False: "a separate model"}
         yield f"the reference was {kinds[state['reference'] is None]}, is {kinds[reference is None]}"
     else:
         yield from _compare("the reference model", state["reference"] or {}, reference or {}, values="other weights")
@@ -328,9 +337,15 @@ def _harmless_differences(trainer: RunState, checkpoint: Checkpoint) -> list[str
     """
     state, now, remarks = checkpoint.state, _identity(trainer), []
     changed = {
-        name: (state["config"].get(name), value)
+        name: (state["config"][name], value)
         for name, value in now["config"].items()
-        if state["config"].get(name) != value
+        if name in state["config"] and state["config"][name] != value  # others are newer than the checkpoint
+    }
+    choices = {**_algorithm(state), **now["algorithm"]}
+    changed |= {
+        f"algorithm.{name}": (_algorithm(state).get(name), now["algorithm"].get(name))
+        for name in choices
+        if _algorithm(state).get(name) != now["algorithm"].get(name)
     }
     rate = float(trainer.optimizer.param_groups[0]["lr"])
     if "learning_rate" in changed and rate != trainer.config.learning_rate:

@@ -28,11 +28,16 @@ class RunState(Protocol):
     lr_scheduler: Any
     tokenizer: Any
     kl_ctl: Any
-    fingerprints: Fingerprints
+    _trl_fingerprints: Fingerprints
     _trl_generator: torch.Generator
     """Draws the order of minibatches."""
     _trl_optimizer_made_with: list[dict[str, Any]]
     """Settings of each parameter group when the trainer was made."""
+
+    @property
+    def _trl_choices(self) -> dict[str, str]:
+        """Name and choices of the algorithm, in words."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the algorithm carries from step to step."""
@@ -55,9 +60,9 @@ class PreparedBatch(Protocol):
 class Learner(RunState, Protocol):
     """The trainer interface that the managed loop drives."""
 
-    stats_prefix: str
+    _trl_stats_prefix: str
     """Prefix of the statistics."""
-    guards: UpdateGuards
+    _trl_guards: UpdateGuards
     current_device: Any
     is_encoder_decoder: bool
 
@@ -65,7 +70,7 @@ class Learner(RunState, Protocol):
         """Samples one response per query."""
         ...
 
-    def prepare(
+    def _trl_prepare(
         self,
         queries: list[Tensor],
         responses: list[Tensor],
@@ -79,7 +84,7 @@ class Learner(RunState, Protocol):
         """Evaluates a batch without side effects."""
         ...
 
-    def learn(self, prepared: Any) -> dict[str, Any]:
+    def _trl_learn(self, prepared: Any) -> dict[str, Any]:
         """Trains on a batch from `prepare` and returns statistics by name."""
         ...
 

@@ -43,6 +43,11 @@ class Recipe(Protocol):
         """Whether the algorithm needs a reference model."""
         ...
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """Its choices in words, to tell runs apart."""
+        ...
+
     def bind(self, setup: Setup) -> Algorithm:
         """Returns the algorithm for these models."""
         ...
