@@ -89,4 +89,6 @@ def test_the_way_from_step_to_the_loss_is_as_it_is_shown():
         assert sources[file, name], f"{file} has no {name}"
     for here, (_, following) in pairwise(way):
         called = "loss_fn" if following == "loss" else following  # passed as a function
-        assert any(re.search(rf"\b(_trl_)?{called}\(", source) for source in sources[here]), f"{here} does not call {following}"
+        assert any(re.search(rf"\b(_trl_)?{called}\(", source) for source in sources[here]), (
+            f"{here} does not call {following}"
+        )

@@ -65,7 +65,7 @@ _NOT_YET: Mapping[str, Mapping[str, str]] = {
     "transformers.Trainer for now, or " + _OTHER_TRL: {
         "0.4-0.11": """ConstantLengthDataset DataCollatorForCompletionOnlyLM RewardTrainer SFTTrainer compute_accuracy
             trl.trainer.reward_trainer trl.trainer.sft_trainer trl.trainer.utils.RewardDataCollatorWithPadding""",
-        "0.7-0.11": "RewardConfig trl.trainer.reward_config",
+        "0.7-0.11": "RewardConfig trl.extras.dataset_formatting trl.trainer.reward_config",
         "0.9-0.11": "SFTConfig trl.trainer.sft_config",
     },
     _OTHER_TRL: {

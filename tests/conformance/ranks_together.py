@@ -31,6 +31,7 @@ class OwnLoss(PPOTrainer):
         stats = stats | {
             "own/logprobs": args[5][counted].mean(),
             "policy/policykl": (args[0] - args[5])[counted].mean(),
+            "policy/mean_ratio": (args[5] - args[0])[counted].exp().mean(),  # of this process alone
         }
         return policy, value, stats
 
@@ -129,6 +130,9 @@ def report(rank: int, world: int) -> dict[str, Any]:
     for kind in (PPOTrainer, OwnLoss, OtherLoss, OwnMinibatch):
         trainer = make(kind, world)
         found[kind.__name__] = outcome(trainer, trainer.step(queries, responses, scores))
+    for kind in (PPOTrainer, OwnLoss):  # steps are refused by the ratio over all processes, or one would step alone
+        trainer = make(kind, world, ratio_threshold=1.0)
+        found[f"{kind.__name__}, some refused"] = outcome(trainer, trainer.step(queries, responses, scores))
     for kind in (PPOTrainer, OtherLoss):  # the second process has nothing to learn from
         trainer = make(kind, world)
         stats = trainer.step(queries, responses, scores, response_masks=masks)

@@ -89,7 +89,12 @@ def test_46_an_overridden_method_learns_on_two_processes_what_the_trainer_learns
         assert_same(report[kind], expected)
 
 
-@pytest.mark.parametrize("case", ["OtherLoss", "OtherLoss, half left out", "PPOTrainer, half left out"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "OtherLoss", "OtherLoss, half left out", "PPOTrainer, half left out", "PPOTrainer, some refused", "OwnLoss, some refused",
+    ],
+)  # fmt: skip
 def test_46_a_loss_of_ones_own_learns_the_same_on_two_processes(case: str, ranks: Any, alone: Any) -> None:
     """A mean over a process's tokens weighs as its tokens do, and nothing where there are none."""
     for report in ranks:

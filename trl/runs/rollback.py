@@ -61,7 +61,7 @@ class SpikePolicy:
     def reason_to_skip(self, experience: Experience) -> str | None:
         """Reason to skip a batch because of its KL, checked before the update; None to learn from it."""
         self.rolled_back = False
-        if experience.kl is None:  # the algorithm has no reference
+        if experience.kl is None:  # without a reference, only the loss can spike
             self._kl_spike, self._mean_kl = None, math.nan
             return None
         counted = experience.counted

@@ -50,7 +50,7 @@ class OnlineTrainer(PolicyTrainer):
         config: settings of the run. Changes to it apply from the next call, except for what the trainer is built from
             (seed, trackers, accelerator, dtype, memory); changing those has no effect and warns. Settings that only PPO
             reads must keep their defaults: an algorithm has its own.
-        model: policy: a transformers language model, or one with a value head, which is not used. For a PEFT model,
+        model: policy: a transformers language model, or one with a value head, which is frozen and not used. For a PEFT model,
             only the adapter is trained.
         ref_model: frozen reference model, if the algorithm uses one. If None: for a PEFT model whose adapter starts at
             zero, the model with the adapter disabled; otherwise a frozen copy of `model`.

@@ -37,6 +37,9 @@ from trl.types import Rollout, Sampling
 
 logger = logging.getLogger(__name__)
 
+# What `obstacle` says of each model, policy or reference: the check runs once.
+_SELF_CHECKS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
 # Maximum number of responses whose logprobs and values are cached; the oldest are dropped first.
 _MAX_CACHED_RESPONSES = 2**14
 
@@ -59,8 +62,6 @@ class PolicySampler:
         self.version = 0
         self._cache = ResponseCache()
         self._unwrapped: tuple[nn.Module, PreTrainedModelWrapper] | None = None
-        # What `obstacle` says of the policy and of its reference.
-        self._self_checks: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
         self._logged: set[str] = set()
         self._warned: set[tuple[str, ...]] = set()
 
@@ -221,10 +222,10 @@ class PolicySampler:
             watch: record the critic's values in our own loop, unless it samples greedily.
         """
         model, pad_token = policy.pretrained_model, self.collator.pad_token_id
-        if model not in self._self_checks:
+        if model not in _SELF_CHECKS:
             with eval_mode(policy):
-                self._self_checks[model] = obstacle(model)
-        problem = self._self_checks[model]
+                _SELF_CHECKS[model] = obstacle(model)
+        problem = _SELF_CHECKS[model]
         placeholder: dict[str, Any] = {"max_new_tokens": 1} if limits_are_drawn else {}  # `limits` replaces it
         request = local_sampling(policy.generation_config, kwargs | placeholder)
         reason = problem or (request if isinstance(request, str) else None)
