@@ -58,6 +58,7 @@ TESTED_IN = {
     "trainer/policy_trainer.py": ("compat/test_ppo_trainer.py", "prepare_dataloader"),
     "trainer/ppo_compat.py": ("compat/test_ppo_trainer.py", "train_minibatch"),
     "trainer/ppo_config.py": ("compat/test_names_and_signatures.py", "PPOConfig"),
+    "trainer/ppo_settings.py": ("trainer/test_ppo_trainer.py", "missing_eos_penalty"),
     "trainer/reporting.py": ("compat/test_ppo_trainer.py", "log_stats"),
     "trainer/resumable.py": ("training/test_resume.py", "save_checkpoint"),
     "trainer/step_arguments.py": ("trainer/test_bad_input.py", "response_masks"),

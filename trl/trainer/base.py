@@ -65,7 +65,7 @@ class BaseTrainer:
         self._save_pretrained(path, **kwargs)
 
     def _save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """What `save_pretrained` does on the main process, in an existing folder; a hook."""
+        """Saves to an existing folder, for `save_pretrained` on the main process; a hook."""
         self._trl_saved_model().save_pretrained(save_directory, **kwargs)
         self.tokenizer.save_pretrained(save_directory)
         self.create_model_card(str(save_directory))

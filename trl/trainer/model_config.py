@@ -107,7 +107,7 @@ def get_quantization_config(model_config: ModelConfig) -> Any:
 
 
 def get_kbit_device_map() -> dict[str, int] | None:
-    """Returns a `device_map` that puts a quantized model on this process's GPU; None where there is none."""
+    """Returns a `device_map` that puts a quantized model on this process's GPU; None on a CPU."""
     on_gpu = torch.cuda.is_available() or is_xpu_available()
     return {"": PartialState().local_process_index} if on_gpu else None
 

@@ -25,8 +25,8 @@ from trl.training.loop import Updater, optimize
 from trl.training.peak import memory_statistics
 from trl.training.processes import whole_gradients
 from trl.training.setup import Recipe, Setup
-from trl.training.statistics import pooled_mean, stack_updates
-from trl.types import Evaluation, Experience, Rollout, Tally
+from trl.training.statistics import stack_updates
+from trl.types import Evaluation, Experience, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -392,18 +392,6 @@ class OnlineTrainer(PolicyTrainer):
         if rows == 0:
             raise ValueError("response_masks exclude every sample on every process: there is nothing to train on")
         return rows
-
-    def _trl_push_if_best(self, experience: Experience) -> None:
-        kwargs = self.config.push_to_hub_if_best_kwargs
-        if not kwargs:
-            return
-        if self._trl_compared % int(self.config.compare_steps or 1) == 0:
-            scores = experience.scores.double()  # the sum of finite float32 scores may overflow float32
-            mean = float(pooled_mean(Tally.of(scores, experience.counted), self._trl_reduce))
-            if mean > self._trl_highest_score:
-                self._trl_highest_score = mean
-                self.push_to_hub(**kwargs)
-        self._trl_compared += 1
 
 
 @contextmanager

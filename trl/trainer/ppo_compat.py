@@ -18,6 +18,7 @@ from trl.algorithms.ppo import experience_statistics, ppo_terms
 from trl.functional import entropy, importance_weights, masked_sum
 from trl.protocols import Reduce
 from trl.trainer.hooks import call_in_order, is_newer, is_overridden, takes
+from trl.trainer.ppo_settings import ppo_settings
 from trl.training.batch import Batch
 from trl.training.evaluator import Evaluated, Evaluator
 from trl.training.loop import means_of
@@ -128,7 +129,7 @@ def minibatch_loss(
         advantages=advantages,
         returns=returns,
         mask=counted,
-        settings=trainer._trl_ppo_settings(),
+        settings=ppo_settings(trainer.config),
         weights=trainer._trl_minibatch_context.weights_for(counted),
     )
     reduce = trainer._trl_reduce

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trl import functional, legacy
-from trl.algorithms.ppo import PPO, PPOSettings, RewardSettings
+from trl.algorithms.ppo import PPO
 from trl.functional import exact_kl, gae, k1, k1_abs, k2, k3, shape_rewards
 from trl.models import PreTrainedModelWrapper
 from trl.trainer.hooks import call_in_order, call_rewards, check_overrides, in_either_order, is_overridden
@@ -31,10 +31,10 @@ from trl.trainer.ppo_compat import (
     uses_final_advantages,
 )
 from trl.trainer.ppo_config import PPOConfig
+from trl.trainer.ppo_settings import ppo_settings, reward_settings
 from trl.training.batch import Batch
 from trl.training.batched import evaluate_in_batches
 from trl.training.evaluator import Evaluated, Evaluator
-from trl.training.scores import ScoreSettings
 from trl.types import ActorCritic, Experience, Rollout
 
 # Keys that `prepare_model_inputs` may return: those that forward passes read, and what language-model collators add.
@@ -90,37 +90,12 @@ class PPOTrainer(OnlineTrainer):
     # The algorithm ---------------------------------------------------------------------------------------------------
 
     def _trl_algorithm(self, evaluate: Callable[[Rollout], Evaluated]) -> PPO:
-        config = self.config
-        shaping = RewardSettings(
-            gamma=float(config.gamma or 0),
-            lam=float(config.lam or 0),
-            whiten=config.whiten_rewards,
-            scores=ScoreSettings(
-                missing_eos_penalty=config.missing_eos_penalty,
-                scale=config.use_score_scaling,
-                center=config.use_score_norm,
-                clip=config.score_clip,
-            ),
-            moments=self._trl_score_moments,
-            stops=self._trl_stop_tokens(),
-        )
         return PPO(
             setup=self._trl_setup(evaluate),
             rewards=partial(call_rewards, self),
-            shaping=shaping,
+            shaping=reward_settings(self.config, self._trl_score_moments, self._trl_stop_tokens()),
             advantages=self.compute_advantages if uses_final_advantages(self, PPOTrainer) else None,
-            settings=self._trl_ppo_settings(),
-        )
-
-    def _trl_ppo_settings(self) -> PPOSettings:
-        config = self.config
-        return PPOSettings(
-            clip_range=float(config.cliprange or 0),
-            value_clip_range=float(config.cliprange_value or 0),
-            value_coef=float(config.vf_coef or 0),
-            dual_clip=config.dual_clip,
-            importance_cap=config.importance_cap,
-            temperature=config.temperature,
+            settings=ppo_settings(self.config),
         )
 
     def _trl_evaluation(self, batch: Batch, evaluator: Evaluator) -> Callable[[Rollout], Evaluated]:

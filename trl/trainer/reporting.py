@@ -28,6 +28,8 @@ class ReportingTrainer(BaseTrainer):
     current_device: torch.device
     current_step = 0
     """Number of calls to `log_stats`."""
+    _trl_highest_score: float
+    _trl_compared: int
     _trl_scores_of_step: tuple[Tensor, Tensor] | None = None  # [B] of this process and [n · B] of all n processes
 
     def _trl_reduce(self, tensor: Tensor) -> Tensor:
@@ -144,3 +146,15 @@ class ReportingTrainer(BaseTrainer):
             stacklevel=3,
         )
         return scores
+
+    def _trl_push_if_best(self, experience: Experience) -> None:
+        kwargs = self.config.push_to_hub_if_best_kwargs
+        if not kwargs:
+            return
+        if self._trl_compared % int(self.config.compare_steps or 1) == 0:
+            scores = experience.scores.double()  # the sum of finite float32 scores may overflow float32
+            mean = float(pooled_mean(Tally.of(scores, experience.counted), self._trl_reduce))
+            if mean > self._trl_highest_score:
+                self._trl_highest_score = mean
+                self.push_to_hub(**kwargs)
+        self._trl_compared += 1
