@@ -24,6 +24,7 @@ print(kept, full - before, resident() - before)
 """
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone has these settings")
 @pytest.mark.parametrize(("argument", "kept"), [("kept", "True"), ("freed", "None")])
 def test_resident_memory_after_a_large_block_is_freed(argument: str, kept: str) -> None:
