@@ -98,6 +98,10 @@ def test_settings_of_ppo_are_refused() -> None:
         make(gamma=0.9, cliprange=0.1)
     with pytest.raises(ValueError, match="algorithm must be given"):
         OnlineTrainer(PPOConfig(batch_size=8), tiny_gpt2(), tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="algorithm='grpo' must be one such as"):
+        make(algorithm="grpo")
+    with pytest.raises(ValueError, match="must be language models, not str: load them with transformers'"):
+        make("gpt2")
     with pytest.raises(ValueError, match="batch_size=8 is not a multiple of group_size=3"):
         make(group_size=3)
 

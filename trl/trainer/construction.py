@@ -146,19 +146,26 @@ def make_optimizer(
 
 
 def critic_free(model: Any) -> Any:
-    """Wraps a model with an unused, frozen value head; returns anything but a model unchanged.
+    """Wraps a model with an unused, frozen value head.
 
     Args:
         model: a transformers language model, a PEFT model, or one with a value head, which is frozen.
+
+    Raises:
+        ValueError: if it is no model.
     """
-    if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModelWrapper):
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model and ref_model must be language models, not {type(model).__name__}: load them with transformers' "
+            "AutoModelForCausalLM or AutoModelForSeq2SeqLM"
+        )
+    if not isinstance(model, PreTrainedModelWrapper):
         seq2seq = is_encoder_decoder(model)
         wrapper = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
         model = wrapper.from_pretrained(model)
         for parameter in model.v_head.parameters():
             nn.init.zeros_(parameter)  # identical on every process and in a resumed run
-    if isinstance(model, PreTrainedModelWrapper):
-        model.v_head.requires_grad_(False)
+    model.v_head.requires_grad_(False)
     return model
 
 

@@ -71,6 +71,10 @@ class OnlineTrainer(PolicyTrainer):
     def _trl_check_algorithm(self, algorithm: Recipe | None) -> None:
         if algorithm is None and type(self) is OnlineTrainer:
             raise ValueError("algorithm must be given, such as trl.algorithms.grpo(); for PPO, use PPOTrainer")
+        if algorithm is not None and not isinstance(algorithm, Recipe):
+            raise ValueError(
+                f"algorithm={algorithm!r} must be one such as trl.algorithms.grpo(), not {type(algorithm).__name__}"
+            )
 
     # One step --------------------------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class PolicyTrainer(ResumableTrainer):
         self._trl_check_algorithm(algorithm)
         if algorithm is not None:
             check_unused_settings(config, algorithm.name)
-            model, ref_model = critic_free(model), critic_free(ref_model)
+            model, ref_model = critic_free(model), None if ref_model is None else critic_free(ref_model)
             self._trl_recipe, self._trl_stats_prefix = algorithm, algorithm.name
         check_parts(config, model, tokenizer, optimizer, lr_scheduler)
         assert config is not None and tokenizer is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ class Setup:
     reduce: Reduce = identity  # sums a tensor over all processes
 
 
+@runtime_checkable
 class Recipe(Protocol):
     """An algorithm's choices, before it has models to work on."""
 
