@@ -52,7 +52,7 @@ def test_a_script_of_newer_releases_is_told_of_their_defaults() -> None:
     [
         ({"lerning_rate": 1e-4}, "PPOConfig has no setting lerning_rate: did you mean learning_rate?"),
         ({"output_dir": "x"}, "PPOConfig has no setting output_dir: use train(run_dir=...)"),
-        ({"compile": True}, "PPOConfig has no setting compile: use nothing: compiled layers made updates no faster"),
+        ({"compile": True}, "PPOConfig has no setting compile, and needs none: compiled layers made updates no faster"),
         ({"xyzzy": 1}, "PPOConfig has no setting xyzzy"),
     ],
 )

@@ -75,7 +75,7 @@ class RunInputs:
     def resolved(self, options: TrainOptions) -> dict[str, Any]:
         """Options in effect, in a form that can be written to a file; prompts are given by their count."""
         given = {f.name: getattr(options, f.name) for f in fields(options)}
-        for name in ("run_dir", "resume", "progress"):  # no effect on the results
+        for name in ("run_dir", "resume", "progress", "launch"):  # no effect on the results
             del given[name]
         return given | {
             "prompts": len(self.prompts),

@@ -114,6 +114,8 @@ class _Run:
             "train": train_options,
             "model": {"commits": policy.commits},
         }
+        if self.options.launch is not None:
+            config["launch"] = self.options.launch
         self.keeper.begin(state.step, None if checkpoint is None else checkpoint.path, config)
         source = "" if checkpoint is None else f", from {checkpoint.path.name}"
         self.keeper.event(f"from step {state.step} to {self.inputs.target}{source}")

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trl.protocols import Callback, Tracker
 from trl.runs.spikes import SpikeSettings
+
+if TYPE_CHECKING:  # options can be checked without torch
+    from trl.protocols import Callback, Tracker
 
 OnSpike = Literal["warn", "skip", "rollback"]
 OnDiskError = Literal["stop", "go_on"]
@@ -65,6 +67,7 @@ class TrainOptions:
     callbacks: Sequence[Callback] = ()
     trackers: Sequence[Tracker] = ()
     progress: bool | None = None
+    launch: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.episodes is None):

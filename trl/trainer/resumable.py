@@ -63,6 +63,7 @@ class ResumableTrainer(ReportingTrainer):
         callbacks: Sequence[Callback] = (),
         trackers: Sequence[Tracker] = (),
         progress: bool | None = None,
+        launch: Mapping[str, Any] | None = None,
     ) -> TrainResult:
         """Runs the full training loop (sample, score, learn), keeping records and checkpoints in a run folder.
 
@@ -96,6 +97,7 @@ class ResumableTrainer(ReportingTrainer):
             callbacks: see `trl.protocols.Callback`.
             trackers: see `trl.protocols.Tracker`. A tracker that fails or hangs loses its rows but never stops the run.
             progress: None shows a bar on a terminal (with rich) and plain lines elsewhere; False shows nothing.
+            launch: how the run was started, kept under `launch` in config.resolved.yaml; `trl resume` reads it.
 
         Raises:
             ValueError: if an argument is invalid, or `run_dir` holds a different run.

@@ -30,25 +30,64 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {
 # Settings that came with 0.7: a script that gives one of them was written for the defaults above.
 SINCE_0_7 = ("exp_name", "query_dataset", "reward_model", "optimize_device_cache", "dataset_num_proc")
 
-# Settings of TRL 1's configurations, and settings that this library had: what takes their place.
-_ELSEWHERE = {
-    "beta": "init_kl_coef, the weight of the KL",
-    "bf16": "dtype='bfloat16'",
-    "compile": "nothing: compiled layers made updates no faster, so the setting was removed",
-    "epsilon": "cliprange",
-    "kl_coef": "init_kl_coef, with adap_kl_ctrl=False to keep it fixed",
-    "max_completion_length": "train(generation={'max_new_tokens': ...})",
-    "max_new_tokens": "train(generation={'max_new_tokens': ...}), or an argument of generate",
-    "max_steps": "train(steps=...)",
-    "num_generations": "group_size",
-    "num_ppo_epochs": "ppo_epochs",
-    "output_dir": "train(run_dir=...)",
-    "per_device_train_batch_size": "mini_batch_size, per forward and backward pass, and batch_size, per call to step",
-    "report_to": "log_with",
-    "reward_weights": "train(reward={name: function}) and trl.rewards.weighted",
-    "save_steps": "train(save_every=...)",
-    "total_ppo_epochs": "nothing: it follows from steps and batch_size",
-    "total_episodes": "train(episodes=...)",
+# Settings of TRL 1 that have another name here and the same meaning: the command line's setting, and what Python calls it.
+RENAMED: dict[str, tuple[str, str]] = {
+    "eval_steps": ("train.eval_every", "train(eval_every=...)"),
+    "lora_alpha": ("lora.alpha", "peft.LoraConfig(lora_alpha=...)"),
+    "lora_dropout": ("lora.dropout", "peft.LoraConfig(lora_dropout=...)"),
+    "lora_r": ("lora.r", "peft.LoraConfig(r=...)"),
+    "lora_target_modules": ("lora.target_modules", "peft.LoraConfig(target_modules=...)"),
+    "lr_scheduler_type": ("train.schedule", "PPOTrainer(lr_scheduler=...)"),
+    "max_completion_length": ("generation.max_new_tokens", "train(generation={'max_new_tokens': ...})"),
+    "max_steps": ("train.steps", "train(steps=...)"),
+    "model_name_or_path": ("model.name", "from_pretrained"),
+    "model_revision": ("model.revision", "from_pretrained(revision=...)"),
+    "num_generations": ("ppo.group_size", "group_size"),
+    "num_iterations": ("ppo.ppo_epochs", "ppo_epochs"),
+    "num_ppo_epochs": ("ppo.ppo_epochs", "ppo_epochs"),
+    "output_dir": ("train.run_dir", "train(run_dir=...)"),
+    "report_to": ("ppo.log_with", "log_with"),
+    "response_length": ("generation.max_new_tokens", "train(generation={'max_new_tokens': ...})"),
+    "reward_funcs": ("reward.functions", "train(reward=...)"),
+    "reward_weights": ("reward.weights", "train(reward={name: function}) and trl.rewards.as_reward(weights=...)"),
+    "save_steps": ("train.save_every", "train(save_every=...)"),
+    "save_total_limit": ("train.keep_last", "train(keep_last=...)"),
+    "sft_model_path": ("model.name", "from_pretrained"),
+    "total_episodes": ("train.episodes", "train(episodes=...)"),
+}
+
+# Settings of TRL 1, and settings that this library had, that have no exact equivalent: the same two, in words.
+EXPLAINED: dict[str, tuple[str, str]] = {
+    "beta": ("ppo.init_kl_coef, or grpo.kl_coef for GRPO", "init_kl_coef, the weight of the KL"),
+    "bf16": ("ppo.dtype: bfloat16", "dtype='bfloat16'"),
+    "compile": ("nothing: compiled layers made updates no faster",) * 2,
+    "dataset_name": ("data.prompts, a file of prompts", "train(prompts), which takes a datasets.Dataset"),
+    "epsilon": ("ppo.cliprange, or grpo.clip_range for GRPO", "cliprange"),
+    "kl_coef": (
+        "ppo.init_kl_coef, with ppo.adap_kl_ctrl: false to keep it fixed",
+        "init_kl_coef, with adap_kl_ctrl=False to keep it fixed",
+    ),
+    "logging_steps": ("nothing: every step is recorded",) * 2,
+    "loss_type": ("ppo.loss_denominator, or another algorithm", "loss_denominator, or another algorithm"),
+    "max_new_tokens": (
+        "generation.max_new_tokens",
+        "train(generation={'max_new_tokens': ...}), or an argument of generate",
+    ),
+    "max_prompt_length": ("nothing: prompts are never cut, and one that is too long is an error",) * 2,
+    "num_mini_batches": ("ppo.mini_batch_size and ppo.gradient_accumulation_steps: samples per optimizer step",) * 2,
+    "num_train_epochs": ("train.steps or train.episodes", "train(steps=...) or train(episodes=...)"),
+    "per_device_train_batch_size": (
+        "ppo.mini_batch_size, per forward and backward pass, and ppo.batch_size, per step",
+        "mini_batch_size, per forward and backward pass, and batch_size, per call to step",
+    ),
+    "reward_model_path": (
+        "reward: classifier:MODEL, with the label in reward.options",
+        "train(reward=trl.rewards.ClassifierReward.from_pretrained(...))",
+    ),
+    "stop_token": ("ppo.stop_token_ids", "stop_token_ids"),
+    "total_ppo_epochs": ("nothing: it follows from steps and batch_size",) * 2,
+    "use_peft": ("lora.r, the rank of the adapter", "from_pretrained(peft_config=peft.LoraConfig(...))"),
+    "use_vllm": ("nothing: the model samples in this process",) * 2,
 }
 
 
@@ -71,8 +110,14 @@ def names_unknown_settings(cls: type[T]) -> type[T]:
     return cls
 
 
+def instead(replacement: str) -> str:
+    """The end of a sentence about an unknown setting, from what takes its place."""
+    reason = replacement.removeprefix("nothing: ")
+    return f": use {replacement}" if reason == replacement else f", and needs none: {reason}"
+
+
 def _explain(config: str, name: str, known: Sequence[str]) -> str:
-    if name in _ELSEWHERE:
-        return f"{config} has no setting {name}: use {_ELSEWHERE[name]}"
+    if name in RENAMED or name in EXPLAINED:
+        return f"{config} has no setting {name}{instead((RENAMED | EXPLAINED)[name][1])}"
     close = difflib.get_close_matches(name, known, n=1)
     return f"{config} has no setting {name}" + (f": did you mean {close[0]}?" if close else "")

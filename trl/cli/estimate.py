@@ -1,0 +1,134 @@
+"""What a run will take, from the model's configuration alone: parameters, memory, tokens, optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from trl.cli import building
+from trl.cli.resolve import Resolved
+from trl.data import load_prompts
+from trl.runs.options import TrainOptions
+
+_MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Numbers of a run; memory in bytes, without activations unless named so."""
+
+    parameters: int
+    trained: int
+    weights: int
+    reference: int
+    gradients: int
+    optimizer: int
+    activations: int  # of one forward and backward pass
+    prompts: int
+    prompt_tokens: float  # mean
+    tokens_per_step: int  # at most: prompts and responses of full length
+    optimizer_steps: int  # per step
+    steps: int
+    samples: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the memory."""
+        return self.weights + self.reference + self.gradients + self.optimizer + self.activations
+
+
+def text(command: str, resolved: Resolved) -> str:
+    """The estimate as text, with a remark where a setting is unusual."""
+    found = estimate(command, resolved)
+    batch, mini = resolved["ppo.batch_size"], resolved["ppo.mini_batch_size"]
+    lines = [
+        f"parameters      {found.parameters:,}, of which {found.trained:,} are trained",
+        f"memory          about {_size(found.total)}: weights {_size(found.weights)}, reference {_size(found.reference)}, "
+        f"gradients {_size(found.gradients)}, optimizer {_size(found.optimizer)}, activations {_size(found.activations)}",
+        f"prompts         {found.prompts:,}, {found.prompt_tokens:.0f} tokens on average",
+        f"a step          {batch} samples, at most {found.tokens_per_step:,} tokens, {found.optimizer_steps} optimizer steps",
+        f"the run         {found.steps:,} steps, {found.samples:,} samples, {found.samples / resolved['ppo.group_size'] / found.prompts:.1f} passes over the prompts",
+    ]
+    if found.optimizer_steps > 64:
+        lines.append(
+            f"remark          {found.optimizer_steps} optimizer steps on one batch are many: mini_batch_size={mini} samples each; "
+            f"{max(1, batch // 4)} would make {4 * resolved['ppo.ppo_epochs']}"
+        )
+    return "\n".join(lines)
+
+
+def estimate(command: str, resolved: Resolved) -> Estimate:
+    """Estimates a run without loading weights.
+
+    Memory counts float32 weights, gradients and Adam's two moments. Activations follow Korthikanti et al. 2022
+    (arXiv:2205.05198): 34 bytes per token, layer and hidden unit at two bytes a number, without the attention matrices,
+    which fused attention does not keep; and the logits of one minibatch.
+    """
+    ppo, settings = resolved.section("ppo"), resolved.section("model")
+    config = building.model_config(resolved)
+    seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+    with torch.device("meta"):
+        model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_config(
+            config, trust_remote_code=settings.trust_remote_code
+        )
+    width = int(getattr(config, "hidden_size", None) or getattr(config, "d_model", 0))
+    layers = int(getattr(config, "num_hidden_layers", None) or 0)
+    head = width + 1 if command == "ppo" else 0
+    whole = sum(p.numel() for p in model.parameters())
+    adapter = resolved.section("lora")
+    trained = whole + head if adapter.r is None else _adapter_size(model, resolved) + head
+    uses_reference = command == "ppo" or resolved["grpo.kl_coef"] > 0
+    reference = whole if uses_reference and (adapter.r is None or settings.reference is not None) else 0
+    if settings.shared_layers and layers:
+        blocks = sum(p.numel() for name, p in model.named_parameters() if ".0." in name)
+        shared = min(settings.shared_layers, layers) * blocks
+        trained, reference = trained - shared, max(0, reference - shared)
+    source, held_out = building.prompts(resolved)
+    prompts = load_prompts(source, building.tokenizer(resolved))
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    response = resolved["generation.max_new_tokens"]
+    steps = TrainOptions(
+        prompts=source,
+        reward=None,
+        eval_prompts=held_out,
+        steps=resolved["train.steps"],
+        episodes=resolved["train.episodes"],
+    ).target(int(ppo.batch_size or 1))
+    micro = int(ppo.mini_batch_size or 1) * (max(lengths) + response)
+    vocabulary = int(getattr(config, "vocab_size", None) or 0)
+    moments = 2 if ppo.optimizer_state_dtype == "bfloat16" else 4
+    per_token = 4 * width if ppo.gradient_checkpointing else 68 * width
+    return Estimate(
+        parameters=whole + head,
+        trained=trained,
+        weights=4 * (whole + head),
+        reference=4 * reference,
+        gradients=4 * trained,
+        optimizer=2 * moments * trained,
+        activations=micro * (layers * per_token + 4 * vocabulary),
+        prompts=len(prompts),
+        prompt_tokens=sum(lengths) / len(lengths),
+        tokens_per_step=math.ceil(int(ppo.batch_size or 1) * (sum(lengths) / len(lengths) + response)),
+        optimizer_steps=int(ppo.ppo_epochs or 1) * int(ppo.batch_size or 1) // ppo.samples_per_update,
+        steps=steps,
+        samples=steps * int(ppo.batch_size or 1),
+    )
+
+
+def _adapter_size(model: Any, resolved: Resolved) -> int:
+    """Parameters of a LoRA adapter; peft adds it to the model without weights."""
+    from trl.models.adapters import require_peft
+
+    peft = require_peft("lora.r")
+    adapter = resolved.section("lora")
+    config = peft.LoraConfig(r=adapter.r, target_modules=adapter.target_modules)
+    with torch.device("meta"):
+        return sum(p.numel() for p in peft.get_peft_model(model, config).parameters() if p.requires_grad)
+
+
+def _size(count: float) -> str:
+    return f"{count / _MEBIBYTE / 1024:.1f} GB" if count >= 1024 * _MEBIBYTE else f"{count / _MEBIBYTE:.0f} MB"

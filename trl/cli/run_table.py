@@ -1,0 +1,190 @@
+"""Finds runs on disk and lists them: state, steps, score, KL, when, and where the model is."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trl.cli.arguments import Invocation
+from trl.cli.problems import Problem, UsageError, did_you_mean, shorten
+from trl.trackers import RunDirectory, read_metrics, run_folder
+
+ROOT = "runs"
+_DEPTH = 3  # folders under the root in which runs are looked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run in the table."""
+
+    path: str
+    state: str  # "running", "finished", "stopped" (by a signal), "failed", "killed", "new"
+    step: int
+    target: int | None
+    score: float | None
+    kl: float | None
+    changed: float  # Unix time of the last record
+    model: str | None  # folder of the final model
+    note: str = ""  # the error of a failed run
+
+
+def main(invocation: Invocation) -> int:
+    """`trl runs [ROOT]`."""
+    root = Path(invocation.arguments[0] if invocation.arguments else ROOT)
+    if not root.is_dir():
+        raise UsageError(
+            f"there is no folder {root}; runs of trl ppo are in {ROOT}, unless train.run_dir says otherwise"
+        )
+    runs = sorted((read_run(path) for path in find_runs(root)), key=lambda run: run.changed)
+    if invocation.has("json"):
+        print(json.dumps([asdict(run) for run in runs], indent=2))
+    elif runs:
+        print(table(runs))
+    else:
+        print(f"no runs in {root}")
+    return 0
+
+
+def find_runs(root: Path) -> Iterator[Path]:
+    """Run folders in a folder, itself included. Symbolic links are not followed."""
+
+    def walk(folder: Path, depth: int) -> Iterator[Path]:
+        if RunDirectory.exists(folder):
+            yield folder
+        elif depth:
+            for entry in sorted(folder.iterdir()):
+                if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
+                    yield from walk(entry, depth - 1)
+
+    return walk(root, _DEPTH)
+
+
+def read_run(path: Path) -> Run:
+    """A run's row of the table, from its files; a damaged file is noted and not fatal."""
+    note, rows, summary = "", [], {}
+    try:
+        rows = read_metrics(path)
+        if (path / "summary.json").is_file():
+            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        note = str(error)
+    row = rows[-1] if rows else {}
+    state = _state(path, summary, bool(rows))
+    if state == "failed":
+        note = note or _failure(path)
+    target = summary.get("target") or _planned(path)
+    return Run(
+        path=str(path),
+        state=state,
+        step=int(row.get("step", 0)),
+        target=target if isinstance(target, int) else None,
+        score=_number(row.get("eval/score_mean", row.get("score/mean"))),
+        kl=_number(row.get("objective/kl")),
+        changed=max(entry.stat().st_mtime for entry in (path / "events.log", path / "metrics.jsonl") if entry.exists()),
+        model=str(path / "model") if (path / "model").is_dir() else None,
+        note=note,
+    )
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The runs as text, a line each."""
+    head = ("run", "state", "steps", "score", "KL", "when", "model")
+    lines = [head]
+    for run in runs:
+        steps = f"{run.step}/{run.target}" if run.target else str(run.step)
+        lines.append(
+            (shorten(run.path, 60), run.state, steps, _shown(run.score), _shown(run.kl), _when(run.changed), shorten(run.model or "-", 60))
+        )  # fmt: skip
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text += [f"{shorten(run.path, 60)}: {shorten(run.note, 160)}" for run in runs if run.note]
+    return "\n".join(text)
+
+
+def existing_run(name: str) -> Path:
+    """The folder of a run: a path, or a name in `runs`.
+
+    Raises:
+        UsageError: if there is no run; names one that is spelled alike.
+    """
+    try:
+        folder = run_folder(name)
+        if RunDirectory.exists(folder):
+            return folder
+        if len(Path(name).parts) == 1 and RunDirectory.exists(name, ROOT):
+            return run_folder(name, ROOT)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    parent = folder.parent if folder.parent.is_dir() and folder.parent != Path.cwd() else Path(ROOT)
+    names = [path.name for path in find_runs(parent)] if parent.is_dir() else []
+    near = did_you_mean(Path(name).name, names)
+    if folder.is_dir() and not near:
+        near = ": the folder has no events.log"
+    raise UsageError([Problem(text=f"there is no run{near or ': trl runs lists them'}", where=shorten(name, 120))])
+
+
+def _state(path: Path, summary: dict[str, Any], has_rows: bool) -> str:
+    if _is_locked(path / ".lock"):
+        return "running"
+    reason = summary.get("reason")
+    if reason in ("SIGINT", "SIGTERM"):
+        return "stopped"
+    if reason is not None:
+        return "finished"
+    if _failure(path):
+        return "failed"
+    return "killed" if has_rows else "new"
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process is writing the run; False on a system without locks."""
+    try:
+        import fcntl
+
+        with path.open("rb") as file:
+            if not file.read(1):  # released: not even tried, since a run may be starting
+                return False
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    except (ImportError, OSError):
+        return False
+    return False
+
+
+def _failure(path: Path) -> str:
+    """The last event, if it is an error that ended the run."""
+    try:
+        with (path / "events.log").open("rb") as file:
+            file.seek(max(0, path.joinpath("events.log").stat().st_size - 65536))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    text = lines[-1].partition(" ")[2] if lines else ""
+    return text if text.startswith("failed in step") else ""
+
+
+def _planned(path: Path) -> Any:
+    """Planned steps of a run that is not over."""
+    from trl.cli.launch import stored_config
+
+    train = stored_config(path).get("train")
+    return train.get("steps") if isinstance(train, dict) else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _when(changed: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
