@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trl import startup
 from trl.cli import launch, places, reward_sources
 from trl.cli.arguments import Invocation
 from trl.cli.problems import UsageError
@@ -64,6 +65,9 @@ def _run(command: str, resolved: Resolved, kept: Mapping[str, Any], *, folder: s
     run = Path(resolved["train.run_dir"])
     shown = places.shown_path(run)
     try:
+        if (note := startup.busy_note()) is not None:
+            _say(note)
+        _say(f"loading {resolved['model.name']}")
         trainer, arguments = _prepare(command, resolved, folder)
         _say(f"{'going on with' if resume else 'training in'} {shown}; Ctrl-C saves and stops")
         result = trainer.train(**arguments, resume="auto" if resume else False, launch=kept)

@@ -19,13 +19,8 @@ _SEQUENCES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d)[^\x07
 def plain(text: str) -> str:
     """Returns `text` on one line, without escape sequences, control characters and bidirectional marks."""
     text = _SEQUENCES.sub("", text[:_LONGEST])
-    return visible(" ".join(text.split()))
-
-
-def visible(text: str) -> str:
-    """Returns `text` with its spaces and line breaks, without escape sequences, control characters and bidirectional marks."""
-    text = _SEQUENCES.sub("", text)
-    return "".join(c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    text = " ".join(text.split())
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
 
 
 def clock(seconds: float) -> str:

@@ -135,7 +135,10 @@ class Keeper:
             )
             logger.warning("%s", message)
             return [message]
-        changes = differences(before, plain(config)) if before is not None else []
+        if before is None:
+            return []
+        # What "launch" repeats of the other sections would be listed twice.
+        changes = differences(*({k: v for k, v in c.items() if k != "launch"} for c in (before, plain(config))))
         return [f"setting changed: {change}" for change in changes]
 
     # Records ---------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class NothingScored(RuntimeError):
 
 def train(trainer: Learner, options: TrainOptions) -> TrainResult:
     """Runs the managed loop; see `PPOTrainer.train`."""
-    with SignalWatch() as signals, ExitStack() as stack:
+    with SignalWatch(announce=options.progress is not False) as signals, ExitStack() as stack:
         run = _Run(trainer, options, signals, stack)
         run.begin()
         while not run.is_over():

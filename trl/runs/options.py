@@ -6,12 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
+from trl.protocols import Callback, Tracker
 from trl.runs.spikes import SpikeSettings
-
-if TYPE_CHECKING:  # options can be checked without torch
-    from trl.protocols import Callback, Tracker
 
 OnSpike = Literal["warn", "skip", "rollback"]
 OnDiskError = Literal["stop", "go_on"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from types import FrameType
@@ -11,16 +12,21 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_NOTICE = b"\nfinishing this step and saving it; Ctrl-C again stops at once\n"
 
 
 class SignalWatch:
     """Context manager that records the first SIGTERM or SIGINT; a later SIGINT raises KeyboardInterrupt at once.
 
     Python handles signals only in the main thread: in any other, this does nothing and `received` stays None.
+
+    Args:
+        announce: on the first SIGINT, say on standard error that the run stops after this step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, announce: bool = False) -> None:
         self.received: int | None = None
+        self._announce = announce
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> SignalWatch:
@@ -42,6 +48,8 @@ class SignalWatch:
             raise KeyboardInterrupt
         if self.received is None:
             self.received = number
+            if self._announce and number == signal.SIGINT:
+                os.write(2, _NOTICE)  # unbuffered: the handler may have interrupted a write
 
 
 def raise_for(number: int) -> None:
