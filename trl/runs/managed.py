@@ -167,7 +167,7 @@ class _Run:
         )
         evaluation = self._evaluate()
         clock.lap("eval")
-        self.row = scalars_of(stats, all_scored) | self._counts() | evaluation | clock.times(records)
+        self.row = scalars_of(stats, all_scored, records) | self._counts() | evaluation | clock.times(records)
         self.keeper.record(state.step, self.row, records)
         for tracker in self.trackers:
             tracker.log(self.row, state.step)
