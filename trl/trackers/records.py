@@ -98,6 +98,13 @@ def read_completions(folder: str | Path, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in jsonl_path.read_bytes().splitlines()]
 
 
+def completion_steps(folder: str | Path) -> list[int]:
+    """Steps whose samples a run folder has, in order."""
+    path = Path(folder) / "completions"
+    steps = {step_of(entry) for entry in path.iterdir()} if path.is_dir() else set()
+    return sorted(step for step in steps if step is not None)
+
+
 def step_of(path: Path) -> int | None:
     """Step number of a completion file; None for any other file."""
     match = _FILE_NAME.fullmatch(path.name)
