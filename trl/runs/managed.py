@@ -24,8 +24,9 @@ from trl.runs.options import TrainOptions, TrainResult
 from trl.runs.progress import NoProgress, Progress, progress_for
 from trl.runs.rollback import SpikePolicy
 from trl.runs.rows import AccelerateTracker, Clock, scalars_of
-from trl.runs.samples import Drawn, draw, gather_records, gather_scored, judge, prepare_arguments
+from trl.runs.samples import Drawn, draw, gather_records, gather_scored, judge, prepare_arguments, totals
 from trl.runs.signals import SignalWatch, raise_for
+from trl.runs.token_records import token_records
 from trl.state.rng import kept_generators
 from trl.trackers import CompletionRecord, SafeTracker
 from trl.training.processes import check_same, run_together, share_json, sum_over_processes
@@ -169,7 +170,7 @@ class _Run:
         )
         evaluation = self._evaluate()
         clock.lap("eval")
-        self.row = scalars_of(stats, all_scored) | self._counts() | evaluation | clock.times(records)
+        self.row = scalars_of(stats, all_scored, records) | self._counts() | evaluation | clock.times(records)
         self.keeper.record(state.step, self.row, records)
         for tracker in self.trackers:
             tracker.log(self.row, state.step)
@@ -231,7 +232,8 @@ class _Run:
             return gather_records(self.accelerator, drawn, scored)
         kl = None if experience.kl is None else experience.kl.tolist()
         advantages = masked_mean(experience.advantages, experience.rollout.mask, dim=1).tolist() if trained else None
-        return gather_records(self.accelerator, drawn, scored, kl=kl, advantages=advantages)
+        tokens = token_records(self.trainer.tokenizer, experience, totals(scored))
+        return gather_records(self.accelerator, drawn, scored, kl=kl, advantages=advantages, tokens=tokens)
 
     def _counts(self) -> dict[str, Any]:
         sampler = self.state.sampler

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from trl.protocols import Reward
 from trl.rewards.compose import score_apart
 from trl.rewards.isolation import drawing_from
 from trl.rollout import stop_strings, stop_tokens
+from trl.runs.token_records import TokenRecord
 from trl.state.rng import own_numbers
 from trl.trackers import CompletionRecord
 from trl.training.processes import run_together, share_json
@@ -152,6 +154,7 @@ def gather_records(
     *,
     kl: Sequence[float] | None = None,
     advantages: Sequence[float] | None = None,
+    tokens: Mapping[int, TokenRecord] = MappingProxyType({}),
 ) -> list[CompletionRecord]:
     """Gathers a record of every sample of every process. Every process must call this.
 
@@ -161,6 +164,7 @@ def gather_records(
         scored: their scores.
         kl: KL to the reference per sample, summed over tokens; None if unknown.
         advantages: advantage per sample, averaged over tokens; None if unknown.
+        tokens: per-token records of some of this process's samples, by row.
     """
     local_records = [
         {
@@ -175,6 +179,7 @@ def gather_records(
             "finish_reason": "stop" if drawn.finished[i] else "length",
             "reward_seconds": scored.seconds[i],
             "error": scored.errors[i],
+            "tokens": tokens.get(i),
         }
         for i, (sample, total) in enumerate(zip(drawn.samples, totals(scored), strict=True))
     ]

@@ -1,11 +1,11 @@
 """Run directories and trackers: where statistics and completions are written."""
 
 from trl.trackers.completions import completions_table
-from trl.trackers.lock import RunLocked
+from trl.trackers.lock import RunLocked, is_being_written
 from trl.trackers.metrics import read_metrics, without_times
 from trl.trackers.paths import run_folder
-from trl.trackers.records import CompletionRecord, read_completions
-from trl.trackers.run_directory import NullRunDirectory, RunDirectory
+from trl.trackers.records import CompletionRecord, completion_steps, read_completions
+from trl.trackers.run_directory import NullRunDirectory, RunDirectory, read_config
 from trl.trackers.safe import NullTracker, SafeTracker
 
 __all__ = [
@@ -15,8 +15,11 @@ __all__ = [
     "RunDirectory",
     "RunLocked",
     "SafeTracker",
+    "completion_steps",
     "completions_table",
+    "is_being_written",
     "read_completions",
+    "read_config",
     "read_metrics",
     "run_folder",
     "without_times",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import socket
 import weakref
 from pathlib import Path
@@ -62,6 +63,27 @@ class RunLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def is_being_written(folder: Path) -> bool:
+    """Whether a living process of this machine says that it is writing the run; of other machines, whether any does.
+
+    Reads the lock file and does not touch the lock: a reader must not get into a writer's way.
+    """
+    path = folder / ".lock"
+    holder = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    match = re.fullmatch(r"process (\d+) on (.+)", holder)
+    if match is None:
+        return False
+    if match[2] != socket.gethostname() or os.name != "posix":
+        return True
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 def _forget(lock: RunLock | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from trl.files import write_atomic
 from trl.redaction import redact
-from trl.trackers.plain import as_number, clean_text
+from trl.trackers.plain import as_number, clean_text, to_json
 
 _FILE_NAME = re.compile(r"step-(\d{8,})\.(?:parquet|jsonl)")
 _REWARD_PREFIX = "reward/"
@@ -42,13 +42,15 @@ class CompletionRecord:
     reward_seconds: float | None = None
     error: str | None = None
     """Error that prevented scoring."""
+    tokens: Mapping[str, Sequence[Any]] | None = None
+    """Per token of the response: `text`, `reward`, `kl`, `advantage`, `value`; recorded for a few samples of a step."""
 
 
 def write_records(folder: Path, step: int, records: Sequence[CompletionRecord]) -> Path:
     """Writes the samples of a step into `folder`, as Parquet, or as JSON lines if pyarrow is missing.
 
     Columns: step, prompt_id, prompt, completion, reward/NAME for every component, score, advantage, kl, length,
-    finish_reason, time/reward (seconds) and error. Non-finite numbers become null.
+    finish_reason, time/reward (seconds), error and tokens (JSON). Non-finite numbers become null.
 
     Returns:
         Path of the file.
@@ -96,6 +98,13 @@ def read_completions(folder: str | Path, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in jsonl_path.read_bytes().splitlines()]
 
 
+def completion_steps(folder: str | Path) -> list[int]:
+    """Steps whose samples a run folder has, in order."""
+    path = Path(folder) / "completions"
+    steps = {step_of(entry) for entry in path.iterdir()} if path.is_dir() else set()
+    return sorted(step for step in steps if step is not None)
+
+
 def step_of(path: Path) -> int | None:
     """Step number of a completion file; None for any other file."""
     match = _FILE_NAME.fullmatch(path.name)
@@ -122,6 +131,7 @@ def _columns(components: Sequence[str]) -> dict[str, type]:
         "finish_reason": str,
         "time/reward": float,
         "error": str,
+        "tokens": str,
     }
 
 
@@ -132,6 +142,8 @@ def _cell(record: CompletionRecord, step: int, column: str) -> int | float | str
         value: Any = record.reward_seconds
     elif column.startswith(_REWARD_PREFIX):
         value = record.rewards.get(column.removeprefix(_REWARD_PREFIX))
+    elif column == "tokens":
+        value = None if record.tokens is None else to_json(record.tokens)
     else:
         value = getattr(record, column)
     if isinstance(value, str):

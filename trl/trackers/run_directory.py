@@ -144,18 +144,8 @@ class RunDirectory:
         write_atomic(self.path / "config.resolved.yaml", text.encode("utf-8"))
 
     def read_config(self) -> Any:
-        """Reads back `config.resolved.yaml` as plain data; None if it does not exist.
-
-        Raises:
-            ValueError: if the file is not valid YAML; names the file and the position.
-        """
-        import yaml
-
-        path = self.path / "config.resolved.yaml"
-        try:
-            return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        """Reads back `config.resolved.yaml`; see `trl.trackers.read_config`."""
+        return read_config(self.path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`, the outcome of the run."""
@@ -294,6 +284,21 @@ class RunDirectory:
         for line in differences(before, json.loads(now)):
             self.event(f"environment changed: {line}")
         write_atomic(path, now.encode())
+
+
+def read_config(folder: str | Path) -> Any:
+    """Reads `config.resolved.yaml` of a run folder as plain data; None if it does not exist.
+
+    Raises:
+        ValueError: if the file is not valid YAML; names the file and the position.
+    """
+    import yaml
+
+    path = Path(folder) / "config.resolved.yaml"
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 class NullRunDirectory:

@@ -1,0 +1,217 @@
+"""Reads what a report shows from a run directory: rows, settings, state, findings and a bounded choice of completions."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from trl.health import Band, bands
+from trl.trackers import completion_steps, is_being_written, read_completions, read_config, read_metrics
+from trl.untrusted import one_line
+
+State = Literal["finished", "running", "stopped", "failed"]
+
+_MAX_STEPS_READ = 240  # completion files that one run contributes
+_MAX_BYTES = 7_000_000  # of prompts and completions of one report
+_MAX_TOKEN_BYTES = 3_000_000  # of per-token records of one report
+MAX_TEXT = 4_000  # characters shown of a text
+_FAILED = re.compile(r"\S+ failed in step (\d+): (.*)")
+_OPENED = re.compile(r"\S+ run (?:created|opened)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """A line of findings.jsonl, written by the doctor."""
+
+    step: int
+    severity: str
+    title: str
+    evidence: str
+    remedy: str
+    page: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as recorded so far."""
+
+    path: Path
+    rows: list[dict[str, Any]]
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    """Contents of summary.json; empty unless the run has ended."""
+    events: Sequence[str]
+    """The last lines of events.log."""
+    findings: Sequence[Finding]
+    being_written: bool
+    steps_recorded: Sequence[int]
+    """Steps with a file of completions."""
+    completions: list[dict[str, Any]] = field(default_factory=list)
+    """Samples of some steps, in order."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run: that of its folder."""
+        return one_line(self.path.name)
+
+    @property
+    def algorithm(self) -> str:
+        """Prefix of the algorithm's statistics."""
+        return str((self.config.get("algorithm") or {}).get("name", "ppo"))
+
+    @cached_property
+    def bands(self) -> Mapping[str, Band]:
+        """Healthy bands by key, for this run's settings."""
+        return bands(self.config, self.rows[0] if self.rows else None)
+
+    @property
+    def target(self) -> int | None:
+        """Planned steps; None if unknown."""
+        steps = self.summary.get("target") or (self.config.get("train") or {}).get("steps")
+        return int(steps) if steps else None
+
+    @cached_property
+    def failure(self) -> str | None:
+        """Error that ended the run, if its last events say so."""
+        for line in reversed(self.events):
+            if match := _FAILED.match(line):
+                return f"failed in step {match[1]}: {match[2]}"
+            if _OPENED.match(line):
+                break
+        return None
+
+    @property
+    def state(self) -> State:
+        """Whether the run is going on, and how it ended if not."""
+        if self.summary.get("reason") in ("steps", "callback"):
+            return "finished"
+        if self.being_written:
+            return "running"
+        return "failed" if self.failure and not self.summary else "stopped"
+
+    def series(self, key: str) -> list[float | None]:
+        """Values of a key, one per row; None where it is missing or not finite."""
+        return [finite(row.get(key)) for row in self.rows]
+
+    def keyed(self, key: str) -> str:
+        """A key of the catalogue in this run's rows: "ppo/..." with the prefix of its algorithm."""
+        return self.algorithm + key.removeprefix("ppo") if key.startswith("ppo/") else key
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None for anything that is not a finite one."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def read_run(folder: str | Path, share: int = 1) -> Run:
+    """Reads a run, also one that is being written.
+
+    Args:
+        folder: run directory.
+        share: number of runs in the report, among which the room for completions is divided.
+
+    Raises:
+        ValueError: if the folder is not a run directory, or a file in it is damaged; names the file.
+    """
+    path = Path(folder).resolve()
+    events_file = path / "events.log"
+    if not events_file.is_file():
+        raise ValueError(f"{folder} is not a run directory: it has no events.log. Give the run_dir of `train`")
+    config = read_config(path)
+    steps = completion_steps(path)
+    return Run(
+        path=path,
+        rows=read_metrics(path),
+        config=config if isinstance(config, dict) else {},
+        summary=_read_json(path / "summary.json"),
+        events=events_file.read_text(encoding="utf-8", errors="replace").splitlines()[-200:],
+        findings=_read_findings(path / "findings.jsonl"),
+        being_written=is_being_written(path),
+        steps_recorded=steps,
+        completions=_read_samples(path, _spread(steps, _MAX_STEPS_READ // share), share),
+    )
+
+
+def age(run: Run) -> float:
+    """Seconds since the run's last metrics row was written."""
+    modified = (run.path / "metrics.jsonl").stat().st_mtime
+    return max(0.0, datetime.now(timezone.utc).timestamp() - modified)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _read_findings(path: Path) -> list[Finding]:
+    """Findings, in order; a line that is cut off or of another form is left out."""
+    findings = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the last line of a run that is being written
+            continue
+        if isinstance(entry, dict):
+            texts = {name: str(entry.get(name, "")) for name in ("severity", "title", "evidence", "remedy", "page")}
+            findings.append(Finding(step=int(finite(entry.get("step")) or 0), **texts))
+    return findings
+
+
+def _spread(steps: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the steps: a quarter of them the last ones, the others evenly spaced from the first."""
+    if len(steps) <= count:
+        return list(steps)
+    recent = max(1, count // 4)
+    older, wanted = steps[:-recent], count - recent
+    return [older[round(i * (len(older) - 1) / max(1, wanted - 1))] for i in range(wanted)] + list(steps[-recent:])
+
+
+def _read_samples(path: Path, steps: Iterable[int], share: int) -> list[dict[str, Any]]:
+    """Samples of these steps, thinned out to the room that a report has."""
+    batches = [read_completions(path, step) for step in steps]
+    room = _MAX_BYTES // share // max(1, len(batches))
+    token_room = _MAX_TOKEN_BYTES // share
+    samples: list[dict[str, Any]] = []
+    for batch in batches:
+        samples += _thinned(batch, room)
+    total = sum(len(sample.get("tokens") or "") for sample in samples)
+    budget = 0.0  # spreads the token records that fit evenly over the run
+    for sample in samples:
+        if tokens := sample.get("tokens"):
+            budget += len(tokens) * min(1.0, token_room / total)
+            if budget >= len(tokens):
+                budget -= len(tokens)
+            else:
+                sample["tokens"] = None
+    return samples
+
+
+def _thinned(batch: list[dict[str, Any]], room: int) -> list[dict[str, Any]]:
+    """As many samples of a step as fit, in order: first those that tell most, then those from the start of the batch."""
+
+    def size(sample: Mapping[str, Any]) -> int:
+        return 120 + min(len(sample["completion"]), MAX_TEXT) + min(len(sample["prompt"]), MAX_TEXT)
+
+    scored = sorted((s for s in batch if finite(s.get("score")) is not None), key=lambda s: float(s["score"]))
+    telling = [s for s in batch if s.get("tokens")] + scored[-1:] + scored[:1]
+    telling += sorted(batch, key=lambda s: int(s["length"]))[-1:] + [s for s in batch if s.get("error")][:4]
+    chosen: set[int] = set()
+    for number, sample in enumerate([*telling, *batch]):
+        room -= 0 if id(sample) in chosen else size(sample)
+        if room < 0 and number > 0:
+            break
+        chosen.add(id(sample))
+    return [sample for sample in batch if id(sample) in chosen]

@@ -1,0 +1,196 @@
+"""Puts a run into plain sentences: its state, what training achieved, and where metrics left their healthy bands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from trl.health import Band, Metric, Symptom, catalogued
+from trl.report.reading import Run, age
+from trl.untrusted import one_line
+
+Mood = Literal["good", "watch", "bad"]
+
+_RECENT = 20  # steps that "now" means
+_PATIENCE = 3  # steps out of its band before a metric is a problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departure:
+    """A metric outside its healthy band."""
+
+    metric: Metric
+    band: Band
+    symptom: Symptom
+    steps: int
+    """Number of steps outside."""
+    first: int
+    last: int
+    now: bool
+    """Whether it is outside in most of the last steps."""
+
+    @property
+    def sentence(self) -> str:
+        """When and how often the metric was outside."""
+        when = f"at step {self.first}" if self.first == self.last else f"between steps {self.first} and {self.last}"
+        number = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return f"Outside its healthy band ({band_text(self.band)}) in {number}, {when}."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The head of a report on one run."""
+
+    mood: Mood
+    headline: str
+    sentences: Sequence[str]
+    departures: Sequence[Departure]
+
+
+def verdict(run: Run) -> Verdict:
+    """Judges a run by its state, its metrics and the doctor's findings."""
+    departures = [d for key in run.bands if (d := departure(run, key)) is not None]
+    now = [d for d in departures if d.now]
+    errors = [f for f in run.findings if f.severity == "error"]
+    if run.state == "failed" or errors:
+        mood: Mood = "bad"
+    elif now or run.findings:
+        mood = "watch"
+    else:
+        mood = "good"
+    sentences = [s for s in (_score(run), _evaluation(run), _kl(run), _health(run, departures)) if s]
+    return Verdict(mood=mood, headline=_headline(run), sentences=sentences, departures=departures)
+
+
+def departure(run: Run, key: str) -> Departure | None:
+    """How a metric left its band, or None if it did so at most for a moment."""
+    band, metric = run.bands.get(key), catalogued(key)
+    if band is None or metric is None:
+        return None
+    points = [
+        (int(row["step"]), value)
+        for row, value in zip(run.rows, run.series(key), strict=True)
+        if value is not None and row["step"] > metric.grace
+    ]
+    outside = [(step, value) for step, value in points if not band.holds(value)]
+    if len(outside) < min(_PATIENCE, max(1, len(points))):
+        return None
+    below = sum(band.low is not None and value < band.low for _, value in outside)
+    symptom = metric.too_low if 2 * below > len(outside) else metric.too_high
+    if symptom is None:
+        return None
+    recent = points[-_RECENT:]
+    return Departure(
+        metric=metric,
+        band=band,
+        symptom=symptom,
+        steps=len(outside),
+        first=outside[0][0],
+        last=outside[-1][0],
+        now=2 * sum(not band.holds(value) for _, value in recent) > len(recent),
+    )
+
+
+def band_text(band: Band) -> str:
+    """A band in words: "at most 0.3", "0.8 to 1.25"."""
+    if band.low is not None and band.high is not None:
+        return f"{number(band.low)} to {number(band.high)}"
+    return f"at least {number(band.low)}" if band.low is not None else f"at most {number(band.high)}"
+
+
+def number(value: float | None) -> str:
+    """A number with three significant digits: 0.0312, 13.4, 2,816."""
+    if value is None:
+        return "–"
+    if value and (abs(value) < 1e-4 or abs(value) >= 1e7):
+        return f"{value:.2g}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    text = f"{value:,.{min(decimals, 6)}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 42 s, 5 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
+def _headline(run: Run) -> str:
+    step = int(run.rows[-1]["step"]) if run.rows else 0
+    of = f" of {run.target:,}" if run.target else ""
+    took = f", {duration(sum(v for v in run.series('time/step') if v is not None))} of training" if run.rows else ""
+    progress = f"step {step:,}{of}{took}"
+    if run.state == "finished":
+        return f"Finished at {progress}" + (", ended by a callback" if run.summary.get("reason") == "callback" else "")
+    if run.state == "running":
+        return (
+            f"Running: {progress}; last written {duration(age(run))} ago" if run.rows else "Running: no step done yet"
+        )
+    if run.state == "failed":
+        return f"Failed after {progress}: {one_line(run.failure or '')}"
+    if run.summary.get("reason"):
+        return (
+            f"Stopped by {one_line(str(run.summary['reason']))} at {progress}; run it again with resume='auto' to go on"
+        )
+    return f"Stopped without saying why at {progress}; run it again with resume='auto' to go on"
+
+
+def _ends(values: Sequence[float | None]) -> tuple[float, float, int] | None:
+    """Means of the first and the last tenth of a series, and the number of values in each."""
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return None
+    count = max(1, len(known) // 10)
+    return math.fsum(known[:count]) / count, math.fsum(known[-count:]) / count, count
+
+
+def _score(run: Run) -> str | None:
+    ends = _ends(run.series("score/mean"))
+    if ends is None:
+        return "No step has a score yet." if not run.rows else None
+    first, last, count = ends
+    spread = next((v for v in reversed(run.series("score/std")) if v is not None), 0.0)
+    change = last - first
+    verb = "stayed about the same" if abs(change) < 0.1 * spread else "rose" if change > 0 else "fell"
+    where = ("first step", "last") if count == 1 else (f"first {count} steps", f"last {count}")
+    joined = f"{number(first)} ({where[0]}) and {number(last)} ({where[1]})"
+    if verb.startswith("stayed"):
+        return f"The mean score {verb}: {joined}."
+    return f"The mean score {verb} from {joined.replace(' and ', ' to ')}."
+
+
+def _evaluation(run: Run) -> str | None:
+    scores = [(row["step"], v) for row, v in zip(run.rows, run.series("eval/score_mean"), strict=True) if v is not None]
+    if not scores:
+        return None
+    start, end = scores[0], scores[-1]
+    if len(scores) == 1:
+        return f"On held-out prompts the score was {number(start[1])} at step {start[0]}."
+    return f"On held-out prompts the score went from {number(start[1])} at step {start[0]} to {number(end[1])} at step {end[0]}."
+
+
+def _kl(run: Run) -> str | None:
+    ends = _ends(run.series("objective/kl"))
+    if ends is None:
+        return None
+    settings = run.config.get("ppo") or {}
+    target = settings.get("target") if settings.get("adap_kl_ctrl") and run.algorithm == "ppo" else None
+    aim = f", with a target of {number(target)}" if target else ""
+    return f"The policy is {number(ends[1])} nats per response away from the reference{aim}."
+
+
+def _health(run: Run, departures: Sequence[Departure]) -> str | None:
+    if not run.rows:
+        return None
+    now = [d.metric.title for d in departures if d.now]
+    past = [d.metric.title for d in departures if not d.now]
+    if now:
+        return f"Outside the healthy band now: {', '.join(now)}."
+    if past:
+        return f"All watched metrics are in their healthy bands now; outside for a while: {', '.join(past)}."
+    return "All watched metrics stayed in their healthy bands."
