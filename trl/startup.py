@@ -6,6 +6,8 @@ Our own commands call this; a script sets the variables itself (docs/how-to/comm
 from __future__ import annotations
 
 import os
+import signal
+import threading
 
 WAITING = {"GOMP_SPINCOUNT": "10000"}
 """How OpenMP's threads wait for work. By default GNU's runtime spins 300,000 times (milliseconds) before a thread sleeps,
@@ -22,6 +24,12 @@ def set_defaults() -> None:
         os.environ.update(WAITING)
     for name, value in _OTHER_DEFAULTS.items():
         os.environ.setdefault(name, value)
+
+
+def end_on_next_interrupt() -> None:
+    """Lets another Ctrl-C end the process at once, while what the first one asks for is done."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def cores() -> int:

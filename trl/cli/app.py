@@ -13,7 +13,7 @@ from trl import startup
 from trl.cli.arguments import read
 from trl.cli.commands import COMMANDS, Command
 from trl.cli.problems import UsageError, did_you_mean
-from trl.demo.terminal import visible
+from trl.untrusted import visible
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130  # exit codes; 0 is success, 143 SIGTERM
 _TRACEBACK = "TRL_TRACEBACK"  # environment variable: 1 shows where an error was raised
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"trl{name}: {error}")
         return INVALID
     except KeyboardInterrupt:
+        startup.end_on_next_interrupt()
         _say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # `trl runs | head`

@@ -50,7 +50,6 @@ _ALL = (
             Option(name="--steps", value="N", meaning="PPO steps"),
             Option(name="--batch-size", value="N", meaning="reviews per step"),
             Option(name="--out", value="DIR", meaning="output folder (default: runs/demo)"),
-            Option(name="--save-model", meaning="also save the trained model"),
         ),
     ),
     Command(

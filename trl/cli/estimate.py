@@ -75,7 +75,7 @@ def estimate(command: str, resolved: Resolved) -> Estimate:
         model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_config(
             config, trust_remote_code=settings.trust_remote_code
         )
-    width = int(getattr(config, "hidden_size", None) or getattr(config, "d_model", 0))
+    width = int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 0)
     layers = int(getattr(config, "num_hidden_layers", None) or 0)
     head = width + 1 if command == "ppo" else 0
     whole = sum(p.numel() for p in model.parameters())

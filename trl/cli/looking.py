@@ -14,7 +14,7 @@ from trl.cli import places, reward_sources
 from trl.cli.arguments import Invocation
 from trl.cli.resolve import resolve
 from trl.cli.run_table import existing_run
-from trl.demo.terminal import visible
+from trl.untrusted import visible
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "pyarrow", "rich", "tensorboard", "wandb", "trackio", "mlflow")  # fmt: skip
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from trl.demo.terminal import plain, visible
+from trl.untrusted import one_line, visible
 
 _SHOWN = 8  # problems in one message: it fits on a screen
 _LONGEST = 400  # characters of one problem
@@ -42,7 +42,7 @@ class UsageError(Exception):
 
 def shorten(text: str, longest: int = _LONGEST) -> str:
     """One line of at most `longest` characters, without control characters."""
-    text = plain(text)
+    text = one_line(text)
     return text if len(text) <= longest else text[: longest - 4] + " ..."
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from trl.cli.arguments import Invocation
 from trl.cli.problems import Problem, UsageError, did_you_mean, shorten
 from trl.trackers import RunDirectory, read_metrics, run_folder
+from trl.trackers.lock import is_being_written
 
 ROOT = "runs"
 _DEPTH = 3  # folders under the root in which runs are looked for
@@ -129,7 +130,7 @@ def existing_run(name: str) -> Path:
 
 
 def _state(path: Path, summary: dict[str, Any], has_rows: bool) -> str:
-    if _is_locked(path / ".lock"):
+    if is_being_written(path):
         return "running"
     reason = summary.get("reason")
     if reason in ("SIGINT", "SIGTERM"):
@@ -139,23 +140,6 @@ def _state(path: Path, summary: dict[str, Any], has_rows: bool) -> str:
     if _failure(path):
         return "failed"
     return "killed" if has_rows else "new"
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a process is writing the run; False on a system without locks."""
-    try:
-        import fcntl
-
-        with path.open("rb") as file:
-            if not file.read(1):  # released: not even tried, since a run may be starting
-                return False
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    except (ImportError, OSError):
-        return False
-    return False
 
 
 def _failure(path: Path) -> str:

@@ -11,8 +11,8 @@ from trl.cli import launch, places, reward_sources
 from trl.cli.arguments import Invocation
 from trl.cli.problems import Problem, UsageError
 from trl.cli.run_table import existing_run
-from trl.demo.terminal import visible
 from trl.trackers import RunDirectory
+from trl.untrusted import visible
 
 _LEAVE = ("exit", "quit")
 

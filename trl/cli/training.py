@@ -15,7 +15,7 @@ from trl.cli.arguments import Invocation
 from trl.cli.problems import UsageError
 from trl.cli.resolve import Resolved, resolve
 from trl.cli.run_table import existing_run, read_run
-from trl.demo.terminal import visible
+from trl.untrusted import visible
 
 _INTERRUPTED = 130
 
@@ -72,6 +72,7 @@ def _run(command: str, resolved: Resolved, kept: Mapping[str, Any], *, folder: s
         _say(f"{'going on with' if resume else 'training in'} {shown}; Ctrl-C saves and stops")
         result = trainer.train(**arguments, resume="auto" if resume else False, launch=kept)
     except KeyboardInterrupt:
+        startup.end_on_next_interrupt()
         _say(_interrupted(run, shown))
         return _INTERRUPTED
     report = _write_report(run)

@@ -128,9 +128,8 @@ class Document:
             raise UsageError([self._problem(line, reason)]) from error
         except yaml.reader.ReaderError as error:
             line = text[: error.position].count("\n") + 1
-            raise UsageError(
-                [self._problem(line, f"the character #x{ord(str(error.character)):04x} is not allowed")]
-            ) from error
+            code = error.character if isinstance(error.character, int) else ord(error.character)
+            raise UsageError([self._problem(line, f"the character U+{code:04X} is not allowed")]) from error
         except RecursionError as error:
             raise UsageError([Problem(text="lists or mappings are nested too deep", where=self.name)]) from error
 

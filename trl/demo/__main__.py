@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from trl import startup
 from trl.demo.outcome import DemoSettings
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells report it
@@ -67,12 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commandline.error(f"--out {args.out}: cannot be written: {error.strerror or error}")
     # Avoids requests to the Hub: nothing is downloaded. transformers reads this once, on import.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    startup.set_defaults()
+    if (note := startup.busy_note()) is not None:
+        print(note)
     try:
         from trl.demo.report import run_and_report
 
         interrupted = run_and_report(settings, args.out, stream=sys.stdout, started=started, save_model=args.save_model)
     except KeyboardInterrupt:
+        startup.end_on_next_interrupt()
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     return INTERRUPTED if interrupted else 0

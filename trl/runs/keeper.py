@@ -137,8 +137,10 @@ class Keeper:
             return [message]
         if before is None:
             return []
-        # What "launch" repeats of the other sections would be listed twice.
-        changes = differences(*({k: v for k, v in c.items() if k != "launch"} for c in (before, plain(config))))
+        now = plain(config)
+        for settings in (before, now):
+            settings.pop("launch", None)  # repeats the other sections
+        changes = differences(before, now)
         return [f"setting changed: {change}" for change in changes]
 
     # Records ---------------------------------------------------------------------------------------------------------
