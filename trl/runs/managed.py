@@ -23,11 +23,12 @@ from trl.runs.loop_state import LoopState
 from trl.runs.options import TrainOptions, TrainResult
 from trl.runs.progress import NoProgress, Progress, progress_for
 from trl.runs.rollback import SpikePolicy
-from trl.runs.rows import AccelerateTracker, Clock, scalars_of
+from trl.runs.rows import Clock, scalars_of
 from trl.runs.samples import Drawn, draw, gather_records, gather_scored, judge, prepare_arguments
 from trl.runs.signals import SignalWatch, raise_for
 from trl.state.rng import kept_generators
 from trl.trackers import CompletionRecord, SafeTracker
+from trl.trackers.completions import records_table
 from trl.training.processes import check_same, run_together, share_json, sum_over_processes
 from trl.training.resume import load_training
 from trl.training.run_state import Learner
@@ -35,6 +36,7 @@ from trl.types import Experience, Scored
 
 logger = logging.getLogger(__name__)
 
+_SHOWN_COMPLETIONS = 8  # samples in a tracker's table
 _MAX_EMPTY_BATCHES = 3  # consecutive batches without a single score before the run fails
 
 
@@ -92,7 +94,8 @@ class _Run:
             budgets=budgets_of(self.reward),
             spikes=self.spikes,
         )
-        self.trackers: list[SafeTracker] = []
+        self.trackers: list[SafeTracker] = []  # given to `train`: numbers alone
+        self.named_trackers: list[SafeTracker] = []  # of `config.log_with`: numbers, and tables of completions
         self.progress: Progress = NoProgress()
         self.row: dict[str, Any] = {}
         self.reason = "steps"
@@ -123,11 +126,12 @@ class _Run:
         self._dump_skipped_updates()
         self.spikes.begin(state.step, state.extra)
         if self.accelerator.is_main_process:
-            log_with = [AccelerateTracker(self.accelerator)] if self.trainer.config.log_with is not None else []
-            trackers = [*self.options.trackers, *log_with]
-            self.trackers = [t if isinstance(t, SafeTracker) else SafeTracker(t) for t in trackers]
+            self.trackers = [t if isinstance(t, SafeTracker) else SafeTracker(t) for t in self.options.trackers]
+            self.named_trackers = self.trainer._trl_open_trackers(
+                self.keeper.path, state.step, {"algorithm": config["algorithm"], "train": train_options}
+            )
             self.progress = progress_for(self.options.progress, done=state.step, target=self.inputs.target)
-        for tracker in self.trackers:
+        for tracker in (*self.trackers, *self.named_trackers):
             self.stack.callback(tracker.close)
         self.stack.callback(self.progress.close)
         self._call_back("on_start", state.step)
@@ -171,6 +175,9 @@ class _Run:
         self.keeper.record(state.step, self.row, records)
         for tracker in self.trackers:
             tracker.log(self.row, state.step)
+        shown = self.row | self._shown_completions(records)
+        for tracker in self.named_trackers:
+            tracker.log(shown, state.step)
         self.progress.update(state.step, self.row)
         answers = self._call_back("on_step", state.step, dict(self.row))
         if self._on_any_process(any(answer is True for answer in answers)):
@@ -239,6 +246,13 @@ class _Run:
             "run/skipped_batches": self.state.skipped_batches,
             "run/rollbacks": self.spikes.rollbacks,
         }
+
+    def _shown_completions(self, records: list[CompletionRecord]) -> dict[str, Any]:
+        """A table of some of the step's samples for trackers, at the steps of evaluations, or 20 times per run."""
+        every = self.inputs.eval_every or max(1, self.inputs.target // 20)
+        if not self.named_trackers or (self.state.step % every and self.state.step != self.inputs.target):
+            return {}
+        return {"completions": records_table(records, _SHOWN_COMPLETIONS)}
 
     def _evaluate(self) -> dict[str, float]:
         inputs, step = self.inputs, self.state.step

@@ -1,6 +1,6 @@
 """Run directories and trackers: where statistics and completions are written."""
 
-from trl.trackers.completions import completions_table
+from trl.trackers.completions import Table, completions_table
 from trl.trackers.lock import RunLocked
 from trl.trackers.metrics import read_metrics, without_times
 from trl.trackers.paths import run_folder
@@ -15,6 +15,7 @@ __all__ = [
     "RunDirectory",
     "RunLocked",
     "SafeTracker",
+    "Table",
     "completions_table",
     "read_completions",
     "read_metrics",

@@ -52,6 +52,7 @@ class PolicyTrainer(ResumableTrainer):
     """A trainer's models, optimizer, data and sampling. `OnlineTrainer` documents the arguments."""
 
     _trl_samples_reference = False  # in `generate(generate_ref_response=True)`, whose numbers are not the policy's
+    _trl_dataloader: Any = None
     _trl_recipe: Recipe | None = None
     """The algorithm's choices; None if a subclass builds its own algorithm."""
 
@@ -96,10 +97,6 @@ class PolicyTrainer(ResumableTrainer):
         reference = make_reference(model, ref_model, num_shared_layers) if self._trl_uses_reference else None
         self.dataset = dataset
         self.data_collator: Callable[..., Any] = PadCollator(tokenizer)
-        if dataset is None:
-            warnings.warn(
-                "no dataset is given: trainer.dataloader is None, so pass your own batches to step", stacklevel=3
-            )
         self._trl_forward_columns = list(inspect.signature(model.forward).parameters)
         self._trl_prepare_models(model, reference, optimizer, lr_scheduler, dataset, data_collator)
         self.kl_ctl = controller_for(config)
@@ -136,7 +133,7 @@ class PolicyTrainer(ResumableTrainer):
         config = self.config
         loader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
         optimizer = make_optimizer(config, [p for p in model.parameters() if p.requires_grad], optimizer)
-        self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
+        self.model, self.optimizer, self._trl_dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, loader, lr_scheduler
         )
         self._trl_optimizer_made_with = group_settings(inner(self.optimizer))
@@ -149,6 +146,19 @@ class PolicyTrainer(ResumableTrainer):
             recompute_activations(self.model)
 
     # Data ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def dataloader(self) -> Any:
+        """Shuffled batches of the trainer's `dataset`; None, with a warning, if it has none."""
+        if self._trl_dataloader is None:
+            warnings.warn(
+                "no dataset is given: trainer.dataloader is None, so pass your own batches to step", stacklevel=2
+            )
+        return self._trl_dataloader
+
+    @dataloader.setter
+    def dataloader(self, loader: Any) -> None:
+        self._trl_dataloader = loader
 
     def prepare_dataloader(self, dataset: Any, data_collator: Callable[..., Any] | None = None) -> DataLoader[Any]:
         """DataLoader with shuffled batches of `config.batch_size`, dropping an incomplete last batch.

@@ -16,9 +16,11 @@ from trl.runs.options import OnDiskError, OnSpike, TrainOptions, TrainResult
 from trl.runs.spikes import SpikeSettings
 from trl.state.checkpoints import Checkpoint
 from trl.state.fingerprints import Fingerprints
+from trl.trackers import SafeTracker
 from trl.trainer.policy_sampler import PolicySampler
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.reporting import ReportingTrainer
+from trl.trainer.tracking import NamedTracker
 from trl.training.guards import UpdateGuards
 from trl.training.resume import load_training, save_training
 
@@ -109,6 +111,11 @@ class ResumableTrainer(ReportingTrainer):
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self._trl_check_trainable()
         return train(self, TrainOptions(**arguments))  # type: ignore[arg-type]  # a Learner, by its subclasses
+
+    def _trl_open_trackers(self, folder: Path | None, step: int, settings: Mapping[str, Any]) -> list[SafeTracker]:
+        """Starts the trackers of `config.log_with` for a managed run, on the main process."""
+        trackers = [tracker for tracker in self.accelerator.trackers if isinstance(tracker, NamedTracker)]
+        return [tracker.begin_run(folder, step, settings) for tracker in trackers]
 
     def _trl_check_trainable(self) -> None:
         """Raises ValueError if a subclass overrides a method that a managed run does not call."""
