@@ -24,7 +24,7 @@ FLOORS = (
     {"training"},
     {"algorithms"},
     {"runs"},
-    {"core"},
+    {"core", "doctor"},
     {"trainer", "extras"},
     {"cli", "report", "feedback", "demo", "__main__"},
     {"__init__"},
