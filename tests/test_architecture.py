@@ -17,14 +17,14 @@ PACKAGE = Path(__file__).parent.parent / "trl"
 # Ground first. A room imports from the floors below it; rooms of one floor are strangers to each other.
 FLOORS = (
     {"legacy"},
-    {"types", "files", "redaction", "import_utils", "assets", "pretrained"},
+    {"types", "files", "redaction", "import_utils", "assets", "pretrained", "health"},
     {"protocols", "functional"},
     {"kernels"},
     {"models", "rollout", "rewards", "data", "trackers", "state"},
     {"training"},
     {"algorithms"},
     {"runs"},
-    {"core"},
+    {"core", "doctor"},
     {"trainer", "extras"},
     {"cli", "report", "feedback", "demo", "__main__"},
     {"__init__"},

@@ -20,11 +20,12 @@ from trl.runs.evaluation import evaluate_prompts
 from trl.runs.inputs import RunInputs, run_settings
 from trl.runs.keeper import Keeper
 from trl.runs.loop_state import LoopState
+from trl.runs.observer import Observer
 from trl.runs.options import TrainOptions, TrainResult
 from trl.runs.progress import NoProgress, Progress, progress_for
 from trl.runs.rollback import SpikePolicy
 from trl.runs.rows import Clock, scalars_of
-from trl.runs.samples import Drawn, draw, gather_records, gather_scored, judge, prepare_arguments
+from trl.runs.samples import Drawn, NothingScored, draw, gather_records, gather_scored, judge, prepare_arguments
 from trl.runs.signals import SignalWatch, raise_for
 from trl.state.rng import kept_generators
 from trl.trackers import CompletionRecord, SafeTracker
@@ -38,10 +39,6 @@ logger = logging.getLogger(__name__)
 
 _SHOWN_COMPLETIONS = 8  # samples in a tracker's table
 _MAX_EMPTY_BATCHES = 3  # consecutive batches without a single score before the run fails
-
-
-class NothingScored(RuntimeError):
-    """Raised when several consecutive batches contain no scored sample."""
 
 
 def train(trainer: Learner, options: TrainOptions) -> TrainResult:
@@ -87,6 +84,7 @@ class _Run:
         self.keeper = Keeper(trainer, options, inputs.save_every)
         stack.callback(self.keeper.close)
         self.spikes = SpikePolicy(trainer, options, self.keeper, inputs.save_every or 1)
+        self.observer = Observer(trainer, options.watch, self.keeper)
         self.state = LoopState(
             accelerator=self.accelerator,
             inputs=inputs,
@@ -123,6 +121,7 @@ class _Run:
         for remark in remarks:
             logger.warning("resuming %s: %s", self.keeper.path, remark)
             self.keeper.event(remark)
+        self.observer.begin(state.step, self.inputs, config)
         self._dump_skipped_updates()
         self.spikes.begin(state.step, state.extra)
         if self.accelerator.is_main_process:
@@ -171,8 +170,9 @@ class _Run:
         )
         evaluation = self._evaluate()
         clock.lap("eval")
-        self.row = scalars_of(stats, all_scored) | self._counts() | evaluation | clock.times(records)
+        self.row = scalars_of(stats, all_scored, records) | self._counts() | evaluation | clock.times(records)
         self.keeper.record(state.step, self.row, records)
+        self.observer.row(state.step, self.row)
         for tracker in self.trackers:
             tracker.log(self.row, state.step)
         shown = self.row | self._shown_completions(records)
@@ -204,6 +204,8 @@ class _Run:
             group_size=self.inputs.group_size,
         )
         prepared = self.trainer._trl_prepare(**arguments)
+        if self.state.step == 0:
+            self.observer.first_batch(drawn, scored, prepared.experience)
         step, reason = self.state.step + 1, self.spikes.reason_to_skip(prepared.experience)
         if reason is not None:
             self.state.skipped_batches += 1
@@ -342,6 +344,7 @@ class _Run:
             run_dir=self.keeper.path,
             seconds=time.monotonic() - self.started,
             metrics=self.row,
+            findings=tuple(self.observer.findings),
         )
         self._call_back("on_end", result)
         if number := self._signal():
@@ -359,10 +362,12 @@ class _Run:
             "episodes": self.state.step * self.inputs.batch_size,
             "run/skipped_batches": self.state.skipped_batches,
             "run/rollbacks": self.spikes.rollbacks,
+            "findings": [finding.code for finding in self.observer.findings],
             "time/seconds": time.monotonic() - self.started,
         }
         self.keeper.finish(summary, model=model)
         self.keeper.insist_on_event(event)
+        self.observer.end()
 
     def _record_failure(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         """Logs the exception that ended the run to the events."""

@@ -21,20 +21,43 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
 
 
-def scalars_of(stats: Mapping[str, Any], scored: Scored) -> dict[str, Any]:
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Quantile of sorted values, by linear interpolation between neighbours; NaN without values."""
+    if not ordered:
+        return math.nan
+    position = share * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+_QUANTILES = {"p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95}
+
+
+def scalars_of(stats: Mapping[str, Any], scored: Scored, records: Sequence[CompletionRecord]) -> dict[str, Any]:
     """Collects the scalars of a step and its rewards into a row; timings get the prefix `time/`.
 
     Args:
         stats: statistics from `PPOTrainer.step`; arrays are dropped.
         scored: scores of the samples of all processes.
+        records: the samples of all processes.
     """
-    mean, std = mean_and_std([total for total in totals(scored) if total is not None])
+    known = [total for total in totals(scored) if total is not None]
+    mean, std = mean_and_std(known)
+    ordered = sorted(known)
     row = {
         (rest if (rest := key.partition("/")[2]).startswith("time/") else key): number
         for key, value in stats.items()
         if (number := as_number(value)) is not None
     }
-    return {"score/mean": mean, "score/std": std, **row, **scored.statistics()}
+    return {
+        "score/mean": mean,
+        "score/std": std,
+        **{f"score/{name}": quantile(ordered, share) for name, share in _QUANTILES.items()},
+        **row,
+        "tokens/truncated": sum(record.finish_reason == "length" for record in records) / len(records),
+        **scored.statistics(),
+    }
 
 
 class Clock:

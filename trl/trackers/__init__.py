@@ -1,15 +1,17 @@
 """Run directories and trackers: where statistics and completions are written."""
 
 from trl.trackers.completions import Table, completions_table
+from trl.trackers.findings import Finding, read_findings
 from trl.trackers.lock import RunLocked
 from trl.trackers.metrics import read_metrics, without_times
 from trl.trackers.paths import run_folder
 from trl.trackers.records import CompletionRecord, read_completions
-from trl.trackers.run_directory import NullRunDirectory, RunDirectory
+from trl.trackers.run_directory import NullRunDirectory, RunDirectory, read_config
 from trl.trackers.safe import NullTracker, SafeTracker
 
 __all__ = [
     "CompletionRecord",
+    "Finding",
     "NullRunDirectory",
     "NullTracker",
     "RunDirectory",
@@ -18,6 +20,8 @@ __all__ = [
     "Table",
     "completions_table",
     "read_completions",
+    "read_config",
+    "read_findings",
     "read_metrics",
     "run_folder",
     "without_times",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -251,18 +250,32 @@ class PolicyTrainer(ResumableTrainer):
             "return_prompt": return_prompt,
         }
         arguments |= generation_kwargs
-        sample = self._trl_sample
-        if not isinstance(query_tensor, Tensor) and is_overridden(self, PolicyTrainer, "_generate_batched"):
-            sample = partial(call_generate_batched, self)
-        responses = sample(self.model, query_tensor, **arguments)
+        responses = self._trl_sample_by_hook(self.model, query_tensor, arguments)
         if not generate_ref_response:
             return responses
+        return responses, self._trl_generate_from_reference(query_tensor, **arguments)
+
+    def _trl_sample_by_hook(self, model: nn.Module, query_tensor: Any, arguments: dict[str, Any]) -> Any:
+        """Samples with `_generate_batched`, where a subclass overrides it and there are several queries."""
+        if not isinstance(query_tensor, Tensor) and is_overridden(self, PolicyTrainer, "_generate_batched"):
+            return call_generate_batched(self, model, query_tensor, **arguments)
+        return self._trl_sample(model, query_tensor, **arguments)
+
+    def _trl_generate_from_reference(
+        self, query_tensor: Any, length_sampler: Callable[[], int] | None = None, **generation_kwargs: Any
+    ) -> Any:
+        """As `generate`, from the reference, with the next random numbers.
+
+        Raises:
+            ValueError: if the algorithm uses no reference.
+        """
         if not self._trl_uses_reference:
             raise ValueError("generate_ref_response=True needs a reference model, which this algorithm does not use")
+        arguments = {"length_sampler": length_sampler, **generation_kwargs}
         self._trl_samples_reference = True
         try:
             with reference_mode(self.model) if self.ref_model is None else nullcontext(self.ref_model) as reference:
-                return responses, sample(reference, query_tensor, **arguments)
+                return self._trl_sample_by_hook(reference, query_tensor, arguments)
         finally:
             self._trl_samples_reference = False
 
@@ -319,6 +332,12 @@ class PolicyTrainer(ResumableTrainer):
             remove_padding=remove_padding,
             **generation_kwargs,
         )
+
+    def _trl_replay(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[Tensor] | None:
+        """Log-probabilities of responses as the sampler computes them; see `Learner`."""
+        start = int(self.is_encoder_decoder)
+        sampled = [response[start:] for response in responses]
+        return self._trl_sampler.replay(self.model, queries, sampled, self.config.temperature)
 
     def _trl_recalled(self, batch: Batch) -> Evaluation | None:
         """Evaluation cached by `generate`, which saves the scoring pass; None unless every process has its whole batch."""
