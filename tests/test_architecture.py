@@ -24,7 +24,7 @@ FLOORS = (
     {"training", "report"},
     {"algorithms"},
     {"runs"},
-    {"core"},
+    {"core", "doctor"},
     {"trainer", "extras"},
     {"feedback", "demo"},
     {"cli", "__main__"},

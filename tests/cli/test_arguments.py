@@ -19,9 +19,7 @@ def given(line: str) -> dict[str, Any]:
     return {flag.setting.path: flag.texts for flag in of(line).flags}
 
 
-@pytest.mark.parametrize(
-    "flag", ["--learning-rate", "--learning_rate", "--ppo.learning-rate", "--ppo.learning_rate", "--ppo.learning_rate"]
-)
+@pytest.mark.parametrize("flag", ["--learning-rate", "--learning_rate", "--ppo.learning-rate", "--ppo.learning_rate"])
 @pytest.mark.parametrize("separator", [" ", "="])
 def test_spellings(flag: str, separator: str) -> None:
     assert given(f"{flag}{separator}3e-4") == {"ppo.learning_rate": ("3e-4",)}

@@ -67,7 +67,7 @@ def test_names_stay_inside_their_root(name: str, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "link").symlink_to("/tmp")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UsageError, match="train.run_name"):
+    with pytest.raises(UsageError, match=r"train\.run_name"):
         folder(train__run_name=name)
     assert sorted(tmp_path.rglob("*")) == before
 

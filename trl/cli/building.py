@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +103,13 @@ def trainer(command: str, resolved: Resolved, steps: int) -> OnlineTrainer:
         "config": config, "model": policy, "ref_model": reference, "tokenizer": tokenizer(resolved),
         "num_shared_layers": settings.shared_layers, "optimizer": optimizer, "lr_scheduler": scheduler,
     }  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no dataset is given")  # the managed run brings its prompts
-        try:
-            if command == "ppo":
-                return PPOTrainer(**arguments)
-            choices = resolved.section("grpo")
-            return OnlineTrainer(**arguments, algorithm=grpo(clip_range=choices.clip_range, kl_coef=choices.kl_coef))
-        except ValueError as error:
-            raise UsageError([resolved.problem(str(error))]) from error
+    try:
+        if command == "ppo":
+            return PPOTrainer(**arguments)
+        choices = resolved.section("grpo")
+        return OnlineTrainer(**arguments, algorithm=grpo(clip_range=choices.clip_range, kl_coef=choices.kl_coef))
+    except ValueError as error:
+        raise UsageError([resolved.problem(str(error))]) from error
 
 
 def _schedule(resolved: Resolved, config: PPOConfig, policy: Any, steps: int) -> tuple[Any, Any]:

@@ -60,8 +60,7 @@ def doctor(invocation: Invocation) -> int:
     else:
         findings = _examine(invocation)
     for finding in findings:
-        print(visible(f"{finding.severity} {finding.code}: {finding.title}"))
-        print(visible(f"  {finding.evidence}\n  {finding.remedy}\n  {finding.page}"))
+        print(visible(str(finding)))
     if not findings:
         print("nothing found")
     return int(any(finding.severity == "error" for finding in findings))

@@ -185,6 +185,8 @@ class TrainSettings:
     """Response to a full or read-only disk."""
     progress: bool | None = None
     """Show progress."""
+    doctor: bool = True
+    """Look for signs that the run cannot train well, before the first update and in every step."""
 
     def __post_init__(self) -> None:
         if self.run_dir is not None and self.run_name is not None:

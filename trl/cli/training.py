@@ -79,6 +79,8 @@ def _run(command: str, resolved: Resolved, kept: Mapping[str, Any], *, folder: s
     first = _first_score(run)
     last = result.metrics.get("eval/score_mean", result.metrics.get("score/mean"))
     scores = f"; mean score {first:.3f} -> {last:.3f}" if first is not None and last is not None else ""
+    if result.findings:
+        _say(f"the doctor has {len(result.findings)} findings: trl doctor {shown}")
     _say(f"finished: {result.steps} steps, {result.episodes} samples in {_clock(result.seconds)}{scores}")
     _say(_what_next(run, report))
     return 0
@@ -110,7 +112,7 @@ def _prepare(command: str, resolved: Resolved, folder: str | None) -> tuple[Any,
     except ValueError as error:
         raise UsageError([resolved.problem(str(error))]) from error
     steps = options.target(int(resolved["ppo.batch_size"]) * int(os.environ.get("WORLD_SIZE", "1")))
-    return building.trainer(command, resolved, steps), arguments
+    return building.trainer(command, resolved, steps), arguments | {"doctor": train.doctor}
 
 
 def _dry_run(command: str, resolved: Resolved) -> int:

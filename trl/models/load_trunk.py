@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trl.models import adapters, loading
-from trl.pretrained import ADAPTER_CONFIG, check_adapter_format, commit_of, hub_arguments
+from trl.pretrained import ADAPTER_CONFIG, cache_if_unreachable, check_adapter_format, commit_of, hub_arguments
 
 
 def load_trunk(
@@ -47,4 +47,5 @@ def load_trunk(
         source: commit_of(source, ADAPTER_CONFIG, hub),
         base: commit_of(base, "config.json", hub_arguments(kwargs)),
     }
-    return adapters.load_adapter(model, source, is_trainable=is_trainable, **hub), True, commits
+    with cache_if_unreachable(source):
+        return adapters.load_adapter(model, source, is_trainable=is_trainable, **hub), True, commits

@@ -12,6 +12,7 @@ from trl.rollout.generation_settings import (
 )
 from trl.rollout.hf import TransformersEngine
 from trl.rollout.local import LocalEngine, Sampled, sample
+from trl.rollout.replay import replayed_logprobs
 from trl.rollout.self_check import obstacle
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "local_sampling",
     "new_token_limits",
     "obstacle",
+    "replayed_logprobs",
     "rollout_rows",
     "same_queries",
     "sample",

@@ -1,9 +1,10 @@
-"""Evaluation of the policy on held-out prompts."""
+"""Evaluation on held-out prompts: of the policy during a run, and of the trained policy against its base."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from trl.data import Prompt
@@ -15,18 +16,79 @@ from trl.training.processes import share_json
 from trl.training.run_state import Learner
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A response to a held-out prompt, with what is known of it."""
+
+    score: float | None  # None: the reward gave none
+    kl: float  # nats to the reference; NaN without one
+    length: int  # tokens
+    finished: bool  # whether a stop token or stop string ended it
+    prompt: str = ""
+    completion: str = ""
+    error: str | None = None
+
+
+def respond_and_judge(
+    trainer: Learner,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    generation: Mapping[str, Any],
+    *,
+    seed: int,
+    base: bool = False,
+) -> list[Judged]:
+    """Samples and scores a response to each prompt, split over the processes, which must all call this.
+
+    The random numbers follow from `seed`: the policy and its base get the same ones. The run's own generators and the
+    models' modes are left unchanged.
+
+    Args:
+        trainer: a PPOTrainer or an OnlineTrainer.
+        prompts: at least one prompt; the same list on every process.
+        reward: scores the responses.
+        generation: keyword arguments of `generate`.
+        seed: of the random numbers.
+        base: sample from the reference instead of the policy.
+
+    Returns:
+        One entry per prompt, in order, the same on every process.
+    """
+    accelerator, batch_size = trainer.accelerator, int(trainer.config.batch_size)
+    share = math.ceil(len(prompts) / accelerator.num_processes)
+    first = accelerator.process_index * share
+    local: list[Judged] = []
+    with own_numbers(seed, accelerator.device, trainer._trl_generator):
+        for start in range(0, share, batch_size):
+            # Every process must run the same number of forward passes, since wrapped models communicate in them.
+            # Surplus rows are computed but not counted.
+            indices = range(first + start, first + min(start + batch_size, share))
+            drawn = draw(trainer, [prompts[i % len(prompts)] for i in indices], generation, base=base)
+            scored = judge(trainer, reward, drawn, f"evaluation/{start}")
+            kl = None if base else trainer.reference_kl(drawn.queries, drawn.responses)
+            kls = [math.nan] * len(drawn.samples) if kl is None else kl.tolist()
+            batch = zip(drawn.samples, drawn.finished, totals(scored), scored.errors, kls, strict=True)
+            local += [
+                Judged(
+                    score=score,
+                    kl=kl,
+                    length=len(sample.completion_ids),
+                    finished=finished,
+                    prompt=sample.prompt,
+                    completion=sample.completion,
+                    error=error,
+                )
+                for i, (sample, finished, score, error, kl) in zip(indices, batch, strict=True)
+                if i < len(prompts)
+            ]
+    parts = share_json(accelerator, [asdict(judged) for judged in local])
+    return [Judged(**fields) for part in parts for fields in part]
+
+
 def evaluate_prompts(
     trainer: Learner, prompts: Sequence[Prompt], reward: Reward, generation: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Samples and scores held-out prompts, split over the processes, with the same random numbers every time.
-
-    The run's own random generators are left unchanged.
-
-    Args:
-        trainer: a PPOTrainer.
-        prompts: at least one prompt; the same list on every process.
-        reward: the reward used in training.
-        generation: keyword arguments of `PPOTrainer.generate`.
+    """Samples and scores held-out prompts with the same random numbers every time; see `respond_and_judge`.
 
     Returns:
         Metrics, identical on every process. Over the prompts with a score: `eval/score_mean` and `eval/score_std`
@@ -34,31 +96,14 @@ def evaluate_prompts(
         NaN without a reference), `eval/length` (tokens), `eval/finished` (fraction ended by a stop token or stop string)
         and `eval/excluded` (fraction without a score).
     """
-    accelerator, batch_size = trainer.accelerator, int(trainer.config.batch_size)
-    share = math.ceil(len(prompts) / accelerator.num_processes)
-    first = accelerator.process_index * share
-    rows: list[tuple[float | None, float, int, bool]] = []  # score, KL, length, finished
-    with own_numbers(int(trainer.config.seed or 0), accelerator.device, trainer._trl_generator):
-        for start in range(0, share, batch_size):
-            # Every process must run the same number of forward passes, since wrapped models communicate in them.
-            # Surplus rows are computed but not counted.
-            indices = range(first + start, first + min(start + batch_size, share))
-            drawn = draw(trainer, [prompts[i % len(prompts)] for i in indices], generation)
-            scores = totals(judge(trainer, reward, drawn, f"evaluation/{start}"))
-            lengths = [len(sample.completion_ids) for sample in drawn.samples]
-            kl = trainer.reference_kl(drawn.queries, drawn.responses)
-            kls = [math.nan] * len(lengths) if kl is None else kl.tolist()
-            batch_rows = zip(scores, kls, lengths, drawn.finished, strict=True)
-            rows += [row for i, row in zip(indices, batch_rows, strict=True) if i < len(prompts)]
-    return _summary([row for process_rows in share_json(accelerator, rows) for row in process_rows])
-
-
-def _summary(rows: Sequence[Sequence[Any]]) -> dict[str, float]:
-    known = [row[0] for row in rows if row[0] is not None]
+    rows = respond_and_judge(trainer, prompts, reward, generation, seed=int(trainer.config.seed or 0))
+    known = [row.score for row in rows if row.score is not None]
     mean, std = mean_and_std(known)
-    averages = {
-        name: math.fsum(row[column] for row in rows) / len(rows)
-        for column, name in enumerate(("eval/kl", "eval/length", "eval/finished"), start=1)
+    return {
+        "eval/score_mean": mean,
+        "eval/score_std": std,
+        "eval/kl": math.fsum(row.kl for row in rows) / len(rows),
+        "eval/length": math.fsum(row.length for row in rows) / len(rows),
+        "eval/finished": math.fsum(row.finished for row in rows) / len(rows),
+        "eval/excluded": 1 - len(known) / len(rows),
     }
-    excluded = 1 - len(known) / len(rows)
-    return {"eval/score_mean": mean, "eval/score_std": std, **averages, "eval/excluded": excluded}

@@ -43,9 +43,9 @@ class RunInputs:
             ValueError: if prompts and responses do not fit into the model's context, or processes hold different prompts.
         """
         batch_size = int(trainer.config.batch_size) * trainer.accelerator.num_processes
-        prompts = _load_prompts(trainer, options.prompts, _max_response(options, generation))
-        eval_prompts = _load_prompts(trainer, options.eval_prompts, int(generation["max_new_tokens"]))
-        _check_same_prompts(trainer, [*prompts, *eval_prompts])
+        prompts = load_run_prompts(trainer, options.prompts, _max_response(options, generation))
+        eval_prompts = load_run_prompts(trainer, options.eval_prompts, int(generation["max_new_tokens"]))
+        check_same_prompts(trainer, [*prompts, *eval_prompts])
         return cls(
             prompts=prompts,
             eval_prompts=eval_prompts,
@@ -75,7 +75,7 @@ class RunInputs:
     def resolved(self, options: TrainOptions) -> dict[str, Any]:
         """Options in effect, in a form that can be written to a file; prompts are given by their count."""
         given = {f.name: getattr(options, f.name) for f in fields(options)}
-        for name in ("run_dir", "resume", "progress", "launch"):  # no effect on the results
+        for name in ("run_dir", "resume", "progress", "launch", "watch"):  # no effect on the results
             del given[name]
         return given | {
             "prompts": len(self.prompts),
@@ -118,7 +118,7 @@ def run_settings(trainer: Learner, options: TrainOptions, generation: Mapping[st
             setattr(config, name, None)
 
 
-def _load_prompts(trainer: Learner, source: Any, new_tokens: int) -> list[Prompt]:
+def load_run_prompts(trainer: Learner, source: Any, new_tokens: int) -> list[Prompt]:
     """Loads prompts, requiring that each leaves room for `new_tokens` in the context; [] if there is no source."""
     if source is None:
         return []
@@ -137,7 +137,7 @@ def _load_prompts(trainer: Learner, source: Any, new_tokens: int) -> list[Prompt
     )
 
 
-def _check_same_prompts(trainer: Learner, prompts: list[Prompt]) -> None:
+def check_same_prompts(trainer: Learner, prompts: list[Prompt]) -> None:
     """Checks that all processes hold the same prompts, since each picks its share of a batch by index.
 
     Raises:

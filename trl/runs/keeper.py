@@ -17,7 +17,16 @@ from trl import files
 from trl.runs.options import OnDiskError, TrainOptions
 from trl.state.checkpoints import CheckpointError, best_name, sweep
 from trl.state.tensorfile import safetensors_pieces
-from trl.trackers import CompletionRecord, NullRunDirectory, RunDirectory, read_metrics, run_folder, without_times
+from trl.trackers import (
+    CompletionRecord,
+    Finding,
+    NullRunDirectory,
+    RunDirectory,
+    read_findings,
+    read_metrics,
+    run_folder,
+    without_times,
+)
 from trl.trackers.environment import differences
 from trl.trackers.plain import plain
 from trl.training.guards import SkippedUpdate
@@ -56,7 +65,7 @@ class Keeper:
         """Step of the newest checkpoint."""
         self._last_path: Path | None = None
         self._pending_rows: list[tuple[int, Mapping[str, Any], Sequence[CompletionRecord]]] = []
-        self._pending_events: list[str] = []
+        self._pending_lines: list[Callable[[], None]] = []
         self._dump_count = 0
         self._saved_at, self._save_seconds = time.monotonic(), 0.0
         self._run: RunDirectory | NullRunDirectory = run_together(trainer.accelerator, self._open, ValueError)
@@ -147,10 +156,25 @@ class Keeper:
 
     def event(self, text: str) -> None:
         """Appends a line to events.log; if the disk fails, it is written with the next records."""
+        self._append(lambda: self._run.event(text))
+
+    def finding(self, finding: Finding) -> None:
+        """Appends a line to findings.jsonl, like `event`."""
+        self._append(lambda: self._run.finding(finding))
+
+    def findings(self) -> list[Finding]:
+        """Findings on disk; [] on other processes than the main one and without a run folder."""
+        return read_findings(self._run.path) if isinstance(self._run, RunDirectory) else []
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Metrics rows on disk; [] on other processes than the main one and without a run folder."""
+        return read_metrics(self._run.path) if isinstance(self._run, RunDirectory) else []
+
+    def _append(self, write: Callable[[], None]) -> None:
         if isinstance(self._run, RunDirectory):
-            self._pending_events.append(text)
+            self._pending_lines.append(write)
             try:
-                self._write_events()
+                self._write_lines()
             except OSError as error:
                 logger.warning("an event could not be written, will retry with the next records: %s", error)
 
@@ -165,13 +189,13 @@ class Keeper:
             self._on_disk_error = "stop"  # memory is finite, and no row may be dropped
         self._attempt(self._write_records, f"the records of step {step}")
 
-    def _write_events(self) -> None:
-        while self._pending_events:
-            self._run.event(self._pending_events[0])
-            del self._pending_events[0]
+    def _write_lines(self) -> None:
+        while self._pending_lines:
+            self._pending_lines[0]()
+            del self._pending_lines[0]
 
     def _write_records(self) -> None:
-        self._write_events()
+        self._write_lines()
         while self._pending_rows:
             step, row, records = self._pending_rows[0]
             self._run.log_completions(records, step)
@@ -279,15 +303,13 @@ class Keeper:
 
     def _last_row(self) -> Mapping[str, Any]:
         """Last metrics row on disk, which an earlier `train` call wrote if this one resumed after the final step."""
-        if not isinstance(self._run, RunDirectory):
-            return {}
-        rows = read_metrics(self._run.path)
+        rows = self.rows()
         return rows[-1] if rows else {}
 
     def insist_on_event(self, text: str) -> None:
         """Writes an event, retrying on disk errors like `insist`."""
         self.event(text)
-        self.insist(lambda: self._attempt(self._write_events, "an event"))
+        self.insist(lambda: self._attempt(self._write_lines, "an event"))
 
     def close(self) -> None:
         """Releases the run's write lock."""

@@ -20,15 +20,17 @@ from trl.runs.evaluation import evaluate_prompts
 from trl.runs.inputs import RunInputs, run_settings
 from trl.runs.keeper import Keeper
 from trl.runs.loop_state import LoopState
+from trl.runs.observer import Observer
 from trl.runs.options import TrainOptions, TrainResult
 from trl.runs.progress import NoProgress, Progress, progress_for
 from trl.runs.rollback import SpikePolicy
-from trl.runs.rows import AccelerateTracker, Clock, scalars_of
-from trl.runs.samples import Drawn, draw, gather_records, gather_scored, judge, prepare_arguments, totals
+from trl.runs.rows import Clock, scalars_of
+from trl.runs.samples import Drawn, NothingScored, draw, gather_records, gather_scored, judge, prepare_arguments, totals
 from trl.runs.signals import SignalWatch, raise_for
 from trl.runs.token_records import token_records
 from trl.state.rng import kept_generators
 from trl.trackers import CompletionRecord, SafeTracker
+from trl.trackers.completions import records_table
 from trl.training.processes import check_same, run_together, share_json, sum_over_processes
 from trl.training.resume import load_training
 from trl.training.run_state import Learner
@@ -36,11 +38,8 @@ from trl.types import Experience, Scored
 
 logger = logging.getLogger(__name__)
 
+_SHOWN_COMPLETIONS = 8  # samples in a tracker's table
 _MAX_EMPTY_BATCHES = 3  # consecutive batches without a single score before the run fails
-
-
-class NothingScored(RuntimeError):
-    """Raised when several consecutive batches contain no scored sample."""
 
 
 def train(trainer: Learner, options: TrainOptions) -> TrainResult:
@@ -86,6 +85,7 @@ class _Run:
         self.keeper = Keeper(trainer, options, inputs.save_every)
         stack.callback(self.keeper.close)
         self.spikes = SpikePolicy(trainer, options, self.keeper, inputs.save_every or 1)
+        self.observer = Observer(trainer, options.watch, self.keeper)
         self.state = LoopState(
             accelerator=self.accelerator,
             inputs=inputs,
@@ -93,7 +93,8 @@ class _Run:
             budgets=budgets_of(self.reward),
             spikes=self.spikes,
         )
-        self.trackers: list[SafeTracker] = []
+        self.trackers: list[SafeTracker] = []  # given to `train`: numbers alone
+        self.named_trackers: list[SafeTracker] = []  # of `config.log_with`: numbers, and tables of completions
         self.progress: Progress = NoProgress()
         self.row: dict[str, Any] = {}
         self.reason = "steps"
@@ -123,14 +124,16 @@ class _Run:
         for remark in remarks:
             logger.warning("resuming %s: %s", self.keeper.path, remark)
             self.keeper.event(remark)
+        self.observer.begin(state.step, self.inputs, config)
         self._dump_skipped_updates()
         self.spikes.begin(state.step, state.extra)
         if self.accelerator.is_main_process:
-            log_with = [AccelerateTracker(self.accelerator)] if self.trainer.config.log_with is not None else []
-            trackers = [*self.options.trackers, *log_with]
-            self.trackers = [t if isinstance(t, SafeTracker) else SafeTracker(t) for t in trackers]
+            self.trackers = [t if isinstance(t, SafeTracker) else SafeTracker(t) for t in self.options.trackers]
+            self.named_trackers = self.trainer._trl_open_trackers(
+                self.keeper.path, state.step, {"algorithm": config["algorithm"], "train": train_options}
+            )
             self.progress = progress_for(self.options.progress, done=state.step, target=self.inputs.target)
-        for tracker in self.trackers:
+        for tracker in (*self.trackers, *self.named_trackers):
             self.stack.callback(tracker.close)
         self.stack.callback(self.progress.close)
         self._call_back("on_start", state.step)
@@ -172,8 +175,12 @@ class _Run:
         clock.lap("eval")
         self.row = scalars_of(stats, all_scored, records) | self._counts() | evaluation | clock.times(records)
         self.keeper.record(state.step, self.row, records)
+        self.observer.row(state.step, self.row)
         for tracker in self.trackers:
             tracker.log(self.row, state.step)
+        shown = self.row | self._shown_completions(records)
+        for tracker in self.named_trackers:
+            tracker.log(shown, state.step)
         self.progress.update(state.step, self.row)
         answers = self._call_back("on_step", state.step, dict(self.row))
         if self._on_any_process(any(answer is True for answer in answers)):
@@ -200,6 +207,8 @@ class _Run:
             group_size=self.inputs.group_size,
         )
         prepared = self.trainer._trl_prepare(**arguments)
+        if self.state.step == 0:
+            self.observer.first_batch(drawn, scored, prepared.experience)
         step, reason = self.state.step + 1, self.spikes.reason_to_skip(prepared.experience)
         if reason is not None:
             self.state.skipped_batches += 1
@@ -243,6 +252,13 @@ class _Run:
             "run/skipped_batches": self.state.skipped_batches,
             "run/rollbacks": self.spikes.rollbacks,
         }
+
+    def _shown_completions(self, records: list[CompletionRecord]) -> dict[str, Any]:
+        """A table of some of the step's samples for trackers, at the steps of evaluations, or 20 times per run."""
+        every = self.inputs.eval_every or max(1, self.inputs.target // 20)
+        if not self.named_trackers or (self.state.step % every and self.state.step != self.inputs.target):
+            return {}
+        return {"completions": records_table(records, _SHOWN_COMPLETIONS)}
 
     def _evaluate(self) -> dict[str, float]:
         inputs, step = self.inputs, self.state.step
@@ -332,6 +348,7 @@ class _Run:
             run_dir=self.keeper.path,
             seconds=time.monotonic() - self.started,
             metrics=self.row,
+            findings=tuple(self.observer.findings),
         )
         self._call_back("on_end", result)
         if number := self._signal():
@@ -349,10 +366,12 @@ class _Run:
             "episodes": self.state.step * self.inputs.batch_size,
             "run/skipped_batches": self.state.skipped_batches,
             "run/rollbacks": self.spikes.rollbacks,
+            "findings": [finding.code for finding in self.observer.findings],
             "time/seconds": time.monotonic() - self.started,
         }
         self.keeper.finish(summary, model=model)
         self.keeper.insist_on_event(event)
+        self.observer.end()
 
     def _record_failure(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         """Logs the exception that ended the run to the events."""

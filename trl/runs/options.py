@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 from trl.protocols import Callback, Tracker
 from trl.runs.spikes import SpikeSettings
+from trl.runs.watching import NoWatch, Watch
+from trl.trackers import Finding
 
 OnSpike = Literal["warn", "skip", "rollback"]
 OnDiskError = Literal["stop", "go_on"]
@@ -35,6 +37,8 @@ class TrainResult:
     """Wall-clock seconds of this `train` call."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Metrics row of the last step; empty if this call took no step."""
+    findings: tuple[Finding, ...] = ()
+    """What the doctor found in the whole run, on the main process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,7 @@ class TrainOptions:
     trackers: Sequence[Tracker] = ()
     progress: bool | None = None
     launch: Mapping[str, Any] | None = None
+    watch: Watch = field(default_factory=NoWatch)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.episodes is None):
@@ -85,13 +90,7 @@ class TrainOptions:
             raise ValueError("resume=True needs the run_dir of the run to resume")
         if self.eval_every is not None and self.eval_prompts is None:
             raise ValueError(f"eval_every={self.eval_every} needs eval_prompts")
-        max_new_tokens = (self.generation or {}).get("max_new_tokens", 1)
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise ValueError(f"generation: max_new_tokens={max_new_tokens!r} must be a whole number of at least 1")
-        if "return_prompt" in (self.generation or {}):
-            raise ValueError(
-                "generation must not contain return_prompt: the loop needs responses without their prompts"
-            )
+        check_generation(self.generation)
 
     def target(self, batch_size: int) -> int:
         """Total steps of the run, for steps of `batch_size` samples over all processes."""
@@ -113,14 +112,28 @@ class TrainOptions:
         return self.save_every
 
     def generation_for(self, temperature: float, stops: Sequence[int]) -> dict[str, Any]:
-        """Arguments of `PPOTrainer.generate`. The defaults sample from the distribution that the update scores."""
-        settings: dict[str, Any] = {
-            "do_sample": True,
-            "top_k": 0,
-            "top_p": 1.0,
-            "temperature": temperature,
-            "max_new_tokens": 64,
-        }
-        if stops:
-            settings["eos_token_id"] = list(stops)
-        return settings | {"batch_size": 16} | dict(self.generation or {})
+        """Arguments of `PPOTrainer.generate`; see `generation_for`."""
+        return generation_for(self.generation, temperature, stops)
+
+
+def generation_for(given: Mapping[str, Any] | None, temperature: float, stops: Sequence[int]) -> dict[str, Any]:
+    """Arguments of `PPOTrainer.generate`. The defaults sample from the distribution that the update scores."""
+    settings: dict[str, Any] = {
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "temperature": temperature,
+        "max_new_tokens": 64,
+    }
+    if stops:
+        settings["eos_token_id"] = list(stops)
+    return settings | {"batch_size": 16} | dict(given or {})
+
+
+def check_generation(given: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for arguments of `generate` that a managed run or an evaluation cannot use."""
+    max_new_tokens = (given or {}).get("max_new_tokens", 1)
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise ValueError(f"generation: max_new_tokens={max_new_tokens!r} must be a whole number of at least 1")
+    if "return_prompt" in (given or {}):
+        raise ValueError("generation must not contain return_prompt: the loop needs responses without their prompts")

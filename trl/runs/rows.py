@@ -1,4 +1,4 @@
-"""Metrics rows of a managed run, the timing of its steps, and the tracker behind `log_with`."""
+"""Metrics rows of a managed run, and the timing of its steps."""
 
 from __future__ import annotations
 
@@ -81,17 +81,3 @@ class Clock:
             "time/tokens_per_second": sum(record.length for record in records) / seconds,
             "time/samples_per_second": len(records) / seconds,
         }
-
-
-class AccelerateTracker:
-    """Tracker that forwards to accelerate's trackers, as selected by `PPOConfig.log_with`."""
-
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
-
-    def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Forwards a row."""
-        self._accelerator.log(dict(row), step=step)
-
-    def close(self) -> None:
-        """Does nothing: the trackers belong to the trainer, which may still use them."""

@@ -25,6 +25,10 @@ from trl.training.run_state import Learner
 from trl.types import Sample, Scored
 
 
+class NothingScored(RuntimeError):
+    """Raised when no sample has a score: in several consecutive batches of a run, or in an evaluation."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
     """This process's prompts and the policy's responses to them."""
@@ -41,11 +45,17 @@ class Drawn:
 
 
 def draw(
-    trainer: Learner, prompts: Sequence[Prompt], generation: Mapping[str, Any], length_sampler: Any = None
+    trainer: Learner,
+    prompts: Sequence[Prompt],
+    generation: Mapping[str, Any],
+    length_sampler: Any = None,
+    *,
+    base: bool = False,
 ) -> Drawn:
-    """Samples a response to each prompt with `PPOTrainer.generate`."""
+    """Samples a response to each prompt with `PPOTrainer.generate`, or with `base` from the reference."""
     queries = [prompt.tokens.to(trainer.current_device) for prompt in prompts]
-    responses = list(trainer.generate(queries, length_sampler, return_prompt=False, **generation))
+    sample = trainer._trl_generate_from_reference if base else trainer.generate
+    responses = list(sample(queries, length_sampler, return_prompt=False, **generation))
     completions = [response[int(trainer.is_encoder_decoder) :].tolist() for response in responses]
     texts = [trainer.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in completions]
     config = trainer.accelerator.unwrap_model(trainer.model).generation_config

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# Values to observe before the bounds apply. The loss jumps when the first samples score, so it needs more.
+_EARLIEST = {"kl": 1, "loss": 3}
+
 
 class SpikeError(RuntimeError):
     """Raised when too many consecutive batches spike."""
@@ -40,7 +43,8 @@ class SpikeSettings:
     window: int = 50
     """Number of recent steps in the median."""
     least: int = 10
-    """Number of steps to observe before the median bounds apply."""
+    """Number of steps to observe before the median bounds apply. Until then, a value spikes above the same multiple of the
+    largest value so far."""
     most_in_a_row: int = 3
     """Consecutive batches that may be skipped or rolled back before the run ends with an error."""
 
@@ -76,10 +80,13 @@ class SpikeDetector:
             return f"the {name} is {value}"
         if above is not None and value > above:
             return f"the {name} is {value:.4g}, above {above:g}"
-        if factor is not None and len(history) >= min(settings.least, settings.window):
-            median = max(statistics.median(history), getattr(settings, f"{name}_floor"))
-            if value > factor * median:
-                return f"the {name} is {value:.4g}, more than {factor:g} times {median:.4g}"
+        if factor is None or len(history) < min(settings.least, settings.window, _EARLIEST[name]):
+            return None
+        # The first steps of a healthy run may multiply a median of small values, but hardly the largest value so far.
+        typical = statistics.median(history) if len(history) >= min(settings.least, settings.window) else max(history)
+        typical = max(typical, getattr(settings, f"{name}_floor"))
+        if value > factor * typical:
+            return f"the {name} is {value:.4g}, more than {factor:g} times {typical:.4g}"
         return None
 
     def remember(self, name: str, value: float) -> None:

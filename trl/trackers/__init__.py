@@ -1,6 +1,7 @@
 """Run directories and trackers: where statistics and completions are written."""
 
-from trl.trackers.completions import completions_table
+from trl.trackers.completions import Table, completions_table
+from trl.trackers.findings import Finding, read_findings
 from trl.trackers.lock import RunLocked, is_being_written
 from trl.trackers.metrics import read_metrics, without_times
 from trl.trackers.paths import run_folder
@@ -10,16 +11,19 @@ from trl.trackers.safe import NullTracker, SafeTracker
 
 __all__ = [
     "CompletionRecord",
+    "Finding",
     "NullRunDirectory",
     "NullTracker",
     "RunDirectory",
     "RunLocked",
     "SafeTracker",
+    "Table",
     "completion_steps",
     "completions_table",
     "is_being_written",
     "read_completions",
     "read_config",
+    "read_findings",
     "read_metrics",
     "run_folder",
     "without_times",

@@ -4,39 +4,49 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from trl.redaction import redact
+from trl.trackers.records import CompletionRecord
+
+Row = Sequence[str | float | None]
 
 
-def completions_table(
-    tracker: str | None, columns: Sequence[str], rows: Sequence[Sequence[str | float]]
-) -> dict[str, Any]:
-    """Builds `{"game_log": table}`, with secrets redacted, for trackers that show tables or text; `{}` for others.
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under named columns, as one value of a tracker's row. Make it with `completions_table` or `records_table`."""
+
+    columns: list[str]
+    rows: list[list[str | float | None]]
+
+    def markdown(self) -> str:
+        """The table in Markdown. Texts come from a model, so their HTML and Markdown's cell borders are escaped."""
+        lines = ["| " + " | ".join(map(_cell, self.columns)) + " |", "|" + " --- |" * len(self.columns)]
+        return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in self.rows)])
+
+
+def completions_table(columns: Sequence[str], rows: Sequence[Row]) -> Table:
+    """A table of texts and numbers with secrets redacted.
 
     Args:
-        tracker: "wandb" gets a `wandb.Table`, "tensorboard" a Markdown table with escaped texts.
         columns: column names.
         rows: one row per completion, in the order of `columns`.
-
-    Raises:
-        ImportError: if `tracker` is "wandb" and wandb is not installed.
     """
-    rows = redact(list(rows))
-    if tracker == "wandb":
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("log_with='wandb' needs wandb: pip install wandb") from error
-        return {"game_log": wandb.Table(columns=list(columns), rows=[list(row) for row in rows])}
-    if tracker == "tensorboard":
-        lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-        lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
-        return {"game_log": "\n".join(lines)}
-    return {}
+    return Table([str(column) for column in columns], redact([list(row) for row in rows]))
 
 
-def _cell(value: str | float) -> str:
+def records_table(records: Sequence[CompletionRecord], limit: int) -> Table:
+    """The first `limit` samples of a step: prompt, completion, rewards by name if there are several, score, KL, length."""
+    shown = records[:limit]
+    names = sorted({name for record in shown for name in record.rewards})
+    names = names if len(names) > 1 else []
+    columns = ["prompt", "completion", *(f"reward/{name}" for name in names), "score", "kl", "length"]
+    rows = [[r.prompt, r.completion, *(r.rewards.get(name) for name in names), r.score, r.kl, r.length] for r in shown]
+    return completions_table(columns, rows)
+
+
+def _cell(value: str | float | None) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return html.escape(str(value)).replace("|", "&#124;").replace("\n", " ").replace("\r", " ")
+    text = "" if value is None else str(value)
+    return html.escape(text).replace("|", "&#124;").replace("\n", " ").replace("\r", " ")

@@ -12,6 +12,8 @@ from typing import Any
 from trl.files import STAGING, append_line, remove, sync_folder, write_atomic
 from trl.trackers.environment import differences, environment
 from trl.trackers.events import event_line
+from trl.trackers.findings import FILE_NAME as FINDINGS
+from trl.trackers.findings import Finding, complete_findings, finding_line
 from trl.trackers.lock import RunLock
 from trl.trackers.metrics import complete_rows, metrics_line
 from trl.trackers.paths import run_folder
@@ -31,6 +33,7 @@ class RunDirectory:
     | `metrics.jsonl` | one row of numbers per step | appended line by line |
     | `completions/step-00000012.parquet` | all samples of the step | atomically |
     | `events.log` | time-stamped events | appended line by line |
+    | `findings.jsonl` | findings of the doctor, if there are any | appended line by line |
     | `summary.json` | how the run ended | atomically |
     | `checkpoints/`, `dumps/`, `model/` | files written by the caller | |
 
@@ -144,7 +147,7 @@ class RunDirectory:
         write_atomic(self.path / "config.resolved.yaml", text.encode("utf-8"))
 
     def read_config(self) -> Any:
-        """Reads back `config.resolved.yaml`; see `trl.trackers.read_config`."""
+        """Reads back `config.resolved.yaml`; see `read_config`."""
         return read_config(self.path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -180,9 +183,15 @@ class RunDirectory:
         """Appends a UTC time stamp and text to `events.log` (see `trl.trackers.events.event_line`)."""
         append_line(self.path / "events.log", event_line(text))
 
+    def finding(self, finding: Finding) -> None:
+        """Appends a finding to `findings.jsonl`."""
+        append_line(self.path / FINDINGS, finding_line(finding))
+
     def sync(self) -> None:
         """Flushes all appended lines to disk. Call it before publishing a checkpoint that relies on them."""
-        for name in ("metrics.jsonl", "events.log"):
+        for name in ("metrics.jsonl", "events.log", FINDINGS):
+            if name == FINDINGS and not (self.path / name).exists():
+                continue
             descriptor = os.open(self.path / name, os.O_RDWR)
             try:
                 os.fsync(descriptor)
@@ -216,6 +225,7 @@ class RunDirectory:
         for entry in files:
             entry.unlink()
         (self.path / "summary.json").unlink(missing_ok=True)
+        self._truncate_findings(step)
         self._last_step = kept_rows[-1][0] if kept_rows else None
         removed = len(rows) - len(kept_rows)
         self.event(f"removed the records after step {step}: {removed} metrics rows, {len(files)} completion files")
@@ -243,6 +253,14 @@ class RunDirectory:
             text = f"{name}/ was deleted along with its contents; recreating it"
             logger.warning("%s: %s", self.path, text)
             self.event(text)
+
+    def _truncate_findings(self, step: int) -> None:
+        """Removes the findings after a step; of a run that starts over, all, since its settings may be other ones."""
+        path = self.path / FINDINGS
+        data = path.read_bytes() if path.exists() else b""
+        kept = b"".join(line for finding, line in complete_findings(data) if step > 0 and finding.step <= step)
+        if kept != data:
+            write_atomic(path, kept)
 
     def _completion_files(self) -> list[Path]:
         folder = self.path / "completions"
@@ -317,6 +335,9 @@ class NullRunDirectory:
         """Does nothing."""
 
     def event(self, text: str) -> None:
+        """Does nothing."""
+
+    def finding(self, finding: Finding) -> None:
         """Does nothing."""
 
     def sync(self) -> None:

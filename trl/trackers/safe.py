@@ -81,10 +81,17 @@ class SafeTracker:
             reason = "is closed" if self._closing else f"is behind by {self._capacity} rows"
             logger.warning("tracker %s %s: dropping rows, starting at step %d", self.name, reason, step)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closing
+
     def close(self) -> None:
-        """Waits up to `close_timeout` seconds for the tracker, then drops the rows it has not taken."""
+        """Waits up to `close_timeout` seconds for the tracker, then drops the rows it has not taken; once."""
         deadline = time.monotonic() + self._close_timeout
         with self._condition:
+            if self._closing:
+                return
             self._closing = True
             self._condition.notify()
         self._thread.join(max(0.0, deadline - time.monotonic()))

@@ -26,7 +26,7 @@ from trl.models.adapters import adapter_starts_at_zero
 from trl.models.reference import check_reference
 from trl.models.trunk import is_encoder_decoder
 from trl.trainer.ppo_config import PPOConfig
-from trl.trainer.tracking import settings_to_track
+from trl.trainer.tracking import NamedTracker, tracker_names
 from trl.training.optimizers import check_optimizer, check_scheduler, make_adam
 from trl.training.processes import check_same, make_accelerator
 from trl.training.resume import settings_of
@@ -70,23 +70,20 @@ def check_parts(config: Any, model: Any, tokenizer: Any, optimizer: Any, lr_sche
 
 
 def start_accelerator(config: PPOConfig) -> Accelerator:
-    """Joins the processes of the launch and starts the trackers. Every process must call this.
+    """Joins the processes of the launch and registers the trackers. Every process must call this.
 
     Raises:
         ValueError: if settings other than seed and names differ between processes.
     """
     accelerator = make_accelerator(
-        log_with=config.log_with,
         project_config=ProjectConfiguration(**config.project_kwargs),
         **config.accelerator_kwargs,
     )
     check_same(accelerator, {k: v for k, v in settings_of(config).items() if k not in _MAY_DIFFER})
     if config.keep_memory and accelerator.device.type == "cpu":
         keep_freed_memory()
-    if config.log_with is not None:
-        accelerator.init_trackers(
-            config.tracker_project_name, config=settings_to_track(config), init_kwargs=dict(config.tracker_kwargs)
-        )
+    if accelerator.is_main_process:
+        accelerator.trackers = [NamedTracker(name, config) for name in tracker_names(config.log_with)]
     return accelerator
 
 

@@ -26,6 +26,7 @@ from trl.rollout import (
     local_sampling,
     new_token_limits,
     obstacle,
+    replayed_logprobs,
     rollout_rows,
     unseen_by_scoring,
 )
@@ -155,6 +156,22 @@ class PolicySampler:
             self._cache.add(self._state(policy, temperature), rollout)
         return rollout
 
+    def replay(
+        self, model: nn.Module, queries: Sequence[Tensor], responses: Sequence[Tensor], temperature: float
+    ) -> list[Tensor] | None:
+        """Log-probabilities of given responses as our own decoding loop computes them; None if it cannot decode the model.
+
+        Takes the unwrapped policy alone, so that one process may call it.
+        """
+        policy = self._unwrap(model)
+        with eval_mode(policy):
+            if policy.pretrained_model not in _SELF_CHECKS:
+                _SELF_CHECKS[policy.pretrained_model] = obstacle(policy.pretrained_model)
+            if _SELF_CHECKS[policy.pretrained_model] is not None:
+                return None
+            with self.compute.fresh_passes():
+                return replayed_logprobs(policy.pretrained_model, queries, responses, temperature=temperature)
+
     def _limits(
         self,
         policy: PreTrainedModelWrapper,
@@ -274,7 +291,7 @@ class PolicySampler:
             warnings.warn(
                 f"responses are sampled with {settings}, but the update's log-probabilities (softmax at "
                 f"PPOConfig.temperature={temperature}) ignore these settings: expect a biased ratio and a negative KL",
-                stacklevel=6,
+                stacklevel=7,
             )
 
 

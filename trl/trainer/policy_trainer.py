@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +51,7 @@ class PolicyTrainer(ResumableTrainer):
     """A trainer's models, optimizer, data and sampling. `OnlineTrainer` documents the arguments."""
 
     _trl_samples_reference = False  # in `generate(generate_ref_response=True)`, whose numbers are not the policy's
+    _trl_dataloader: Any = None
     _trl_recipe: Recipe | None = None
     """The algorithm's choices; None if a subclass builds its own algorithm."""
 
@@ -96,10 +96,6 @@ class PolicyTrainer(ResumableTrainer):
         reference = make_reference(model, ref_model, num_shared_layers) if self._trl_uses_reference else None
         self.dataset = dataset
         self.data_collator: Callable[..., Any] = PadCollator(tokenizer)
-        if dataset is None:
-            warnings.warn(
-                "no dataset is given: trainer.dataloader is None, so pass your own batches to step", stacklevel=3
-            )
         self._trl_forward_columns = list(inspect.signature(model.forward).parameters)
         self._trl_prepare_models(model, reference, optimizer, lr_scheduler, dataset, data_collator)
         self.kl_ctl = controller_for(config)
@@ -136,7 +132,7 @@ class PolicyTrainer(ResumableTrainer):
         config = self.config
         loader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
         optimizer = make_optimizer(config, [p for p in model.parameters() if p.requires_grad], optimizer)
-        self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
+        self.model, self.optimizer, self._trl_dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, loader, lr_scheduler
         )
         self._trl_optimizer_made_with = group_settings(inner(self.optimizer))
@@ -149,6 +145,19 @@ class PolicyTrainer(ResumableTrainer):
             recompute_activations(self.model)
 
     # Data ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def dataloader(self) -> Any:
+        """Shuffled batches of the trainer's `dataset`; None, with a warning, if it has none."""
+        if self._trl_dataloader is None:
+            warnings.warn(
+                "no dataset is given: trainer.dataloader is None, so pass your own batches to step", stacklevel=2
+            )
+        return self._trl_dataloader
+
+    @dataloader.setter
+    def dataloader(self, loader: Any) -> None:
+        self._trl_dataloader = loader
 
     def prepare_dataloader(self, dataset: Any, data_collator: Callable[..., Any] | None = None) -> DataLoader[Any]:
         """DataLoader with shuffled batches of `config.batch_size`, dropping an incomplete last batch.
@@ -241,18 +250,32 @@ class PolicyTrainer(ResumableTrainer):
             "return_prompt": return_prompt,
         }
         arguments |= generation_kwargs
-        sample = self._trl_sample
-        if not isinstance(query_tensor, Tensor) and is_overridden(self, PolicyTrainer, "_generate_batched"):
-            sample = partial(call_generate_batched, self)
-        responses = sample(self.model, query_tensor, **arguments)
+        responses = self._trl_sample_by_hook(self.model, query_tensor, arguments)
         if not generate_ref_response:
             return responses
+        return responses, self._trl_generate_from_reference(query_tensor, **arguments)
+
+    def _trl_sample_by_hook(self, model: nn.Module, query_tensor: Any, arguments: dict[str, Any]) -> Any:
+        """Samples with `_generate_batched`, where a subclass overrides it and there are several queries."""
+        if not isinstance(query_tensor, Tensor) and is_overridden(self, PolicyTrainer, "_generate_batched"):
+            return call_generate_batched(self, model, query_tensor, **arguments)
+        return self._trl_sample(model, query_tensor, **arguments)
+
+    def _trl_generate_from_reference(
+        self, query_tensor: Any, length_sampler: Callable[[], int] | None = None, **generation_kwargs: Any
+    ) -> Any:
+        """As `generate`, from the reference, with the next random numbers.
+
+        Raises:
+            ValueError: if the algorithm uses no reference.
+        """
         if not self._trl_uses_reference:
             raise ValueError("generate_ref_response=True needs a reference model, which this algorithm does not use")
+        arguments = {"length_sampler": length_sampler, **generation_kwargs}
         self._trl_samples_reference = True
         try:
             with reference_mode(self.model) if self.ref_model is None else nullcontext(self.ref_model) as reference:
-                return responses, sample(reference, query_tensor, **arguments)
+                return self._trl_sample_by_hook(reference, query_tensor, arguments)
         finally:
             self._trl_samples_reference = False
 
@@ -309,6 +332,12 @@ class PolicyTrainer(ResumableTrainer):
             remove_padding=remove_padding,
             **generation_kwargs,
         )
+
+    def _trl_replay(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[Tensor] | None:
+        """Log-probabilities of responses as the sampler computes them; see `Learner`."""
+        start = int(self.is_encoder_decoder)
+        sampled = [response[start:] for response in responses]
+        return self._trl_sampler.replay(self.model, queries, sampled, self.config.temperature)
 
     def _trl_recalled(self, batch: Batch) -> Evaluation | None:
         """Evaluation cached by `generate`, which saves the scoring pass; None unless every process has its whole batch."""

@@ -70,13 +70,14 @@ class PPOConfig:
     remove_unused_columns: bool | None = True
     """Drop the columns of a `datasets.Dataset` that neither the model's `forward` nor the trainer uses."""
     log_with: str | None = None
-    """Tracker supported by accelerate: "wandb", "tensorboard", ..."""
+    """Tracker or list of trackers: "tensorboard", "wandb", "trackio", "mlflow", or another that accelerate supports."""
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for the tracker (accelerate's `init_kwargs`)."""
+    """Keyword arguments for each tracker's client, by the tracker's name: `{"wandb": {"tags": ["a"]}}`."""
     accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for `accelerate.Accelerator`."""
     project_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for `accelerate.utils.ProjectConfiguration`, such as `logging_dir`."""
+    """Keyword arguments for `accelerate.utils.ProjectConfiguration`, such as `logging_dir`, where trackers write. By default
+    they write to the folder of a managed run, or to `runs/` and the project's name."""
     tracker_project_name: str = "trl"
     """Project name reported to the tracker."""
     max_grad_norm: float | None = None

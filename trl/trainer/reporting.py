@@ -105,9 +105,9 @@ class ReportingTrainer(BaseTrainer):
         rewards: Sequence[Tensor] | Tensor,
         columns_to_log: Sequence[str] = ("query", "response"),
     ) -> None:
-        """Logs statistics, score moments and a table of completions to the tracker, on the main process.
+        """Logs statistics, score moments and a table of completions to the trackers, on the main process.
 
-        If `rewards` are the scores passed to the last `step`, `env/reward_*` cover all processes. The table shows only
+        The trackers run on threads of their own: a slow or failing one loses rows, but never stops or delays a script. If `rewards` are the scores passed to the last `step`, `env/reward_*` cover all processes. The table shows only
         the main process's completions.
 
         Args:
@@ -124,7 +124,7 @@ class ReportingTrainer(BaseTrainer):
             warnings.warn(f"the batch has no columns {missing}: no table of completions is logged", stacklevel=2)
         else:
             rows = list(zip(*(batch[c] for c in columns_to_log), scores.tolist(), strict=True))
-            logs |= completions_table(self.config.log_with, [*columns_to_log, "reward"], rows)
+            logs["game_log"] = completions_table([*columns_to_log, "reward"], rows)
         scores = self._trl_scores_of_all_processes(scores)
         logs["env/reward_mean"] = scores.mean().item()
         logs["env/reward_std"] = scores.std().item() if len(scores) > 1 else 0.0

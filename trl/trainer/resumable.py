@@ -9,16 +9,30 @@ from typing import Any, Literal
 
 import torch
 
+from trl.doctor import DoctorWatch
 from trl.functional import Moments
+from trl.functional.intervals import mean_estimate
 from trl.protocols import Callback, Tracker
+from trl.runs.comparison import Comparison, compare
+from trl.runs.inputs import check_same_prompts, load_run_prompts
 from trl.runs.managed import train
-from trl.runs.options import OnDiskError, OnSpike, TrainOptions, TrainResult
+from trl.runs.options import (
+    OnDiskError,
+    OnSpike,
+    TrainOptions,
+    TrainResult,
+    check_generation,
+    generation_for,
+)
 from trl.runs.spikes import SpikeSettings
+from trl.runs.watching import NoWatch
 from trl.state.checkpoints import Checkpoint
 from trl.state.fingerprints import Fingerprints
+from trl.trackers import SafeTracker
 from trl.trainer.policy_sampler import PolicySampler
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.reporting import ReportingTrainer
+from trl.trainer.tracking import NamedTracker
 from trl.training.guards import UpdateGuards
 from trl.training.resume import load_training, save_training
 
@@ -64,6 +78,7 @@ class ResumableTrainer(ReportingTrainer):
         trackers: Sequence[Tracker] = (),
         progress: bool | None = None,
         launch: Mapping[str, Any] | None = None,
+        doctor: bool = True,
     ) -> TrainResult:
         """Runs the full training loop (sample, score, learn), keeping records and checkpoints in a run folder.
 
@@ -98,19 +113,70 @@ class ResumableTrainer(ReportingTrainer):
             trackers: see `trl.protocols.Tracker`. A tracker that fails or hangs loses its rows but never stops the run.
             progress: None shows a bar on a terminal (with rich) and plain lines elsewhere; False shows nothing.
             launch: how the run was started, kept under `launch` in config.resolved.yaml; `trl resume` reads it.
+            doctor: look at the settings, the first batch and every row of metrics for signs that the run cannot train well
+                (docs/doctor.md). Findings are logged, and written to the events and to findings.jsonl; they change no number.
 
         Raises:
             ValueError: if an argument is invalid, or `run_dir` holds a different run.
             CheckpointError: if no checkpoint can be read, or one cannot be written.
             OSError: if a record cannot be written.
+            UnfitRun: before the first update, if the doctor finds that the run can never train rightly.
             NonFiniteError: after `max_skipped_updates` consecutive non-finite optimizer steps.
             SpikeError: if spikes persist after three consecutive batches were skipped or rolled back.
             KeyboardInterrupt: on SIGINT, after the current step is finished and saved; a second SIGINT raises at once.
             SystemExit: on SIGTERM, likewise, with status 143.
         """
-        arguments = {name: value for name, value in locals().items() if name != "self"}
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "doctor")}
         self._trl_check_trainable()
-        return train(self, TrainOptions(**arguments))  # type: ignore[arg-type]  # a Learner, by its subclasses
+        options = TrainOptions(**arguments, watch=DoctorWatch() if doctor else NoWatch())
+        return train(self, options)  # type: ignore[arg-type]  # a Learner, by its subclasses
+
+    def evaluate(
+        self,
+        prompts: Any,
+        reward: Any,
+        *,
+        generation: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        confidence: float = 0.95,
+    ) -> Comparison:
+        """Compares the trained policy with its base, the reference, on the same prompts with the same random numbers.
+
+        Changes nothing: neither the run's random generators, nor the models' modes. With several processes, every process
+        must call it. An algorithm without a reference is evaluated alone, and `Comparison.base` is None.
+
+        Args:
+            prompts: anything `trl.data.load_prompts` accepts, preferably held out from training.
+            reward: anything `trl.rewards.as_reward` accepts, not only the reward of the training. Prompts on which a
+                function fails or returns None are excluded and counted; a reward that is already built keeps its own way
+                with failures.
+            generation: arguments of `generate`, as for `train`.
+            seed: seed of the random numbers; the same seed gives the same responses.
+            confidence: coverage of the intervals. Student's t for means, paired for the difference; Wilson's score
+                interval for the win rate. They hold for prompts drawn from the same source as these.
+
+        Returns:
+            Mean scores, their paired difference, win rate, KL, lengths, and every prompt with both responses. `str` of it is
+            a table, `to_dict()` plain JSON.
+
+        Raises:
+            ValueError: if an argument is invalid.
+            NothingScored: if no prompt has a score.
+        """
+        check_generation(generation)
+        mean_estimate([], confidence)  # refuses a wrong confidence before anything is sampled
+        trainer: Any = self  # a Learner, by its subclasses
+        arguments = generation_for(generation, self.config.temperature, trainer._trl_stop_tokens())
+        loaded = load_run_prompts(trainer, prompts, int(arguments["max_new_tokens"]))
+        if not loaded:
+            raise ValueError(f"prompts={prompts!r}: an evaluation needs at least one prompt")
+        check_same_prompts(trainer, loaded)
+        return compare(trainer, loaded, reward, arguments, seed=seed, confidence=confidence)
+
+    def _trl_open_trackers(self, folder: Path | None, step: int, settings: Mapping[str, Any]) -> list[SafeTracker]:
+        """Starts the trackers of `config.log_with` for a managed run, on the main process."""
+        trackers = [tracker for tracker in self.accelerator.trackers if isinstance(tracker, NamedTracker)]
+        return [tracker.begin_run(folder, step, settings) for tracker in trackers]
 
     def _trl_check_trainable(self) -> None:
         """Raises ValueError if a subclass overrides a method that a managed run does not call."""

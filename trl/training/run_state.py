@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from trl.state.fingerprints import Fingerprints
+from trl.training.batch import Batch
+from trl.training.compute import Compute
+from trl.training.evaluator import Evaluated, Evaluator
 from trl.training.guards import UpdateGuards
-from trl.types import Experience
+from trl.types import Evaluation, Experience, Rollout
 
 
 class RunState(Protocol):
@@ -63,11 +66,44 @@ class Learner(RunState, Protocol):
     _trl_stats_prefix: str
     """Prefix of the statistics."""
     _trl_guards: UpdateGuards
+    _trl_compute: Compute
+    _trl_steps_done: int
+    """Calls of `learn` so far."""
     current_device: Any
     is_encoder_decoder: bool
 
     def generate(self, query_tensor: list[Tensor], length_sampler: Any = None, **generation_kwargs: Any) -> Any:
         """Samples one response per query."""
+        ...
+
+    def _trl_generate_from_reference(
+        self, query_tensor: list[Tensor], length_sampler: Any = None, **generation_kwargs: Any
+    ) -> Any:
+        """As `generate`, from the reference."""
+        ...
+
+    def _trl_replay(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[Tensor] | None:
+        """Log-probabilities of responses, in the form `step` takes, as the sampler computes them.
+
+        One process may call it. None if the sampler does not decode in trl's own loop.
+        """
+        ...
+
+    def _trl_batch(self, queries: list[Tensor], responses: list[Tensor]) -> Batch:
+        """Queries and responses, padded."""
+        ...
+
+    def _trl_evaluator(self, known: Evaluation | None = None) -> Evaluator:
+        """Evaluates policy and reference, with the current settings."""
+        ...
+
+    def _trl_evaluation(self, batch: Batch, evaluator: Evaluator) -> Callable[[Rollout], Evaluated]:
+        """`evaluator`, or what a subclass puts in its place for `batch`."""
+        ...
+
+    @property
+    def _trl_uses_reference(self) -> bool:
+        """Whether the algorithm compares the policy with a reference."""
         ...
 
     def _trl_prepare(
@@ -97,3 +133,7 @@ class Learner(RunState, Protocol):
         ...
 
     def _trl_stop_tokens(self) -> tuple[int, ...]: ...
+
+    def _trl_open_trackers(self, folder: Path | None, step: int, settings: Mapping[str, Any]) -> list[Any]:
+        """Starts the trackers that the settings name, for a run that writes to `folder`."""
+        ...

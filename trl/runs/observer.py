@@ -1,0 +1,80 @@
+"""Reports what a `Watch` finds in a managed run: log, events, findings.jsonl, or an error that ends the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from trl.runs.inputs import RunInputs
+from trl.runs.keeper import Keeper
+from trl.runs.samples import Drawn, totals
+from trl.runs.watching import FirstBatch, UnfitRun, Watch
+from trl.trackers import Finding
+from trl.trackers.plain import plain
+from trl.training.processes import run_together
+from trl.training.run_state import Learner
+from trl.types import Experience, Scored
+
+logger = logging.getLogger(__name__)
+
+
+class Observer:
+    """Lets a `Watch` look at the run and reports each of its findings once, on the main process."""
+
+    def __init__(self, trainer: Learner, watch: Watch, keeper: Keeper) -> None:
+        self._trainer, self._watch, self._keeper = trainer, watch, keeper
+        self.findings: list[Finding] = []
+        """Every finding of the run, including those before a resumption; [] on other processes than the main one."""
+
+    def begin(self, step: int, inputs: RunInputs, config: Mapping[str, Any]) -> None:
+        """Looks at the settings, before the first step after `step`. Every process must call this, as the others.
+
+        Raises:
+            UnfitRun: if a finding is an error, on every process.
+        """
+        self.findings = self._keeper.findings()
+
+        def look() -> list[Finding]:
+            rows = [row for row in self._keeper.rows() if row["step"] <= step]
+            return self._watch.begin(self._trainer, inputs.prompts, inputs.generation, plain(config), rows)
+
+        self._report(look)
+
+    def first_batch(self, drawn: Drawn, scored: Scored, experience: Experience) -> None:
+        """Looks at the first batch, before its update; raises as `begin`."""
+        batch = FirstBatch(drawn=drawn, scores=totals(scored), experience=experience)
+        self._report(lambda: self._watch.first_batch(self._trainer, batch))
+
+    def row(self, step: int, row: Mapping[str, Any]) -> None:
+        """Looks at a step's metrics. No error: what has already been trained on may still be of use."""
+        if self._trainer.accelerator.is_main_process:
+            self._record(self._watch.row({**row, "step": step}))
+
+    def end(self) -> None:
+        """Logs a summary of all findings."""
+        if self.findings:
+            shown = "; ".join(f"{finding.code} in step {finding.step}: {finding.title}" for finding in self.findings)
+            count = f"{len(self.findings)} finding{'s' if len(self.findings) > 1 else ''}"
+            logger.warning("the doctor made %s in this run: %s See docs/doctor.md", count, shown)
+
+    def _report(self, look: Callable[[], list[Finding]]) -> None:
+        accelerator = self._trainer.accelerator
+
+        def on_main() -> None:
+            findings = look()
+            self._record(findings)
+            if errors := [finding for finding in findings if finding.severity == "error"]:
+                told = "\n".join(str(finding) for finding in errors)
+                raise UnfitRun(f"{told}\n(train(doctor=False) trains all the same)")
+
+        run_together(accelerator, lambda: on_main() if accelerator.is_main_process else None, UnfitRun)
+
+    def _record(self, findings: Sequence[Finding]) -> None:
+        """Reports those findings whose code is new."""
+        for finding in findings:
+            if all(finding.code != earlier.code for earlier in self.findings):
+                self.findings.append(finding)
+                logger.log(logging.ERROR if finding.severity == "error" else logging.WARNING, "doctor: %s", finding)
+                self._keeper.event(f"doctor: {finding}")
+                self._keeper.finding(finding)
