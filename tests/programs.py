@@ -6,13 +6,12 @@ import contextlib
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
-_TIME_TO_DUMP = 5.0  # seconds from SIGABRT, at which Python's fault handler writes its stacks, to SIGKILL
+_TIME_TO_DUMP = 5.0  # most seconds from SIGABRT, at which Python's fault handler writes its stacks, to SIGKILL
 
 
 def run_program(
@@ -52,6 +51,4 @@ def end_all(processes: Sequence[psutil.Process]) -> None:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
-        if number is signal.SIGABRT:
-            time.sleep(_TIME_TO_DUMP)
-    psutil.wait_procs(processes, timeout=_TIME_TO_DUMP)
+        psutil.wait_procs(processes, timeout=_TIME_TO_DUMP)
