@@ -19,7 +19,7 @@ endif
 # What test-oldest and test-newest run on: both ends of the ranges in pyproject.toml.
 ENDS := oldest newest
 
-.PHONY: help venv demo test test-plain $(ENDS:%=test-%) check lint format types slow faults real bench coverage docs-table compat-table dist clean
+.PHONY: help venv demo test test-plain $(ENDS:%=test-%) check lint format types slow faults real bench coverage docs docs-tables docs-table compat-table dist clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -84,6 +84,12 @@ coverage: $(READY)  ## the suite with line and branch coverage: 90% of trl/, eve
 	$(PY) -m coverage report --include='trl/functional/*' --fail-under=100
 	$(PY) -m coverage report --fail-under=90
 
+docs: $(READY)  ## the site in docs/_build/html, warnings being errors; needs the extra docs
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html $(ARGS)
+
+docs-tables: $(READY)  ## the parts of the pages that follow from the code: settings, metrics
+	$(PY) scripts/docs_tables.py $(ARGS)
+
 docs-table: $(READY)  ## docs/models.md, from a run of every architecture
 	$(PY) scripts/architecture_table.py $(ARGS)
 
@@ -94,5 +100,5 @@ dist: $(READY)  ## sdist and wheel in dist/
 	$(PY) -m build
 
 clean:  ## remove what was built; .venv stays
-	rm -rf build dist htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build docs/reference/api docs/project htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)*' -prune -exec rm -rf {} +

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def accepted(cls: type, field: dataclasses.Field[Any]) -> str:
     """The range of a setting: what its error message asks for, else its type."""
     for wrong in ("?", -1.5):
         try:
-            cls(**{field.name: wrong})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old names and settings of other releases
+                cls(**{field.name: wrong})
         except (ValueError, TypeError) as error:
             if found := re.search(rf"{field.name}=\S+ must be (?:one of )?(.*)", str(error)):
                 text = found[1].removesuffix(" for early_stopping").replace(" to inf", " up")

@@ -219,4 +219,6 @@ SETUPS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "trainer": _trainer,
     "reward": _reward,
     "prompts": lambda names: trl.assets.prompts()[:8],
+    "ref_model": _model,
+    "total_steps": lambda names: 10,
 }

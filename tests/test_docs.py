@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -13,17 +14,64 @@ import torch
 from tests.helpers import tiny_gpt2, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
-LINK = re.compile(r"""(?:\]\(|src="|srcset=")([^)"#\s]+)""")
+DOCS = ROOT / "docs"
+MADE = {"_build", "_ext", "project", "api", ".ipynb_checkpoints"}  # folders that `make docs` writes or reads
+SITE = sorted(
+    page
+    for page in [*DOCS.glob("**/*.md"), *DOCS.glob("**/*.ipynb")]
+    if not MADE & set(page.relative_to(DOCS).parts)
+)
+PAGES = sorted([*ROOT.glob("*.md"), *SITE, *ROOT.glob("examples/**/*.md")])
+LINK = re.compile(r"""(?:\]\(|src="|srcset=")([^)"\s\\]+)""")
+HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 TEST_NAME = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`|\]\((?:\.\./)*(tests/[\w/]+\.py)\)")
+
+
+def prose(page: Path) -> str:
+    """The text of a page or notebook, without its blocks of code."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings, as GitHub and MyST make them."""
+    found: list[str] = []
+    for heading in HEADING.findall(prose(page)):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        found.append(slug if slug not in found else f"{slug}-{found.count(slug)}")
+    return set(found)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path):
-    targets = LINK.findall(page.read_text(encoding="utf-8"))
-    local = [target for target in targets if "://" not in target and not target.startswith("mailto:")]
-    missing = [target for target in local if not (page.parent / target).exists()]
-    assert missing == []
+    for target in LINK.findall(prose(page)):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), f"{page.name}: no {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page.name}: {path or page.name} has no heading #{anchor}"
+
+
+def test_every_page_is_in_the_navigation_once():
+    """The links of docs/index.md are the site's order (docs/_ext/trl_site.py)."""
+    links = [target for target in LINK.findall(prose(DOCS / "index.md").split("## Start")[1]) if "://" not in target]
+    listed = [(DOCS / target).resolve() for target in links]
+    assert sorted(set(listed)) == [page for page in SITE if page != DOCS / "index.md"]
+    assert len(listed) == len(set(listed))
+
+
+def test_written_parts_are_up_to_date():
+    """Settings and metrics on the pages are those of the code: `make docs-tables` writes them."""
+    from scripts.docs_tables import pages
+
+    stale = [path.name for path, text in pages().items() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "run make docs-tables"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
