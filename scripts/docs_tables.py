@@ -1,7 +1,7 @@
 """Writes the parts of the pages that follow from the code: every setting, and every metric with its healthy band.
 
-    python scripts/docs_tables.py            # docs/reference/settings.md, docs/start/reading-the-report.md
-    python scripts/docs_tables.py --check    # exit code 1 if a page is out of date
+python scripts/docs_tables.py            # docs/reference/settings.md, docs/start/reading-the-report.md
+python scripts/docs_tables.py --check    # exit code 1 if a page is out of date
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -88,7 +89,7 @@ def train(variation: dict[str, Any], seed: int) -> dict[str, Any]:
     )
     tail = rows[-max(1, steps // 8) :]
     held_out = [text.split() for text in completions[-1]]
-    pairs = [pair for words in held_out for pair in zip(words, words[1:])]
+    pairs = [pair for words in held_out for pair in pairwise(words)]
     return {
         "name": name(variation),
         "seed": seed,

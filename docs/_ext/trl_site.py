@@ -43,7 +43,8 @@ def sections(text: str) -> dict[str, list[str]]:
         if line.startswith("## "):
             heading = line.removeprefix("## ").strip()
         elif re.match(r"\s*([-*]|\d+\.) ", line):
-            pages = [target for _, target in LINK.findall(line) if "://" not in target and "#" not in target]
+            targets = [target for _, target in LINK.findall(line) if "://" not in target and "#" not in target]
+            pages = [_project_page(target.removeprefix("../")) or target for target in targets]
             found.setdefault(heading, []).extend(page for page in pages if page.endswith((".md", ".ipynb")))
     return {heading: pages for heading, pages in found.items() if pages}
 
@@ -52,6 +53,7 @@ def _toctrees(text: str) -> str:
     trees = []
     for heading, pages in sections(text).items():
         entries = "\n".join(f"/{page.rpartition('.')[0]}" for page in dict.fromkeys(pages))
+        entries += "\n/reference/api/index" if heading == "Reference" else ""
         trees.append(f"```{{toctree}}\n:hidden:\n:caption: {heading}\n\n{entries}\n```")
     return "\n\n".join([text, *trees, ""])
 
@@ -64,19 +66,24 @@ def read_source(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = _toctrees(text) if docname == "index" else text
 
 
+def _project_page(file: str) -> str | None:
+    """Page of the site that a Markdown file of the repository's root becomes."""
+    return f"project/{PROJECT_PAGES[file]}.md" if file in PROJECT_PAGES else None
+
+
 def _link(link: re.Match[str], folder: Path) -> str:
     label, target = link[1], link[2]
     if "://" in target or target.startswith(("#", "mailto:", "/")):
         return link[0]
     name, _, anchor = target.partition("#")
     path = (folder / name).resolve()
-    if path.parent == ROOT and path.name in PROJECT_PAGES:
-        return f"[{label}](/project/{PROJECT_PAGES[path.name]}.md{'#' + anchor if anchor else ''})"
     if path == ROOT / "README.md":
         return f"[{label}](/index.md)"
-    if path.is_dir():
-        return label
-    return link[0]
+    if path.parent == ROOT and (page := _project_page(path.name)):
+        return f"[{label}](/{page}{'#' + anchor if anchor else ''})"
+    if path.is_relative_to(DOCS) and folder == ROOT:
+        return f"[{label}](/{path.relative_to(DOCS).as_posix()}{'#' + anchor if anchor else ''})"
+    return label if path.is_dir() or folder == ROOT else link[0]
 
 
 # Notebooks ------------------------------------------------------------------------------------------------------------
@@ -106,7 +113,10 @@ def _as_markdown(cell: dict[str, Any]) -> str:
 
 def write_pages(app: Sphinx) -> None:
     """Writes reference/api/ and project/, which git ignores."""
-    pages = {f"project/{page}.md": _include(file) for file, page in PROJECT_PAGES.items()}
+    pages = {
+        f"project/{page}.md": LINK.sub(lambda link: _link(link, ROOT), (ROOT / file).read_text(encoding="utf-8"))
+        for file, page in PROJECT_PAGES.items()
+    }
     seen: dict[int, str] = {}
     names = [name for name in MODULES if _exists(name)]
     for name in names:
@@ -122,10 +132,6 @@ def write_pages(app: Sphinx) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
-
-
-def _include(file: str) -> str:
-    return f"```{{include}} ../../{file}\n:relative-docs: docs/\n:relative-images:\n```\n"
 
 
 def _exists(name: str) -> bool:
@@ -187,7 +193,9 @@ def clean_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
     """Docstrings are written for people: a star or a bar outside code is no markup."""
     for i, line in enumerate(lines):
         parts = re.split(r"(``.*?``|`[^`]*`)", line)
-        lines[i] = "".join(part if part.startswith("`") else re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts)
+        lines[i] = "".join(
+            part if part.startswith("`") else re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts
+        )
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers import assert_close
+from tests.snippets import run_page, snippets
 from trl.trackers import read_metrics
 
 PAGE = Path(__file__).parents[2] / "docs/how-to/new-algorithm.md"
 
 
 def test_the_page_s_algorithm_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
-    shorter = [block.replace("steps=10", "steps=2").replace("batch_size=64", "batch_size=32") for block in blocks]
-    assert shorter[1] != blocks[1]
+    assert len(snippets(PAGE)) == 3
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no dataset is given")
-        for block in shorter:
-            exec(compile(block, PAGE.name, "exec"), names)
+    names = run_page(PAGE, tmp_path)
     scores, group = torch.tensor([1.0, 3.0, 2.0, 9.0]), torch.tensor([0, 0, 0, 1])
     advantages = names["best_against_rest"](scores, group, torch.ones(4).bool())
     assert_close(advantages, [-0.5, 1.0, -0.5, 1.0])

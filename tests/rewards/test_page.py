@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import trl.rewards
+from tests.snippets import run_page, snippets
 
 PAGE = Path(__file__).parents[2] / "docs/rewards.md"
 
 
 def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(snippets) >= 9
+    assert len(snippets(PAGE)) >= 9
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    names: dict[str, Any] = {"__name__": "page"}
-    for number, snippet in enumerate(snippets):
-        if module := re.match(r"# (\w+\.py)\n", snippet):
-            Path(module[1]).write_text(snippet)
-        else:
-            exec(compile(snippet, f"docs/rewards.md, snippet {number}", "exec"), names)
+    run_page(PAGE, tmp_path)
     assert (tmp_path / "scores.jsonl").exists()
 
 
