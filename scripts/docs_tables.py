@@ -115,6 +115,13 @@ def arguments(function: Any) -> dict[str, str]:
     return found
 
 
+def file_sections() -> dict[str, type]:
+    """Sections of a configuration file by name, except `ppo`."""
+    from trl.cli.catalogue import SECTIONS
+
+    return {name: cls for name, cls in SECTIONS.items() if name != "ppo"}
+
+
 def settings_page() -> str:
     """docs/reference/settings.md."""
     from trl import PPOConfig, PPOTrainer, SpikeSettings
@@ -143,6 +150,17 @@ def settings_page() -> str:
         lines.append(row((f"`{name}`", value, said[name])))
     lines += ["", "## SpikeSettings", "", "`train(spike=SpikeSettings(...))`:", ""]
     lines += settings_table(SpikeSettings, [field.name for field in dataclasses.fields(SpikeSettings)])
+    lines += [
+        "",
+        "## Sections of a configuration file",
+        "",
+        "What `trl ppo run.yaml` reads beside `ppo:`, which holds the settings of `PPOConfig`, and `train:`, which holds arguments of",
+        "`train` ([the command line](../how-to/command-line.md)).",
+    ]
+    for section, cls in file_sections().items():
+        said, fields = sentences(cls), dataclasses.fields(cls)
+        rows = [row((f"`{section}.{field.name}`", default(field), said.get(field.name, ""))) for field in fields]
+        lines += ["", f"### {section}", "", "| setting | default | |", "| --- | --- | --- |", *rows]
     return "\n".join(lines) + "\n"
 
 
