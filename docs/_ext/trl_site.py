@@ -50,12 +50,13 @@ def sections(text: str) -> dict[str, list[str]]:
 
 
 def _toctrees(text: str) -> str:
+    """Hidden toctrees, one for each section of docs/index.md."""
     trees = []
     for heading, pages in sections(text).items():
         entries = "\n".join(f"/{page.rpartition('.')[0]}" for page in dict.fromkeys(pages))
         entries += "\n/reference/api/index" if heading == "Reference" else ""
         trees.append(f"```{{toctree}}\n:hidden:\n:caption: {heading}\n\n{entries}\n```")
-    return "\n\n".join([text, *trees, ""])
+    return "".join(f"\n\n{tree}" for tree in trees) + "\n"
 
 
 def read_source(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -63,7 +64,7 @@ def read_source(app: Sphinx, docname: str, source: list[str]) -> None:
     folder = (DOCS / docname).parent
     if not docname.startswith("project/"):
         text = LINK.sub(lambda link: _link(link, folder), text)
-    source[0] = _toctrees(text) if docname == "index" else text
+    source[0] = text + (_toctrees(source[0]) if docname == "index" else "")
 
 
 def _project_page(file: str) -> str | None:
