@@ -22,7 +22,7 @@ HAS_PLAYWRIGHT = importlib.util.find_spec("playwright") is not None
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
-    pytest.mark.skipif(not HAS_PLAYWRIGHT, reason="no Playwright: pip install 'trl[browser]'"),
+    pytest.mark.skipif(not HAS_PLAYWRIGHT, reason="no Playwright: pip install playwright"),
 ]
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

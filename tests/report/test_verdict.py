@@ -57,7 +57,7 @@ def test_a_negative_kl_is_too_low(tmp_path: Path) -> None:
     [
         ({"reason": "callback", "target": 50}, (), "finished", "good", "Finished at step 20 of 50, 38 s of training, ended by a callback"),
         ({"reason": "SIGINT", "target": 50}, (), "stopped", "good", "Stopped by SIGINT at step 20 of 50, 38 s of training; run it again with resume='auto' to go on"),
-        ({}, ("failed in step 21: ValueError: no\x1b[31m",), "failed", "bad", "Failed after step 20 of 20, 38 s of training: failed in step 21: ValueError: no"),
+        ({}, ("failed in step 21: ValueError: no\x1b[31m",), "failed", "bad", "Failed in step 21: ValueError: no; the last complete step is 20 of 20, 38 s of training"),
         ({}, ("failed in step 3: OSError: full", "run opened"), "stopped", "good", "Stopped without saying why at step 20 of 20, 38 s of training; run it again with resume='auto' to go on"),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ def comparison(before: HeldOut, after: HeldOut, width: int) -> str:
     """Formats the first held-out prompts with P(POSITIVE) and responses, before and after training."""
     lines = ["Held-out prompts, before and after (P(POSITIVE), continuation):", ""]
     for before_review, after_review in zip(before.reviews[:SHOWN], after.reviews[:SHOWN], strict=True):
-        lines.append(f"  {one_line(before_review.prompt)} ...")
+        lines.append(f"  {one_line(before_review.prompt)[: width - 6]} ...")
         for name, review in (("before", before_review), ("after ", after_review)):
             head = f"    {name} {review.positive:.2f}  "
             wrapped = textwrap.wrap(one_line(review.response), max(20, width - len(head) - 1)) or [""]
