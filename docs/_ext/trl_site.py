@@ -5,6 +5,7 @@
 - reference/api/ is written from `__all__` of the public modules, for autodoc.
 - project/ holds the Markdown files of the repository's root.
 - Links to sources outside docs/ become downloads, and links to folders become text.
+- A <picture> becomes two images, one for each colour scheme.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ MODULES = (
     "trl.doctor",
 )  # fmt: skip
 PROJECT_PAGES = {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing", "SECURITY.md": "security"}
+PICTURE = re.compile(
+    r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">\s*'
+    r'<img alt="(?P<alt>[^"]*)" src="(?P<light>[^"]+)">\s*</picture>'
+)
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
@@ -62,9 +67,18 @@ def _toctrees(text: str) -> str:
 def read_source(app: Sphinx, docname: str, source: list[str]) -> None:
     text = re.sub(r"<!--.*?-->\n?", "", source[0], flags=re.DOTALL)  # markers of scripts and tests
     folder = (DOCS / docname).parent
+    text = PICTURE.sub(_images, text)
     if not docname.startswith("project/"):
         text = LINK.sub(lambda link: _link(link, folder), text)
     source[0] = text + (_toctrees(source[0]) if docname == "index" else "")
+
+
+def _images(picture: re.Match[str]) -> str:
+    """The two images of a <picture>: furo shows the one of the colour scheme that the reader has chosen."""
+    dark, alt, light = picture["dark"], picture["alt"], picture["light"]
+    return "\n\n".join(
+        f"```{{image}} {file}\n:alt: {alt}\n:class: only-{scheme}\n```" for file, scheme in ((light, "light"), (dark, "dark"))
+    )
 
 
 def _project_page(file: str) -> str | None:
