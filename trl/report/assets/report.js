@@ -38,7 +38,7 @@ function columns(chart) {
     if (single) {
       chart.ribbons.flat().forEach(key => add(key, key, "--s0", "edge"));
       chart.keys.forEach((key, k) => add(key, chart.labels[k], COLOURS[k % 6], chart.stacked ? "stack" : "line"));
-    } else add(chart.keys[0], run.name, COLOURS[i % 6], "line");
+    } else add(chart.main, run.name, COLOURS[i % 6], "line");
     chart.points.forEach(key => add(key, single ? "held-out prompts" : run.name + ", held-out", single ? "--s4" : COLOURS[i % 6], "dot"));
     if (table.length > 1) tables.push(table);
   });
@@ -288,6 +288,7 @@ if (data.live) {
         if (!same) return location.reload();
         data = fresh;
         document.querySelectorAll("[data-live][id], figcaption[id]").forEach(node => { const other = next.getElementById(node.id); if (other) node.replaceChildren(...other.childNodes); });
+        document.querySelectorAll("figure.chart").forEach(node => { const other = next.getElementById(node.getAttribute("aria-labelledby")); if (other) node.className = other.parentElement.className; });
         drawAll(); choose();
         wait = Math.max(2000, 10 * (performance.now() - started));
       }
