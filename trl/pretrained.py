@@ -211,10 +211,25 @@ def load_tokenizer(source: str, **kwargs: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    return _load_auto(AutoTokenizer, source, kwargs)
+
+
+def load_config(source: str, **kwargs: Any) -> Any:
+    """Loads the configuration of a folder or hub id, without weights; otherwise as `load_tokenizer`.
+
+    Raises:
+        OSError: as `load_model`.
+    """
+    from transformers import AutoConfig
+
+    return _load_auto(AutoConfig, source, kwargs)
+
+
+def _load_auto(auto_class: Any, source: str, kwargs: dict[str, Any]) -> Any:
     kwargs["trust_remote_code"] = trusted(kwargs)
     try:
         with cache_if_unreachable(source):
-            return AutoTokenizer.from_pretrained(source, **kwargs)
+            return auto_class.from_pretrained(source, **kwargs)
     except OSError as error:
         if (not_cached := _not_cached(source, kwargs)) is not None:
             raise not_cached from error

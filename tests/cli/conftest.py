@@ -13,7 +13,9 @@ from trl import startup
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def own_folder(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     for name in os.environ:
         if name.startswith("TRL_") and "__" in name:
             monkeypatch.delenv(name)
@@ -21,9 +23,31 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(startup, "end_on_next_interrupt", lambda: None)  # pytest's own handler stays
     monkeypatch.setattr(startup, "set_defaults", lambda: None)
-    before = set(sys.modules)
+    forget_modules(tmp_path_factory.getbasetemp())
     yield tmp_path
-    for name in set(sys.modules) - before:
-        file = getattr(sys.modules[name], "__file__", None)
-        if file is not None and Path(file).is_relative_to(tmp_path):
+    forget_modules(tmp_path_factory.getbasetemp())
+
+
+def forget_modules(folder: Path) -> None:
+    """Forgets the modules of a folder, so that another test's of the same name are imported."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).is_relative_to(folder):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder with a finished run of two steps, runs/run. Do not change it."""
+    from tests.cli.helpers import write_project
+    from trl.cli.app import main
+
+    folder = tmp_path_factory.mktemp("project")
+    write_project(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(startup, "set_defaults", lambda: None)
+        assert main(["ppo", "run.yaml"]) == 0
+    forget_modules(folder)
+    return folder

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoConfig, get_scheduler
+from transformers import get_scheduler
 from transformers.utils import logging as transformers_logging
 
 import trl.assets
@@ -23,7 +25,7 @@ from trl.core import set_seed
 from trl.data.readers import read_rows
 from trl.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.models.adapters import require_peft
-from trl.pretrained import ADAPTER_CONFIG, find_file, load_tokenizer
+from trl.pretrained import ADAPTER_CONFIG, find_file, load_config, load_tokenizer
 from trl.trainer import OnlineTrainer, PPOConfig, PPOTrainer
 from trl.training.optimizers import make_adam
 
@@ -38,39 +40,69 @@ def quiet() -> None:
 def tokenizer(resolved: Resolved) -> Any:
     """The model's tokenizer."""
     model = resolved.section("model")
-    return load_tokenizer(
-        place_of(model.tokenizer or model.name),
-        revision=None if model.tokenizer else model.revision,
-        trust_remote_code=model.trust_remote_code,
-    )
+    setting = "model.name" if model.tokenizer is None else "model.tokenizer"
+    with _at(resolved, setting):
+        return load_tokenizer(
+            place_of(resolved[setting]),
+            revision=None if model.tokenizer else model.revision,
+            trust_remote_code=model.trust_remote_code,
+        )
 
 
-def model_config(resolved: Resolved) -> Any:
-    """transformers' configuration of the model; reads no weights."""
+def model_config(resolved: Resolved, setting: str = "model.name") -> Any:
+    """transformers' configuration of a model; reads no weights."""
     model = resolved.section("model")
-    return AutoConfig.from_pretrained(
-        place_of(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
+    with _at(resolved, setting):
+        return load_config(
+            _base_of(place_of(resolved[setting])),
+            revision=model.revision if setting == "model.name" else None,
+            trust_remote_code=model.trust_remote_code,
+        )
 
 
 def is_encoder_decoder(place: str) -> bool:
     """Whether a folder or hub id holds an encoder-decoder; of an adapter, its base model."""
+    return bool(getattr(load_config(_base_of(place)), "is_encoder_decoder", False))
+
+
+def _base_of(place: str) -> str:
+    """The base model of a folder or hub id with an adapter; otherwise the same folder or id."""
     adapter = find_file(place, ADAPTER_CONFIG, {})
-    if adapter is not None:
-        place = str(json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"])
-    return bool(getattr(AutoConfig.from_pretrained(place, trust_remote_code=False), "is_encoder_decoder", False))
+    if adapter is None:
+        return place
+    return str(json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
-def model(resolved: Resolved, name: str, revision: str | None, *, lora: bool) -> Any:
-    """A language model with a value head, with a new adapter if `lora`."""
-    settings = resolved.section("model")
-    seq2seq = bool(getattr(model_config(resolved), "is_encoder_decoder", False))
-    wrapper = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
+@contextmanager
+def _at(resolved: Resolved, setting: str) -> Iterator[None]:
+    """Turns an error of loading into one of the setting that names what is loaded."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UsageError([Problem(text=str(error), where=resolved.place(setting))]) from error
+
+
+def model(resolved: Resolved, setting: str = "model.name") -> Any:
+    """A language model with a value head; that of `model.name` has its revision, and a new adapter if there is `lora.r`."""
+    settings, policy = resolved.section("model"), setting == "model.name"
     arguments: dict[str, Any] = {
-        "revision": revision, "trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle,
+        "trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle,
     }  # fmt: skip
+    if policy and settings.revision is not None:
+        arguments["revision"] = settings.revision
+    with _at(resolved, setting):
+        new_adapter = policy and resolved["lora.r"] is not None
+        return wrapped(resolved, place_of(resolved[setting]), new_adapter=new_adapter, setting=setting, **arguments)
+
+
+def wrapped(
+    resolved: Resolved, source: Any, *, new_adapter: bool, setting: str = "model.name", **arguments: Any
+) -> Any:
+    """A folder, hub id or transformers model with a value head, and with the adapter of `lora` if `new_adapter`."""
     adapter = resolved.section("lora")
-    if lora and adapter.r is not None:
+    seq2seq = bool(getattr(model_config(resolved, setting), "is_encoder_decoder", False))
+    wrapper = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
+    if new_adapter:
         arguments["peft_config"] = require_peft("lora.r").LoraConfig(
             task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
             r=adapter.r,
@@ -78,7 +110,7 @@ def model(resolved: Resolved, name: str, revision: str | None, *, lora: bool) ->
             lora_dropout=adapter.dropout,
             target_modules=adapter.target_modules,
         )
-    return wrapper.from_pretrained(place_of(name), **{k: v for k, v in arguments.items() if v is not None})
+    return wrapper.from_pretrained(source, **arguments)
 
 
 def trainer(command: str, resolved: Resolved, steps: int) -> OnlineTrainer:
@@ -96,8 +128,8 @@ def trainer(command: str, resolved: Resolved, steps: int) -> OnlineTrainer:
     settings = resolved.section("model")
     _check_keywords(resolved)
     set_seed(int(config.seed or 0))  # before the value head is drawn
-    policy = model(resolved, settings.name, settings.revision, lora=True)
-    reference = None if settings.reference is None else model(resolved, settings.reference, None, lora=False)
+    policy = model(resolved)
+    reference = None if settings.reference is None else model(resolved, "model.reference")
     optimizer, scheduler = _schedule(resolved, config, policy, steps)
     arguments: dict[str, Any] = {
         "config": config, "model": policy, "ref_model": reference, "tokenizer": tokenizer(resolved),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from trl.cli import building
 from trl.cli.resolve import Resolved
 from trl.data import load_prompts
+from trl.models import create_reference_model
 from trl.runs.options import TrainOptions
 
 _MEBIBYTE = 1 << 20
@@ -68,25 +70,13 @@ def estimate(command: str, resolved: Resolved) -> Estimate:
     (arXiv:2205.05198): 34 bytes per token, layer and hidden unit at two bytes a number, without the attention matrices,
     which fused attention does not keep; and the logits of one minibatch.
     """
-    ppo, settings = resolved.section("ppo"), resolved.section("model")
+    ppo = resolved.section("ppo")
     config = building.model_config(resolved)
-    seq2seq = bool(getattr(config, "is_encoder_decoder", False))
-    with torch.device("meta"):
-        model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_config(
-            config, trust_remote_code=settings.trust_remote_code
-        )
+    policy, reference = _without_weights(command, resolved)
     width = int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 0)
     layers = int(getattr(config, "num_hidden_layers", None) or 0)
-    head = width + 1 if command == "ppo" else 0
-    whole = sum(p.numel() for p in model.parameters())
-    adapter = resolved.section("lora")
-    trained = whole + head if adapter.r is None else _adapter_size(model, resolved) + head
-    uses_reference = command == "ppo" or resolved["grpo.kl_coef"] > 0
-    reference = whole if uses_reference and (adapter.r is None or settings.reference is not None) else 0
-    if settings.shared_layers and layers:
-        blocks = sum(p.numel() for name, p in model.named_parameters() if ".0." in name)
-        shared = min(settings.shared_layers, layers) * blocks
-        trained, reference = trained - shared, max(0, reference - shared)
+    own = {id(p) for p in policy.parameters()}
+    trained = _count(p for p in policy.parameters() if p.requires_grad)
     source, held_out = building.prompts(resolved)
     prompts = load_prompts(source, building.tokenizer(resolved))
     lengths = [len(prompt.tokens) for prompt in prompts]
@@ -103,10 +93,10 @@ def estimate(command: str, resolved: Resolved) -> Estimate:
     moments = 2 if ppo.optimizer_state_dtype == "bfloat16" else 4
     per_token = 4 * width if ppo.gradient_checkpointing else 68 * width
     return Estimate(
-        parameters=whole + head,
+        parameters=_count(policy.parameters()),
         trained=trained,
-        weights=4 * (whole + head),
-        reference=4 * reference,
+        weights=4 * _count(policy.parameters()),
+        reference=0 if reference is None else 4 * _count(p for p in reference.parameters() if id(p) not in own),
         gradients=4 * trained,
         optimizer=2 * moments * trained,
         activations=micro * (layers * per_token + 4 * vocabulary),
@@ -119,15 +109,31 @@ def estimate(command: str, resolved: Resolved) -> Estimate:
     )
 
 
-def _adapter_size(model: Any, resolved: Resolved) -> int:
-    """Parameters of a LoRA adapter; peft adds it to the model without weights."""
-    from trl.models.adapters import require_peft
-
-    peft = require_peft("lora.r")
-    adapter = resolved.section("lora")
-    config = peft.LoraConfig(r=adapter.r, target_modules=adapter.target_modules)
+def _without_weights(command: str, resolved: Resolved) -> tuple[Any, Any]:
+    """Policy and reference as the trainer makes them, on the meta device; None for a reference that is not a model of its own."""
+    settings, adapter = resolved.section("model"), resolved.section("lora")
     with torch.device("meta"):
-        return sum(p.numel() for p in peft.get_peft_model(model, config).parameters() if p.requires_grad)
+        policy = building.wrapped(resolved, _empty(resolved, "model.name"), new_adapter=adapter.r is not None)
+        if command != "ppo":
+            policy.v_head.requires_grad_(False)
+            if not resolved["grpo.kl_coef"]:
+                return policy, None
+        if settings.reference is not None:
+            return policy, building.wrapped(resolved, _empty(resolved, "model.reference"), new_adapter=False)
+        if adapter.r is not None:
+            return policy, None  # the policy without its adapter
+        return policy, create_reference_model(policy, num_shared_layers=settings.shared_layers)
+
+
+def _empty(resolved: Resolved, setting: str) -> Any:
+    config = building.model_config(resolved, setting)
+    seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+    auto_class = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    return auto_class.from_config(config, trust_remote_code=resolved["model.trust_remote_code"])
+
+
+def _count(parameters: Iterable[Any]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _size(count: float) -> str:

@@ -54,12 +54,13 @@ def check(resolved: Resolved, *, trains: bool = True) -> None:
         raise UsageError(problems)
 
 
-def with_run_folder(resolved: Resolved, default: str) -> Resolved:
-    """The settings with the run's folder, made absolute, in `train.run_dir`; checks that it is free.
+def with_run_folder(resolved: Resolved, default: str, *, free: bool = True) -> Resolved:
+    """The settings with the run's folder, made absolute, in `train.run_dir`.
 
     Args:
         resolved: settings.
         default: name of the run if it has none.
+        free: check that no run and no other files are in it.
 
     Raises:
         UsageError: if the name leads out of its root, or the folder holds a run or other files.
@@ -73,11 +74,11 @@ def with_run_folder(resolved: Resolved, default: str) -> Resolved:
     except (ValueError, OSError) as error:
         raise UsageError([Problem(text=f"{setting}: {error}", where=resolved.place(setting))]) from error
     shown = shown_path(folder)
-    if is_run:
+    if free and is_run:
         raise UsageError(
             f"{shown} already holds a run: trl resume {shown} goes on with it; --run-dir or --run-name chooses another folder"
         )
-    if occupied:
+    if free and occupied:
         raise UsageError(f"{shown} is not an empty folder: --run-dir or --run-name chooses another one")
     return resolved.with_value("train.run_dir", str(folder), resolved.sources[setting]).with_value(
         "train.run_name", None, resolved.sources["train.run_name"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from trl.untrusted import one_line, visible
 
 _SHOWN = 8  # problems in one message: it fits on a screen
-_LONGEST = 400  # characters of one problem
+_LONGEST = 700  # characters of one problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

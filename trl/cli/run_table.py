@@ -55,7 +55,7 @@ def find_runs(root: Path) -> Iterator[Path]:
     """Run folders in a folder, itself included. Symbolic links are not followed."""
 
     def walk(folder: Path, depth: int) -> Iterator[Path]:
-        if RunDirectory.exists(folder):
+        if (folder / "events.log").is_file():  # not RunDirectory.exists, which refuses strange names
             yield folder
         elif depth:
             for entry in sorted(folder.iterdir()):

@@ -35,6 +35,8 @@ def evaluate(invocation: Invocation) -> int:
     chosen = prompts if held_out is None or given_prompts else held_out
     reward = reward_sources.build(resolved, started.folder)
     trainer = building.trainer(started.command, resolved, steps=1)
+    if trainer.config.max_skipped_updates is None:  # as the run had it, so that loading finds no difference
+        trainer.config.max_skipped_updates = resolved["train.max_skipped_updates"]
     try:
         if trainer.load_checkpoint(run / "checkpoints") is None:
             raise UsageError(f"{places.shown_path(run)} has no checkpoint yet: there is no trained model to evaluate")
@@ -50,7 +52,8 @@ def generate(invocation: Invocation) -> int:
     """`trl generate RUN|MODEL --prompt TEXT`."""
     speaker = Speaker.load(invocation)
     prompts = invocation.options.get("prompt") or _lines(invocation)
-    samples = invocation.number("samples") or 1
+    samples = invocation.number("samples")
+    samples = 1 if samples is None else samples
     if samples < 1:
         raise UsageError([Problem(text=f"{samples} is less than 1", where="--samples")])
     for prompt in prompts:

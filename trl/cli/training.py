@@ -27,7 +27,8 @@ def train(invocation: Invocation) -> int:
     places.check(resolved)
     files = reward_sources.check(resolved)
     default = Path(invocation.arguments[0]).stem if invocation.arguments else command
-    resolved = places.with_run_folder(places.with_absolute_paths(resolved), default)
+    free = not invocation.has("dry-run")
+    resolved = places.with_run_folder(places.with_absolute_paths(resolved), default, free=free)
     if invocation.has("dry-run"):
         return _dry_run(command, resolved)
     return _run(command, resolved, launch.record(command, resolved, files), folder=None, resume=False)
