@@ -64,6 +64,18 @@ def test_every_page_is_in_the_navigation_once():
     assert len(listed) == len(set(listed))
 
 
+def test_commands_on_the_pages_exist():
+    from trl.cli.commands import COMMANDS
+
+    blocks = [
+        block
+        for page in PAGES
+        for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    ]
+    used = {line.split()[1] for block in blocks for line in block.splitlines() if line.startswith("trl ")}
+    assert len(used) > 5 and used <= set(COMMANDS), used - set(COMMANDS)
+
+
 def test_written_parts_are_up_to_date():
     """Settings and metrics on the pages are those of the code: `make docs-tables` writes them."""
     from scripts.docs_tables import pages
