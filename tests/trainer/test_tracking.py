@@ -17,7 +17,7 @@ from accelerate.utils import LoggerType
 
 from tests.helpers import tiny_gpt2
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig
-from trl.trackers.adapters import ADAPTERS
+from trl.trackers.clients import ADAPTERS
 from trl.trackers.completions import Table
 from trl.trainer.tracking import check_trackers, settings_to_track, tracker_names
 

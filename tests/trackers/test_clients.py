@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from trl.trackers import SafeTracker, completions_table
-from trl.trackers.adapters import (
+from trl.trackers.clients import (
     ADAPTERS,
     AccelerateTracker,
     Late,
