@@ -16,6 +16,7 @@ TESTED_IN = {
     "algorithms/grpo.py": ("algorithms/test_policy_gradient.py", "grpo"),
     "algorithms/ppo.py": ("conformance/test_system.py", "ppo_minibatches"),
     "core.py": ("compat/test_core_functions.py", "logprobs_from_logits"),
+    "data/row_helpers.py": ("data/test_formats.py", "extract_prompt"),
     "demo/figure.py": ("demo/test_page.py", "nice_ticks"),
     "demo/outcome.py": ("demo/test_page.py", "DemoSettings"),
     "demo/terminal.py": ("demo/test_page.py", "comparison"),
