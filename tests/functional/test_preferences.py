@@ -10,11 +10,14 @@ from torch import Tensor
 from tests.functional.oracles import f64, randn
 from tests.helpers import assert_close
 from trl.functional.preferences import (
+    apo_down_loss,
+    apo_zero_loss,
     hinge_loss,
     ipo_loss,
     kto_loss,
     odds_ratio_loss,
     pairwise_loss,
+    preference_reliability,
     reliability,
     robust_loss,
     sigmoid_loss,
@@ -143,3 +146,37 @@ def test_predictions_that_are_true_as_often_as_they_say_are_calibrated() -> None
 def test_reliability_refuses_what_is_no_probability(wrong: float) -> None:
     with pytest.raises(ValueError, match="from 0 to 1"):
         reliability(torch.tensor([0.5, wrong]), torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [(0.7, -0.4), (-2.0, 1.5), (0.0, 0.0)])
+def test_apo_losses_by_their_formulas(chosen: float, rejected: float) -> None:
+    def sigma(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    w, l, beta = f64([chosen]), f64([rejected]), 0.3  # noqa: E741
+    zero = 1 - sigma(beta * chosen) + sigma(beta * rejected)
+    down = sigma(beta * chosen) + 1 - sigma(beta * (chosen - rejected))
+    assert_close(apo_zero_loss(w, l, beta=beta), [zero])
+    assert_close(apo_down_loss(w, l, beta=beta), [down])
+
+
+def test_preference_reliability_by_hand() -> None:
+    """Four pairs at a gap of ±log 3 are predicted with probability 3/4; three of four predictions are right."""
+    gap = math.log(3.0)
+    diagram = preference_reliability(f64([gap, gap, gap, -gap]), bins=10)
+    assert diagram.count.tolist() == [0, 0, 0, 0, 0, 0, 0, 4, 0, 0]
+    assert_close(diagram.confidence[7], 0.75)
+    assert_close(diagram.frequency[7], 0.75)
+    assert_close(diagram.error, 0.0)
+
+
+def test_rewards_that_are_too_sure_are_miscalibrated() -> None:
+    """A hundred times the gaps, at the same share of right predictions: probability 1, right three times of four."""
+    gap = 100 * math.log(3.0)
+    assert_close(preference_reliability(f64([gap, gap, gap, -gap])).error, 0.25)
+
+
+def test_rewards_that_say_nothing_are_wrong_half_the_time_at_best() -> None:
+    diagram = preference_reliability(f64([0.0, 0.0]))
+    assert diagram.count[10] == 2 and diagram.frequency[10] == 0.0
+    assert_close(diagram.error, 0.5)

@@ -92,6 +92,30 @@ def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -logsigmoid(log_odds(chosen) - log_odds(rejected))
 
 
+def apo_zero_loss(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """(1 − σ(β r_w)) + σ(β r_l): raises the chosen response and lowers the rejected one, each against the reference.
+
+    APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7).
+
+    Args:
+        chosen: `[B]` log π(y_w) / π_ref(y_w).
+        rejected: `[B]` log π(y_l) / π_ref(y_l).
+        beta: β.
+
+    Returns:
+        `[B]` losses.
+    """
+    return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
+
+
+def apo_down_loss(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """σ(β r_w) + 1 − σ(β (r_w − r_l)): lowers both responses, the rejected one further.
+
+    APO-down (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8). Arguments and result as for `apo_zero_loss`.
+    """
+    return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
+
+
 # KTO -----------------------------------------------------------------------------------------------------------------
 
 
@@ -162,3 +186,19 @@ def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = 10) -> Rel
     totals = torch.bincount(index, weights=probabilities, minlength=bins)
     hits = torch.bincount(index, weights=labels.double(), minlength=bins)
     return Reliability(confidence=totals / count, frequency=hits / count, count=count)
+
+
+def preference_reliability(gaps: Tensor, *, bins: int = 20) -> Reliability:
+    """How often the response with the higher reward is the chosen one, by how sure the rewards are of it.
+
+    A gap of d predicts the response with the higher reward with the probability σ(|d|), from 1/2 to 1 (Bradley-Terry), so
+    that only the upper half of the bins is filled. A gap of 0 counts as a wrong prediction made with probability 1/2.
+
+    Args:
+        gaps: `[N]` reward of the chosen response minus that of the rejected one.
+        bins: number of bins over [0, 1].
+
+    Returns:
+        The reliability diagram; its `error` is the expected calibration error.
+    """
+    return reliability(torch.sigmoid(gaps.double().abs()), gaps > 0, bins=bins)

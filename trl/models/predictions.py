@@ -58,18 +58,36 @@ _CACHE: WeakKeyDictionary[nn.Module, tuple[Any, Abilities]] = (
 
 def predict(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRequest) -> tuple[Tensor, Tensor]:
     """Returns `[N]` float32 log-probabilities and entropies, for a model whose `abilities` say `projects`."""
-    head = base_language_model(pretrained).get_output_embeddings()
+    return score_tokens(pretrained, requested_states(pretrained, inputs, request), request)
+
+
+def requested_states(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRequest) -> Tensor:
+    """Runs the model without its output projection and returns that projection's inputs `[N, H]` at `request.rows`."""
     with without_head(pretrained) as captured:
         pretrained(**inputs)
     assert captured.value is not None
+    return captured.value.flatten(0, 1)[request.rows]
+
+
+def score_tokens(pretrained: nn.Module, states: Tensor, request: PredictionRequest) -> tuple[Tensor, Tensor]:
+    """Projects `[N, H]` states to `[N]` float32 log-probabilities of `request.tokens`, and entropies."""
+    head = base_language_model(pretrained).get_output_embeddings()
     return projected_logprobs_and_entropy(
-        captured.value.flatten(0, 1)[request.rows],
+        states,
         head.weight,
         request.tokens,
         bias=head.bias,
         temperature=request.temperature,
         entropy=request.entropy,
     )
+
+
+@torch.no_grad()
+def mean_logits(pretrained: nn.Module, states: Tensor) -> Tensor:
+    """Means over the vocabulary of the logits at `[N, H]` states: `[N]` float32, the states times the mean output row."""
+    head = base_language_model(pretrained).get_output_embeddings()
+    mean = states.float() @ head.weight.mean(dim=0, dtype=torch.float32)
+    return mean if head.bias is None else mean + head.bias.mean(dtype=torch.float32)
 
 
 def has_own_forward(model: nn.Module) -> bool:
