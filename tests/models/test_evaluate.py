@@ -195,13 +195,13 @@ class Widths:
 def test_only_the_response_goes_through_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     trunk, rollout = tiny_gpt2(), make_rollout("left")
     rows: list[int] = []
-    project = predictions.projected_logprobs_and_entropy
+    project = predictions.projected_predictions
 
     def counted(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows.append(len(hidden))
         return project(hidden, *args, **kwargs)
 
-    monkeypatch.setattr(predictions, "projected_logprobs_and_entropy", counted)
+    monkeypatch.setattr(predictions, "projected_predictions", counted)
     got = evaluate(trunk, rollout, response_only=True)
     assert rows == [int(rollout.mask.sum())]
     assert not got.logprobs[~rollout.mask].any()

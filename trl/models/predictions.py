@@ -15,7 +15,7 @@ from trl.functional.probes import logits_error, logits_tolerance
 from trl.kernels.door import kernels_enabled
 from trl.kernels.packed_attention import packed
 from trl.kernels.products import LinearForward
-from trl.kernels.projection import projected_logprobs_and_entropy
+from trl.kernels.projection import projected_predictions
 from trl.models.padding import unpadded_inputs
 from trl.models.trunk import (
     accepts,
@@ -56,13 +56,16 @@ _CACHE: WeakKeyDictionary[nn.Module, tuple[Any, Abilities]] = (
 )  # with the `_cache_key` they were probed for
 
 
-def predict(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRequest) -> tuple[Tensor, Tensor]:
-    """Returns `[N]` float32 log-probabilities and entropies, for a model whose `abilities` say `projects`."""
+def predict(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRequest) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `[N]` float32 log-probabilities, entropies, and bool: whether the token is the most likely one.
+
+    Only for models whose `abilities` say `projects`.
+    """
     head = base_language_model(pretrained).get_output_embeddings()
     with without_head(pretrained) as captured:
         pretrained(**inputs)
     assert captured.value is not None
-    return projected_logprobs_and_entropy(
+    return projected_predictions(
         captured.value.flatten(0, 1)[request.rows],
         head.weight,
         request.tokens,
