@@ -15,7 +15,7 @@ from trl.functional.probes import logits_error, logits_tolerance
 from trl.kernels.door import kernels_enabled
 from trl.kernels.packed_attention import packed
 from trl.kernels.products import LinearForward
-from trl.kernels.projection import projected_logprobs_and_entropy
+from trl.kernels.projection import projected_predictions
 from trl.models.padding import unpadded_inputs
 from trl.models.trunk import (
     accepts,
@@ -56,8 +56,11 @@ _CACHE: WeakKeyDictionary[nn.Module, tuple[Any, Abilities]] = (
 )  # with the `_cache_key` they were probed for
 
 
-def predict(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRequest) -> tuple[Tensor, Tensor]:
-    """Returns `[N]` float32 log-probabilities and entropies, for a model whose `abilities` say `projects`."""
+def predict(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRequest) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `[N]` float32 log-probabilities, entropies, and bool: whether the token is the most likely one.
+
+    Only for models whose `abilities` say `projects`.
+    """
     return score_tokens(pretrained, requested_states(pretrained, inputs, request), request)
 
 
@@ -69,10 +72,10 @@ def requested_states(pretrained: nn.Module, inputs: dict[str, Any], request: Pre
     return captured.value.flatten(0, 1)[request.rows]
 
 
-def score_tokens(pretrained: nn.Module, states: Tensor, request: PredictionRequest) -> tuple[Tensor, Tensor]:
-    """Projects `[N, H]` states to `[N]` float32 log-probabilities of `request.tokens`, and entropies."""
+def score_tokens(pretrained: nn.Module, states: Tensor, request: PredictionRequest) -> tuple[Tensor, Tensor, Tensor]:
+    """Projects `[N, H]` states to what `predict` returns."""
     head = base_language_model(pretrained).get_output_embeddings()
-    return projected_logprobs_and_entropy(
+    return projected_predictions(
         states,
         head.weight,
         request.tokens,
