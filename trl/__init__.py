@@ -34,6 +34,12 @@ _HOMES = {
         "TrainCallback",
         "TrainResult",
     ),
+    "trl.trainer.offline.dpo_config": ("DPOConfig",),
+    "trl.trainer.offline.dpo_trainer": ("DPOTrainer",),
+    "trl.trainer.offline.kto_config": ("KTOConfig",),
+    "trl.trainer.offline.kto_trainer": ("KTOTrainer",),
+    "trl.trainer.offline.reward_config": ("RewardConfig",),
+    "trl.trainer.offline.reward_trainer": ("RewardTrainer",),
     "trl.trainer.model_config": ("get_kbit_device_map", "get_peft_config", "get_quantization_config"),
     "trl.state.checkpoints": ("CheckpointError",),
     "trl.training.guards": ("NonFiniteError",),
@@ -51,13 +57,19 @@ __all__ = [
     "AutoModelForSeq2SeqLMWithValueHead",
     "BaseTrainer",
     "CheckpointError",
+    "DPOConfig",
+    "DPOTrainer",
     "FixedKLController",
+    "KTOConfig",
+    "KTOTrainer",
     "ModelConfig",
     "NonFiniteError",
     "OnlineTrainer",
     "PPOConfig",
     "PPOTrainer",
     "PreTrainedModelWrapper",
+    "RewardConfig",
+    "RewardTrainer",
     "SpikeError",
     "SpikeSettings",
     "TrainCallback",
@@ -97,6 +109,12 @@ if TYPE_CHECKING:
         TrainResult,
     )
     from trl.trainer.model_config import get_kbit_device_map, get_peft_config, get_quantization_config
+    from trl.trainer.offline.dpo_config import DPOConfig
+    from trl.trainer.offline.dpo_trainer import DPOTrainer
+    from trl.trainer.offline.kto_config import KTOConfig
+    from trl.trainer.offline.kto_trainer import KTOTrainer
+    from trl.trainer.offline.reward_config import RewardConfig
+    from trl.trainer.offline.reward_trainer import RewardTrainer
     from trl.training.guards import NonFiniteError
 
 

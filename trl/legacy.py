@@ -30,6 +30,12 @@ _HOMES = {
     "trl.models.chat_format": "ChatMlSpecialTokens FORMAT_MAPPING",
     "trl.models.reference": "LAYER_PATTERNS",
     "trl.trainer": "AdaptiveKLController BaseTrainer FixedKLController ModelConfig PPOConfig RunningMoments",
+    "trl.trainer.offline.dpo_config": "DPOConfig",
+    "trl.trainer.offline.dpo_trainer": "DPOTrainer",
+    "trl.trainer.offline.kto_config": "KTOConfig",
+    "trl.trainer.offline.kto_trainer": "KTOTrainer",
+    "trl.trainer.offline.reward_config": "RewardConfig",
+    "trl.trainer.offline.reward_trainer": "RewardDataCollatorWithPadding RewardTrainer compute_accuracy",
     "trl.trainer.model_config": "get_kbit_device_map get_peft_config get_quantization_config",
     "trl.trainer.peft_saving": "PeftSavingCallback",
     "trl.trainer.utils": "exact_div",
@@ -45,7 +51,14 @@ _PLACES = {
         PreTrainedModelWrapper ValueHead is_npu_available is_xpu_available""",
     "trl.models.utils": """AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead ChatMlSpecialTokens
         FORMAT_MAPPING PreTrainedModelWrapper SUPPORTED_ARCHITECTURES setup_chat_format unwrap_model_for_generation""",
-    "trl.trainer": "is_diffusers_available",
+    "trl.trainer": """DPOConfig DPOTrainer KTOConfig KTOTrainer RewardConfig RewardTrainer compute_accuracy
+        is_diffusers_available""",
+    "trl.trainer.dpo_config": "DPOConfig",
+    "trl.trainer.dpo_trainer": "DPOConfig DPOTrainer",
+    "trl.trainer.kto_config": "KTOConfig",
+    "trl.trainer.kto_trainer": "KTOConfig KTOTrainer",
+    "trl.trainer.reward_config": "RewardConfig",
+    "trl.trainer.reward_trainer": "RewardConfig RewardDataCollatorWithPadding RewardTrainer compute_accuracy",
     "trl.trainer.model_config": "flatten_dict",
     "trl.trainer.ppo_config": "exact_div flatten_dict is_wandb_available",
     "trl.trainer.ppo_trainer": """AdaptiveKLController BaseTrainer FixedKLController PPOConfig PPODecorators
@@ -53,7 +66,8 @@ _PLACES = {
         create_reference_model entropy_from_logits flatten_dict is_npu_available is_torch_greater_2_0 is_xpu_available
         logprobs_from_logits masked_mean masked_var masked_whiten set_seed stack_dicts stats_to_np
         unwrap_model_for_generation""",
-    "trl.trainer.utils": """AdaptiveKLController FixedKLController ModelConfig PeftSavingCallback RunningMoments
+    "trl.trainer.utils": """AdaptiveKLController FixedKLController ModelConfig PeftSavingCallback
+        RewardDataCollatorWithPadding RunningMoments
         get_kbit_device_map get_peft_config get_quantization_config is_peft_available is_unsloth_available
         is_xpu_available""",
 }
@@ -63,21 +77,17 @@ _OLD_TRL = "TRL 0.11, in an environment of its own"
 # What to use: the releases that had a name: the names. Those with a dot are modules, or names in one module alone.
 _NOT_YET: Mapping[str, Mapping[str, str]] = {
     "transformers.Trainer for now, or " + _OTHER_TRL: {
-        "0.4-0.11": """ConstantLengthDataset DataCollatorForCompletionOnlyLM RewardTrainer SFTTrainer compute_accuracy
-            trl.trainer.reward_trainer trl.trainer.sft_trainer trl.trainer.utils.RewardDataCollatorWithPadding""",
-        "0.7-0.11": "RewardConfig trl.extras.dataset_formatting trl.trainer.reward_config",
+        "0.4-0.11": "ConstantLengthDataset DataCollatorForCompletionOnlyLM SFTTrainer trl.trainer.sft_trainer",
+        "0.7-0.11": "trl.extras.dataset_formatting",
         "0.9-0.11": "SFTConfig trl.trainer.sft_config",
-    },
-    _OTHER_TRL: {
-        "0.5-0.11": "DPOTrainer trl.trainer.dpo_trainer trl.trainer.utils.DPODataCollatorWithPadding",
-        "0.8-0.11": "KTOConfig KTOTrainer trl.trainer.kto_config trl.trainer.kto_trainer",
-        "0.9-0.11": "DPOConfig FDivergenceConstants FDivergenceType trl.trainer.dpo_config",
     },
     "ppo_trainer.generate for several responses and your reward function to choose one": {
         "0.4-0.11": "BestOfNSampler trl.extras"
     },
 }
 _NEVER: Mapping[str, Mapping[str, str]] = {
+    "trl.data.pairs.AnswerCollator": {"0.5-0.11": "trl.trainer.utils.DPODataCollatorWithPadding"},
+    "DPOConfig(loss_type=...)": {"0.9-0.11": "FDivergenceConstants FDivergenceType"},
     _OTHER_TRL: {
         "0.7-0.11": "IterativeSFTTrainer trl.trainer.iterative_sft_trainer trl.trainer.utils.neftune_post_forward_hook",
         "0.8-0.11": "CPOConfig CPOTrainer ORPOConfig ORPOTrainer trl.commands init_zero_verbose trl.trainer.cpo_config "

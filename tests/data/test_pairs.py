@@ -52,7 +52,7 @@ def test_texts_end_once() -> None:
 def test_a_tokenizer_without_an_end() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no eos token to end a text with: set tokenizer.eos_token"):
+    with pytest.raises(ValueError, match="no eos token to end a text with: set tokenizer"):
         token_ids(tokenizer, ["w5"], rendered=False, end=True)
 
 
@@ -66,7 +66,7 @@ def test_answers_share_their_prompt() -> None:
 
 
 def test_a_token_across_the_boundary_belongs_to_both_answers(caplog: pytest.LogCaptureFixture) -> None:
-    """"ca" + "b" is c, ab: the prompt that both answers share is c."""
+    """ "ca" + "b" is c, ab: the prompt that both answers share is c."""
     with caplog.at_level(logging.WARNING):
         prompts, (chosen, rejected) = prompts_and_answers(characters(), ["ca"], [["b"], ["c"]], rendered=False)
     assert prompts == [[3]]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trl.data.collators import pad
@@ -44,7 +45,9 @@ class LengthLimits:
         return prompt[excess:], answer[max(0, excess - len(prompt)) :]
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str], *, rendered: bool, end: bool, target: bool = False) -> list[list[int]]:
+def token_ids(
+    tokenizer: Any, texts: Sequence[str], *, rendered: bool, end: bool, target: bool = False
+) -> list[list[int]]:
     """Tokenises texts.
 
     Args:
@@ -99,13 +102,9 @@ def prompts_and_answers(
         token_ids(tokenizer, [p + a for p, a in zip(prompts, texts, strict=True)], rendered=rendered, end=True)
         for texts in answers
     ]
-    starts = [
-        min(_shared_length(head, whole[row]) for whole in wholes) for row, head in enumerate(heads)
-    ]
+    starts = [min(_shared_length(head, whole[row]) for whole in wholes) for row, head in enumerate(heads)]
     eos = tokenizer.eos_token_id
-    lost = [
-        row for row, head in enumerate(heads) if starts[row] < len(head) - (1 if head and head[-1] == eos else 0)
-    ]
+    lost = [row for row, head in enumerate(heads) if starts[row] < len(head) - (1 if head and head[-1] == eos else 0)]
     if lost:
         row = lost[0]
         logger.warning(
@@ -173,6 +172,38 @@ def dropped(total: int, left: int, limit: int | None, name: str) -> None:
         logger.warning("%s: %d of %d rows are left out as too long for max_length=%s", name, total - left, total, limit)
 
 
+class PairCollator:
+    """Pads pairs of whole texts to one batch: the chosen texts first, then the rejected ones.
+
+    Args:
+        pad_token_id: fills padding.
+        pad_to_multiple_of: makes the number of columns a multiple of this.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collates `B` rows with `chosen_ids`, `rejected_ids` and, optionally, a `margin`.
+
+        Returns:
+            `input_ids` and `attention_mask` `[2·B, T]`, and `margin` `[B]`.
+
+        Raises:
+            ValueError: if a row lacks a column.
+        """
+        for name in ("chosen_ids", "rejected_ids"):
+            if any(name not in row for row in rows):
+                raise ValueError(f"a row has the columns {', '.join(rows[0])}, without {name}")
+        sequences = [_ids(row[name]) for name in ("chosen_ids", "rejected_ids") for row in rows]
+        tokens, attention = padded(sequences, self.pad_token_id, self.pad_to_multiple_of)
+        batch = {"input_ids": tokens, "attention_mask": attention}
+        if "margin" in rows[0]:
+            batch["margin"] = torch.tensor([float(row["margin"]) for row in rows])
+        return batch
+
+
 class AnswerCollator:
     """Pads prompts with their answers to one batch: rows of the first answer column first, then of the next.
 
@@ -208,15 +239,16 @@ class AnswerCollator:
             start token and the answer. Then the columns of `floats`, and `label` as bool.
         """
         pairs = [(_ids(row["prompt_ids"]), _ids(row[answer])) for answer in self.answers for row in rows]
+        fill = self.pad_token_id, self.pad_to_multiple_of
         batch: dict[str, Tensor] = {}
         if self.decoder_start is None:
-            batch["input_ids"], batch["attention_mask"] = self._pad([torch.cat(pair) for pair in pairs])
+            batch["input_ids"], batch["attention_mask"] = padded([torch.cat(pair) for pair in pairs], *fill)
             before = torch.tensor([len(prompt) for prompt, _ in pairs])
             attention = batch["attention_mask"]
         else:
             start = torch.tensor([self.decoder_start])
-            batch["input_ids"], batch["attention_mask"] = self._pad([prompt for prompt, _ in pairs])
-            decoded = self._pad([torch.cat([start, answer]) for _, answer in pairs])
+            batch["input_ids"], batch["attention_mask"] = padded([prompt for prompt, _ in pairs], *fill)
+            decoded = padded([torch.cat([start, answer]) for _, answer in pairs], *fill)
             batch["decoder_input_ids"], batch["decoder_attention_mask"] = decoded
             before, attention = torch.ones(len(pairs), dtype=torch.int64), decoded[1]
         columns = torch.arange(attention.shape[1])
@@ -228,11 +260,12 @@ class AnswerCollator:
             batch["label"] = torch.tensor([bool(row["label"]) for row in rows])
         return batch
 
-    def _pad(self, sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        tokens, attention = pad(sequences, self.pad_token_id, "right")
-        extra = -tokens.shape[1] % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
-        fill = torch.nn.functional.pad
-        return fill(tokens, (0, extra), value=self.pad_token_id), fill(attention, (0, extra))
+
+def padded(sequences: Sequence[Tensor], pad_token_id: int, multiple: int | None) -> tuple[Tensor, Tensor]:
+    """Pads on the right, to a multiple of columns: `[B, T]` tokens and `[B, T]` attention."""
+    tokens, attention = pad(sequences, pad_token_id, "right")
+    extra = (0, -tokens.shape[1] % multiple if multiple else 0)
+    return F.pad(tokens, extra, value=pad_token_id), F.pad(attention, extra)
 
 
 def _ids(tokens: Any) -> Tensor:

@@ -43,18 +43,18 @@ def odds(x: float) -> float:
 
 
 EXPECTED = {
-    "sigmoid": [smoothed(0.2 * (w - l)) for w, l in RATIOS],
-    "sigmoid_norm": [smoothed(0.2 * (w - l)) for w, l in PER_TOKEN],
+    "sigmoid": [smoothed(0.2 * (w - m)) for w, m in RATIOS],
+    "sigmoid_norm": [smoothed(0.2 * (w - m)) for w, m in PER_TOKEN],
     "robust": [
-        (-0.9 * math.log(sigma(0.2 * (w - l))) + 0.1 * math.log(sigma(-0.2 * (w - l)))) / 0.8 for w, l in RATIOS
+        (-0.9 * math.log(sigma(0.2 * (w - m))) + 0.1 * math.log(sigma(-0.2 * (w - m)))) / 0.8 for w, m in RATIOS
     ],
-    "hinge": [max(0.0, 1 - 0.2 * (w - l)) for w, l in RATIOS],
-    "ipo": [(w - l - 2.5) ** 2 for w, l in PER_TOKEN],
-    "apo_zero": [1 - sigma(0.2 * w) + sigma(0.2 * l) for w, l in RATIOS],
-    "apo_down": [sigma(0.2 * w) + 1 - sigma(0.2 * (w - l)) for w, l in RATIOS],
-    "simpo": [-math.log(sigma(0.2 * (w - l) - 0.3)) for w, l in PLAIN],
+    "hinge": [max(0.0, 1 - 0.2 * (w - m)) for w, m in RATIOS],
+    "ipo": [(w - m - 2.5) ** 2 for w, m in PER_TOKEN],
+    "apo_zero": [1 - sigma(0.2 * w) + sigma(0.2 * m) for w, m in RATIOS],
+    "apo_down": [sigma(0.2 * w) + 1 - sigma(0.2 * (w - m)) for w, m in RATIOS],
+    "simpo": [-math.log(sigma(0.2 * (w - m) - 0.3)) for w, m in PLAIN],
     "sft": [2.0, 2.0],
-    "odds_ratio": [-math.log(sigma(math.log(odds(w) / odds(l)))) for w, l in PLAIN],
+    "odds_ratio": [-math.log(sigma(math.log(odds(w) / odds(m)))) for w, m in PLAIN],
 }
 
 
@@ -85,7 +85,10 @@ def test_orpo_is_imitation_plus_weighted_odds() -> None:
     ("names", "message"),
     [
         ([], "loss_type is empty"),
-        (["sigmoid", "aot"], "loss_type='aot' is a loss of TRL that is not supported: expected one or several of sigmoid"),
+        (
+            ["sigmoid", "aot"],
+            "loss_type='aot' is a loss of TRL that is not supported: expected one or several of sigmoid",
+        ),
         (["sigmoyd"], "loss_type='sigmoyd' is unknown"),
     ],
 )

@@ -46,9 +46,12 @@ def answer_rollout(batch: Mapping[str, Tensor], rows: slice = slice(None)) -> Ro
     """Turns rows of a batch of `AnswerCollator`, padded on either side, into a rollout whose mask covers the answers."""
     names = ("decoder_input_ids", "decoder_attention_mask") if "decoder_input_ids" in batch else _DECODER_ONLY
     tokens, attention = batch[names[0]][rows], batch[names[1]][rows].bool()
-    encoder = {}
+    encoder: dict[str, Any] = {}
     if names is not _DECODER_ONLY:
-        encoder = {"encoder_tokens": batch["input_ids"][rows], "encoder_attention": batch["attention_mask"][rows].bool()}
+        encoder = {
+            "encoder_tokens": batch["input_ids"][rows],
+            "encoder_attention": batch["attention_mask"][rows].bool(),
+        }
     # The first token of a sequence is predicted from nothing, so it does not count.
     mask = batch["completion_mask"][rows, 1:].bool() & attention[:, 1:] & attention[:, :-1]
     return Rollout(tokens=tokens, attention=attention, mask=mask, **encoder)

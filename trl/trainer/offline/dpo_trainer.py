@@ -9,27 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from trl.data.formats import prepare
-from trl.data.pairs import AnswerCollator, LengthLimits, prompts_and_answers, rows_within
+from trl.data.pairs import LengthLimits, prompts_and_answers, rows_within
 from trl.trainer.offline.answer_logprobs import Answers, answer_rollout, score_answers
 from trl.trainer.offline.dpo_config import DPOConfig
 from trl.trainer.offline.pair_losses import PairLogprobs, PairSettings, combined
 from trl.trainer.offline.preference_config import with_old_arguments, with_quantization
 from trl.trainer.offline.preference_stage import TokenRows, mean_of
-from trl.trainer.offline.referenced_stage import ReferencedTrainer
+from trl.trainer.offline.referenced_stage import OLD_ARGUMENTS, ReferencedTrainer
 from trl.trainer.offline.stage import name_of
 from trl.types import Tally
 
 ANSWERS = ("chosen_ids", "rejected_ids")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-# Arguments of TRL 0.7 to 0.11 that are no settings, with the values that ask for nothing; () for those without an effect.
-_OLD_ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "label_pad_token_id": (),
-    "padding_value": (),
-    "is_encoder_decoder": (),
-    "model_init": (None,),
-    "generate_during_eval": (False,),
-    "force_use_ref_model": (False,),
-}
 
 
 class DPOTrainer(ReferencedTrainer):
@@ -51,6 +42,7 @@ class DPOTrainer(ReferencedTrainer):
         compute_metrics: further metrics of an evaluation, from `[N, 2]` rewards of chosen and rejected responses.
         callbacks: as of `transformers.Trainer`.
         optimizers: optimizer and scheduler, as of `transformers.Trainer`.
+        quantization_config: how to quantise a model that is given as an id or folder.
         peft_config: trains a new adapter; its base is then the reference.
         tokenizer: TRL 0.5's name of `processing_class`.
         preprocess_logits_for_metrics: as of `transformers.Trainer`.
@@ -62,7 +54,7 @@ class DPOTrainer(ReferencedTrainer):
     """
 
     row_columns: ClassVar[tuple[str, ...]] = ("prompt_ids", *ANSWERS, *REF_COLUMNS)
-    ref_columns: ClassVar[tuple[str, ...]] = REF_COLUMNS
+    answers = ANSWERS
 
     def __init__(
         self,
@@ -84,7 +76,7 @@ class DPOTrainer(ReferencedTrainer):
         **old_arguments: Any,
     ) -> None:
         args = DPOConfig.from_arguments(args, output_dir=name_of(model, "dpo"))
-        args = with_old_arguments(with_quantization(args, model, quantization_config), old_arguments, _OLD_ARGUMENTS)
+        args = with_old_arguments(with_quantization(args, model, quantization_config), old_arguments, OLD_ARGUMENTS)
         super().__init__(
             model,
             ref_model,
@@ -102,18 +94,14 @@ class DPOTrainer(ReferencedTrainer):
         )
 
     @property
+    def ref_columns(self) -> tuple[str, ...]:
+        """Columns of the reference's log-probabilities, one for each column of answers."""
+        return REF_COLUMNS
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a loss compares the policy with a reference."""
         return self.args.needs_reference
-
-    def make_collator(self, tokenizer: Any, decoder_start: int | None) -> AnswerCollator:
-        return AnswerCollator(
-            ANSWERS,
-            pad_token_id=tokenizer.pad_token_id,
-            decoder_start=decoder_start,
-            floats=REF_COLUMNS,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,
-        )
 
     def prepare_rows(self, dataset: Any, name: str) -> TokenRows:
         """Tokenises preference rows; reference log-probabilities that they have already are kept."""
@@ -129,7 +117,10 @@ class DPOTrainer(ReferencedTrainer):
         )
         given = {c: [row[c] for row in data.rows] for c in REF_COLUMNS if all(c in row for row in data.rows)}
         limits = LengthLimits(
-            total=args.max_length, prompt=args.max_prompt_length, answer=args.max_target_length, mode=args.truncation_mode
+            total=args.max_length,
+            prompt=args.max_prompt_length,
+            answer=args.max_target_length,
+            mode=args.truncation_mode,
         )
         columns = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected} | given
         return TokenRows(rows_within(columns, limits, ANSWERS, name=name))
@@ -174,4 +165,3 @@ class DPOTrainer(ReferencedTrainer):
             }
         )
         self.count_tokens(inputs["attention_mask"].sum())
-

@@ -18,13 +18,17 @@ class PreferenceConfig(StageConfig):
 
     # Settings of TRL that are not supported: the values that change nothing, and what to do instead.
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
-        "activation_offloading": ((False,), "set gradient_checkpointing=True, which saves as much memory on one device"),
+        "activation_offloading": (
+            (False,),
+            "set gradient_checkpointing=True, which saves as much memory on one device",
+        ),
         "router_aux_loss_coef": ((None, 0.0), "leave it out: mixtures of experts train without a balancing loss"),
     }
 
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
     pad_to_multiple_of: int | str | None = field(
-        default=None, metadata={"help": "Make the number of columns of a batch a multiple of this; auto and None do not."}
+        default=None,
+        metadata={"help": "Make the number of columns of a batch a multiple of this; auto and None do not."},
     )
     activation_offloading: bool = field(default=False, metadata={"help": "Not supported."})
     router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Not supported."})
@@ -50,7 +54,13 @@ class PreferenceConfig(StageConfig):
         for name, (harmless, remedy) in self.unsupported.items():
             if getattr(self, name) not in harmless:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {remedy}")
-        for name in ("max_length", "max_prompt_length", "max_target_length", "pad_to_multiple_of"):
+        for name in (
+            "max_length",
+            "max_prompt_length",
+            "max_target_length",
+            "max_completion_length",
+            "pad_to_multiple_of",
+        ):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be positive, or None for no limit")
@@ -75,7 +85,9 @@ def with_old_arguments(args: P, given: Mapping[str, Any], refused: Mapping[str, 
             if refused[name] and value not in refused[name]:
                 raise ValueError(f"{name}={value!r} is not supported: leave it out")
         elif name not in settings:
-            raise TypeError(f"unexpected argument {name!r}: expected an argument in the documentation or a setting of {type(args).__name__}")
+            raise TypeError(
+                f"unexpected argument {name!r}: expected an argument in the documentation or a setting of {type(args).__name__}"
+            )
         elif value is not None:
             entry = settings[name]
             default = entry.default if entry.default_factory is MISSING else entry.default_factory()

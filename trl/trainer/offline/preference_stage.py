@@ -27,8 +27,6 @@ class PreferenceTrainer(StageTrainer):
 
     # The columns of a row that the collator reads.
     row_columns: ClassVar[tuple[str, ...]]
-    # Rows of the collated batch per row of the data set.
-    answers_per_row: ClassVar[int] = 2
 
     @abstractmethod
     def prepare_rows(self, dataset: Any, name: str) -> Any:
@@ -74,7 +72,7 @@ class PreferenceTrainer(StageTrainer):
 
     def rows_of(self, batch: Mapping[str, Any]) -> int:
         """Returns the number of rows of the data set in a collated batch."""
-        return len(batch["input_ids"]) // self.answers_per_row
+        return len(batch["label"]) if "label" in batch else len(batch["input_ids"]) // 2
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from trl.data.pairs import AnswerCollator
 from trl.models.adapters import adapter_starts_at_zero, is_peft_model
 from trl.models.trunk import base_language_model, evaluation_mode, has_lm_head, is_encoder_decoder
 from trl.pretrained import hub_arguments
-from trl.trainer.offline.answer_logprobs import answer_rollout, cache_ref_logprobs, make_reference, score_answers
+from trl.trainer.offline.answer_logprobs import cache_ref_logprobs, make_reference, score_answers
 from trl.trainer.offline.preference_stage import PreferenceTrainer, TokenRows
 from trl.trainer.offline.stage import load_stage_model, stage_tokenizer, with_adapter
 from trl.trainer.utils import disable_dropout_in_model
 from trl.types import Rollout
+
+# Arguments of TRL 0.7 to 0.11 that are no settings, with the values that ask for nothing.
+OLD_ARGUMENTS: dict[str, tuple[Any, ...]] = {"model_init": (None,)}
 
 
 class ReferencedTrainer(PreferenceTrainer):
@@ -31,14 +34,19 @@ class ReferencedTrainer(PreferenceTrainer):
         processing_class: the tokenizer; None loads the model's.
         tokenizer: the older name of `processing_class`.
         peft_config: trains a new adapter.
-        data_collator: replaces the stage's `make_collator`.
+        data_collator: replaces `AnswerCollator`.
         train_dataset: rows to train on.
         eval_dataset: rows to evaluate on, or a mapping of several data sets.
         **kwargs: the other arguments of `transformers.Trainer`.
     """
 
-    # Columns of the reference's log-probabilities, one for each of the collator's answers.
-    ref_columns: ClassVar[tuple[str, ...]]
+    # The columns that hold answers.
+    answers: Sequence[str]
+
+    @property
+    def ref_columns(self) -> tuple[str, ...]:
+        """Columns of the reference's log-probabilities, one for each column of answers."""
+        raise NotImplementedError
 
     def __init__(
         self,
@@ -66,12 +74,20 @@ class ReferencedTrainer(PreferenceTrainer):
             )
         model = load_policy(model, args)
         self.is_encoder_decoder = is_encoder_decoder(model)
+        if args.is_encoder_decoder not in (None, self.is_encoder_decoder):
+            raise ValueError(f"is_encoder_decoder={args.is_encoder_decoder}: {type(model).__name__} is none, or is one")
         self.args = args
         self.processing_class = stage_tokenizer(processing_class, tokenizer, model, args)
         model = with_adapter(model, peft_config)
         if args.disable_dropout:
             disable_dropout_in_model(model)
-        self.collate_answers = self.make_collator(self.processing_class, _decoder_start(model))
+        self.collate_answers = AnswerCollator(
+            self.answers,
+            pad_token_id=self.processing_class.pad_token_id,
+            decoder_start=_decoder_start(model),
+            floats=self.ref_columns,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
         self.ref_model: nn.Module | None = ref_model
         train_rows = self.tokenised(train_dataset, "train_dataset")
         eval_rows = self.tokenised(eval_dataset, "eval_dataset")
@@ -88,12 +104,6 @@ class ReferencedTrainer(PreferenceTrainer):
         for name, rows in (("train_dataset", train_rows), ("eval_dataset", eval_rows)):
             for part in rows.values() if isinstance(rows, Mapping) else [rows] * (rows is not None):
                 self.with_reference(part, name)
-
-    # --- What a stage defines ---
-
-    def make_collator(self, tokenizer: Any, decoder_start: int | None) -> AnswerCollator:
-        """Returns the default collator."""
-        raise NotImplementedError
 
     @property
     def needs_reference(self) -> bool:
@@ -174,9 +184,7 @@ def load_policy(model: Any, args: Any) -> Any:
         )
     if isinstance(model, str):
         options = args.model_init_kwargs or {}
-        config = AutoConfig.from_pretrained(
-            model, trust_remote_code=args.trust_remote_code, **hub_arguments(options)
-        )
+        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **hub_arguments(options))
         parent = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
         return load_stage_model(model, parent, args)
     model = load_stage_model(model, AutoModelForCausalLM, args)
