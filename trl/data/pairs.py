@@ -63,7 +63,7 @@ def token_ids(
     if not texts:
         return []
     source = {"text_target": list(texts)} if target else {"text": list(texts)}
-    rows: list[list[int]] = tokenizer(**source, add_special_tokens=not rendered)["input_ids"]
+    rows: list[list[int]] = tokenizer(**source, add_special_tokens=not rendered, verbose=False)["input_ids"]
     if rendered or not end:
         return rows
     eos = tokenizer.eos_token_id

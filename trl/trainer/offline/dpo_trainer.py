@@ -14,7 +14,7 @@ from trl.trainer.offline.answer_logprobs import Answers, answer_rollout, score_a
 from trl.trainer.offline.dpo_config import DPOConfig
 from trl.trainer.offline.pair_losses import PairLogprobs, PairSettings, combined
 from trl.trainer.offline.preference_config import with_old_arguments, with_quantization
-from trl.trainer.offline.preference_stage import TokenRows, mean_of
+from trl.trainer.offline.preference_stage import PreparedRows, mean_of
 from trl.trainer.offline.referenced_stage import OLD_ARGUMENTS, ReferencedTrainer
 from trl.trainer.offline.stage import name_of
 from trl.types import Tally
@@ -103,7 +103,7 @@ class DPOTrainer(ReferencedTrainer):
         """Whether a loss compares the policy with a reference."""
         return self.args.needs_reference
 
-    def prepare_rows(self, dataset: Any, name: str) -> TokenRows:
+    def prepare_rows(self, dataset: Any, name: str) -> PreparedRows:
         """Tokenises preference rows; reference log-probabilities that they have already are kept."""
         args = self.args
         data = prepare(dataset, "preference", self.processing_class, name=name)
@@ -123,7 +123,7 @@ class DPOTrainer(ReferencedTrainer):
             mode=args.truncation_mode,
         )
         columns = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected} | given
-        return TokenRows(rows_within(columns, limits, ANSWERS, name=name))
+        return PreparedRows(rows_within(columns, limits, ANSWERS, name=name))
 
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Returns `[B]` losses and `[B, 2]` rewards: β log π/π_ref of the chosen and of the rejected response."""

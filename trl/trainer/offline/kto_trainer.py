@@ -16,7 +16,7 @@ from trl.models.trunk import evaluation_mode
 from trl.trainer.offline.answer_logprobs import answer_rollout, score_answers
 from trl.trainer.offline.kto_config import KTOConfig
 from trl.trainer.offline.preference_config import with_old_arguments, with_quantization
-from trl.trainer.offline.preference_stage import TokenRows, mean_of
+from trl.trainer.offline.preference_stage import PreparedRows, mean_of
 from trl.trainer.offline.referenced_stage import OLD_ARGUMENTS, ReferencedTrainer
 from trl.trainer.offline.stage import name_of
 from trl.training.processes import sum_over_processes
@@ -101,7 +101,7 @@ class KTOTrainer(ReferencedTrainer):
         """Columns of the reference's log-probabilities."""
         return REF_COLUMNS[: len(self.answers)]
 
-    def prepare_rows(self, dataset: Any, name: str) -> TokenRows:
+    def prepare_rows(self, dataset: Any, name: str) -> PreparedRows:
         """Tokenises rows with labels, and pairs each prompt with the response of a neighbour."""
         args = self.args
         data = prepare(dataset, "unpaired_preference", self.processing_class, name=name)
@@ -120,7 +120,7 @@ class KTOTrainer(ReferencedTrainer):
         )
         labels = [row["label"] for row in data.rows]
         columns = {"prompt_ids": prompts, "completion_ids": completions, "label": labels}
-        rows = TokenRows(rows_within(columns, limits, ANSWERS[:1], name=name))
+        rows = PreparedRows(rows_within(columns, limits, ANSWERS[:1], name=name))
         if args.estimates_kl:
             _add_mismatched(rows, args.per_device_train_batch_size, name)
         if name == "train_dataset":
@@ -171,7 +171,7 @@ class KTOTrainer(ReferencedTrainer):
         return means
 
 
-def _add_mismatched(rows: TokenRows, batch_size: int, name: str) -> None:
+def _add_mismatched(rows: PreparedRows, batch_size: int, name: str) -> None:
     """Gives each row the response of the row before it, and the first of a batch that of the batch's last row.
 
     So the mismatched responses of a batch are its own, each under another prompt: what the paper found to work best.

@@ -14,12 +14,12 @@ from trl.training.processes import sum_over_processes
 from trl.types import Tally
 
 
-class TokenRows(list[dict[str, Any]]):
+class PreparedRows(list[dict[str, Any]]):
     """The tokenised rows of a data set, one mapping of columns each."""
 
 
 class PreferenceTrainer(StageTrainer):
-    """A stage whose data set is tokenised into `TokenRows`, and whose loss is a mean over rows.
+    """A stage whose data set is tokenised into `PreparedRows`, and whose loss is a mean over rows.
 
     The mean is taken over all rows of an optimizer step, on all processes and in all accumulated batches, so that how a step is
     cut into batches does not change its gradient.
@@ -40,7 +40,7 @@ class PreferenceTrainer(StageTrainer):
 
     def tokenised(self, dataset: Any, name: str) -> Any:
         """`prepare_rows` of a data set, of each in a mapping of them, or of None."""
-        if dataset is None or isinstance(dataset, TokenRows):
+        if dataset is None or isinstance(dataset, PreparedRows):
             return dataset
         if isinstance(dataset, Mapping):
             return {key: self.tokenised(part, f"{name}[{key!r}]") for key, part in dataset.items()}

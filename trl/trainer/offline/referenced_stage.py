@@ -15,7 +15,7 @@ from trl.models.adapters import adapter_starts_at_zero, is_peft_model
 from trl.models.trunk import base_language_model, evaluation_mode, has_lm_head, is_encoder_decoder
 from trl.pretrained import hub_arguments
 from trl.trainer.offline.answer_logprobs import cache_ref_logprobs, make_reference, score_answers
-from trl.trainer.offline.preference_stage import PreferenceTrainer, TokenRows
+from trl.trainer.offline.preference_stage import PreferenceTrainer, PreparedRows
 from trl.trainer.offline.stage import load_stage_model, stage_tokenizer, with_adapter
 from trl.trainer.utils import disable_dropout_in_model
 from trl.types import Rollout
@@ -133,7 +133,7 @@ class ReferencedTrainer(PreferenceTrainer):
             self.with_reference(part, name)
         return rows
 
-    def with_reference(self, rows: TokenRows, name: str) -> None:
+    def with_reference(self, rows: PreparedRows, name: str) -> None:
         """Writes the reference's log-probabilities into rows that lack them, if they are computed once."""
         if not self.caches_reference or all(column in row for row in rows for column in self.ref_columns):
             return

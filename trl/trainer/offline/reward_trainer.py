@@ -20,7 +20,7 @@ from trl.models.adapters import is_peft_model
 from trl.models.padding import left_aligning_order, reorder
 from trl.models.trunk import base_language_model
 from trl.trainer.offline.preference_config import with_old_arguments, with_quantization
-from trl.trainer.offline.preference_stage import PreferenceTrainer, TokenRows, mean_of
+from trl.trainer.offline.preference_stage import PreferenceTrainer, PreparedRows, mean_of
 from trl.trainer.offline.reward_config import RewardConfig
 from trl.trainer.offline.stage import load_stage_model, name_of, stage_tokenizer, with_adapter
 from trl.trainer.utils import disable_dropout_in_model
@@ -207,7 +207,7 @@ class RewardTrainer(PreferenceTrainer):
         columns = _columns(dataset)
         if columns is not None and not {"chosen", "rejected"} & columns:
             if {"chosen_ids", "rejected_ids"} <= columns:
-                return self._trl_within(TokenRows(dict(row) for row in dataset), name)
+                return self._trl_within(PreparedRows(dict(row) for row in dataset), name)
             return dataset
         data = prepare(dataset, "preference", self.processing_class, name=name, split_prompts=False)
         tokens = {
@@ -220,18 +220,18 @@ class RewardTrainer(PreferenceTrainer):
             for answer in ("chosen", "rejected")
         }
         margins = [{"margin": row["margin"]} if row.get("margin") is not None else {} for row in data.rows]
-        rows = TokenRows(
+        rows = PreparedRows(
             {"chosen_ids": np.asarray(chosen, np.int32), "rejected_ids": np.asarray(rejected, np.int32)} | margin
             for chosen, rejected, margin in zip(tokens["chosen"], tokens["rejected"], margins, strict=True)
         )
         return self._trl_within(rows, name)
 
-    def _trl_within(self, rows: TokenRows, name: str) -> TokenRows:
+    def _trl_within(self, rows: PreparedRows, name: str) -> PreparedRows:
         """Leaves out rows with a text that is longer than `max_length`."""
         limit = self.args.max_length
         if limit is None:
             return rows
-        short = TokenRows(row for row in rows if max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= limit)
+        short = PreparedRows(row for row in rows if max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= limit)
         dropped(len(rows), len(short), limit, name)
         return short
 
