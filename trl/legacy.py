@@ -22,6 +22,10 @@ from typing import Any
 _HOMES = {
     "trl.core": """PPODecorators WANDB_PADDING clip_by_value convert_to_scalar entropy_from_logits flatten_dict
         logprobs_from_logits masked_mean masked_var masked_whiten set_seed stack_dicts stats_to_np""",
+    "trl.data.constant_length": "ConstantLengthDataset",
+    "trl.data.formats": """apply_chat_template extract_prompt is_conversational maybe_apply_chat_template maybe_extract_prompt
+        maybe_unpair_preference_dataset unpair_preference_dataset""",
+    "trl.data.sequence_collators": "DataCollatorForCompletionOnlyLM",
     "trl.import_utils": """is_bitsandbytes_available is_diffusers_available is_liger_kernel_available is_llmblender_available
         is_npu_available is_openai_available is_peft_available is_pil_available is_torch_greater_2_0
         is_transformers_greater_than is_unsloth_available is_wandb_available is_xpu_available""",
@@ -37,6 +41,8 @@ _HOMES = {
     "trl.trainer.offline.reward_config": "RewardConfig",
     "trl.trainer.offline.reward_trainer": "RewardDataCollatorWithPadding RewardTrainer compute_accuracy",
     "trl.trainer.model_config": "get_kbit_device_map get_peft_config get_quantization_config",
+    "trl.trainer.offline.sft_config": "SFTConfig",
+    "trl.trainer.offline.sft_trainer": "SFTTrainer",
     "trl.trainer.peft_saving": "PeftSavingCallback",
     "trl.trainer.utils": "exact_div",
 }
@@ -44,6 +50,8 @@ _HOMES = {
 _PLACES = {
     "trl": """is_bitsandbytes_available is_diffusers_available is_liger_kernel_available is_llmblender_available
         is_npu_available is_openai_available is_pil_available is_wandb_available is_xpu_available""",
+    "trl.data_utils": """apply_chat_template extract_prompt is_conversational maybe_apply_chat_template maybe_extract_prompt
+        maybe_unpair_preference_dataset unpair_preference_dataset""",
     "trl.models": "is_diffusers_available",
     "trl.models.modeling_base": """LAYER_PATTERNS PreTrainedModelWrapper create_reference_model is_npu_available
         is_peft_available is_transformers_greater_than is_xpu_available""",
@@ -51,8 +59,8 @@ _PLACES = {
         PreTrainedModelWrapper ValueHead is_npu_available is_xpu_available""",
     "trl.models.utils": """AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead ChatMlSpecialTokens
         FORMAT_MAPPING PreTrainedModelWrapper SUPPORTED_ARCHITECTURES setup_chat_format unwrap_model_for_generation""",
-    "trl.trainer": """DPOConfig DPOTrainer KTOConfig KTOTrainer RewardConfig RewardTrainer compute_accuracy
-        is_diffusers_available""",
+    "trl.trainer": """ConstantLengthDataset DPOConfig DPOTrainer DataCollatorForCompletionOnlyLM KTOConfig KTOTrainer RewardConfig
+        RewardTrainer SFTConfig SFTTrainer compute_accuracy is_diffusers_available""",
     "trl.trainer.dpo_config": "DPOConfig",
     "trl.trainer.dpo_trainer": "DPOConfig DPOTrainer",
     "trl.trainer.kto_config": "KTOConfig",
@@ -66,8 +74,11 @@ _PLACES = {
         create_reference_model entropy_from_logits flatten_dict is_npu_available is_torch_greater_2_0 is_xpu_available
         logprobs_from_logits masked_mean masked_var masked_whiten set_seed stack_dicts stats_to_np
         unwrap_model_for_generation""",
-    "trl.trainer.utils": """AdaptiveKLController FixedKLController ModelConfig PeftSavingCallback
-        RewardDataCollatorWithPadding RunningMoments
+    "trl.trainer.sft_config": "SFTConfig",
+    "trl.trainer.sft_trainer": """ConstantLengthDataset DataCollatorForCompletionOnlyLM PeftSavingCallback SFTConfig SFTTrainer
+        is_peft_available""",
+    "trl.trainer.utils": """AdaptiveKLController ConstantLengthDataset DataCollatorForCompletionOnlyLM FixedKLController ModelConfig
+        PeftSavingCallback RewardDataCollatorWithPadding RunningMoments compute_accuracy
         get_kbit_device_map get_peft_config get_quantization_config is_peft_available is_unsloth_available
         is_xpu_available""",
 }
@@ -77,9 +88,7 @@ _OLD_TRL = "TRL 0.11, in an environment of its own"
 # What to use: the releases that had a name: the names. Those with a dot are modules, or names in one module alone.
 _NOT_YET: Mapping[str, Mapping[str, str]] = {
     "transformers.Trainer for now, or " + _OTHER_TRL: {
-        "0.4-0.11": "ConstantLengthDataset DataCollatorForCompletionOnlyLM SFTTrainer trl.trainer.sft_trainer",
         "0.7-0.11": "trl.extras.dataset_formatting",
-        "0.9-0.11": "SFTConfig trl.trainer.sft_config",
     },
     "ppo_trainer.generate for several responses and your reward function to choose one": {
         "0.4-0.11": "BestOfNSampler trl.extras"
@@ -95,10 +104,9 @@ _NEVER: Mapping[str, Mapping[str, str]] = {
         "0.10-0.11": """BCOConfig BCOTrainer OnlineDPOConfig OnlineDPOTrainer trl.trainer.bco_config trl.trainer.bco_trainer
             trl.trainer.online_dpo_config trl.trainer.online_dpo_trainer trl.trainer.utils.add_bos_token_if_needed
             trl.trainer.utils.add_eos_token_if_needed""",
-        "0.11": """GKDConfig GKDTrainer GeometricMixtureWrapper NashMDConfig NashMDTrainer XPOConfig XPOTrainer trl.data_utils
-            extract_prompt maybe_extract_prompt maybe_unpair_preference_dataset trl.trainer.gkd_config trl.trainer.gkd_trainer
-            trl.trainer.nash_md_config trl.trainer.nash_md_trainer trl.trainer.utils.DataCollatorForChatML trl.trainer.xpo_config
-            trl.trainer.xpo_trainer unpair_preference_dataset""",
+        "0.11": """GKDConfig GKDTrainer GeometricMixtureWrapper NashMDConfig NashMDTrainer XPOConfig XPOTrainer
+            trl.trainer.gkd_config trl.trainer.gkd_trainer trl.trainer.nash_md_config trl.trainer.nash_md_trainer
+            trl.trainer.utils.DataCollatorForChatML trl.trainer.xpo_config trl.trainer.xpo_trainer""",
     },
     _OLD_TRL + " (this library trains language models only)": {
         "0.6-0.11": """DDPOConfig DDPOPipelineOutput DDPOSchedulerOutput DDPOStableDiffusionPipeline DDPOTrainer
@@ -139,7 +147,7 @@ _NEVER: Mapping[str, Mapping[str, str]] = {
     "tokenizer.apply_chat_template": {
         "0.9-0.10": "trl.trainer.utils.SIMPLE_QUERY_CHAT_TEMPLATE",
         "0.9-0.11": "trl.trainer.utils.SIMPLE_SFT_CHAT_TEMPLATE",
-        "0.11": "apply_chat_template is_conversational maybe_apply_chat_template trl.trainer.utils.SIMPLE_CHAT_TEMPLATE",
+        "0.11": "trl.trainer.utils.SIMPLE_CHAT_TEMPLATE",
     },
     "ImportError": {"0.8-0.11": "OptionalDependencyNotAvailable"},
     "from_pretrained(..., dtype=torch.bfloat16), or PPOConfig(dtype='bfloat16')": {

@@ -58,6 +58,14 @@ class StageTrainer(Trainer):
             )
         keep_freed_memory()
 
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Builds the model anew; see `model_init`."""
+        model = super().call_model_init(trial)
+        if self.args.gradient_checkpointing:
+            recompute_activations(model)
+        self._trl_compute, self._trl_stale = None, True
+        return model
+
     # --- Metrics ---
 
     def tally(self, tallies: Mapping[str, Tally]) -> None:
