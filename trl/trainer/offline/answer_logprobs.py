@@ -32,6 +32,7 @@ class Answers:
     tokens: Tensor  # [B] number of tokens that are predicted, at least 1
     entropy_sum: Tensor  # [B] sum over the answer's tokens, detached
     logit_sum: Tensor  # [B] sum over the answer's tokens of the mean logit, detached
+    top1_sum: Tensor  # [B] number of the answer's tokens that are the most likely ones
 
     def __getitem__(self, rows: slice | Tensor) -> Answers:
         return Answers(
@@ -39,6 +40,7 @@ class Answers:
             tokens=self.tokens[rows],
             entropy_sum=self.entropy_sum[rows],
             logit_sum=self.logit_sum[rows],
+            top1_sum=self.top1_sum[rows],
         )
 
 
@@ -66,9 +68,9 @@ def score_answers(model: nn.Module, rollout: Rollout, *, details: bool = True) -
     Args:
         model: a language model; the caller sets train/eval mode, grad mode and autocast.
         rollout: from `answer_rollout`.
-        details: also compute entropies and mean logits; zeros without.
+        details: also compute entropies, mean logits and most likely tokens; zeros without.
     """
-    said = evaluate(model, rollout, entropy=details, values=False, response_only=True, mean_logits=details)
+    said = evaluate(model, rollout, entropy=details, values=False, response_only=True, mean_logits=details, top1=details)
 
     def total(values: Tensor | None) -> Tensor:
         if values is None:
@@ -81,6 +83,7 @@ def score_answers(model: nn.Module, rollout: Rollout, *, details: bool = True) -
         tokens=rollout.mask.sum(dim=1).clamp(min=1),
         entropy_sum=total(entropy),
         logit_sum=total(said.mean_logits),
+        top1_sum=total(said.top1),
     )
 
 
@@ -130,7 +133,7 @@ def cache_ref_logprobs(
         for members in batches[accelerator.process_index :: accelerator.num_processes]:
             batch = {name: x.to(device) for name, x in collate([rows[row] for row in members]).items()}
             logprobs = score_answers(model, answer_rollout(batch), details=False).logprobs
-            found[members] = logprobs.view(len(columns), len(members)).T
+            found[members] = logprobs.view(len(columns), len(members)).T.to(found)
     for row, values in zip(rows, sum_over_processes(accelerator, found).tolist(), strict=True):
         row.update(zip(columns, values, strict=True))
     logger.info("computed the reference's log-probabilities of %d rows", len(rows))

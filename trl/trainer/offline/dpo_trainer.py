@@ -161,6 +161,7 @@ class DPOTrainer(ReferencedTrainer):
                 "logps/rejected": mean_of(rejected.logprobs),
                 "logits/chosen": Tally(chosen.logit_sum.sum(), chosen.tokens.sum()),
                 "logits/rejected": Tally(rejected.logit_sum.sum(), rejected.tokens.sum()),
+                "mean_token_accuracy": Tally(chosen.top1_sum.sum(), chosen.tokens.sum()),
                 "entropy": Tally(policy.entropy_sum.sum(), policy.tokens.sum()),
             }
         )
