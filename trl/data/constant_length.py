@@ -99,7 +99,7 @@ class ConstantLengthDataset(IterableDataset[dict[str, Tensor]]):
                 text = self.formatting_func(row)
                 if not isinstance(text, str):
                     raise ValueError(
-                        f"dataset[{index}]: the text is {str(text)[:80]!r} ({type(text).__name__}): expected a str from "
+                        f"dataset[{index}]: the text is {repr(text)[:80]} ({type(text).__name__}): expected a str from "
                         f"{'formatting_func' if self.dataset_text_field is None else self.dataset_text_field}"
                     )
                 buffer.append(text)

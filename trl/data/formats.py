@@ -244,9 +244,10 @@ def render(
                 f"{location} has no prompt: chosen and rejected begin differently, with {_shown(columns['chosen'])} and "
                 f"{_shown(columns['rejected'])}. Give the prompt in a column of its own, or {_REMEDY}"
             )
+    plain = row_format.kind == "language_modeling" and "messages" not in columns
     if not row_format.conversational:
-        return _renamed(columns, text_field)
-    if row_format.kind == "language_modeling" and "messages" not in columns:
+        return columns | {"text": columns.pop(text_field)} if plain else columns
+    if plain:
         columns["messages"] = columns.pop(text_field)
     if not (chat_template or getattr(tokenizer, "chat_template", None)):
         raise ValueError(
@@ -423,13 +424,6 @@ def _as_messages(location: str, row: Row) -> dict[str, Any]:
         messages = [{"role": roles.get(m["from"], m["from"]), "content": m.get("value")} for m in messages]
     check_messages(location, "conversations", messages)
     return columns | {"messages": messages}
-
-
-def _renamed(columns: dict[str, Any], text_field: str) -> dict[str, Any]:
-    """Moves the text field to `text`."""
-    if text_field != "text" and text_field in columns and not any(name in columns for name in CONTENT_COLUMNS):
-        columns["text"] = columns.pop(text_field)
-    return columns
 
 
 def _shown(value: Any) -> str:

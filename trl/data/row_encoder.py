@@ -265,7 +265,7 @@ def _formatted(
             text = formatting(row)
             if not isinstance(text, str):
                 raise ValueError(
-                    f"{location}: formatting_func returned {str(text)[:80]!r} ({type(text).__name__}): expected the row's text"
+                    f"{location}: formatting_func returned {repr(text)[:80]} ({type(text).__name__}): expected the row's text"
                 )
             yield location, {text_field: text}
         return
@@ -273,7 +273,7 @@ def _formatted(
     texts = formatting({name: [row[name] for _, row in chunk] for name in names})
     if not isinstance(texts, list):
         raise ValueError(
-            f"formatting_func returned {str(texts)[:80]!r} ({type(texts).__name__}) for {len(chunk)} rows: without packing it "
+            f"formatting_func returned {repr(texts)[:80]} ({type(texts).__name__}) for {len(chunk)} rows: without packing it "
             "gets a mapping of columns, and must return a list with a text for each row"
         )
     locations = [location for location, _ in chunk]

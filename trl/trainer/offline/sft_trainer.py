@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from trl.data.constant_length import ConstantLengthDataset
 from trl.data.formats import DataFormat, open_source
+from trl.data.loader import is_hub_stream
 from trl.data.readers import Located
 from trl.data.row_encoder import RowEncoder
 from trl.data.sequence_collators import DataCollatorForCompletionOnlyLM, SequenceCollator
@@ -172,7 +173,7 @@ class SFTTrainer(StageTrainer):
         """Turns a data set into rows of tokens; one that is ready stays as it is."""
         if dataset is None or (settings.dataset_kwargs or {}).get("skip_prepare_dataset"):
             return dataset
-        streamed = _is_streamed(dataset)
+        streamed = is_hub_stream(dataset)
         if isinstance(dataset, Dataset) and not streamed:
             return dataset  # torch's: it yields what the collator takes
         field, formatting = self._trl_text_field, self._trl_formatting
@@ -356,11 +357,6 @@ class _Located:
 
     def __call__(self) -> Iterator[Located]:
         return ((f"{self.name}[{index}]", row) for index, row in enumerate(self.dataset))
-
-
-def _is_streamed(dataset: Any) -> bool:
-    """Whether it is a `datasets.IterableDataset`."""
-    return type(dataset).__module__.startswith("datasets.") and not hasattr(dataset, "__getitem__")
 
 
 def _shuffled(rows: Sequence[Located], seed: int) -> list[Located]:

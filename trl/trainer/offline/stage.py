@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from trl.kernels.allocator import keep_freed_memory
 from trl.kernels.streaming_adam import adam_step, can_stream, total_norm
-from trl.models.adapters import is_peft_model, require_peft
+from trl.models.adapters import attach_adapter, is_peft_model
 from trl.models.recompute import recompute_activations
 from trl.models.trunk import base_language_model
 from trl.pretrained import load_model, load_tokenizer
@@ -218,19 +218,12 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
     """
     if peft_config is None:
         return model
-    peft = require_peft("peft_config")
-    if not isinstance(peft_config, peft.PeftConfig):
-        raise ValueError(
-            f"peft_config is a {type(peft_config).__name__}: expected a peft.PeftConfig such as peft.LoraConfig"
-        )
     if is_peft_model(model):
         raise ValueError(
             "the model has an adapter already, and peft_config would add another: pass only one of them, or merge the adapter "
             "first with model.merge_and_unload()"
         )
-    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
-        model = peft.prepare_model_for_kbit_training(model)
-    return peft.get_peft_model(model, peft_config)
+    return attach_adapter(model, peft_config)
 
 
 def stage_tokenizer(
