@@ -193,9 +193,12 @@ class PairCollator:
         Raises:
             ValueError: if a row lacks a column.
         """
-        for name in ("chosen_ids", "rejected_ids"):
-            if any(name not in row for row in rows):
-                raise ValueError(f"a row has the columns {', '.join(rows[0])}, without {name}")
+        for row in rows:
+            if not {"chosen_ids", "rejected_ids"} <= row.keys():
+                raise ValueError(
+                    f"a row has the columns {', '.join(row) or '(none)'}: expected texts or chats in chosen and rejected, or "
+                    "token ids in input_ids_chosen, attention_mask_chosen, input_ids_rejected and attention_mask_rejected"
+                )
         sequences = [_ids(row[name]) for name in ("chosen_ids", "rejected_ids") for row in rows]
         tokens, attention = padded(sequences, self.pad_token_id, self.pad_to_multiple_of)
         batch = {"input_ids": tokens, "attention_mask": attention}

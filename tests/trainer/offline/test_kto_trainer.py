@@ -124,7 +124,10 @@ def test_prompts_are_paired_within_their_batch(tmp_path: Path) -> None:
 
 
 def test_references_agree_and_metrics_are_those_of_the_labels(tmp_path: Path) -> None:
-    runs = [trainer(tmp_path, learning_rate=1e-2), trainer(tmp_path, learning_rate=1e-2, precompute_ref_log_probs=False)]
+    runs = [
+        trainer(tmp_path, learning_rate=1e-2),
+        trainer(tmp_path, learning_rate=1e-2, precompute_ref_log_probs=False),
+    ]
     for it in runs:
         it.train()
     cached, copied = [it.state.log_history[1] for it in runs]
@@ -170,7 +173,10 @@ def test_unbalanced_labels_are_named_with_the_weights_that_balance_them(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, train_dataset=[*ROWS, ROWS[0], ROWS[0]])
-    assert "4 desirable and 2 undesirable" in caplog.text and "set desirable_weight=0.5, or undesirable_weight=2" in caplog.text
+    assert (
+        "4 desirable and 2 undesirable" in caplog.text
+        and "set desirable_weight=0.5, or undesirable_weight=2" in caplog.text
+    )
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, train_dataset=[*ROWS, ROWS[0], ROWS[0]], desirable_weight=0.5)
@@ -193,7 +199,10 @@ def test_resumed_is_as_if_it_never_stopped(tmp_path: Path) -> None:
     [
         ({"loss_type": "bco"}, "loss_type='bco' must be one of kto, apo_zero_unpaired"),
         ({"per_device_train_batch_size": 1}, "per_device_train_batch_size=1: KTO estimates the KL"),
-        ({"train_sampling_strategy": "random"}, "train_sampling_strategy='random': the pairs .* shuffle the data beforehand"),
+        (
+            {"train_sampling_strategy": "random"},
+            "train_sampling_strategy='random': the pairs .* shuffle the data beforehand",
+        ),
         ({"desirable_weight": -1.0}, "desirable_weight=-1.0 must be >= 0"),
         ({"sync_ref_model": True}, "sync_ref_model=True is not supported"),
     ],

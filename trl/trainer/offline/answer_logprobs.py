@@ -70,7 +70,9 @@ def score_answers(model: nn.Module, rollout: Rollout, *, details: bool = True) -
         rollout: from `answer_rollout`.
         details: also compute entropies, mean logits and most likely tokens; zeros without.
     """
-    said = evaluate(model, rollout, entropy=details, values=False, response_only=True, mean_logits=details, top1=details)
+    said = evaluate(
+        model, rollout, entropy=details, values=False, response_only=True, mean_logits=details, top1=details
+    )
 
     def total(values: Tensor | None) -> Tensor:
         if values is None:

@@ -175,17 +175,12 @@ class RewardTrainer(PreferenceTrainer):
             )
         if args.disable_dropout:
             disable_dropout_in_model(model)
+        self.has_default_collator = data_collator is None
         train_rows = self.tokenised(train_dataset, "train_dataset")
         eval_rows = self.tokenised(eval_dataset, "eval_dataset")
-        if data_collator is None and train_rows is train_dataset is not None:
-            data_collator = RewardDataCollatorWithPadding(self.processing_class, max_length=args.max_length)
-            if args.remove_unused_columns:
-                warnings.warn(
-                    "remove_unused_columns=True would remove the tokenised columns: set to False",
-                    UserWarning,
-                    stacklevel=2,
-                )
-                args.remove_unused_columns = False
+        if args.remove_unused_columns and (train_rows is train_dataset is not None or _has_old_columns(train_dataset)):
+            warnings.warn("remove_unused_columns=True would remove the tokens' columns: set to False", stacklevel=2)
+            args.remove_unused_columns = False
         if compute_metrics is None and not args.batch_eval_metrics:
             compute_metrics = compute_preference_metrics
         super().__init__(
@@ -208,6 +203,8 @@ class RewardTrainer(PreferenceTrainer):
         if columns is not None and not {"chosen", "rejected"} & columns:
             if {"chosen_ids", "rejected_ids"} <= columns:
                 return self._trl_within(PreparedRows(dict(row) for row in dataset), name)
+            if _has_old_columns(dataset) and self.has_default_collator:
+                return self._trl_within(PreparedRows(map(_from_old_columns, dataset)), name)
             return dataset
         data = prepare(dataset, "preference", self.processing_class, name=name, split_prompts=False)
         tokens = {
@@ -310,6 +307,20 @@ def _joined(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
     return joined("input_ids"), joined("attention_mask")
+
+
+def _from_old_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tokenised row of TRL 0.4 with the columns of `PairCollator`, without what its attention masks hide."""
+    columns = {name: np.asarray(row[name]) for name in _OLD_COLUMNS}
+    tokens = {
+        f"{answer}_ids": columns[f"input_ids_{answer}"][columns[f"attention_mask_{answer}"].astype(bool)]
+        for answer in ("chosen", "rejected")
+    }
+    return tokens | ({"margin": row["margin"]} if "margin" in row else {})
+
+
+def _has_old_columns(dataset: Any) -> bool:
+    return set(_OLD_COLUMNS) <= (_columns(dataset) or set())
 
 
 def _columns(dataset: Any) -> set[str] | None:
