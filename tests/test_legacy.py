@@ -39,11 +39,6 @@ def test_no_name_is_both_here_and_advised_against() -> None:
 @pytest.mark.parametrize(
     ("statement", "path", "text"),
     [
-        ("from trl import DPOTrainer", "trl.DPOTrainer", "yet \\(TRL 0.5 to 0.11 had it\\): use a newer TRL"),
-        ("import trl.trainer.dpo_trainer", "trl.trainer.dpo_trainer", "yet \\(TRL 0.5 to 0.11 had it\\)"),
-        ("from trl.trainer.dpo_trainer import DPOTrainer", "trl.trainer.dpo_trainer", "yet"),
-        ("from trl.trainer import dpo_trainer", "trl.trainer.dpo_trainer", "yet"),
-        ("from trl.trainer import SFTTrainer", "trl.trainer.SFTTrainer", "yet .*use transformers.Trainer for now"),
         (
             "from trl.trainer import PPOv2Trainer",
             "trl.trainer.PPOv2Trainer",

@@ -14,6 +14,17 @@ __version__ = "0.5.0.dev0"
 
 _HOMES = {
     "trl.core": ("set_seed",),
+    "trl.data.constant_length": ("ConstantLengthDataset",),
+    "trl.data.formats": (
+        "apply_chat_template",
+        "extract_prompt",
+        "is_conversational",
+        "maybe_apply_chat_template",
+        "maybe_extract_prompt",
+        "maybe_unpair_preference_dataset",
+        "unpair_preference_dataset",
+    ),
+    "trl.data.sequence_collators": ("DataCollatorForCompletionOnlyLM",),
     "trl.import_utils": ("is_peft_available",),
     "trl.models": (
         "SUPPORTED_ARCHITECTURES",
@@ -34,7 +45,15 @@ _HOMES = {
         "TrainCallback",
         "TrainResult",
     ),
+    "trl.trainer.offline.dpo_config": ("DPOConfig",),
+    "trl.trainer.offline.dpo_trainer": ("DPOTrainer",),
+    "trl.trainer.offline.kto_config": ("KTOConfig",),
+    "trl.trainer.offline.kto_trainer": ("KTOTrainer",),
+    "trl.trainer.offline.reward_config": ("RewardConfig",),
+    "trl.trainer.offline.reward_trainer": ("RewardTrainer",),
     "trl.trainer.model_config": ("get_kbit_device_map", "get_peft_config", "get_quantization_config"),
+    "trl.trainer.offline.sft_config": ("SFTConfig",),
+    "trl.trainer.offline.sft_trainer": ("SFTTrainer",),
     "trl.state.checkpoints": ("CheckpointError",),
     "trl.training.guards": ("NonFiniteError",),
     "trl.runs.spikes": ("SpikeError", "SpikeSettings"),
@@ -51,29 +70,57 @@ __all__ = [
     "AutoModelForSeq2SeqLMWithValueHead",
     "BaseTrainer",
     "CheckpointError",
+    "ConstantLengthDataset",
+    "DPOConfig",
+    "DPOTrainer",
+    "DataCollatorForCompletionOnlyLM",
     "FixedKLController",
+    "KTOConfig",
+    "KTOTrainer",
     "ModelConfig",
     "NonFiniteError",
     "OnlineTrainer",
     "PPOConfig",
     "PPOTrainer",
     "PreTrainedModelWrapper",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
     "SpikeError",
     "SpikeSettings",
     "TrainCallback",
     "TrainResult",
     "__version__",
+    "apply_chat_template",
     "create_reference_model",
+    "extract_prompt",
     "get_kbit_device_map",
     "get_peft_config",
     "get_quantization_config",
+    "is_conversational",
     "is_peft_available",
+    "maybe_apply_chat_template",
+    "maybe_extract_prompt",
+    "maybe_unpair_preference_dataset",
     "set_seed",
     "setup_chat_format",
+    "unpair_preference_dataset",
 ]
 
 if TYPE_CHECKING:
     from trl.core import set_seed
+    from trl.data.constant_length import ConstantLengthDataset
+    from trl.data.formats import (
+        apply_chat_template,
+        extract_prompt,
+        is_conversational,
+        maybe_apply_chat_template,
+        maybe_extract_prompt,
+        maybe_unpair_preference_dataset,
+        unpair_preference_dataset,
+    )
+    from trl.data.sequence_collators import DataCollatorForCompletionOnlyLM
     from trl.import_utils import is_peft_available
     from trl.models import (
         SUPPORTED_ARCHITECTURES,
@@ -97,6 +144,14 @@ if TYPE_CHECKING:
         TrainResult,
     )
     from trl.trainer.model_config import get_kbit_device_map, get_peft_config, get_quantization_config
+    from trl.trainer.offline.dpo_config import DPOConfig
+    from trl.trainer.offline.dpo_trainer import DPOTrainer
+    from trl.trainer.offline.kto_config import KTOConfig
+    from trl.trainer.offline.kto_trainer import KTOTrainer
+    from trl.trainer.offline.reward_config import RewardConfig
+    from trl.trainer.offline.reward_trainer import RewardTrainer
+    from trl.trainer.offline.sft_config import SFTConfig
+    from trl.trainer.offline.sft_trainer import SFTTrainer
     from trl.training.guards import NonFiniteError
 
 

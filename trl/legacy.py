@@ -22,6 +22,10 @@ from typing import Any
 _HOMES = {
     "trl.core": """PPODecorators WANDB_PADDING clip_by_value convert_to_scalar entropy_from_logits flatten_dict
         logprobs_from_logits masked_mean masked_var masked_whiten set_seed stack_dicts stats_to_np""",
+    "trl.data.constant_length": "ConstantLengthDataset",
+    "trl.data.formats": """apply_chat_template extract_prompt is_conversational maybe_apply_chat_template maybe_extract_prompt
+        maybe_unpair_preference_dataset unpair_preference_dataset""",
+    "trl.data.sequence_collators": "DataCollatorForCompletionOnlyLM",
     "trl.import_utils": """is_bitsandbytes_available is_diffusers_available is_liger_kernel_available is_llmblender_available
         is_npu_available is_openai_available is_peft_available is_pil_available is_torch_greater_2_0
         is_transformers_greater_than is_unsloth_available is_wandb_available is_xpu_available""",
@@ -30,7 +34,15 @@ _HOMES = {
     "trl.models.chat_format": "ChatMlSpecialTokens FORMAT_MAPPING",
     "trl.models.reference": "LAYER_PATTERNS",
     "trl.trainer": "AdaptiveKLController BaseTrainer FixedKLController ModelConfig PPOConfig RunningMoments",
+    "trl.trainer.offline.dpo_config": "DPOConfig",
+    "trl.trainer.offline.dpo_trainer": "DPOTrainer",
+    "trl.trainer.offline.kto_config": "KTOConfig",
+    "trl.trainer.offline.kto_trainer": "KTOTrainer",
+    "trl.trainer.offline.reward_config": "RewardConfig",
+    "trl.trainer.offline.reward_trainer": "RewardDataCollatorWithPadding RewardTrainer compute_accuracy",
     "trl.trainer.model_config": "get_kbit_device_map get_peft_config get_quantization_config",
+    "trl.trainer.offline.sft_config": "SFTConfig",
+    "trl.trainer.offline.sft_trainer": "SFTTrainer",
     "trl.trainer.peft_saving": "PeftSavingCallback",
     "trl.trainer.utils": "exact_div",
 }
@@ -38,6 +50,8 @@ _HOMES = {
 _PLACES = {
     "trl": """is_bitsandbytes_available is_diffusers_available is_liger_kernel_available is_llmblender_available
         is_npu_available is_openai_available is_pil_available is_wandb_available is_xpu_available""",
+    "trl.data_utils": """apply_chat_template extract_prompt is_conversational maybe_apply_chat_template maybe_extract_prompt
+        maybe_unpair_preference_dataset unpair_preference_dataset""",
     "trl.models": "is_diffusers_available",
     "trl.models.modeling_base": """LAYER_PATTERNS PreTrainedModelWrapper create_reference_model is_npu_available
         is_peft_available is_transformers_greater_than is_xpu_available""",
@@ -45,7 +59,14 @@ _PLACES = {
         PreTrainedModelWrapper ValueHead is_npu_available is_xpu_available""",
     "trl.models.utils": """AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead ChatMlSpecialTokens
         FORMAT_MAPPING PreTrainedModelWrapper SUPPORTED_ARCHITECTURES setup_chat_format unwrap_model_for_generation""",
-    "trl.trainer": "is_diffusers_available",
+    "trl.trainer": """ConstantLengthDataset DPOConfig DPOTrainer DataCollatorForCompletionOnlyLM KTOConfig KTOTrainer RewardConfig
+        RewardTrainer SFTConfig SFTTrainer compute_accuracy is_diffusers_available""",
+    "trl.trainer.dpo_config": "DPOConfig",
+    "trl.trainer.dpo_trainer": "DPOConfig DPOTrainer",
+    "trl.trainer.kto_config": "KTOConfig",
+    "trl.trainer.kto_trainer": "KTOConfig KTOTrainer",
+    "trl.trainer.reward_config": "RewardConfig",
+    "trl.trainer.reward_trainer": "RewardConfig RewardDataCollatorWithPadding RewardTrainer compute_accuracy",
     "trl.trainer.model_config": "flatten_dict",
     "trl.trainer.ppo_config": "exact_div flatten_dict is_wandb_available",
     "trl.trainer.ppo_trainer": """AdaptiveKLController BaseTrainer FixedKLController PPOConfig PPODecorators
@@ -53,7 +74,11 @@ _PLACES = {
         create_reference_model entropy_from_logits flatten_dict is_npu_available is_torch_greater_2_0 is_xpu_available
         logprobs_from_logits masked_mean masked_var masked_whiten set_seed stack_dicts stats_to_np
         unwrap_model_for_generation""",
-    "trl.trainer.utils": """AdaptiveKLController FixedKLController ModelConfig PeftSavingCallback RunningMoments
+    "trl.trainer.sft_config": "SFTConfig",
+    "trl.trainer.sft_trainer": """ConstantLengthDataset DataCollatorForCompletionOnlyLM PeftSavingCallback SFTConfig SFTTrainer
+        is_peft_available""",
+    "trl.trainer.utils": """AdaptiveKLController ConstantLengthDataset DataCollatorForCompletionOnlyLM FixedKLController ModelConfig
+        PeftSavingCallback RewardDataCollatorWithPadding RunningMoments compute_accuracy
         get_kbit_device_map get_peft_config get_quantization_config is_peft_available is_unsloth_available
         is_xpu_available""",
 }
@@ -63,21 +88,15 @@ _OLD_TRL = "TRL 0.11, in an environment of its own"
 # What to use: the releases that had a name: the names. Those with a dot are modules, or names in one module alone.
 _NOT_YET: Mapping[str, Mapping[str, str]] = {
     "transformers.Trainer for now, or " + _OTHER_TRL: {
-        "0.4-0.11": """ConstantLengthDataset DataCollatorForCompletionOnlyLM RewardTrainer SFTTrainer compute_accuracy
-            trl.trainer.reward_trainer trl.trainer.sft_trainer trl.trainer.utils.RewardDataCollatorWithPadding""",
-        "0.7-0.11": "RewardConfig trl.extras.dataset_formatting trl.trainer.reward_config",
-        "0.9-0.11": "SFTConfig trl.trainer.sft_config",
-    },
-    _OTHER_TRL: {
-        "0.5-0.11": "DPOTrainer trl.trainer.dpo_trainer trl.trainer.utils.DPODataCollatorWithPadding",
-        "0.8-0.11": "KTOConfig KTOTrainer trl.trainer.kto_config trl.trainer.kto_trainer",
-        "0.9-0.11": "DPOConfig FDivergenceConstants FDivergenceType trl.trainer.dpo_config",
+        "0.7-0.11": "trl.extras.dataset_formatting",
     },
     "ppo_trainer.generate for several responses and your reward function to choose one": {
         "0.4-0.11": "BestOfNSampler trl.extras"
     },
 }
 _NEVER: Mapping[str, Mapping[str, str]] = {
+    "trl.data.pairs.AnswerCollator": {"0.5-0.11": "trl.trainer.utils.DPODataCollatorWithPadding"},
+    "DPOConfig(loss_type=...)": {"0.9-0.11": "FDivergenceConstants FDivergenceType"},
     _OTHER_TRL: {
         "0.7-0.11": "IterativeSFTTrainer trl.trainer.iterative_sft_trainer trl.trainer.utils.neftune_post_forward_hook",
         "0.8-0.11": "CPOConfig CPOTrainer ORPOConfig ORPOTrainer trl.commands init_zero_verbose trl.trainer.cpo_config "
@@ -85,10 +104,9 @@ _NEVER: Mapping[str, Mapping[str, str]] = {
         "0.10-0.11": """BCOConfig BCOTrainer OnlineDPOConfig OnlineDPOTrainer trl.trainer.bco_config trl.trainer.bco_trainer
             trl.trainer.online_dpo_config trl.trainer.online_dpo_trainer trl.trainer.utils.add_bos_token_if_needed
             trl.trainer.utils.add_eos_token_if_needed""",
-        "0.11": """GKDConfig GKDTrainer GeometricMixtureWrapper NashMDConfig NashMDTrainer XPOConfig XPOTrainer trl.data_utils
-            extract_prompt maybe_extract_prompt maybe_unpair_preference_dataset trl.trainer.gkd_config trl.trainer.gkd_trainer
-            trl.trainer.nash_md_config trl.trainer.nash_md_trainer trl.trainer.utils.DataCollatorForChatML trl.trainer.xpo_config
-            trl.trainer.xpo_trainer unpair_preference_dataset""",
+        "0.11": """GKDConfig GKDTrainer GeometricMixtureWrapper NashMDConfig NashMDTrainer XPOConfig XPOTrainer
+            trl.trainer.gkd_config trl.trainer.gkd_trainer trl.trainer.nash_md_config trl.trainer.nash_md_trainer
+            trl.trainer.utils.DataCollatorForChatML trl.trainer.xpo_config trl.trainer.xpo_trainer""",
     },
     _OLD_TRL + " (this library trains language models only)": {
         "0.6-0.11": """DDPOConfig DDPOPipelineOutput DDPOSchedulerOutput DDPOStableDiffusionPipeline DDPOTrainer
@@ -129,7 +147,7 @@ _NEVER: Mapping[str, Mapping[str, str]] = {
     "tokenizer.apply_chat_template": {
         "0.9-0.10": "trl.trainer.utils.SIMPLE_QUERY_CHAT_TEMPLATE",
         "0.9-0.11": "trl.trainer.utils.SIMPLE_SFT_CHAT_TEMPLATE",
-        "0.11": "apply_chat_template is_conversational maybe_apply_chat_template trl.trainer.utils.SIMPLE_CHAT_TEMPLATE",
+        "0.11": "trl.trainer.utils.SIMPLE_CHAT_TEMPLATE",
     },
     "ImportError": {"0.8-0.11": "OptionalDependencyNotAvailable"},
     "from_pretrained(..., dtype=torch.bfloat16), or PPOConfig(dtype='bfloat16')": {

@@ -64,6 +64,8 @@ class Evaluation:
     values: Tensor | None  # [B, S] value of the state in which token s + 1 is chosen
     entropy: Tensor | None  # [B, S] of the full distribution at s, in nats
     logits: Tensor | None = None  # [B, S, V], only on request
+    mean_logits: Tensor | None = None  # [B, S] mean over the vocabulary, detached, only on request
+    top1: Tensor | None = None  # [B, S] bool: no token is more likely than token s + 1; only on request
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,7 +207,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, reason: str) -> No
     ("source", "reason"),
     [
         ([], "there are no prompts"),
-        ("w5 w6", "pass a single prompt in a list"),
+        ("w5 w6", "pass a single row in a list"),
         ("gone.jsonl", "'gone.jsonl' does not exist or is not a file"),
         ("p\0.jsonl", "NUL"),
         (None, "of type NoneType"),

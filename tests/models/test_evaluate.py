@@ -195,13 +195,13 @@ class Widths:
 def test_only_the_response_goes_through_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     trunk, rollout = tiny_gpt2(), make_rollout("left")
     rows: list[int] = []
-    project = predictions.projected_logprobs_and_entropy
+    project = predictions.projected_predictions
 
     def counted(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows.append(len(hidden))
         return project(hidden, *args, **kwargs)
 
-    monkeypatch.setattr(predictions, "projected_logprobs_and_entropy", counted)
+    monkeypatch.setattr(predictions, "projected_predictions", counted)
     got = evaluate(trunk, rollout, response_only=True)
     assert rows == [int(rollout.mask.sum())]
     assert not got.logprobs[~rollout.mask].any()
@@ -391,3 +391,15 @@ def test_a_forward_of_a_client_s_own_is_what_is_evaluated(how: str) -> None:
         logits = model.pretrained_model(alone).logits / 0.5
         expected = logits.log_softmax(-1)[0, :-1].gather(1, alone[0, 1:, None]).squeeze(1)
         assert_close(found.logprobs[row, start:], expected)
+
+
+@pytest.mark.parametrize("make", DECODERS + SEQ2SEQ)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mean_logits(make: Any, side: str) -> None:
+    model = make()
+    rollout = make_rollout(side, seq2seq=model.config.is_encoder_decoder)
+    with torch.no_grad():
+        expected = evaluate(model, rollout, return_logits=True).logits.double().mean(dim=-1)
+    got = evaluate(model, rollout, response_only=True, mean_logits=True).mean_logits
+    assert got is not None and not got.requires_grad
+    assert_close(got[rollout.mask], expected[rollout.mask])

@@ -15,6 +15,12 @@ def is_hub_dataset(dataset: Any) -> bool:
     return datasets is not None and isinstance(dataset, datasets.Dataset)
 
 
+def is_hub_stream(dataset: Any) -> bool:
+    """Whether `dataset` is a `datasets.IterableDataset`, without importing datasets."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(dataset, datasets.IterableDataset)
+
+
 def prompt_loader(
     dataset: Any, *, batch_size: int, collate_fn: Callable[..., Any] | None, keep: Sequence[str] | None
 ) -> DataLoader[Any]:

@@ -1,4 +1,4 @@
-"""Reads rows of prompts from files, datasets and streams, each with its location for error messages."""
+"""Reads rows from files, datasets and streams, each with its location for error messages."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from trl.data.loader import is_hub_dataset
 
 Located = tuple[str, Any]  # "prompts.jsonl:3 (row 2)", the row
 
-_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
 
 
-def read_rows(source: Any, *, max_streamed: int) -> Iterator[Located]:
+def read_rows(source: Any, *, max_streamed: int, name: str = "prompts") -> Iterator[Located]:
     """Yields the rows of a source in order, each with its location: file and line, and the row's index from 0.
 
     Args:
         source: a path to a JSONL, CSV (with header) or Parquet file; a `datasets.Dataset`; a sequence of rows; or a
             stream of rows, such as an iterable dataset, a generator or any other iterable.
         max_streamed: maximum number of rows in a stream.
+        name: the caller's argument that holds `source`, for locations and error messages.
 
     Raises:
         ValueError: if `source` is of another type, a file's content does not match its suffix (the message gives the
@@ -31,52 +32,51 @@ def read_rows(source: Any, *, max_streamed: int) -> Iterator[Located]:
         ImportError: if the source is a Parquet file and pyarrow is missing.
     """
     if isinstance(source, str | Path):
-        return _file_rows(Path(source))
+        return _file_rows(Path(source), name)
     if is_hub_dataset(source):
-        return _numbered(source.with_format(None))  # Python values, regardless of the format set on the dataset
+        return _numbered(source.with_format(None), name)  # Python values, regardless of the format set on the dataset
     if isinstance(source, Mapping):
-        names = ", ".join(map(str, list(source)[:8]))
+        keys = ", ".join(map(str, list(source)[:8]))
         raise ValueError(
-            f"prompts is a {type(source).__name__} with the keys {names}, not a list of rows: pass one of its splits, or a "
-            "list with one mapping per prompt"
+            f"{name} is a {type(source).__name__} with the keys {keys}, not a list of rows: pass one of its splits, or a "
+            "list with one mapping per row"
         )
     if isinstance(source, Sized) and hasattr(source, "__getitem__") and not isinstance(source, bytes):
-        return _numbered(source[index] for index in range(len(source)))
+        return _numbered((source[index] for index in range(len(source))), name)
     # Sets have no order that another process or a later run would reproduce; open files yield lines with line endings.
     if isinstance(source, set | frozenset | bytes | IOBase) or not isinstance(source, Iterable):
         raise ValueError(
-            f"prompts is of type {type(source).__name__}: expected a list, a datasets.Dataset, an iterable of rows in a fixed "
-            f"order, or a path to one of {', '.join(_SUFFIXES)}"
+            f"{name} is of type {type(source).__name__}: expected a list, a datasets.Dataset, an iterable of rows in a fixed "
+            f"order, or a path to one of {', '.join(SUFFIXES)}"
         )
-    return _limited(source, max_streamed)
+    return _limited(source, max_streamed, name)
 
 
-def _numbered(rows: Iterable[Any]) -> Iterator[Located]:
-    return ((f"prompts[{index}]", row) for index, row in enumerate(rows))
+def _numbered(rows: Iterable[Any], name: str) -> Iterator[Located]:
+    return ((f"{name}[{index}]", row) for index, row in enumerate(rows))
 
 
-def _limited(stream: Iterable[Any], max_rows: int) -> Iterator[Located]:
+def _limited(stream: Iterable[Any], max_rows: int, name: str) -> Iterator[Located]:
     rows = iter(stream)
-    yield from _numbered(islice(rows, max_rows))
+    yield from _numbered(islice(rows, max_rows), name)
     if next(rows, rows) is not rows:
         raise ValueError(
-            f"prompts is a stream ({type(stream).__name__}) of more than max_streamed={max_rows} rows and may be infinite; all prompts "
-            "of a run are held in memory. Limit it with dataset.take(n) or itertools.islice, or raise max_streamed of "
-            "load_prompts"
+            f"{name} is a stream ({type(stream).__name__}) of more than max_streamed={max_rows} rows and may be infinite; all rows "
+            "are held in memory. Limit it with dataset.take(n) or itertools.islice, or raise max_streamed"
         )
 
 
-def _file_rows(path: Path) -> Iterator[Located]:
+def _file_rows(path: Path, name: str) -> Iterator[Located]:
     if "\0" in str(path):
-        raise ValueError(f"prompts={str(path)!r} is not a valid path: it contains a NUL character")
+        raise ValueError(f"{name}={str(path)!r} is not a valid path: it contains a NUL character")
     suffix = path.suffix.lower()
     readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     if suffix not in readers:
         raise ValueError(
-            f"prompts={str(path)!r} is not a path to one of {', '.join(_SUFFIXES)}; pass a single prompt in a list"
+            f"{name}={str(path)!r} is not a path to one of {', '.join(SUFFIXES)}; pass a single row in a list"
         )
     if not path.is_file():
-        raise ValueError(f"prompts={str(path)!r} does not exist or is not a file")
+        raise ValueError(f"{name}={str(path)!r} does not exist or is not a file")
     return readers[suffix](path)
 
 

@@ -48,7 +48,7 @@ def _minus(raw: Tensor, top: Tensor, *, keep: bool) -> Tensor:
 
 
 class _Projected(torch.autograd.Function):
-    """[N, H] hidden states, [V, H] weights, [V] bias -> [N] logprobs of tokens, [N] entropies."""
+    """[N, H] hidden states, [V, H] weights, [V] bias -> [N] logprobs of tokens, [N] entropies, [N] whether most likely."""
 
     @staticmethod
     def forward(
@@ -60,7 +60,7 @@ class _Projected(torch.autograd.Function):
         temperature: float,
         need_entropy: bool,
         block: tuple[int, int] | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         count, vocab_size = len(hidden), len(weight)
         row_block, vocab_block = _sizes(hidden, vocab_size, block)
         token_logits = torch.zeros(count, dtype=wide_dtype(hidden), device=hidden.device)
@@ -95,14 +95,14 @@ class _Projected(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, tokens, top, log_total, entropy, *saved)
         ctx.temperature, ctx.block = temperature, (row_block, vocab_block)
         ctx.set_materialize_grads(False)
-        if not need_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        top1 = token_logits >= top
+        ctx.mark_non_differentiable(top1, *(() if need_entropy else (entropy,)))
+        return logprobs, entropy, top1
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logprobs, grad_entropy = grads
+        grad_logprobs, grad_entropy = grads[:2]
         hidden, weight, bias, tokens, top, log_total, entropy, *saved = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
@@ -188,6 +188,22 @@ def projected_logprobs_and_entropy(
     Raises:
         ValueError: if the shapes do not match or the temperature is not positive.
     """
+    return projected_predictions(
+        hidden, weight, tokens, bias=bias, temperature=temperature, entropy=entropy, block=block
+    )[:2]
+
+
+def projected_predictions(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = True,
+    block: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`projected_logprobs_and_entropy`, and `[N]` whether no token is more likely than the given one."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or len(tokens) != len(hidden):
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and tokens {tuple(tokens.shape)} do not match: "

@@ -24,8 +24,10 @@ from trl.models.predictions import (
     decoder_config,
     has_own_forward,
     may_pack,
-    predict,
+    requested_states,
+    score_tokens,
 )
+from trl.models.predictions import mean_logits as projected_mean_logits
 from trl.models.trunk import (
     base_language_model,
     forward_parameters,
@@ -51,6 +53,8 @@ def evaluate(
     values: bool = True,
     response_only: bool = False,
     return_logits: bool = False,
+    mean_logits: bool = False,
+    top1: bool = False,
 ) -> Evaluation:
     """Runs a model over a rollout and returns per-token log-probabilities, values and entropies.
 
@@ -65,6 +69,8 @@ def evaluate(
         values: return values (almost free).
         response_only: compute only the tokens in `rollout.mask`, or the columns they span if logits are materialised.
         return_logits: also return the logits, in the model's dtype and not divided by the temperature.
+        mean_logits: also return the logits' mean over the vocabulary, not divided by the temperature and without a gradient.
+        top1: also return whether each token is the most likely one; for a model without a value head.
 
     Returns:
         float32 tensors [B, S]; columns that were not computed are 0. Logits, if requested, are [B, S, V].
@@ -83,13 +89,15 @@ def evaluate(
                 values=values,
                 response_only=response_only,
                 return_logits=return_logits,
+                mean_logits=mean_logits,
+                top1=top1,
             )
             for part in _without_padding(rollout)
         ]
         joined = {name: _joined(rollout, [getattr(part, name) for part in parts]) for name in _FIELDS}
         return Evaluation(**joined)  # type: ignore[arg-type]
     if not return_logits and abilities(model).projects:
-        return _without_logits(model, rollout, temperature, entropy, values, response_only)
+        return _without_logits(model, rollout, temperature, entropy, values, response_only, mean_logits, top1)
     # Left-align rows, so that positions count from column 0 for every position scheme and recurrent states start at the
     # first token; `place` undoes it.
     order = left_aligning_order(rollout.attention)
@@ -124,6 +132,8 @@ def evaluate(
         values=place(state_values[:, computed]) if values and state_values is not None else None,
         entropy=place(entropies) if entropy else None,
         logits=place(logits) if return_logits else None,
+        mean_logits=place(logits.detach().mean(dim=-1, dtype=torch.float32)) if mean_logits else None,
+        top1=place(logits.argmax(dim=-1) == targets) if top1 else None,
     )
 
 
@@ -194,21 +204,32 @@ def _both(first: AbstractContextManager[None], second: AbstractContextManager[No
 
 
 def _without_logits(
-    model: nn.Module, rollout: Rollout, temperature: float, entropy: bool, values: bool, response_only: bool
+    model: nn.Module,
+    rollout: Rollout,
+    temperature: float,
+    entropy: bool,
+    values: bool,
+    response_only: bool,
+    return_mean_logits: bool,
+    return_top1: bool,
 ) -> Evaluation:
     """`evaluate` without materialising logits, for models whose `abilities` say `projects`."""
     layout = _layout(model, rollout, response_only)
     request = PredictionRequest(rows=layout.rows, tokens=layout.tokens, temperature=temperature, entropy=entropy)
-    state_values = None
+    state_values = means = top1 = None
     with layout.context:
         if _has_values(model):
             logprobs, entropies, state_values = model(**layout.inputs, request=request)
         else:
-            logprobs, entropies = predict(model, layout.inputs, request)
+            states = requested_states(model, layout.inputs, request)
+            logprobs, entropies, top1 = score_tokens(model, states, request)
+            means = projected_mean_logits(model, states) if return_mean_logits else None
     return Evaluation(
         logprobs=layout.scatter(logprobs),
         values=layout.scatter(state_values) if values and state_values is not None else None,
         entropy=layout.scatter(entropies) if entropy else None,
+        mean_logits=layout.scatter(means) if means is not None else None,
+        top1=layout.scatter(top1) if return_top1 and top1 is not None else None,
     )
 
 

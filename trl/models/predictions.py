@@ -15,7 +15,7 @@ from trl.functional.probes import logits_error, logits_tolerance
 from trl.kernels.door import kernels_enabled
 from trl.kernels.packed_attention import packed
 from trl.kernels.products import LinearForward
-from trl.kernels.projection import projected_logprobs_and_entropy
+from trl.kernels.projection import projected_predictions
 from trl.models.padding import unpadded_inputs
 from trl.models.trunk import (
     accepts,
@@ -56,20 +56,41 @@ _CACHE: WeakKeyDictionary[nn.Module, tuple[Any, Abilities]] = (
 )  # with the `_cache_key` they were probed for
 
 
-def predict(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRequest) -> tuple[Tensor, Tensor]:
-    """Returns `[N]` float32 log-probabilities and entropies, for a model whose `abilities` say `projects`."""
-    head = base_language_model(pretrained).get_output_embeddings()
+def predict(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRequest) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `[N]` float32 log-probabilities, entropies, and bool: whether the token is the most likely one.
+
+    Only for models whose `abilities` say `projects`.
+    """
+    return score_tokens(pretrained, requested_states(pretrained, inputs, request), request)
+
+
+def requested_states(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRequest) -> Tensor:
+    """Runs the model without its output projection and returns that projection's inputs `[N, H]` at `request.rows`."""
     with without_head(pretrained) as captured:
         pretrained(**inputs)
     assert captured.value is not None
-    return projected_logprobs_and_entropy(
-        captured.value.flatten(0, 1)[request.rows],
+    return captured.value.flatten(0, 1)[request.rows]
+
+
+def score_tokens(pretrained: nn.Module, states: Tensor, request: PredictionRequest) -> tuple[Tensor, Tensor, Tensor]:
+    """Projects `[N, H]` states to what `predict` returns."""
+    head = base_language_model(pretrained).get_output_embeddings()
+    return projected_predictions(
+        states,
         head.weight,
         request.tokens,
         bias=head.bias,
         temperature=request.temperature,
         entropy=request.entropy,
     )
+
+
+@torch.no_grad()
+def mean_logits(pretrained: nn.Module, states: Tensor) -> Tensor:
+    """Means over the vocabulary of the logits at `[N, H]` states: `[N]` float32, the states times the mean output row."""
+    head = base_language_model(pretrained).get_output_embeddings()
+    mean = states.float() @ head.weight.mean(dim=0, dtype=torch.float32)
+    return mean if head.bias is None else mean + head.bias.mean(dtype=torch.float32)
 
 
 def has_own_forward(model: nn.Module) -> bool:

@@ -84,6 +84,27 @@ class ValueHead(nn.Module):
             nn.init.normal_(self.summary.weight, std=DEFAULT_GAIN / width**0.5)
             nn.init.normal_(self.summary.bias, std=DEFAULT_GAIN / width**0.5)
 
+    @torch.no_grad()
+    def start_from(self, score: nn.Linear) -> None:
+        """Copies the score layer of a reward model, so that the value after the last token is the model's reward.
+
+        That holds on the reward model's own trunk; on another trunk, such as the policy's, it is a start for the critic.
+
+        Args:
+            score: `[1, H]` linear layer, such as `reward_model.score`.
+
+        Raises:
+            ValueError: if the layer is not one from the trunk's width to a single number.
+        """
+        shape, expected = tuple(score.weight.shape), tuple(self.summary.weight.shape)
+        if shape != expected:
+            raise ValueError(f"the score layer's weight is {shape}, but the value head's is {expected}")
+        self.summary.weight.copy_(score.weight)
+        if score.bias is None:
+            self.summary.bias.zero_()
+        else:
+            self.summary.bias.copy_(score.bias)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Maps hidden states [B, T, H] of any dtype to float32 values [B, T, 1]."""
         weight = self.summary.weight

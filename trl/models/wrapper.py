@@ -138,7 +138,7 @@ class PreTrainedModelWrapper(nn.Module):
         kwargs["input_ids"] = input_ids
         with watch_last_hidden_state(self.pretrained_model) as captured:
             if request is not None:
-                logprobs, entropies = predict(self.pretrained_model, kwargs, request)
+                logprobs, entropies, _ = predict(self.pretrained_model, kwargs, request)
             else:
                 output = self.pretrained_model(**kwargs)
         if captured.value is None:

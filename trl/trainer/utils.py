@@ -21,11 +21,14 @@ def pad_to_length(tensor: Tensor, length: int, pad_value: float, dim: int = -1) 
 def disable_dropout_in_model(model: nn.Module) -> None:
     """Sets the probability of every `nn.Dropout` in `model` to 0, in training mode too.
 
-    Attention that reads its dropout as a number from the model's config is not affected.
+    So is every number of a module's own whose name ends with `dropout`, as transformers' attention layers have.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def exact_div(a: int, b: int, *texts: str, custom_error_message: str = "") -> int:
