@@ -14,6 +14,7 @@ __version__ = "0.5.0.dev0"
 
 _HOMES = {
     "trl.core": ("set_seed",),
+    "trl.extras": ("BestOfNSampler",),
     "trl.import_utils": ("is_peft_available",),
     "trl.models": (
         "SUPPORTED_ARCHITECTURES",
@@ -40,7 +41,7 @@ _HOMES = {
     "trl.runs.spikes": ("SpikeError", "SpikeSettings"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SUBMODULES = ("algorithms", "core", "functional", "import_utils", "models", "protocols", "trainer", "types")
+_SUBMODULES = ("algorithms", "core", "extras", "functional", "import_utils", "models", "protocols", "trainer", "types")
 _old_name = legacy.lookup(__name__)
 legacy.install()
 
@@ -50,6 +51,7 @@ __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "BaseTrainer",
+    "BestOfNSampler",
     "CheckpointError",
     "FixedKLController",
     "ModelConfig",
@@ -74,6 +76,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from trl.core import set_seed
+    from trl.extras import BestOfNSampler
     from trl.import_utils import is_peft_available
     from trl.models import (
         SUPPORTED_ARCHITECTURES,

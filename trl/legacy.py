@@ -73,9 +73,6 @@ _NOT_YET: Mapping[str, Mapping[str, str]] = {
         "0.8-0.11": "KTOConfig KTOTrainer trl.trainer.kto_config trl.trainer.kto_trainer",
         "0.9-0.11": "DPOConfig FDivergenceConstants FDivergenceType trl.trainer.dpo_config",
     },
-    "ppo_trainer.generate for several responses and your reward function to choose one": {
-        "0.4-0.11": "BestOfNSampler trl.extras"
-    },
 }
 _NEVER: Mapping[str, Mapping[str, str]] = {
     _OTHER_TRL: {
