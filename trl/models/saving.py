@@ -39,11 +39,15 @@ def save_value_head_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
         frozen = (wrapper.reward_adapter_name, wrapper.reference_adapter_name)  # they have folders of their own
         names = [name for name in wrapper.pretrained_model.peft_config if name not in frozen]
         kwargs.setdefault("selected_adapters", names)
+    saved = kwargs.get("selected_adapters") or []
 
     wrapper.pretrained_model.save_pretrained(folder, *rest, **kwargs)
     if not is_main:
         return None
     save_head(state, folder)
+    for name in saved:
+        if name != "default":  # peft gives it a folder of its own, which from_pretrained then loads
+            save_head(state, os.path.join(folder, name))
     if not push:
         return None
     repo_id = upload.pop("repo_id", os.path.basename(os.path.normpath(folder)))
