@@ -223,9 +223,9 @@ def attach_adapter(model: Any, peft_config: Any) -> Any:
     peft = require_peft("peft_config")
     if not isinstance(peft_config, peft.PeftConfig):
         raise ValueError(f"peft_config must be a peft.PeftConfig, not {type(peft_config).__name__}")
-    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
-        model = peft.prepare_model_for_kbit_training(model)
     with _ignoring_peft_deprecation():
+        if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+            model = peft.prepare_model_for_kbit_training(model)
         return checked(peft.get_peft_model(model, peft_config))
 
 
@@ -254,11 +254,10 @@ def load_adapter(model: Any, source: str, *, is_trainable: bool, **hub: Any) -> 
 
 @contextmanager
 def _ignoring_peft_deprecation() -> Iterator[None]:
-    """Silences the deprecation warning that peft triggers by using an old transformers attribute name."""
+    """Silences the deprecation warnings that peft triggers by using old names of transformers."""
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=r".*is_gradient_checkpointing.* is deprecated", category=FutureWarning
-        )
+        for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable"):
+            warnings.filterwarnings("ignore", message=rf".*`{name}` is deprecated", category=FutureWarning)
         yield
 
 
