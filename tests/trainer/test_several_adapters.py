@@ -134,3 +134,16 @@ def test_two_references_are_refused(folders: Path) -> None:
     model = create_reference_model(Causal.from_pretrained(folders / "base"))
     with pytest.raises(ValueError, match="ref_model and the reference adapter 'reference' are two references"):
         build(folders, ref_model=model)
+
+
+def test_the_base_is_kept_in_bfloat16_and_the_reward_adapter_scores_on_it(folders: Path) -> None:
+    """One copy of the base in the compute dtype, for policy, reference and reward."""
+    trainer = build(folders, dtype="bfloat16")
+    exact = build(folders, dtype="float32")
+    dtypes = {p.dtype for name, p in trainer.model.named_parameters() if "lora_" not in name and "pretrained" in name}
+    assert torch.bfloat16 in dtypes
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    scores, expected = (t.model.compute_reward_score(tokens) for t in (trainer, exact))
+    assert scores.dtype == torch.float32
+    assert_close(scores, expected, 0.03)
+    run(trainer, reward=AdapterReward(trainer.model))

@@ -186,26 +186,34 @@ def _factors(module: nn.Module, adapter: str) -> tuple[Any, Any] | None:
     return None
 
 
-def _keeps_base_weights(config: Any) -> bool:
-    """False for initialisations that change base weights (PiSSA, OLoRA ...) and for extra trained modules or biases."""
+def _keeps_base_weights(config: Any, *, scores: bool = False) -> bool:
+    """False for initialisations that change base weights (PiSSA, OLoRA ...) and for extra trained modules or biases.
+
+    Args:
+        config: of a LoRA adapter.
+        scores: whether it is a reward adapter, whose only extra module is the score head.
+    """
     plain_start = config.init_lora_weights in (True, "gaussian", "orthogonal") or (
         config.init_lora_weights is False  # random B: detected by inspecting B
     )
-    extra = bool(getattr(config, "modules_to_save", None)) or getattr(config, "bias", "none") != "none"
-    return plain_start and not extra
+    extra = bool(getattr(config, "modules_to_save", None)) and not scores
+    return plain_start and not extra and getattr(config, "bias", "none") == "none"
 
 
 def trains_only_lora(model: nn.Module) -> bool:
     """Whether LoRA matrices, whose layers take activations of any dtype, are all that is trained below the value head.
 
-    False for DoRA, adapters on bare parameters, additionally trained biases or modules, initialisations that change the
-    base weights, and models with a reward adapter, which scores outside the trainer's passes.
+    False for DoRA, adapters on bare parameters, additionally trained biases or modules, and initialisations that change
+    the base weights.
     """
     inner = pretrained_part(model)
-    if not is_peft_model(inner) or getattr(unwrap(model), "reward_adapter_name", None) is not None:
+    if not is_peft_model(inner):
         return False
-    for config in inner.peft_config.values():
-        if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or not _keeps_base_weights(config):
+    reward = getattr(unwrap(model), "reward_adapter_name", None)
+    for name, config in inner.peft_config.items():
+        if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+            return False
+        if not _keeps_base_weights(config, scores=name == reward):
             return False
         if config.use_dora or getattr(config, "target_parameters", None):
             return False
