@@ -38,6 +38,7 @@ TESTED_IN = {
     "rewards/maths.py": ("rewards/test_parts.py", "math_reward"),
     "rewards/web.py": ("rewards/test_remote.py", "check_address"),
     "rewards/worker.py": ("rewards/test_as_reward.py", "trl.rewards.worker"),
+    "rollout/choice.py": ("trainer/test_policy_sampler.py", "obstacle"),
     "runs/callbacks.py": ("runs/test_managed.py", "TrainCallback"),
     "runs/evaluation.py": ("runs/test_managed.py", "evaluate_prompts"),
     "runs/inputs.py": ("runs/test_managed.py", "length_sampler"),

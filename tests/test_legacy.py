@@ -47,8 +47,6 @@ def test_no_name_is_both_here_and_advised_against() -> None:
         ("from trl.trainer.utils import empty_cache", "trl.trainer.utils.empty_cache", "use PPODecorators"),
         ("from trl.core import randn_tensor", "trl.core.randn_tensor", "TRL 0.7 to 0.11 had it.*use torch.randn"),
         ("from trl.models.utils import iter_params", "trl.models.utils.iter_params", "use deepspeed"),
-        ("from trl.extras.best_of_n_sampler import BestOfNSampler", "trl.extras", "yet.*use ppo_trainer.generate"),
-        ("from trl import extras", "trl.extras", "yet"),
         ("import trl.environment.base_environment", "trl.environment", "use ppo_trainer.step\\(..., response_masks"),
         ("import trl; trl.environment", "trl.environment", "response_masks"),
     ],

@@ -25,6 +25,7 @@ _HOMES = {
         "unpair_preference_dataset",
     ),
     "trl.data.sequence_collators": ("DataCollatorForCompletionOnlyLM",),
+    "trl.extras": ("BestOfNSampler",),
     "trl.import_utils": ("is_peft_available",),
     "trl.models": (
         "SUPPORTED_ARCHITECTURES",
@@ -59,7 +60,7 @@ _HOMES = {
     "trl.runs.spikes": ("SpikeError", "SpikeSettings"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SUBMODULES = ("algorithms", "core", "functional", "import_utils", "models", "protocols", "trainer", "types")
+_SUBMODULES = ("algorithms", "core", "extras", "functional", "import_utils", "models", "protocols", "trainer", "types")
 _old_name = legacy.lookup(__name__)
 legacy.install()
 
@@ -69,6 +70,7 @@ __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "BaseTrainer",
+    "BestOfNSampler",
     "CheckpointError",
     "ConstantLengthDataset",
     "DPOConfig",
@@ -121,6 +123,7 @@ if TYPE_CHECKING:
         unpair_preference_dataset,
     )
     from trl.data.sequence_collators import DataCollatorForCompletionOnlyLM
+    from trl.extras import BestOfNSampler
     from trl.import_utils import is_peft_available
     from trl.models import (
         SUPPORTED_ARCHITECTURES,

@@ -86,15 +86,8 @@ _PLACES = {
 _OTHER_TRL = "a newer TRL, in an environment of its own"
 _OLD_TRL = "TRL 0.11, in an environment of its own"
 # What to use: the releases that had a name: the names. Those with a dot are modules, or names in one module alone.
-_NOT_YET: Mapping[str, Mapping[str, str]] = {
-    "transformers.Trainer for now, or " + _OTHER_TRL: {
-        "0.7-0.11": "trl.extras.dataset_formatting",
-    },
-    "ppo_trainer.generate for several responses and your reward function to choose one": {
-        "0.4-0.11": "BestOfNSampler trl.extras"
-    },
-}
 _NEVER: Mapping[str, Mapping[str, str]] = {
+    "trl.data.formats.prepare": {"0.7-0.11": "trl.extras.dataset_formatting"},
     "trl.data.pairs.AnswerCollator": {"0.5-0.11": "trl.trainer.utils.DPODataCollatorWithPadding"},
     "DPOConfig(loss_type=...)": {"0.9-0.11": "FDivergenceConstants FDivergenceType"},
     _OTHER_TRL: {
@@ -187,18 +180,17 @@ def _entries(table: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, tupl
 
 ALIASES = {module: tuple(names.split()) for module, names in _PLACES.items()}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-_LATER, _GONE = dict(_entries(_NOT_YET)), dict(_entries(_NEVER))
+_GONE = dict(_entries(_NEVER))
 
 
 def advice(path: str) -> str | None:
     """Says what to use instead of `path`, a module or a name in a module; None if TRL 0.4 to 0.11 had no such name."""
     name = path.rpartition(".")[2]
-    for table, yet in ((_LATER, " yet"), (_GONE, "")):
-        if entry := table.get(path) or table.get(name):
-            from trl import __version__
+    if entry := _GONE.get(path) or _GONE.get(name):
+        from trl import __version__
 
-            releases, instead = entry
-            return f"{path} is not part of trl {__version__}{yet} (TRL {releases} had it): use {instead}"
+        releases, instead = entry
+        return f"{path} is not part of trl {__version__} (TRL {releases} had it): use {instead}"
     return None
 
 
@@ -238,7 +230,7 @@ class _OldModules:
         loader: Any = self
         if name in ALIASES:
             return ModuleSpec(name, loader, origin=__file__)
-        if name in _LATER or name in _GONE:
+        if name in _GONE:
             raise ModuleNotFoundError(advice(name), name=name)
         return None
 

@@ -72,13 +72,6 @@ def test_submodules_are_attributes(name: str) -> None:
     assert trl.__getattr__(name).__name__ == f"trl.{name}"
 
 
-@pytest.mark.parametrize("name", ["BestOfNSampler"])
-def test_names_still_to_come_say_so(name: str) -> None:
-    with pytest.raises(ImportError, match=f"trl.{name} is not part of trl .* yet"):
-        exec(f"from trl import {name}")
-    assert name not in trl.__all__
-
-
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="module 'trl' has no attribute 'PPPOTrainer'"):
         _ = trl.PPPOTrainer

@@ -272,3 +272,145 @@ def test_bad_reward_adapters(base: Path, reward_folder: Path, tmp_path: Path) ->
         model.add_and_load_reward_modeling_adapter(reward_folder)
     with pytest.raises(ValueError, match="'other' must be one of"):
         model.compute_reward_score(TOKENS, ppo_adapter_name="other")
+
+
+def flags(model: torch.nn.Module) -> list[Any]:
+    """Everything that switching adapters may leave changed."""
+    layers = [m for m in model.modules() if type(m).__module__.startswith("peft.tuners.lora.layer")]
+    return [
+        trained(model),
+        [module.training for module in model.modules()],
+        [(layer.active_adapters, layer.disable_adapters) for layer in layers],
+        model.pretrained_model.active_adapter,  # type: ignore[union-attr]
+        model.pretrained_model.active_adapters,  # type: ignore[union-attr]
+    ]
+
+
+def test_scoring_leaves_everything_as_it_was(base: Path, reward_folder: Path) -> None:
+    model = Causal.from_pretrained(base, peft_config=lora_config(), reward_adapter=reward_folder)
+    expected = model.compute_reward_score(TOKENS)
+    model.pretrained_model.add_adapter("other", lora_config(r=2))
+    model.pretrained_model.set_adapter("other")
+    for name, parameter in model.named_parameters():  # flags that peft would set anew
+        parameter.requires_grad_("lora_A.default" in name)
+    model.train()
+    model.pretrained_model.base_model.model.transformer.h[0].eval()
+    before = flags(model)
+    assert_close(model.compute_reward_score(TOKENS), expected, 0)
+    assert flags(model) == before
+    with model.disable_adapter():
+        off = flags(model)
+        assert_close(model.compute_reward_score(TOKENS), expected, 0)
+        assert flags(model) == off
+    assert flags(model) == before
+    with pytest.raises(IndexError):
+        model.compute_reward_score(TOKENS + 1000)
+    assert flags(model) == before
+    model.pretrained_model.set_adapter("default")
+    model.compute_reward_score(TOKENS, ppo_adapter_name="other")
+    assert model.pretrained_model.active_adapters == ["other"]
+
+
+def test_loading_a_reward_adapter_leaves_a_training_model_in_training(base: Path, reward_folder: Path) -> None:
+    model = Causal.from_pretrained(base, peft_config=lora_config()).train()
+    before = flags(model)
+    model.add_and_load_reward_modeling_adapter(reward_folder)
+    assert flags(model)[0] == before[0]
+    assert model.training and model.pretrained_model.base_model.model.transformer.h[0].attn.training
+
+
+def test_scores_do_not_depend_on_the_padding_side(base: Path, reward_folder: Path) -> None:
+    model = Causal.from_pretrained(base, peft_config=lora_config(), reward_adapter=reward_folder)
+    alone = model.compute_reward_score(TOKENS[:1])
+    for columns in (slice(0, 4), slice(2, 6)):
+        tokens, mask = torch.zeros(1, 6, dtype=torch.int64), torch.zeros(1, 6, dtype=torch.int64)
+        tokens[:, columns], mask[:, columns] = TOKENS[:1], 1
+        assert_close(model.compute_reward_score(tokens, mask)[:, columns], alone)
+
+
+def test_an_adapter_of_another_architecture_is_refused(base: Path, tmp_path: Path) -> None:
+    from tests.helpers import tiny_llama
+
+    classifier = transformers.LlamaForSequenceClassification(tiny_llama(num_labels=1).config)
+    other = lora(classifier, task_type="SEQ_CLS", target_modules=["q_proj"], fan_in_fan_out=False)
+    other.save_pretrained(tmp_path / "llama", save_embedding_layers=False)
+    model = Causal.from_pretrained(base, peft_config=lora_config())
+    with pytest.raises(ValueError, match=r"Target modules|does not fit"):
+        model.add_and_load_reward_modeling_adapter(tmp_path / "llama")
+    wide = transformers.GPT2ForSequenceClassification(tiny_gpt2(num_labels=1, n_embd=32).config)
+    lora(wide, task_type="SEQ_CLS").save_pretrained(tmp_path / "wide", save_embedding_layers=False)
+    with pytest.raises(ValueError, match=r"reads hidden states of size 32; the model's have 16"):
+        model.add_and_load_reward_modeling_adapter(tmp_path / "wide")
+    assert list(model.pretrained_model.peft_config) == ["default"]
+
+
+# -- several adapters ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sft_folder(base: Path, tmp_path: Path) -> Path:
+    """A trained LoRA policy, as an SFT stage leaves it."""
+    model = lora(transformers.AutoModelForCausalLM.from_pretrained(base))
+    stir(model, seed=11)
+    model.save_pretrained(tmp_path / "sft", save_embedding_layers=False)
+    return tmp_path / "sft"
+
+
+def test_reference_adapter_is_the_policy_it_started_from(sft_folder: Path, tmp_path: Path) -> None:
+    model = Causal.from_pretrained(sft_folder, is_trainable=True, reference_adapter=sft_folder).eval()
+    start = model(TOKENS)[0].detach()
+    before = flags(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.default" in name:
+                parameter.add_(1.0)
+    assert (model(TOKENS)[0] - start).abs().max() > 0.01
+    with reference_mode(model) as reference:
+        assert_close(reference(TOKENS)[0], start)
+    with model.disable_adapter():
+        assert_close(model(TOKENS)[0], tiny_gpt2()(TOKENS).logits)
+    assert flags(model) == before
+    assert not any("reference" in name for name in trained(model))
+    model.save_pretrained(tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+
+
+def test_policy_reference_and_reward_take_one_base(sft_folder: Path, reward_folder: Path) -> None:
+    """At most 1.4 times the bytes of the base with one adapter."""
+    one = Causal.from_pretrained(sft_folder, is_trainable=True)
+    many = Causal.from_pretrained(
+        sft_folder, is_trainable=True, reward_adapter=reward_folder, reference_adapter=sft_folder
+    )
+
+    def size(model: torch.nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+
+    adapter = sum(tensor.nbytes for tensor in load_file(sft_folder / "adapter_model.safetensors").values())
+    reward = sum(tensor.nbytes for tensor in load_file(reward_folder / "adapter_model.safetensors").values())
+    assert size(many) == size(one) + adapter + reward
+    assert size(many) <= 1.4 * size(one)
+
+
+def test_bad_reference_adapters(base: Path, sft_folder: Path) -> None:
+    with pytest.raises(ValueError, match="pass peft_config as well"):
+        Causal.from_pretrained(base, reference_adapter=sft_folder)
+    model = Causal.from_pretrained(sft_folder, reference_adapter=sft_folder, reference_adapter_name="sft")
+    with pytest.raises(ValueError, match="already has the reference adapter 'sft'"):
+        model.add_reference_adapter(sft_folder)
+    model.pretrained_model.merge_adapter()
+    with pytest.raises(ValueError, match=r"'sft' cannot be used while another is merged.*unmerge_adapter"):
+        reference_mode(model).__enter__()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_a_policy_adapter_of_another_name_is_saved_and_loaded(base: Path, tmp_path: Path) -> None:
+    import peft
+
+    inner = peft.get_peft_model(tiny_gpt2(), lora_config(), adapter_name="policy")
+    inner.peft_config["policy"].base_model_name_or_path = str(base)
+    model = Causal.from_pretrained(inner).eval()
+    stir(model)
+    model.save_pretrained(tmp_path / "out")
+    loaded = Causal.from_pretrained(tmp_path / "out" / "policy").eval()
+    assert_close(loaded(TOKENS)[0], model(TOKENS)[0])
+    assert_close(loaded(TOKENS)[2], model(TOKENS)[2])

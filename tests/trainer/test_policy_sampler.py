@@ -17,7 +17,6 @@ from trl.core import LengthSampler
 from trl.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from trl.models.limits import context_length
 from trl.rollout import LocalEngine, TransformersEngine
-from trl.trainer import policy_sampler
 
 QUERIES = [torch.tensor(ids) for ids in ([5, 6, 7], [8], [9, 10])]
 FIVE = [torch.tensor(ids) for ids in ([5, 6, 7], [8, 9, 10, 11, 12], [13, 14], [8, 9, 10, 11, 12], [40])]
@@ -244,7 +243,7 @@ def test_rollouts_name_the_version_of_the_policy(
 
 def test_a_model_is_tried_once(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
-    monkeypatch.setattr(policy_sampler, "obstacle", lambda model: tried.append(model))
+    monkeypatch.setattr("trl.rollout.choice.obstacle", lambda model: tried.append(model))
     trainer = make_trainer()
     for _ in range(2):
         trainer.generate(QUERIES, do_sample=False, max_new_tokens=2)

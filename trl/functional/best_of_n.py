@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,3 +40,39 @@ def best_of_n_kl(n: int) -> float:
     Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; a bound by Beirami et al. 2024, arXiv:2401.01879, theorem 1.
     """
     return math.log(n) - (n - 1) / n
+
+
+@dataclass(frozen=True, slots=True)
+class BestOf:
+    """One point of a best-of-n curve."""
+
+    n: int
+    score: float  # expected best score of n samples, averaged over prompts
+    error: float  # standard error of `score` over prompts; NaN for a single prompt
+    kl: float  # bound of `best_of_n_kl`, in nats
+
+
+def best_of_n_curve(scores: Tensor, sizes: Sequence[int] | None = None) -> list[BestOf]:
+    """Expected best score by n, each with the KL that it is bought at.
+
+    Args:
+        scores: `[P, M]`, M samples of each of P prompts.
+        sizes: values of n, each from 1 to M; by default 1, 2, 4 ... and M.
+
+    Raises:
+        ValueError: if `scores` is not 2-D, is empty or not finite, or one of `sizes` is out of range.
+    """
+    if scores.dim() != 2 or not scores.numel() or not bool(scores.isfinite().all()):
+        raise ValueError(
+            f"scores must be finite and of shape [prompts, samples]; got shape {list(scores.shape)}, of which "
+            f"{int(scores.isfinite().sum())} of {scores.numel()} are finite"
+        )
+    prompts, samples = scores.shape
+    if sizes is None:
+        sizes = sorted({min(2**power, samples) for power in range(samples.bit_length() + 1)})
+    points = []
+    for n in sizes:
+        best = expected_maximum(scores, n)  # [P]
+        error = float(best.std()) / math.sqrt(prompts) if prompts > 1 else math.nan
+        points.append(BestOf(n, float(best.mean()), error, best_of_n_kl(n)))
+    return points

@@ -132,7 +132,14 @@ def load_language_model(parent: Any, source: str, *model_args: Any, allow_pickle
         ValueError: if the weights are pickled and `allow_pickle` is False, or the model needs the checkpoint's own code
             and `trust_remote_code` is not True.
     """
-    return load_model(parent, source, *model_args, allow_pickle=allow_pickle, **transformers_arguments(kwargs))
+    model = load_model(parent, source, *model_args, allow_pickle=allow_pickle, **transformers_arguments(kwargs))
+    if getattr(model, "is_loaded_in_4bit", False):
+        # On CPUs with AVX512-BF16, a pass in evaluation mode would repack the weights for a product that has no gradient,
+        # and updates after sampling would be wrong.
+        for module in model.modules():
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def transformers_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

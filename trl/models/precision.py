@@ -184,7 +184,7 @@ def narrow_for_good(
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def narrow_base(model: nn.Module, keep: tuple[str, ...] = ("v_head.",)) -> list[nn.Parameter]:
+def narrow_base(model: nn.Module, keep: tuple[str, ...] = ("v_head.", "reward_score.")) -> list[nn.Parameter]:
     """Casts the frozen float32 base weights under a LoRA adapter to bfloat16; they are never updated or saved.
 
     Does nothing unless the model also works outside `NarrowCopies.stand_in`, with a float32 adapter on a bfloat16 base.

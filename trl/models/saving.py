@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from trl.models.loading import VALUE_HEAD_FILE, VALUE_HEAD_PREFIX
 
@@ -22,8 +25,6 @@ def save_value_head_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     Returns:
         The result of the upload; None without one.
     """
-    from safetensors.torch import save_file
-
     folder, *rest = args or (kwargs.pop("save_directory"),)
     push = kwargs.pop("push_to_hub", False)
     upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
@@ -35,19 +36,31 @@ def save_value_head_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         state = wrapper.v_head.state_dict(prefix=VALUE_HEAD_PREFIX)
     if wrapper.is_peft_model:
-        names = [name for name in wrapper.pretrained_model.peft_config if name != wrapper.reward_adapter_name]
+        frozen = (wrapper.reward_adapter_name, wrapper.reference_adapter_name)  # they have folders of their own
+        names = [name for name in wrapper.pretrained_model.peft_config if name not in frozen]
         kwargs.setdefault("selected_adapters", names)
+    saved = kwargs.get("selected_adapters") or []
 
     wrapper.pretrained_model.save_pretrained(folder, *rest, **kwargs)
     if not is_main:
         return None
-    head = {k: v.detach().cpu().contiguous() for k, v in state.items() if k.startswith(VALUE_HEAD_PREFIX)}
-    save_file(head, os.path.join(folder, VALUE_HEAD_FILE), metadata={"format": "pt"})
+    save_head(state, folder)
+    for name in saved:
+        if name != "default":  # peft gives it a folder of its own, which from_pretrained then loads
+            save_head(state, os.path.join(folder, name))
     if not push:
         return None
     repo_id = upload.pop("repo_id", os.path.basename(os.path.normpath(folder)))
     repo_id = make_repository(repo_id, private=upload.pop("private", None), token=upload.get("token"))
     return upload_folder(folder, repo_id=repo_id, **upload)
+
+
+def save_head(state: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
+    """Writes the `v_head.*` entries of `state` to their own file in an existing folder."""
+    from safetensors.torch import save_file
+
+    head = {k: v.detach().cpu().contiguous() for k, v in state.items() if k.startswith(VALUE_HEAD_PREFIX)}
+    save_file(head, os.path.join(folder, VALUE_HEAD_FILE), metadata={"format": "pt"})
 
 
 def make_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:

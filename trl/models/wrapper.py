@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from trl.import_utils import cache_keyword
 from trl.models import adapters, loading
 from trl.models.load_trunk import load_trunk
+from trl.models.merging import save_merged
+from trl.models.padding import forward_inputs
 from trl.models.predictions import PredictionRequest, predict
 from trl.models.saving import save_value_head_model
 from trl.models.trunk import (
@@ -29,7 +31,7 @@ from trl.models.trunk import (
     watch_last_hidden_state,
 )
 from trl.models.value_head import ValueHead
-from trl.pretrained import hub_arguments, trusted
+from trl.pretrained import check_adapter_format, hub_arguments, trusted
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +92,11 @@ class PreTrainedModelWrapper(nn.Module):
         self.v_head = ValueHead(self.config, **kwargs)
         self.commits: dict[str, str | None] = {}
         """Sources that `from_pretrained` read: hub ids with the commit of their revision, folders with None."""
-        # Reward adapter: a frozen second adapter and its score head, not part of the state dict.
+        # Reward adapter: a frozen adapter with a score head, which is not part of the state dict.
         self.reward_score: nn.Linear | None = None
         self.reward_adapter_name: str | None = None
+        self.reference_adapter_name: str | None = None
+        """The frozen adapter that makes the base the reference of the KL; None for the base alone."""
 
     # -- computing ----------------------------------------------------------------------------------------------
 
@@ -185,32 +189,39 @@ class PreTrainedModelWrapper(nn.Module):
         ppo_adapter_name: str = "default",
         **kwargs: Any,
     ) -> Tensor:
-        """Scores tokens with the reward adapter, without gradients.
+        """Scores tokens with the reward adapter, without gradients and with dropout off.
+
+        Active adapters, `requires_grad` flags and training modes are afterwards as they were before.
 
         Args:
-            input_ids: [B, T] tokens.
-            attention_mask: [B, T].
-            ppo_adapter_name: adapter to reactivate afterwards.
-            kwargs: forwarded to the model.
+            input_ids: [B, T] tokens, padded on either side.
+            attention_mask: [B, T], True or 1 on tokens; positions are counted from it.
+            ppo_adapter_name: adapter to activate afterwards, if it is not "default".
+            kwargs: forwarded to the model, such as `decoder_input_ids`.
 
         Returns:
-            Scores [B, T, labels].
+            Scores [B, T, labels], or [B, decoder's length, labels].
 
         Raises:
-            ValueError: if no reward adapter was loaded.
+            ValueError: if no reward adapter was loaded, or there is no adapter of that name.
         """
         if self.reward_score is None or self.reward_adapter_name is None:
             raise ValueError("this model has no reward adapter: pass reward_adapter= to from_pretrained")
-        peft_model = self.pretrained_model
-        if ppo_adapter_name not in peft_model.peft_config:
-            raise ValueError(f"ppo_adapter_name={ppo_adapter_name!r} must be one of {sorted(peft_model.peft_config)}")
-        with adapters.preserve_requires_grad(peft_model), evaluation_mode(peft_model), torch.no_grad():
-            peft_model.set_adapter(self.reward_adapter_name)
-            try:
-                with watch_last_hidden_state(peft_model) as captured:
-                    peft_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-            finally:
-                peft_model.set_adapter(ppo_adapter_name)
+        names = self.pretrained_model.peft_config
+        if ppo_adapter_name not in names and ppo_adapter_name != "default":
+            raise ValueError(f"ppo_adapter_name={ppo_adapter_name!r} must be one of {sorted(names)}")
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if attention_mask is not None and not self.is_encoder_decoder:
+            inputs = forward_inputs(self, input_ids, attention_mask)
+        if "logits_to_keep" in forward_parameters(self):  # none are needed
+            inputs["logits_to_keep"] = 1
+        with evaluation_mode(self.pretrained_model), torch.no_grad():
+            with adapters.adapter_mode(self, self.reward_adapter_name):
+                with watch_last_hidden_state(self.pretrained_model) as captured:
+                    self.pretrained_model(**(inputs | kwargs))
+        if ppo_adapter_name != "default":
+            with adapters.preserve_requires_grad(self.pretrained_model):
+                self.pretrained_model.set_adapter(ppo_adapter_name)
         assert captured.value is not None
         return self.reward_score(captured.value.to(self.reward_score.weight.dtype))
 
@@ -225,8 +236,9 @@ class PreTrainedModelWrapper(nn.Module):
                 adapter), a transformers model, or a `peft.PeftModel`.
             model_args: passed to transformers.
             kwargs: arguments of `ValueHead`; `peft_config` (adds a new adapter), `is_trainable` (continue training a
-                loaded adapter), `reward_adapter` and `reward_adapter_name` (a frozen second adapter used for
-                scoring), `allow_pickle` (read legacy `.bin` files, with `weights_only=True`); everything else
+                loaded adapter), `reward_adapter` and `reward_adapter_name` (a frozen adapter used for scoring),
+                `reference_adapter` and `reference_adapter_name` (a frozen adapter that makes the base the reference of
+                the KL), `allow_pickle` (read legacy `.bin` files, with `weights_only=True`); everything else
                 goes to transformers, and is ignored with a warning beside a model object. The dtype defaults to float32,
                 `trust_remote_code` to False.
 
@@ -242,7 +254,9 @@ class PreTrainedModelWrapper(nn.Module):
         peft_config = kwargs.pop("peft_config", None)
         is_trainable = kwargs.pop("is_trainable", False)
         reward_adapter = kwargs.pop("reward_adapter", None)
-        reward_adapter_name = kwargs.pop("reward_adapter_name", "reward_model_adapter")
+        reward_adapter_name = kwargs.pop("reward_adapter_name", "reward_adapter")
+        reference_adapter = kwargs.pop("reference_adapter", None)
+        reference_adapter_name = kwargs.pop("reference_adapter_name", "reference")
         allow_pickle = kwargs.pop("allow_pickle", False)
 
         kwargs.pop(
@@ -286,6 +300,8 @@ class PreTrainedModelWrapper(nn.Module):
             wrapper.add_and_load_reward_modeling_adapter(
                 reward_adapter, reward_adapter_name, allow_pickle=allow_pickle, **hub
             )
+        if reference_adapter is not None:
+            wrapper.add_reference_adapter(reference_adapter, reference_adapter_name, allow_pickle=allow_pickle, **hub)
         return wrapper
 
     def post_init(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -335,8 +351,34 @@ class PreTrainedModelWrapper(nn.Module):
             raise ValueError("reward_adapter needs a model that trains an adapter: pass peft_config as well")
         source = os.fspath(adapter_model_id)
         weights = loading.read_adapter_weights(source, hub, allow_pickle=allow_pickle)
-        self.reward_score = adapters.add_reward_adapter(self.pretrained_model, source, adapter_name, weights)
+        self.reward_score = adapters.add_reward_adapter(self.pretrained_model, source, adapter_name, weights, **hub)
         self.reward_adapter_name = adapter_name
+
+    def add_reference_adapter(
+        self, adapter_model_id: Any, adapter_name: str = "reference", *, allow_pickle: bool = False, **hub: Any
+    ) -> None:
+        """Loads a frozen adapter that, on the base, is the reference of the KL.
+
+        Pass the adapter that the policy starts from where that is a trained one: without it, `PPOTrainer` would copy the
+        whole model.
+
+        Args:
+            adapter_model_id: folder or hub id of an adapter.
+            adapter_name: name to give the adapter.
+            allow_pickle: read `adapter_model.bin`, with `weights_only=True`.
+            hub: hub arguments such as `revision` and `token`.
+
+        Raises:
+            ValueError: if this model has no adapter of its own, or already has a reference adapter.
+        """
+        if not self.is_peft_model:
+            raise ValueError("reference_adapter needs a model that trains an adapter: pass peft_config as well")
+        if self.reference_adapter_name is not None:
+            raise ValueError(f"the model already has the reference adapter {self.reference_adapter_name!r}")
+        source = os.fspath(adapter_model_id)
+        check_adapter_format(source, hub, allow_pickle=allow_pickle)
+        adapters.add_frozen_adapter(self.pretrained_model, source, adapter_name, **hub)
+        self.reference_adapter_name = adapter_name
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -365,6 +407,20 @@ class PreTrainedModelWrapper(nn.Module):
                 be this wrapper's; `push_to_hub=True` with `repo_id` uploads the folder.
         """
         save_value_head_model(self, *args, **kwargs)
+
+    def save_merged(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Saves a plain transformers folder with the active adapter merged in, and the value head next to it.
+
+        The folder needs no peft, and its logits are this model's, up to rounding. This model does not change.
+
+        Args:
+            save_directory: target folder; created if missing.
+            **kwargs: arguments of transformers' `save_pretrained`, such as `max_shard_size`.
+
+        Raises:
+            ValueError: if the model has no adapter, its base is quantized, or the adapter is off or merged already.
+        """
+        save_merged(self, save_directory, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Uploads the files that `save_pretrained` writes.
@@ -440,5 +496,5 @@ class PreTrainedModelWrapper(nn.Module):
         Raises:
             ValueError: if the model has no adapter.
         """
-        with adapters.reference_mode(self):
+        with adapters.adapter_mode(self, None):
             yield

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "trl.rewards.adapter": ("AdapterReward",),
     "trl.rewards.cache": ("CachedReward", "ScoreCache"),
     "trl.rewards.classifier": ("ClassifierReward",),
     "trl.rewards.compose": ("RewardMix", "as_reward"),
@@ -24,6 +25,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdapterReward",
     "CachedReward",
     "ClassifierReward",
     "ErrorBudget",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from trl.rewards.adapter import AdapterReward
     from trl.rewards.cache import CachedReward, ScoreCache
     from trl.rewards.classifier import ClassifierReward
     from trl.rewards.compose import RewardMix, as_reward

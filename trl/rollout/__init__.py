@@ -1,6 +1,7 @@
 """Sampling responses from a policy: rollout engines, and the arguments of a `generate` call."""
 
 from trl.rollout.assembly import rollout_rows, same_queries
+from trl.rollout.choice import Choice, choose_engine
 from trl.rollout.generation_settings import (
     check_context,
     check_sampling,
@@ -16,11 +17,14 @@ from trl.rollout.replay import replayed_logprobs
 from trl.rollout.self_check import obstacle
 
 __all__ = [
+    "Choice",
     "LocalEngine",
     "Sampled",
     "TransformersEngine",
     "check_context",
     "check_sampling",
+    "choose_engine",
+    "decoding_obstacle",
     "local_sampling",
     "new_token_limits",
     "obstacle",

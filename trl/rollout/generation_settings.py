@@ -45,7 +45,7 @@ RESHAPING: dict[str, tuple[Any, ...]] = {
 # Settings that our own decoding loop handles; any other falls back to `generate`.
 _SUPPORTED = {
     "do_sample", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "min_new_tokens", "min_length",
-    "eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "num_return_sequences",
+    "eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "num_return_sequences", "generation_config",
 }  # fmt: skip
 # Other settings that our own loop supports only at these neutral values.
 _SUPPORTED_IF_NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -90,8 +90,12 @@ def start_accelerator(config: PPOConfig) -> Accelerator:
 def make_reference(
     model: PreTrainedModelWrapper, ref_model: Any, num_shared_layers: int | None
 ) -> PreTrainedModelWrapper | None:
-    """Reference model for the KL; None if it is `model` with its adapter disabled."""
+    """Reference model for the KL; None if it is `model` with its adapter disabled, or with its reference adapter."""
     if ref_model is not None:
+        if model.reference_adapter_name is not None:
+            raise ValueError(
+                f"ref_model and the reference adapter {model.reference_adapter_name!r} are two references: pass ref_model=None"
+            )
         if not isinstance(ref_model, PreTrainedModelWrapper):
             raise ValueError(
                 f"ref_model must have a value head, not be a {type(ref_model).__name__}: create it with "
@@ -110,11 +114,11 @@ def make_reference(
             f"num_shared_layers={num_shared_layers} is ignored: with an adapter, the reference is the model without it",
             stacklevel=4,
         )
-    if adapter_starts_at_zero(model):
+    if model.reference_adapter_name is not None or adapter_starts_at_zero(model):
         return None
     logger.warning(
         "the adapter does not start at zero, so disabling it does not give the initial policy: using a frozen copy of the "
-        "whole model as the reference"
+        "whole model as the reference; from_pretrained(..., reference_adapter=) takes the adapter alone instead"
     )
     return create_reference_model(model)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,11 @@ from trl.models.adapters import adapter_state
 from trl.models.limits import context_length, vocabulary_sizes
 from trl.protocols import RolloutEngine
 from trl.rollout import (
-    LocalEngine,
-    TransformersEngine,
     check_context,
     check_sampling,
-    local_sampling,
+    choose_engine,
+    decoding_obstacle,
     new_token_limits,
-    obstacle,
     replayed_logprobs,
     rollout_rows,
     unseen_by_scoring,
@@ -37,9 +34,6 @@ from trl.training.processes import sum_over_processes
 from trl.types import Rollout, Sampling
 
 logger = logging.getLogger(__name__)
-
-# What `obstacle` says of each model, policy or reference: the check runs once.
-_SELF_CHECKS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 # Maximum number of responses whose logprobs and values are cached; the oldest are dropped first.
 _MAX_CACHED_RESPONSES = 2**14
@@ -141,17 +135,18 @@ class PolicySampler:
         limits = self._limits(policy, queries, kwargs, batch_size, length_sampler)
         reshaping = unseen_by_scoring(policy.generation_config, kwargs, temperature)
         self._warn_of_reshaped_sampling(reshaping, temperature)
-        engine, request = self._engine_for(
-            policy,
-            kwargs,
-            limits,
-            batch_size,
-            limits_are_drawn=length_sampler is not None,
-            watch=cache and not reshaping,
-        )
-        engine.update_weights(self.version)
-        with eval_mode(policy), self.compute.fresh_passes():
-            rollout = engine.generate(queries, request)
+        with eval_mode(policy):
+            engine, request = self._engine_for(
+                policy,
+                kwargs,
+                limits,
+                batch_size,
+                limits_are_drawn=length_sampler is not None,
+                watch=cache and not reshaping,
+            )
+            engine.update_weights(self.version)
+            with self.compute.fresh_passes():
+                rollout = engine.generate(queries, request)
         if rollout.values is not None:
             self._cache.add(self._state(policy, temperature), rollout)
         return rollout
@@ -165,9 +160,7 @@ class PolicySampler:
         """
         policy = self._unwrap(model)
         with eval_mode(policy):
-            if policy.pretrained_model not in _SELF_CHECKS:
-                _SELF_CHECKS[policy.pretrained_model] = obstacle(policy.pretrained_model)
-            if _SELF_CHECKS[policy.pretrained_model] is not None:
+            if decoding_obstacle(policy.pretrained_model) is not None:
                 return None
             with self.compute.fresh_passes():
                 return replayed_logprobs(policy.pretrained_model, queries, responses, temperature=temperature)
@@ -231,39 +224,29 @@ class PolicySampler:
         """Returns our own decoding loop, or transformers' `generate` with the reason logged once, and the request to it.
 
         Args:
-            policy: the unwrapped policy.
+            policy: the unwrapped policy, in evaluation mode.
             kwargs: arguments of transformers' `generate`.
             limits: maximum new tokens of each response; None leaves them to `generate`.
             batch_size: queries sampled together.
             limits_are_drawn: whether a length sampler drew the limits, which then override `kwargs`.
             watch: record the critic's values in our own loop, unless it samples greedily.
         """
-        model, pad_token = policy.pretrained_model, self.collator.pad_token_id
-        if model not in _SELF_CHECKS:
-            with eval_mode(policy):
-                _SELF_CHECKS[model] = obstacle(model)
-        problem = _SELF_CHECKS[model]
-        placeholder: dict[str, Any] = {"max_new_tokens": 1} if limits_are_drawn else {}  # `limits` replaces it
-        request = local_sampling(policy.generation_config, kwargs | placeholder)
-        reason = problem or (request if isinstance(request, str) else None)
-        if isinstance(request, Sampling) and limits is not None and reason is None:
-            critic = policy.watch_values if watch and not request.greedy else nullcontext
-            engine = LocalEngine(model, pad_token=pad_token, batch_size=batch_size, critic=critic)
-            return engine, replace(request, limits=tuple(limits), seed=self._seed())
-        self._log_once(f"sampling with transformers' generate: {reason}")
+        choice = choose_engine(
+            policy,
+            kwargs,
+            limits,
+            tokenizer=self.collator.tokenizer,
+            pad_token=self.collator.pad_token_id,
+            batch_size=batch_size,
+            limits_are_drawn=limits_are_drawn,
+            critic=policy.watch_values if watch else nullcontext,
+        )
+        if choice.reason is None:
+            return choice.engine, replace(choice.request, seed=self._seed())
+        self._log_once(f"sampling with transformers' generate: {choice.reason}")
         # Rank 0 draws from torch's global generator itself, which has the same seed on every process.
         seed = self._seed() if self.accelerator.process_index else None
-        return (
-            TransformersEngine(
-                policy,
-                tokenizer=self.collator.tokenizer,
-                pad_token=pad_token,
-                batch_size=batch_size,
-                pads=problem is None,
-                arguments=kwargs,
-            ),
-            Sampling(limits=tuple(limits or ()) if limits_are_drawn else (), seed=seed),
-        )
+        return choice.engine, replace(choice.request, seed=seed)
 
     def _seed(self) -> int:
         """Draws a seed from torch's global generator and adds the rank, since processes may share the generator's state."""

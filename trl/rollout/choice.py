@@ -1,0 +1,83 @@
+"""Chooses the engine of a sampling call: our own decoding loop, or transformers' `generate` where the loop cannot do it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from trl.protocols import RolloutEngine
+from trl.rollout.generation_settings import local_sampling
+from trl.rollout.hf import TransformersEngine
+from trl.rollout.local import Critic, LocalEngine
+from trl.rollout.self_check import obstacle
+from trl.types import Sampling
+
+# What `obstacle` says of each model: the check runs once.
+_SELF_CHECKS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """An engine and the request to it, still without a seed."""
+
+    engine: RolloutEngine
+    request: Sampling
+    reason: str | None  # why transformers' generate samples; None for our own loop
+
+
+def choose_engine(
+    model: Any,
+    kwargs: dict[str, Any],
+    limits: Sequence[int] | None,
+    *,
+    tokenizer: Any,
+    pad_token: int,
+    batch_size: int,
+    limits_are_drawn: bool,
+    critic: Critic = nullcontext,
+) -> Choice:
+    """Chooses an engine for one sampling call.
+
+    Args:
+        model: a language model, possibly with adapters and a value head, in evaluation mode.
+        kwargs: arguments of transformers' `generate`.
+        limits: maximum new tokens of each response; None leaves them to `generate`.
+        tokenizer: finds stop strings.
+        pad_token: pads queries and the rollout's tokens.
+        batch_size: queries sampled together.
+        limits_are_drawn: whether a length sampler drew the limits, which then override `kwargs`.
+        critic: watches the critic's values in our own loop, unless it samples greedily.
+    """
+    bare = getattr(model, "pretrained_model", model)
+    problem = decoding_obstacle(bare)
+    placeholder: Mapping[str, Any] = {"max_new_tokens": 1} if limits_are_drawn else {}  # `limits` replaces it
+    request = local_sampling(model.generation_config, {**kwargs, **placeholder})
+    reason = problem or (request if isinstance(request, str) else None)
+    if isinstance(request, Sampling) and limits is not None and reason is None:
+        critic = nullcontext if request.greedy else critic
+        engine = LocalEngine(bare, pad_token=pad_token, batch_size=batch_size, critic=critic)
+        return Choice(engine=engine, request=replace(request, limits=tuple(limits)), reason=None)
+    return Choice(
+        engine=TransformersEngine(
+            model,
+            tokenizer=tokenizer,
+            pad_token=pad_token,
+            batch_size=batch_size,
+            pads=problem is None,
+            arguments=kwargs,
+        ),
+        request=Sampling(limits=tuple(limits or ()) if limits_are_drawn else ()),
+        reason=reason or "max_new_tokens is not set",
+    )
+
+
+def decoding_obstacle(model: nn.Module) -> str | None:
+    """Why our own loop cannot decode a model, by a self-check that runs once; None if it can."""
+    if model not in _SELF_CHECKS:
+        _SELF_CHECKS[model] = obstacle(model)
+    return _SELF_CHECKS[model]
