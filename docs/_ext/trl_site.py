@@ -77,7 +77,8 @@ def _images(picture: re.Match[str]) -> str:
     """The two images of a <picture>: furo shows the one of the colour scheme that the reader has chosen."""
     dark, alt, light = picture["dark"], picture["alt"], picture["light"]
     return "\n\n".join(
-        f"```{{image}} {file}\n:alt: {alt}\n:class: only-{scheme}\n```" for file, scheme in ((light, "light"), (dark, "dark"))
+        f"```{{image}} {file}\n:alt: {alt}\n:class: only-{scheme}\n```"
+        for file, scheme in ((light, "light"), (dark, "dark"))
     )
 
 
