@@ -20,6 +20,7 @@ import json
 import math
 import re
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -40,6 +41,7 @@ from trl.demo.outcome import DemoSettings
 from trl.demo.run import Demo, log_odds, split_prompts
 from trl.models.precision import NarrowCopies
 from trl.rewards import ClassifierReward
+from trl.trackers import read_metrics
 from trl.training.batched import evaluate_in_batches
 from trl.training.loop import microbatches
 from trl.training.modes import eval_mode
@@ -187,15 +189,17 @@ def runs(args: argparse.Namespace) -> Iterator[Row]:
         for arm, settings in ARMS.items():
             with mock.patch("trl.demo.run.PPOConfig", partial(PPOConfig, **settings)):
                 demo = Demo(DemoSettings(seed=seed, steps=args.steps))
-            rows = list(demo.steps())
+            with tempfile.TemporaryDirectory() as folder:
+                demo.train(Path(folder) / "run", progress=False)
+                rows = read_metrics(Path(folder) / "run")
             last = rows[-max(1, len(rows) // 10) :]
             yield {
                 "arm": arm,
                 "seed": seed,
-                "positive": statistics.mean(row.positive for row in last),
-                "kl": statistics.mean(row.kl for row in last),
-                "seconds": sum(row.seconds for row in rows),
-                "curve": [row.positive for row in rows],
+                "positive": statistics.mean(row["reward/positive/mean"] for row in last),
+                "kl": statistics.mean(row["objective/kl"] for row in last),
+                "seconds": sum(row["time/step"] - row["time/eval"] for row in rows),
+                "curve": [row["reward/positive/mean"] for row in rows],
             }
 
 

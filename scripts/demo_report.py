@@ -15,7 +15,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from trl.demo.terminal import clock, plain
+from demo_figure import DARK, LIGHT, Curves, standalone
+
+from trl.runs.progress import clock
+from trl.trackers import read_metrics
+from trl.untrusted import one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
@@ -23,9 +27,9 @@ BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """Summary, a row per step, and the held-out reviews of a run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_metrics(folder)
     summary, reviews = (
-        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("summary.json", "reviews.json")
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("demo.json", "reviews.json")
     )
     if summary["interrupted"]:
         raise SystemExit(f"{folder} was interrupted after {summary['steps']} steps: it is no result")
@@ -35,7 +39,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, 
 def cell(text: str) -> str:
     """Model text as data in a Markdown table."""
     return (
-        html.escape(plain(text))
+        html.escape(one_line(text))
         .replace("|", "&#124;")
         .replace("`", "&#96;")
         .replace("*", "&#42;")
@@ -80,13 +84,13 @@ def results(folders: list[Path], examples: int) -> list[str]:
     for summary, rows, _ in runs:
         before, after = summary["before"], summary["after"]
         lines.append(
-            f"| {summary['seed']} | {before['positive']:.2f} | {after['positive']:.2f} | {rows[-1]['positive']:.2f} | "
+            f"| {summary['seed']} | {before['positive']:.2f} | {after['positive']:.2f} | {rows[-1]['reward/positive/mean']:.2f} | "
             f"{after['kl']:.1f} | {before['perplexity']:.0f} → {after['perplexity']:.0f} | {before['distinct_2']:.0%} → "
             f"{after['distinct_2']:.0%} | {clock(summary['seconds'])} |"
         )
     settings = runs[0][0]["settings"]
     mean = statistics.mean(summary["after"]["positive"] for summary, _, _ in runs)
-    samples = runs[0][1][-1]["samples"]
+    samples = runs[0][1][-1]["run/episodes"]
     lines += [
         "",
         f"Mean over the seeds after {runs[0][0]['steps']} steps, {samples:,} reviews: {mean:.3f}. Time is of the whole program.",
@@ -112,11 +116,21 @@ def readme(folder: Path, examples: int) -> list[str]:
     return [
         *picture("docs/img/", summary),
         "",
-        f"`make demo`, {rows[-1]['samples']:,} reviews in {clock(summary['seconds'])} on two CPU cores; three seeds and all "
+        f"`make demo`, {rows[-1]['run/episodes']:,} reviews in {clock(summary['seconds'])} on two CPU cores; three seeds and all "
         "settings in [docs/results/demo.md](docs/results/demo.md). The same held-out prompts before and after:",
         "",
         *texts_table(reviews, examples),
     ]
+
+
+def curves(folder: Path) -> Curves:
+    summary, rows, _ = read(folder)
+    return Curves(
+        score=[row["reward/positive/mean"] for row in rows],
+        kl=[row["objective/kl"] for row in rows],
+        batch_size=summary["settings"]["batch_size"],
+        held_out=(summary["before"]["positive"], summary["after"]["positive"]),
+    )
 
 
 def replace_block(page: Path, lines: list[str]) -> None:
@@ -137,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     replace_block(args.root / "docs/results/demo.md", results(args.folders, args.examples))
     replace_block(args.root / "README.md", readme(args.folders[0], 3))
     for colours in ("light", "dark"):
-        drawing = (args.folders[0] / f"curves-{colours}.svg").read_text(encoding="utf-8")
+        drawing = standalone(curves(args.folders[0]), LIGHT if colours == "light" else DARK)
         (args.root / f"docs/img/demo-{colours}.svg").write_text(drawing, encoding="utf-8")
     print("wrote docs/results/demo.md, README.md, docs/img/demo-light.svg and docs/img/demo-dark.svg")
 

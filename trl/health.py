@@ -56,6 +56,8 @@ class Metric:
     """Where the band comes from."""
     grace: int = 0
     """First steps of a run in which the metric is not judged."""
+    advisory: bool = False
+    """Outside the band may be as intended: worth a note, no sign of an unhealthy run by itself."""
 
 
 _ROWS = (
@@ -274,6 +276,7 @@ _ROWS = (
             "Raise `max_new_tokens`, check `stop_token_ids` and the chat template, or set `missing_eos_penalty`.",
         ),
         reason="a policy that never ends a response cannot learn when to end one",
+        advisory=True,
     ),
     Metric(
         key="reward/errors",

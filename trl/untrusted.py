@@ -31,4 +31,8 @@ def one_line(text: str) -> str:
     """Returns the first characters of `text` on one line, without escape sequences, control characters and bidi marks."""
     text = _SEQUENCES.sub("", text[:_LONGEST_LINE])
     text = " ".join(text.split())
-    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    return (
+        text
+        if text.isprintable()
+        else "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    )

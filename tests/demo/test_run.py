@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +13,25 @@ from typing import Any
 import pytest
 
 from trl.demo.__main__ import main
+from trl.trackers import read_completions, read_metrics, without_times
 
 QUICK = ["--steps", "2", "--batch-size", "8"]
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    summary = json.loads((folder / "summary.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return summary, rows, json.loads((folder / "reviews.json").read_text())
+    summary = json.loads((folder / "demo.json").read_text())
+    return summary, read_metrics(folder), json.loads((folder / "reviews.json").read_text())
 
 
 def test_quick_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "new" / "folder"
-    assert main([*QUICK, "--out", str(out), "--save-model"]) == 0
+    assert main([*QUICK, "--out", str(out)]) == 0
     summary, rows, reviews = read(out)
-    assert [row["step"] for row in rows] == [1, 2] and rows[-1]["samples"] == 16
-    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-4)  # policy and reference are the same before the first update
-    assert all(0 <= row["positive"] <= 1 and row["kl_coef"] > 0 for row in rows)
+    assert [row["step"] for row in rows] == [1, 2] and rows[-1]["run/episodes"] == 16
+    assert rows[0]["objective/kl"] == pytest.approx(
+        0.0, abs=1e-4
+    )  # policy and reference are the same before the update
+    assert all(0 <= row["reward/positive/mean"] <= 1 and row["objective/kl_coef"] > 0 for row in rows)
     assert summary["steps"] == 2 and not summary["interrupted"]
     prompts = [review["prompt"] for review in reviews["before"]]
     assert len(prompts) == len(set(prompts)) == 64
@@ -36,13 +40,22 @@ def test_quick_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert summary["after"]["positive"] == pytest.approx(positive)
     assert summary["before"]["kl"] == pytest.approx(0.0, abs=1e-4)
     printed = capsys.readouterr().out
-    for name in ("report.html", "curves-light.svg", "curves-dark.svg", "metrics.jsonl", "summary.json", "reviews.json"):
+    for name in ("report.html", "metrics.jsonl", "completions", "demo.json", "reviews.json", "model"):
         assert (out / name).stat().st_size > 0
         assert str(out / name) in printed
-    assert "step 2/2  P(POSITIVE)" in printed and "before 0." in printed
+    assert "before 0." in printed
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(out / "model")  # a plain language model
+    assert main(["--steps", "1", "--batch-size", "4", "--out", str(out)]) == 0  # in the place of the first
+    assert len(read_metrics(out)) == 1 and read_completions(out, 1)
+
+
+def test_the_score_is_the_log_odds_of_what_is_shown(tmp_path: Path):
+    assert main([*QUICK, "--out", str(tmp_path)]) == 0
+    for sample in read_completions(tmp_path, 2):
+        odds = math.log(sample["reward/positive"] / (1 - sample["reward/positive"]))
+        assert sample["score"] == pytest.approx(max(-3.5, min(3.5, odds)), abs=1e-5)
 
 
 def test_same_seed_same_numbers(tmp_path: Path):
@@ -50,7 +63,7 @@ def test_same_seed_same_numbers(tmp_path: Path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert main([*QUICK, "--seed", str(seed), "--out", str(tmp_path / name)]) == 0
         _, rows, reviews = read(tmp_path / name)
-        runs.append(([{k: v for k, v in row.items() if k != "seconds"} for row in rows], reviews["after"]))
+        runs.append(([without_times(row) for row in rows], reviews["after"]))
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
@@ -60,19 +73,28 @@ def test_interrupted_run_writes_what_it_reached(
 ):
     from trl.demo.run import Demo
 
-    steps = Demo.steps
+    positive, calls = Demo.positive, iter(range(100))
 
-    def cut_off(self: Demo) -> Any:
-        yield next(steps(self))
-        raise KeyboardInterrupt
+    def interrupting(self: Demo, prompts: Any, completions: Any, **columns: Any) -> Any:
+        if next(calls) == 3:  # both rewards of step 1, an evaluation or step 2
+            signal.raise_signal(signal.SIGINT)
+        return positive(self, prompts, completions, **columns)
 
-    monkeypatch.setattr(Demo, "steps", cut_off)
-    assert main([*QUICK, "--out", str(tmp_path)]) == 130
+    monkeypatch.setattr(Demo, "positive", interrupting)
+    assert main(["--steps", "8", "--batch-size", "8", "--out", str(tmp_path)]) == 130
     summary, rows, reviews = read(tmp_path)
-    assert summary["interrupted"] and len(rows) == 1
+    assert summary["interrupted"] and 0 < len(rows) < 8
     assert set(reviews) == {"before"}
-    assert "interrupted" in (tmp_path / "report.html").read_text()
-    assert "interrupted after 1 of 2 steps" in capsys.readouterr().out
+    assert "Stopped by SIGINT" in (tmp_path / "report.html").read_text()
+    assert f"interrupted after {len(rows)} of 8 steps" in capsys.readouterr().out
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "metrics.jsonl").write_text("mine\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--out", str(tmp_path)])
+    assert stopped.value.code == 2 and "metrics.jsonl" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine\n"
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

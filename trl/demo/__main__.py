@@ -10,10 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trl import startup
-from trl.demo.outcome import DemoSettings
+from trl.demo.outcome import TASK, DemoSettings
+from trl.files import remove
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells report it
-FILES = ("report.html", "curves-light.svg", "curves-dark.svg", "metrics.jsonl", "summary.json", "reviews.json")
+# Files and folders of a run of the demo, which the next one in the same folder replaces.
+FILES = (
+    "report.html", "metrics.jsonl", "completions", "checkpoints", "model", "dumps", "events.log", "findings.jsonl",
+    "summary.json", "config.resolved.yaml", "environment.json", "reviews.json", ".lock", "demo.json",
+)  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,19 +40,24 @@ def parser() -> argparse.ArgumentParser:
     add_argument(
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="output folder (default: %(default)s)"
     )
-    add_argument("--save-model", action="store_true", help="also save the trained model to DIR/model")
     return argument_parser
 
 
 def prepare(folder: Path) -> None:
-    """Creates the output folder and deletes the files of an earlier run.
+    """Creates the output folder, or removes the files of an earlier run of the demo from it.
 
     Raises:
-        OSError: if the folder is not writable.
+        OSError: if the folder is not writable, or holds something else than a run of the demo.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.resolved.yaml"
+    ours = config.exists() and f"task_name: {TASK}\n" in config.read_text(encoding="utf-8", errors="replace")
+    others = sorted(path.name for path in folder.iterdir() if not (ours and path.name in FILES))
+    if others:
+        raise OSError(f"it holds {others[0]}, which is no file of an earlier demo; choose another folder")
     for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+        if (folder / name).exists():
+            remove(folder / name)
     probe = folder / FILES[-1]
     probe.write_text("", encoding="utf-8")
     probe.unlink()
@@ -74,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from trl.demo.report import run_and_report
 
-        interrupted = run_and_report(settings, args.out, stream=sys.stdout, started=started, save_model=args.save_model)
+        interrupted = run_and_report(settings, args.out, stream=sys.stdout, started=started)
     except KeyboardInterrupt:
         startup.end_on_next_interrupt()
         print("\ninterrupted", file=sys.stderr)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+TASK = "demo"
+"""`PPOConfig.task_name` of the demo's runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,7 +14,7 @@ class DemoSettings:
 
     seed: int = 0
     steps: int = 44
-    """Number of `PPOTrainer.step` calls."""
+    """PPO steps."""
     batch_size: int = 64
     """Reviews sampled and trained on per step."""
     minibatches: int = 4
@@ -45,22 +48,6 @@ class DemoSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepRow:
-    """Metrics of one step: a line of metrics.jsonl."""
-
-    step: int  # from 1
-    samples: int  # reviews so far
-    positive: float  # mean P(POSITIVE) of the batch, which was sampled before this step's update
-    positive_std: float
-    kl: float  # mean over reviews of the sum over tokens of log p - log p_ref, in nats
-    kl_coef: float
-    response_tokens: float  # mean length
-    entropy: float  # mean per token, in nats
-    value_explained: float  # explained variance of the value head: fraction of the returns' variance
-    seconds: float  # duration of this step, including sampling and scoring
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Review:
     """A held-out prompt with the model's response."""
 
@@ -85,7 +72,8 @@ class DemoResult:
     """Results to report; partial if the run was interrupted."""
 
     settings: DemoSettings
-    rows: list[StepRow] = field(default_factory=list)
+    steps: int = 0
+    """Steps done."""
     before: HeldOut | None = None
     after: HeldOut | None = None
     seconds: float = 0.0  # from program start to the end of the final evaluation, or to the interrupt

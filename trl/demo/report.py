@@ -12,24 +12,21 @@ from typing import Any, TextIO
 
 from transformers.utils import logging as transformers_logging
 
-from trl.demo.figure import DARK, LIGHT, standalone
 from trl.demo.outcome import DemoResult, DemoSettings
-from trl.demo.page import curves_of, page
 from trl.demo.run import Demo
-from trl.demo.terminal import Progress, comparison, verdict
+from trl.demo.terminal import comparison, verdict
+from trl.report import write_report
+from trl.trackers import read_metrics
 
 
-def run_and_report(
-    settings: DemoSettings, out: Path, *, stream: TextIO, started: float, save_model: bool = False
-) -> bool:
-    """Trains, shows progress and results on `stream`, and writes the files.
+def run_and_report(settings: DemoSettings, out: Path, *, stream: TextIO, started: float) -> bool:
+    """Trains, shows the results on `stream`, and writes the files.
 
     Args:
         settings: settings of the run.
-        out: an existing output folder.
-        stream: terminal or file for progress and results.
+        out: an empty folder, which becomes the run directory.
+        stream: terminal or file for the results; progress goes to standard error.
         started: `time.perf_counter()` at program start.
-        save_model: also save the trained model to `out/model`.
 
     Returns:
         Whether the run was interrupted; partial results are written in that case.
@@ -47,48 +44,31 @@ def run_and_report(
     try:
         demo = Demo(settings)
         result.before = demo.evaluate()
-        train(demo, result, out / "metrics.jsonl", stream)
+        demo.train(out)
         result.after = demo.evaluate()
-        result.seconds = time.perf_counter() - started
-        if save_model:
-            demo.trainer.save_pretrained(out / "model")
     except KeyboardInterrupt:
         # A second Ctrl-C ends the program at once.
         result.interrupted = True
-        result.seconds = time.perf_counter() - started
+    result.steps = len(read_metrics(out))
+    result.seconds = time.perf_counter() - started
     files = write(result, out)
     if result.interrupted:
-        print_line(f"interrupted after {len(result.rows)} of {settings.steps} steps")
+        print_line(f"interrupted after {result.steps} of {settings.steps} steps")
     else:
         assert result.before is not None and result.after is not None
         width = min(100, shutil.get_terminal_size((100, 24)).columns)
         print_line("\n" + comparison(result.before, result.after, width) + "\n" + verdict(result))
     print_line(f"Finished in {result.seconds:.0f} s. Files written:")
-    for path in [*files, *([out / "model"] if save_model and not result.interrupted else [])]:
+    for path in files:
         print_line(f"  {path}")
     return result.interrupted
 
 
-def train(demo: Demo, result: DemoResult, metrics: Path, stream: TextIO) -> None:
-    """Trains, writing one line per step to the file `metrics` and showing progress on `stream`."""
-    settings = demo.settings
-    progress = Progress(stream, settings.steps, settings.batch_size)
-    with metrics.open("w", encoding="utf-8") as file:
-        try:
-            for row in demo.steps():
-                result.rows.append(row)
-                file.write(json.dumps(asdict(row)) + "\n")
-                file.flush()
-                progress.update(row)
-        finally:
-            progress.close()
-
-
 def summary(result: DemoResult) -> dict[str, Any]:
-    """Returns the metrics and settings of the run for summary.json."""
+    """Metrics of the held-out prompts and settings, for demo.json."""
     outcome: dict[str, Any] = {
         "seed": result.settings.seed,
-        "steps": len(result.rows),
+        "steps": result.steps,
         "seconds": round(result.seconds, 1),
         "interrupted": result.interrupted,
     }
@@ -99,13 +79,9 @@ def summary(result: DemoResult) -> dict[str, Any]:
 
 
 def write(result: DemoResult, out: Path) -> list[Path]:
-    """Writes the output files, even of an interrupted run, and returns their paths."""
-    curves = curves_of(result)
+    """Writes the demo's own files and the report, even of an interrupted run, and returns the paths of all files."""
     texts: Mapping[str, str] = {
-        "report.html": page(result),
-        "curves-light.svg": standalone(curves, LIGHT),
-        "curves-dark.svg": standalone(curves, DARK),
-        "summary.json": json.dumps(summary(result), indent=2) + "\n",
+        "demo.json": json.dumps(summary(result), indent=2) + "\n",
         "reviews.json": json.dumps(
             {
                 name: [asdict(review) for review in held_out.reviews]
@@ -118,5 +94,7 @@ def write(result: DemoResult, out: Path) -> list[Path]:
     }
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
-    paths = [out / name for name in (*texts, "metrics.jsonl")]
+    paths = [out / name for name in (*texts, "metrics.jsonl", "completions", "model")]
+    if (out / "events.log").exists():
+        paths.insert(0, write_report(out))
     return [path for path in paths if path.exists()]

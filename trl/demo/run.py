@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import math
 import random
-import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
 import trl.assets
 from trl.core import set_seed
-from trl.demo.outcome import DemoSettings, HeldOut, Review, StepRow
+from trl.demo.outcome import TASK, DemoSettings, HeldOut, Review
 from trl.models import AutoModelForCausalLMWithValueHead, create_reference_model
-from trl.rewards import ClassifierReward
+from trl.rewards import ClassifierReward, RewardMix, as_reward
+from trl.runs.options import TrainResult
 from trl.trainer import PPOConfig, PPOTrainer
 
 HELD_OUT = 64  # number of prompts held out from training
-
-
-class Prompts(Dataset[Tensor]):
-    """Dataset of `size` queries that cycles through the prompts."""
-
-    def __init__(self, prompts: Sequence[str], tokenizer: Any, size: int) -> None:
-        self.queries = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.queries[index % len(self.queries)]
 
 
 def split_prompts() -> tuple[list[str], list[str]]:
@@ -63,11 +50,13 @@ class Demo:
     def __init__(self, settings: DemoSettings) -> None:
         self.settings = settings
         set_seed(settings.seed)  # before the value head is randomly initialized
-        training, self.held_out = split_prompts()
+        self.training, self.held_out = split_prompts()
+        self._judged: tuple[Any, list[float]] | None = None  # the last batch, which both rewards ask for
         folder = trl.assets.path("tiny-gpt2-reviews")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
         config = PPOConfig(
+            task_name=TASK,
             seed=settings.seed,
             learning_rate=settings.learning_rate,
             batch_size=settings.batch_size,
@@ -82,14 +71,14 @@ class Demo:
             lam=settings.lam,
             max_grad_norm=1.0,
         )
-        self.trainer = PPOTrainer(
-            config,
-            model,
-            create_reference_model(model, num_shared_layers=settings.shared_layers or None),
-            self.tokenizer,
-            dataset=Prompts(training, self.tokenizer, settings.steps * settings.batch_size),
-            data_collator=list,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "no dataset is given")
+            self.trainer = PPOTrainer(
+                config,
+                model,
+                create_reference_model(model, num_shared_layers=settings.shared_layers or None),
+                self.tokenizer,
+            )
         self.judge = ClassifierReward.from_pretrained(
             trl.assets.path("tiny-bert-sentiment"), output="probability", device=self.trainer.current_device
         )
@@ -112,28 +101,33 @@ class Demo:
         """Decodes each row of tokens, without special tokens."""
         return [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
 
-    def steps(self) -> Iterator[StepRow]:
-        """Trains, yielding the metrics of each step."""
-        bound, size = self.settings.score_clip, self.settings.batch_size
-        for number, queries in enumerate(self.trainer.dataloader, start=1):
-            started = time.perf_counter()
-            responses = self.respond(queries)
-            probabilities = self.judge(self.texts(queries), self.texts(responses))
-            scores = [torch.tensor(log_odds(p, bound)) for p in probabilities]
-            stats = self.trainer.step(queries, responses, scores)
-            positive = torch.tensor(probabilities)
-            yield StepRow(
-                step=number,
-                samples=number * size,
-                positive=positive.mean().item(),
-                positive_std=positive.std(correction=0).item(),
-                kl=float(stats["objective/kl"]),
-                kl_coef=float(stats["objective/kl_coef"]),
-                response_tokens=float(stats["tokens/responses_len_mean"]),
-                entropy=float(stats["ppo/policy/entropy"]),
-                value_explained=float(stats["ppo/val/var_explained"]),
-                seconds=time.perf_counter() - started,
-            )
+    def train(self, run_dir: Path | None = None, *, progress: bool | None = None) -> TrainResult:
+        """Trains, keeping the records in a run directory."""
+        settings = self.settings
+        return self.trainer.train(
+            self.training,
+            reward=RewardMix(
+                {"log_odds": as_reward(self.log_odds), "positive": as_reward(self.positive)},
+                weights={"log_odds": 1.0, "positive": 0.0},  # the second is shown, not learnt from
+            ),
+            steps=settings.steps,
+            run_dir=run_dir,
+            eval_prompts=self.held_out,
+            eval_every=max(1, settings.steps // 4),
+            generation={"max_new_tokens": settings.new_tokens, "batch_size": settings.batch_size},
+            progress=progress,
+        )
+
+    def positive(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """P(POSITIVE) of each review."""
+        texts = (tuple(prompts), tuple(completions))
+        if self._judged is None or self._judged[0] != texts:
+            self._judged = (texts, self.judge(prompts, completions))
+        return self._judged[1]
+
+    def log_odds(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """The score: clipped log-odds of POSITIVE."""
+        return [log_odds(p, self.settings.score_clip) for p in self.positive(prompts, completions)]
 
     @torch.no_grad()
     def evaluate(self) -> HeldOut:

@@ -31,7 +31,7 @@ def write_report(runs: Sequence[str | Path] | str | Path, out: str | Path | None
     if not folders:
         raise ValueError("runs is empty: give at least one run directory")
     read = [read_run(folder, share=len(folders)) for folder in folders]
-    path = read[0].path / "report.html" if out is None else Path(out)
+    path = Path(folders[0]) / "report.html" if out is None else Path(out)
     beside = len(read) == 1 and path.resolve().parent == read[0].path
     write_atomic(path, page(read, folder_link=beside).encode("utf-8"))
     return path

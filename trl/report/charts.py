@@ -17,7 +17,7 @@ _DIGITS = 5  # significant digits of a point
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """Series drawn in one picture. Keys are those of the catalogue; the first is the one that runs are compared by."""
+    """Series drawn in one picture, under the catalogue's keys."""
 
     id: str
     group: str
@@ -31,9 +31,14 @@ class Chart:
     judged: str | None = None
     """Key whose band is shaded; by default the first."""
     shown: str | None = None
-    """Key of the number beside the title; by default the first."""
+    """Key of the number beside the title, which several runs are compared by; by default the first."""
     stacked: bool = False
     percent: bool = False
+
+    @property
+    def main(self) -> str:
+        """Key that stands for the chart in a comparison."""
+        return self.shown or self.keys[0]
 
 
 _LOSSES = "Updates"
@@ -105,10 +110,10 @@ class Figure:
 
 
 def figures(runs: Sequence[Run]) -> list[Figure]:
-    """The charts for which a run has data. Several runs are compared by the first key of each chart."""
+    """The charts for which a run has data."""
     present = {key for run in runs for row in run.rows for key in row}
     charts = [*CHARTS[:1], *_component_charts(present), *CHARTS[1:]]
-    return [_figure(chart, runs) for chart in charts if any(run.keyed(chart.keys[0]) in present for run in runs)]
+    return [_figure(chart, runs) for chart in charts if any(run.keyed(chart.main) in present for run in runs)]
 
 
 def series_of(run: Run, charts: Sequence[Chart]) -> dict[str, list[float | None]]:
@@ -123,7 +128,9 @@ def series_of(run: Run, charts: Sequence[Chart]) -> dict[str, list[float | None]
 
 
 def _all_keys(chart: Chart) -> list[str]:
-    return [*chart.keys, *(key for pair in chart.ribbons for key in pair), *chart.points]
+    return list(
+        dict.fromkeys([*chart.keys, *(key for pair in chart.ribbons for key in pair), *chart.points, chart.main])
+    )
 
 
 def _component_charts(present: set[str]) -> list[Chart]:
@@ -144,8 +151,8 @@ def _figure(chart: Chart, runs: Sequence[Run]) -> Figure:
     judged = first.keyed(chart.judged or chart.keys[0])
     metric = METRICS.get(chart.keys[0])
     band = first.bands.get(judged)
-    shown = METRICS.get(chart.shown or chart.keys[0])
-    last = next((v for v in reversed(first.series(first.keyed(chart.shown or chart.keys[0]))) if v is not None), None)
+    shown = METRICS.get(chart.main)
+    last = next((v for v in reversed(first.series(first.keyed(chart.main))) if v is not None), None)
     rows = first.rows
     picked = sorted({round(i * (len(rows) - 1) / (_TABLE_ROWS - 1)) for i in range(_TABLE_ROWS)}) if rows else []
     table = []
@@ -167,6 +174,7 @@ def _figure(chart: Chart, runs: Sequence[Run]) -> Figure:
         drawing={
             "id": chart.id,
             "keys": chart.keys,
+            "main": chart.main,
             "labels": chart.labels or [chart.title],
             "ribbons": chart.ribbons,
             "points": chart.points,
@@ -199,7 +207,7 @@ def _target(run: Run) -> float | None:
 
 
 def _description(chart: Chart, run: Run) -> str:
-    values = [(row["step"], v) for row, v in zip(run.rows, run.series(run.keyed(chart.keys[0])), strict=True)]
+    values = [(row["step"], v) for row, v in zip(run.rows, run.series(run.keyed(chart.main)), strict=True)]
     known = [(step, value) for step, value in values if value is not None]
     if not known:
         return "no values."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -62,7 +63,15 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["zip"] = zip
+    environment.filters["prose"] = _prose
     return environment.get_template("report.html")
+
+
+def _prose(text: str) -> Any:
+    """Escaped text, with what stands between backticks as code."""
+    from jinja2.utils import markupsafe
+
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
 @cache

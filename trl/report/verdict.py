@@ -11,7 +11,7 @@ from trl.health import Band, Metric, Symptom, catalogued
 from trl.report.reading import Run, age
 from trl.untrusted import one_line
 
-Mood = Literal["good", "watch", "bad"]
+Mood = Literal["good", "watch", "bad", "empty"]
 
 _RECENT = 20  # steps that "now" means
 _PATIENCE = 3  # steps out of its band before a metric is a problem
@@ -52,14 +52,14 @@ class Verdict:
 def verdict(run: Run) -> Verdict:
     """Judges a run by its state, its metrics and the doctor's findings."""
     departures = [d for key in run.bands if (d := departure(run, key)) is not None]
-    now = [d for d in departures if d.now]
+    now = [d for d in departures if d.now and not d.metric.advisory]
     errors = [f for f in run.findings if f.severity == "error"]
     if run.state == "failed" or errors:
         mood: Mood = "bad"
     elif now or run.findings:
         mood = "watch"
     else:
-        mood = "good"
+        mood = "good" if run.rows else "empty"
     sentences = [s for s in (_score(run), _evaluation(run), _kl(run), _health(run, departures)) if s]
     return Verdict(mood=mood, headline=_headline(run), sentences=sentences, departures=departures)
 
@@ -132,7 +132,7 @@ def _headline(run: Run) -> str:
             f"Running: {progress}; last written {duration(age(run))} ago" if run.rows else "Running: no step done yet"
         )
     if run.state == "failed":
-        return f"Failed after {progress}: {one_line(run.failure or '')}"
+        return f"F{one_line(run.failure or 'failed')[1:]}; the last complete step is {progress.removeprefix('step ')}"
     if run.summary.get("reason"):
         return (
             f"Stopped by {one_line(str(run.summary['reason']))} at {progress}; run it again with resume='auto' to go on"
@@ -187,8 +187,8 @@ def _kl(run: Run) -> str | None:
 def _health(run: Run, departures: Sequence[Departure]) -> str | None:
     if not run.rows:
         return None
-    now = [d.metric.title for d in departures if d.now]
-    past = [d.metric.title for d in departures if not d.now]
+    now = [d.metric.title for d in departures if d.now and not d.metric.advisory]
+    past = [d.metric.title for d in departures if not d.now and not d.metric.advisory]
     if now:
         return f"Outside the healthy band now: {', '.join(now)}."
     if past:

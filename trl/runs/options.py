@@ -40,6 +40,21 @@ class TrainResult:
     findings: tuple[Finding, ...] = ()
     """What the doctor found in the whole run, on the main process."""
 
+    def report(self, out: str | Path | None = None) -> Path:
+        """Writes the report on this run, one HTML file, and returns its path; see `trl.report.write_report`.
+
+        Args:
+            out: file to write; by default report.html in the run folder.
+
+        Raises:
+            ValueError: if the run has no folder.
+        """
+        if self.run_dir is None:
+            raise ValueError("the run has no records to report on: pass run_dir to train")
+        from trl.report import write_report
+
+        return write_report(self.run_dir, out)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:

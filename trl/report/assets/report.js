@@ -38,8 +38,8 @@ function columns(chart) {
     if (single) {
       chart.ribbons.flat().forEach(key => add(key, key, "--s0", "edge"));
       chart.keys.forEach((key, k) => add(key, chart.labels[k], COLOURS[k % 6], chart.stacked ? "stack" : "line"));
-    } else add(chart.keys[0], run.name, COLOURS[i % 6], "line");
-    chart.points.forEach(key => add(key, single ? "held-out prompts" : run.name + ", held-out", single ? COLOURS[1 + i] : COLOURS[i % 6], "dot"));
+    } else add(chart.main, run.name, COLOURS[i % 6], "line");
+    chart.points.forEach(key => add(key, single ? "held-out prompts" : run.name + ", held-out", single ? "--s4" : COLOURS[i % 6], "dot"));
     if (table.length > 1) tables.push(table);
   });
   const joined = tables.length > 1 ? uPlot.join(tables) : tables[0] || [[]];
@@ -110,7 +110,7 @@ function draw(holder, chart) {
     return [low === 0 ? 0 : low - room, high + room];
   };
   const plot = new uPlot({
-    width: Math.max(160, holder.clientWidth), height: 190, padding: [8, 8, 0, 0], legend: {show: false},
+    width: Math.max(160, holder.clientWidth), height: 190, padding: [8, 16, 0, 0], legend: {show: false},
     cursor: {y: false, drag: {x: true, y: false}, points: {size: 6}},
     scales: {x: {time: false}, y: {range}},
     axes: [{...axis, space: 60, size: 30, incrs: [1, 2, 5].flatMap(n => [n, n * 10, n * 100, n * 1e3, n * 1e4, n * 1e5]).sort((a, b) => a - b), values: (u, ticks) => ticks.map(String)}, {...axis, size: 56, values: (u, ticks) => ticks.map(t => chart.percent ? percent(t) : show(t))}],
@@ -175,7 +175,7 @@ function list() {
       row.error ? el("div", {class: "error clip"}, row.error) : null,
       el("button", {type: "button", onclick: () => open_(row)}, row.tokens ? "Open, with token details" : "Open")))));
   $("count").textContent = chosen.length === data.samples.length ? `${chosen.length} samples` : `${chosen.length} of ${data.samples.length} samples`;
-  $("position").textContent = chosen.length ? `${first + 1}–${Math.min(first + PAGE, chosen.length)} of ${chosen.length}` : "nothing matches";
+  $("position").textContent = chosen.length ? `${first + 1}–${Math.min(first + PAGE, chosen.length)} of ${chosen.length}` : data.samples.length ? "nothing matches" : "no samples";
   $("before").disabled = first === 0; $("after").disabled = first + PAGE >= chosen.length;
 }
 function heads() {
@@ -288,6 +288,7 @@ if (data.live) {
         if (!same) return location.reload();
         data = fresh;
         document.querySelectorAll("[data-live][id], figcaption[id]").forEach(node => { const other = next.getElementById(node.id); if (other) node.replaceChildren(...other.childNodes); });
+        document.querySelectorAll("figure.chart").forEach(node => { const other = next.getElementById(node.getAttribute("aria-labelledby")); if (other) node.className = other.parentElement.className; });
         drawAll(); choose();
         wait = Math.max(2000, 10 * (performance.now() - started));
       }

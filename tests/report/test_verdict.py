@@ -1,0 +1,106 @@
+"""What a run's numbers are turned into: state, sentences, departures from the healthy bands."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.runs import make_run, row
+from trl.report.reading import Run, read_run
+from trl.report.verdict import duration, number, verdict
+
+
+def judged(path: Path, **options: Any) -> tuple[Run, Any]:
+    run = read_run(make_run(path, **options))
+    return run, verdict(run)
+
+
+def test_a_healthy_run(tmp_path: Path) -> None:
+    run, found = judged(tmp_path / "run")
+    assert (run.state, found.mood, found.departures) == ("finished", "good", [])
+    assert found.headline == "Finished at step 20 of 20, 38 s of training"
+    assert found.sentences[-1] == "All watched metrics stayed in their healthy bands."
+
+
+def test_a_metric_that_is_out_now_or_was(tmp_path: Path) -> None:
+    rows = [row(s, **{"ppo/policy/clipfrac": 0.4 if s < 6 else 0.1, "objective/kl": 20.0}) for s in range(1, 31)]
+    run, found = judged(tmp_path / "run", steps=30, rows=rows)
+    by_key = {d.metric.key: d for d in found.departures}
+    assert set(by_key) == {"ppo/policy/clipfrac", "objective/kl"} and found.mood == "watch"
+    clip, kl = by_key["ppo/policy/clipfrac"], by_key["objective/kl"]
+    assert (clip.now, clip.steps, clip.first, clip.last) == (False, 5, 1, 5)
+    assert (kl.now, kl.steps) == (True, 30) and "far above its target" in kl.symptom.symptom
+    assert clip.sentence == "Outside its healthy band (at most 0.3) in 5 steps, between steps 1 and 5."
+    assert found.sentences[-1] == "Outside the healthy band now: KL to the reference."
+
+
+def test_a_moment_out_of_the_band_and_the_first_steps_do_not_count(tmp_path: Path) -> None:
+    rows = [
+        row(s, **{"ppo/policy/clipfrac": 0.9 if s in (4, 9) else 0.1, "ppo/val/var_explained": -3.0 if s < 20 else 0.2})
+        for s in range(1, 31)
+    ]
+    _, found = judged(tmp_path / "run", steps=30, rows=rows)
+    assert found.departures == [] and found.mood == "good"
+
+
+def test_a_negative_kl_is_too_low(tmp_path: Path) -> None:
+    _, found = judged(tmp_path / "run", rows=[row(s, **{"objective/kl": -4.0}) for s in range(1, 21)])
+    assert "clearly negative" in found.departures[0].symptom.symptom
+
+
+@pytest.mark.parametrize(
+    ("summary", "events", "state", "mood", "headline"),
+    [
+        ({"reason": "callback", "target": 50}, (), "finished", "good", "Finished at step 20 of 50, 38 s of training, ended by a callback"),
+        ({"reason": "SIGINT", "target": 50}, (), "stopped", "good", "Stopped by SIGINT at step 20 of 50, 38 s of training; run it again with resume='auto' to go on"),
+        ({}, ("failed in step 21: ValueError: no\x1b[31m",), "failed", "bad", "Failed in step 21: ValueError: no; the last complete step is 20 of 20, 38 s of training"),
+        ({}, ("failed in step 3: OSError: full", "run opened"), "stopped", "good", "Stopped without saying why at step 20 of 20, 38 s of training; run it again with resume='auto' to go on"),
+    ],
+)  # fmt: skip
+def test_how_a_run_ended(
+    tmp_path: Path, summary: dict[str, Any], events: tuple[str, ...], state: str, mood: str, headline: str
+) -> None:
+    run, found = judged(tmp_path / "run", summary=summary, events=events)
+    assert (run.state, found.mood, found.headline) == (state, mood, headline)
+
+
+def test_a_run_is_running_while_its_writer_lives(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", summary={})
+    (path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    run = read_run(path)
+    assert run.state == "running" and verdict(run).headline.startswith(
+        "Running: step 20 of 20, 38 s of training; last written"
+    )
+    (path / ".lock").write_text(f"process 999999999 on {socket.gethostname()}")
+    assert read_run(path).state == "stopped"
+
+
+def test_errors_of_the_doctor_make_a_run_bad(tmp_path: Path) -> None:
+    finding = {"step": 0, "code": "c", "severity": "error", "title": "t", "evidence": "e", "remedy": "r", "page": "p"}
+    assert judged(tmp_path / "run", findings=[finding])[1].mood == "bad"
+    assert judged(tmp_path / "warned", findings=[finding | {"severity": "warning"}])[1].mood == "watch"
+
+
+def test_the_score_stayed_or_fell(tmp_path: Path) -> None:
+    flat = [row(s, **{"score/mean": 1.0 + 0.001 * s}) for s in range(1, 21)]
+    assert judged(tmp_path / "flat", rows=flat)[1].sentences[0].startswith("The mean score stayed about the same: 1")
+    falling = [row(s, **{"score/mean": -float(s)}) for s in range(1, 21)]
+    expected = "The mean score fell from −1.5 (first 2 steps) to −19.5 (last 2)."
+    assert judged(tmp_path / "falling", rows=falling)[1].sentences[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0.0, "0"), (0.031234, "0.0312"), (13.42, "13.4"), (2816.0, "2,816"), (-1.5, "−1.5"), (3e-7, "3e-07"), (0.0003, "0.0003")],
+)  # fmt: skip
+def test_numbers(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (300, "5 min"), (12000, "3 h 20 min")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
