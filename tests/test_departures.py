@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -28,9 +27,7 @@ def make_trainer(model: Any = None, **settings: Any) -> PPOTrainer:
     if model is None:
         model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), summary_dropout_prob=0.0)
     config = PPOConfig(**({"batch_size": 2, "mini_batch_size": 2, "ppo_epochs": 1} | settings))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no dataset")
-        return PPOTrainer(config, model, None, tiny_tokenizer())
+    return PPOTrainer(config, model, None, tiny_tokenizer())
 
 
 def forbid(*args: Any, **kwargs: Any) -> Any:

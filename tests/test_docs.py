@@ -64,8 +64,7 @@ def test_every_statistic_is_explained_and_exists():
 
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     config = PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1)
-    with pytest.warns(UserWarning, match="no dataset"):
-        trainer = PPOTrainer(config, model, create_reference_model(model), tiny_tokenizer())
+    trainer = PPOTrainer(config, model, create_reference_model(model), tiny_tokenizer())
     queries = [torch.tensor([5, 6]), torch.tensor([7, 8, 9])]
     responses = [torch.tensor([10, 11, 12]), torch.tensor([13, 1])]
     scores = [torch.tensor(1.0), torch.tensor(-1.0)]

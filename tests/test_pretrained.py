@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import tiny_gpt2, tiny_tokenizer
 from trl.pretrained import (
+    cache_if_unreachable,
     check_adapter_format,
     commit_of,
     find_file,
     hub_arguments,
+    hub_problem,
     load_model,
     load_tokenizer,
     pickle_refused,
     trusted,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -151,3 +161,89 @@ def test_code_is_not_trusted_unless_asked_to(given: dict[str, Any], expected: bo
 def test_the_message_names_both_files() -> None:
     message = pickle_refused("x/y", "a.bin", "a.safetensors")
     assert message.startswith("'x/y' contains a.bin, a pickle, but no a.safetensors: pass allow_pickle=True")
+
+
+PROGRAM = """
+import json, os, shutil, socket, sys, time
+from pathlib import Path
+
+server = socket.socket()
+server.bind(("127.0.0.1", 0))
+server.listen(100) if sys.argv[1] == "silent" else None
+port = server.getsockname()[1]
+server.close() if sys.argv[1] == "refusing" else None
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{port}" if sys.argv[1] != "nameless" else "https://huggingface.co"
+
+from trl import AutoModelForCausalLMWithValueHead, assets
+from trl.pretrained import load_tokenizer
+from trl.rewards import ClassifierReward
+
+def cached(name, source):
+    folder = Path(os.environ["HF_HOME"]) / "hub" / f"models--me--{name}"
+    shutil.copytree(source, folder / "snapshots" / ("0123456789" * 4))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123456789" * 4)
+
+errors = []
+started = time.monotonic()
+for load in (AutoModelForCausalLMWithValueHead.from_pretrained, ClassifierReward.from_pretrained, load_tokenizer):
+    try:
+        load("someone/nothing")
+    except OSError as error:
+        errors.append(str(error))
+cached("tiny", assets.path("tiny-gpt2-reviews"))
+model = AutoModelForCausalLMWithValueHead.from_pretrained("me/tiny")
+load_tokenizer("me/tiny")
+print(json.dumps([errors, model.commits, time.monotonic() - started]))
+"""
+
+
+@pytest.mark.parametrize("hub", ["refusing", "silent", "nameless"])
+def test_a_hub_out_of_reach(hub: str, tmp_path: Path) -> None:
+    """A port that refuses, one that never answers, and no name server: an error in seconds, and the cache all the same."""
+    command = [sys.executable, "-c", PROGRAM, hub]
+    if hub == "nameless":
+        unshare = shutil.which("unshare")
+        if unshare is None or subprocess.run([unshare, "-rn", "true"], capture_output=True).returncode != 0:
+            pytest.skip("this machine lets nobody make a network namespace")
+        command = [unshare, "-rn", *command]
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_ETAG_TIMEOUT": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors, commits, seconds = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 3
+    for error in errors:
+        assert error.startswith("'someone/nothing' is neither a local folder nor completely in the cache")
+        assert "cannot be reached" in error or "does not answer" in error
+        assert 'trl.assets.path("tiny-gpt2-reviews")' in error and "HF_HUB_OFFLINE" in error
+    assert commits == {"me/tiny": "0123456789" * 4}
+    assert "Retrying" not in done.stderr
+    assert seconds < 60  # a single file used to be retried for 23 seconds, and each load asks for several
+
+
+def test_offline_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"'nobody/never' is neither .* cannot be downloaded: HF_HUB_OFFLINE=1 is set"):
+        load_model(AutoModelForCausalLM, "nobody/never")
+
+
+def test_the_hub_is_asked_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    now = [100.0]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("trl.pretrained._answers", {})
+    monkeypatch.setattr("trl.pretrained._ask", lambda endpoint, seconds: asked.append(endpoint) or "gone")
+    monkeypatch.setattr("trl.pretrained.time", SimpleNamespace(monotonic=lambda: now[0]))
+    assert hub_problem() == hub_problem() == "gone" and len(asked) == 1
+    now[0] += 61
+    assert hub_problem() == "gone" and len(asked) == 2
+    with cache_if_unreachable("some/id"):
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    with cache_if_unreachable("."):  # a folder
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE

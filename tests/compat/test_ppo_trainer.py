@@ -51,7 +51,7 @@ def settings(**changes: Any) -> PPOConfig:
 def trainer(
     config: PPOConfig | None = None, model: Any = None, ref_model: Any = None, tokenizer: Any = None, **kwargs: Any
 ) -> PPOTrainer:
-    """A trainer on a tiny GPT-2, made without the warning that there is no dataset."""
+    """A trainer on a tiny GPT-2, made without warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return PPOTrainer(config or settings(), model or policy(), ref_model, tokenizer or tiny_tokenizer(), **kwargs)
@@ -80,7 +80,8 @@ class TestConstructor:
         made = trainer(config)
         assert made.config is config
         assert made.dataset is None
-        assert made.dataloader is None
+        with pytest.warns(UserWarning, match="(?i)no dataset"):
+            assert made.dataloader is None
         assert made.lr_scheduler is None
         assert made.is_encoder_decoder is False
         assert made.is_peft_model is False
@@ -111,9 +112,11 @@ class TestConstructor:
         shared = made.ref_model.pretrained_model.transformer.h[0].attn.c_attn.weight
         assert shared is model.pretrained_model.transformer.h[0].attn.c_attn.weight
 
-    def test_warns_without_a_dataset(self) -> None:
-        with pytest.warns(UserWarning, match="(?i)no dataset"):
-            PPOTrainer(settings(), policy(), policy(), tiny_tokenizer())
+    def test_warns_without_a_dataset_where_batches_are_asked_for(self) -> None:
+        made = PPOTrainer(settings(), policy(), policy(), tiny_tokenizer())
+        with pytest.warns(UserWarning, match="(?i)no dataset") as caught:
+            assert made.dataloader is None
+        assert caught[0].filename == __file__
 
     def test_warns_of_a_reference_and_shared_layers(self) -> None:
         with pytest.warns(UserWarning, match="num_shared_layers"):
@@ -765,8 +768,7 @@ reward = [torch.tensor(1.0)]
 train_stats = ppo_trainer.step([query_tensor[0]], [response_tensor[0]], reward)
 """
     names: dict[str, Any] = {}
-    with pytest.warns(UserWarning, match="(?i)no dataset"):
-        exec(example, names)
+    exec(example, names)
     before = create_reference_model(policy())  # the folder's weights
     after = names["model"].pretrained_model
     assert names["response_tensor"].shape == (1, 20)

@@ -194,11 +194,7 @@ def test_35_the_trainer_starts_at_kl_0_from_a_fresh_and_from_a_trained_adapter(t
     if trained_before:
         stir(trunk)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(trunk, summary_dropout_prob=0.0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no dataset")
-        trainer = PPOTrainer(
-            PPOConfig(batch_size=2, mini_batch_size=2, learning_rate=0.05), model, None, tiny_tokenizer()
-        )
+    trainer = PPOTrainer(PPOConfig(batch_size=2, mini_batch_size=2, learning_rate=0.05), model, None, tiny_tokenizer())
     batch = ([torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8, 9]), torch.tensor([10, 11])])
     scores = [torch.tensor(1.0), torch.tensor(-1.0)]
     first, second = trainer.step(*batch, scores), trainer.step(*batch, scores)
@@ -233,9 +229,7 @@ def test_38_the_value_head_is_float32_in_a_half_precision_model() -> None:
 def test_38_biases_do_not_decay() -> None:
     from trl import PPOConfig, PPOTrainer
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no dataset")
-        trainer = PPOTrainer(PPOConfig(batch_size=1, mini_batch_size=1), headed(tiny_gpt2()), None, tiny_tokenizer())
+    trainer = PPOTrainer(PPOConfig(batch_size=1, mini_batch_size=1), headed(tiny_gpt2()), None, tiny_tokenizer())
     decays = {id(p): group.get("weight_decay", 0) for group in trainer.optimizer.param_groups for p in group["params"]}
     biases = [p for name, p in trainer.model.named_parameters() if name.endswith("bias")]
     assert biases

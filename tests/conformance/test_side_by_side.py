@@ -108,15 +108,13 @@ def test_every_statistic_and_every_weight(name: str) -> None:
         with torch.no_grad():
             for parameter in reference.parameters():
                 parameter.mul_(0.9)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no dataset is given")
-        trainer = PPOTrainer(
-            PPOConfig(**({"batch_size": 6, "mini_batch_size": 2, "ppo_epochs": 2} | settings)),
-            model,
-            reference,
-            tiny_tokenizer("left" if name == "holes" else "right"),
-            optimizer=optimizer([p for p in model.parameters() if p.requires_grad]),
-        )
+    trainer = PPOTrainer(
+        PPOConfig(**({"batch_size": 6, "mini_batch_size": 2, "ppo_epochs": 2} | settings)),
+        model,
+        reference,
+        tiny_tokenizer("left" if name == "holes" else "right"),
+        optimizer=optimizer([p for p in model.parameters() if p.requires_grad]),
+    )
     oracle = Float64PPO(model, reference, trainer.config, optimizer, STOPS if "stop_token_ids" in settings else (1,))
     for seed in range(2):
         arguments = batch(seed, 0 if architecture == "t5" else None, **kinds)

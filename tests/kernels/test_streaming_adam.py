@@ -349,7 +349,6 @@ def test_hooks_and_schedulers_see_a_step(make_batch: Any) -> None:  # noqa: F811
     config = PPOConfig(batch_size=4, mini_batch_size=2, ppo_epochs=1, dtype="bfloat16")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "no dataset")
         trainer = PPOTrainer(config, model, None, tiny_tokenizer(), optimizer=optimizer, lr_scheduler=scheduler)
         trainer.step(*make_batch())
     assert seen == ["before", "after"] * 2

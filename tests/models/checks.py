@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -125,14 +124,12 @@ def ppo_step(subject: Subject) -> None:
     responses = [torch.tensor(row) for row in ([14, 15, 16], [17, 1])]
     if subject.seq2seq:
         responses = [torch.cat([torch.tensor([PAD if start is None else start]), row]) for row in responses]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no dataset")
-        trainer = PPOTrainer(
-            PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1, learning_rate=1e-2),
-            model,
-            None,
-            tiny_tokenizer(),
-        )
+    trainer = PPOTrainer(
+        PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1, learning_rate=1e-2),
+        model,
+        None,
+        tiny_tokenizer(),
+    )
     queries = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
     stats = trainer.step(queries, responses, [torch.tensor(1.0), torch.tensor(-1.0)])
     assert math.isfinite(float(stats["ppo/loss/total"]))

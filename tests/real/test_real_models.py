@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +84,9 @@ def test_sampling_and_scoring_agree_on_a_real_model(smollm: Any) -> None:
 
 def test_one_step_on_a_real_model(smollm: Any) -> None:
     model, tokenizer = smollm
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no dataset is given")
-        trainer = PPOTrainer(
-            PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1, learning_rate=1e-6), model, None, tokenizer
-        )
+    trainer = PPOTrainer(
+        PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1, learning_rate=1e-6), model, None, tokenizer
+    )
     queries = [tokenizer(t, return_tensors="pt").input_ids[0] for t in ("This film is", "I")]
     responses = trainer.generate(queries, return_prompt=False, do_sample=True, top_k=0, max_new_tokens=8)
     stats = trainer.step(queries, list(responses), [torch.tensor(1.0), torch.tensor(-1.0)])

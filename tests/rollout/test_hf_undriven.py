@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -45,9 +44,7 @@ def test_greedy_responses_are_the_likeliest_of_the_plain_model(make: Any, sample
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=max(4, parameter.shape[-1]) ** -0.5)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(plain)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no dataset")
-        trainer = PPOTrainer(PPOConfig(batch_size=4, mini_batch_size=4), model, tokenizer=tiny_tokenizer())
+    trainer = PPOTrainer(PPOConfig(batch_size=4, mini_batch_size=4), model, tokenizer=tiny_tokenizer())
     lengths = iter([9, 4, 6]).__next__ if sampled_lengths else None
     responses = trainer.generate(
         QUERIES, lengths, batch_size=2, max_new_tokens=8, do_sample=False, eos_token_id=-1, return_prompt=False

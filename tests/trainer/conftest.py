@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +32,7 @@ def make_trainer() -> Callable[..., PPOTrainer]:
             model = AutoModelForSeq2SeqLMWithValueHead.from_pretrained(tiny_t5(), summary_dropout_prob=0.0)
         elif model is None:
             model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), summary_dropout_prob=0.0)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "no dataset is given")
-            return trainer_class(PPOConfig(**settings), model, None, tokenizer or tiny_tokenizer(), optimizer=optimizer)
+        return trainer_class(PPOConfig(**settings), model, None, tokenizer or tiny_tokenizer(), optimizer=optimizer)
 
     return make
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -159,11 +158,9 @@ def test_constructor_refuses(arguments: dict[str, Any], message: str) -> None:
 
 def make_trainer_with(optimizer: Any, scheduler: Any = None, model: Any = None) -> PPOTrainer:
     model = model or AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no dataset is given")
-        return PPOTrainer(
-            PPOConfig(batch_size=1), model, None, tiny_tokenizer(), optimizer=optimizer, lr_scheduler=scheduler
-        )
+    return PPOTrainer(
+        PPOConfig(batch_size=1), model, None, tiny_tokenizer(), optimizer=optimizer, lr_scheduler=scheduler
+    )
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:

@@ -179,3 +179,5 @@ def test_how_it_was_trained(make_trainer: Any, make_batch: Any, tmp_path: Path) 
         "learning_rate": "0.001", "batch_size": "4", "mini_batch_size": "2", "kl_penalty": "k3", "stop_token_ids": "[1, 2]",
     }  # fmt: skip
     assert f"torch {importlib.metadata.version('torch')}" in card
+    assert re.search(r"trl 0\.\S+ \(a from-scratch implementation .*not the `trl` of the Python Package Index\)", card)
+    assert "huggingface/trl" not in card  # another project

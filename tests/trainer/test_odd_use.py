@@ -94,8 +94,7 @@ def test_a_reference_that_would_learn_with_the_model_is_refused(make_batch: Any)
         with pytest.raises(ValueError, match="ref_model shares 28 trained parameters with the model"):
             PPOTrainer(config, model, reference, tiny_tokenizer())
     shared = create_reference_model(model, num_shared_layers=1)  # frozen in both
-    with pytest.warns(UserWarning, match="no dataset"):
-        PPOTrainer(config, model, shared, tiny_tokenizer())
+    PPOTrainer(config, model, shared, tiny_tokenizer())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -305,7 +304,6 @@ def test_what_ends_a_response_in_a_managed_run_is_no_missing_end(make_trainer: A
     assert trainer.config.stop_token_ids is None
 
 
-@pytest.mark.filterwarnings("ignore:no dataset is given")
 @pytest.mark.parametrize("form", [["l"], "l"])
 def test_a_response_that_a_stop_string_ended_is_finished(form: Any, tmp_path: Path) -> None:
     folder = assets.path("tiny-gpt2-reviews")
@@ -355,8 +353,5 @@ def test_an_adapter_that_takes_no_part_is_refused(state: str, make_trainer: Any,
 
 def test_layers_to_share_with_an_adapters_reference_are_told_to_be_ignored() -> None:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(lora(tiny_gpt2()))
-    with (
-        pytest.warns(UserWarning, match="no dataset"),
-        pytest.warns(UserWarning, match="num_shared_layers=1 is ignored"),
-    ):
+    with pytest.warns(UserWarning, match="num_shared_layers=1 is ignored"):
         PPOTrainer(PPOConfig(batch_size=4), model, None, tiny_tokenizer(), num_shared_layers=1)

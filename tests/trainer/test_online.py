@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,12 @@ SCORES = [torch.tensor(float(i % 4)) for i in range(8)]
 
 def make(model: Any = None, algorithm: Any = None, **settings: Any) -> OnlineTrainer:
     config = {"batch_size": 8, "mini_batch_size": 4, "ppo_epochs": 2, "learning_rate": 1e-3, "group_size": 4}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no dataset is given")
-        return OnlineTrainer(
-            PPOConfig(**(config | settings)),
-            tiny_gpt2() if model is None else model,
-            tokenizer=tiny_tokenizer(),
-            algorithm=grpo() if algorithm is None else algorithm,
-        )
+    return OnlineTrainer(
+        PPOConfig(**(config | settings)),
+        tiny_gpt2() if model is None else model,
+        tokenizer=tiny_tokenizer(),
+        algorithm=grpo() if algorithm is None else algorithm,
+    )
 
 
 def test_a_step_learns_and_says_so_under_its_name() -> None:
@@ -212,12 +209,8 @@ def test_responses_that_are_alone_are_warned_of() -> None:
 
 
 def test_what_an_algorithm_has_no_use_for_is_refused() -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no dataset is given")
-        with pytest.raises(ValueError, match="grpo has no KL penalty: leave ref_model and num_shared_layers out"):
-            OnlineTrainer(
-                PPOConfig(batch_size=8), tiny_gpt2(), tiny_gpt2(), tiny_tokenizer(), algorithm=grpo(kl_coef=0.0)
-            )
+    with pytest.raises(ValueError, match="grpo has no KL penalty: leave ref_model and num_shared_layers out"):
+        OnlineTrainer(PPOConfig(batch_size=8), tiny_gpt2(), tiny_gpt2(), tiny_tokenizer(), algorithm=grpo(kl_coef=0.0))
 
 
 def test_another_algorithm_is_another_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -488,8 +488,7 @@ def test_tensorboard_gets_numbers_and_an_escaped_table(tmp_path: Path, make_batc
 
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     config = PPOConfig(batch_size=4, log_with="tensorboard", project_kwargs={"logging_dir": str(tmp_path)})
-    with pytest.warns(UserWarning, match="no dataset"):
-        trainer = PPOTrainer(config, model, None, tiny_tokenizer())
+    trainer = PPOTrainer(config, model, None, tiny_tokenizer())
     queries, responses, scores = make_batch()
     stats = trainer.step(queries, responses, scores)
     texts = {"query": ["<script>alert(1)</script>"] * 4, "response": ["a | b\nc"] * 4}
@@ -561,8 +560,7 @@ def test_what_is_logged_of_rewards_that_step_has_not_seen_is_of_one_process(
 
 def test_shared_layers_stay_frozen(make_trainer: Any, make_batch: Any) -> None:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
-    with pytest.warns(UserWarning, match="no dataset"):
-        trainer = PPOTrainer(PPOConfig(batch_size=4), model, None, tiny_tokenizer(), num_shared_layers=1)
+    trainer = PPOTrainer(PPOConfig(batch_size=4), model, None, tiny_tokenizer(), num_shared_layers=1)
     before = weights_of(trainer)
     reference = {k: v.clone() for k, v in trainer.ref_model.state_dict().items()}
     trainer.step(*make_batch())
@@ -574,10 +572,7 @@ def test_shared_layers_stay_frozen(make_trainer: Any, make_batch: Any) -> None:
 def test_a_given_reference_wins_over_shared_layers(make_batch: Any) -> None:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     reference = create_reference_model(model)
-    with (
-        pytest.warns(UserWarning, match="num_shared_layers=1 is ignored"),
-        pytest.warns(UserWarning, match="no dataset"),
-    ):
+    with pytest.warns(UserWarning, match="num_shared_layers=1 is ignored"):
         trainer = PPOTrainer(PPOConfig(batch_size=4), model, reference, tiny_tokenizer(), num_shared_layers=1)
     assert trainer.ref_model is reference
 
@@ -617,9 +612,7 @@ def test_frozen_layers_are_run_once_for_a_batch(
         model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), summary_dropout_prob=0.0)
         reference = create_reference_model(model, num_shared_layers=1)
         settings = {"batch_size": 4, "mini_batch_size": 2, "learning_rate": 1e-3, "dtype": dtype, "ppo_epochs": 3}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "no dataset is given")
-            trainer = PPOTrainer(PPOConfig(**settings, kl_penalty=kl_penalty), model, reference, tiny_tokenizer())
+        trainer = PPOTrainer(PPOConfig(**settings, kl_penalty=kl_penalty), model, reference, tiny_tokenizer())
         trainer.step(queries, responses, scores)  # with what is tried once
         seen: list[int] = []
         first = model.pretrained_model.transformer.h[0].attn
@@ -648,7 +641,5 @@ def test_frozen_layers_under_mixed_precision_are_those_that_sampling_and_referen
     reference = create_reference_model(model)
     create_reference_model(model, num_shared_layers=1)  # freezes the first layer; the other reference has its own
     config = PPOConfig(batch_size=4, mini_batch_size=2, accelerator_kwargs={"mixed_precision": "bf16"})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no dataset is given")
-        trainer = PPOTrainer(config, model, reference, tiny_tokenizer())
+    trainer = PPOTrainer(config, model, reference, tiny_tokenizer())
     assert trainer.step(*make_batch())["objective/kl"] == 0

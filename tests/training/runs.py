@@ -34,29 +34,27 @@ ADAPTIVE = {
 
 def build(case: str, chance: int = 0, **settings: Any) -> PPOTrainer:
     """A trainer; `chance` seeds what from_pretrained draws: fresh value heads and adapters."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no dataset is given")
-        dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
-        base = tiny_t5(dropout_rate=0.1) if case == "seq2seq" else tiny_gpt2(**dropout)
-        torch.manual_seed(chance)
-        kind = AutoModelForSeq2SeqLMWithValueHead if case == "seq2seq" else AutoModelForCausalLMWithValueHead
-        model = kind.from_pretrained(lora(base, lora_dropout=0.1) if case.startswith("lora") else base)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if case.endswith("bfloat16"):
-            settings = {"dtype": "bfloat16"} | settings
-        if case == "narrow moments":
-            settings = {"dtype": "bfloat16", "optimizer_state_dtype": "bfloat16"} | settings
-        config = PPOConfig(
-            **({"batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 1e-2} | ADAPTIVE | settings)
-        )
-        optimizer = scheduler = None
-        if case.startswith("full"):
-            optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
-        elif case == "plain sgd":
-            optimizer = torch.optim.SGD(trained, lr=1e-2, momentum=0.9)
-            scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[1, 3])
-        return PPOTrainer(config, model, None, tiny_tokenizer(), optimizer=optimizer, lr_scheduler=scheduler)
+    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    base = tiny_t5(dropout_rate=0.1) if case == "seq2seq" else tiny_gpt2(**dropout)
+    torch.manual_seed(chance)
+    kind = AutoModelForSeq2SeqLMWithValueHead if case == "seq2seq" else AutoModelForCausalLMWithValueHead
+    model = kind.from_pretrained(lora(base, lora_dropout=0.1) if case.startswith("lora") else base)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if case.endswith("bfloat16"):
+        settings = {"dtype": "bfloat16"} | settings
+    if case == "narrow moments":
+        settings = {"dtype": "bfloat16", "optimizer_state_dtype": "bfloat16"} | settings
+    config = PPOConfig(
+        **({"batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 1e-2} | ADAPTIVE | settings)
+    )
+    optimizer = scheduler = None
+    if case.startswith("full"):
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
+    elif case == "plain sgd":
+        optimizer = torch.optim.SGD(trained, lr=1e-2, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[1, 3])
+    return PPOTrainer(config, model, None, tiny_tokenizer(), optimizer=optimizer, lr_scheduler=scheduler)
 
 
 def begin(case: str, **settings: Any) -> PPOTrainer:

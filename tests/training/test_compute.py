@@ -144,8 +144,7 @@ def test_shared_layers_stay_the_policys(make_batch: Any) -> None:  # noqa: F811
     from trl import PPOConfig, PPOTrainer
 
     config = PPOConfig(batch_size=4, mini_batch_size=2, dtype="bfloat16")
-    with pytest.warns(UserWarning, match="no dataset"):
-        trainer = PPOTrainer(config, policy(), None, tiny_tokenizer(), num_shared_layers=1)
+    trainer = PPOTrainer(config, policy(), None, tiny_tokenizer(), num_shared_layers=1)
     mine, theirs = (m.pretrained_model.transformer.h[0].mlp.c_fc.weight for m in (trainer.model, trainer.ref_model))
     assert mine is theirs and mine.dtype == torch.float32
     trainer.step(*make_batch())

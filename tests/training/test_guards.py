@@ -156,11 +156,10 @@ def test_r10_the_run_ends_after_too_many_in_a_row_and_the_batch_can_be_looked_at
 def trainer(**settings: Any) -> PPOTrainer:
     torch.manual_seed(0)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2(), summary_dropout_prob=0.0)
-    with pytest.warns(UserWarning, match="no dataset"):
-        return PPOTrainer(
-            PPOConfig(**({"batch_size": 8, "mini_batch_size": 8, "ppo_epochs": 1, "learning_rate": 1e-3} | settings)),
-            model, None, tiny_tokenizer(),
-        )  # fmt: skip
+    return PPOTrainer(
+        PPOConfig(**({"batch_size": 8, "mini_batch_size": 8, "ppo_epochs": 1, "learning_rate": 1e-3} | settings)),
+        model, None, tiny_tokenizer(),
+    )  # fmt: skip
 
 
 def batch(seed: int = 0) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

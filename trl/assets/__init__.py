@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Literal, get_args
@@ -30,7 +31,12 @@ def path(name: Name) -> str:
         ValueError: if the package has no model with that name.
     """
     if name not in get_args(Name):
-        raise ValueError(f"no model {name!r} in this package; there are {', '.join(get_args(Name))}")
+        near = difflib.get_close_matches(name, get_args(Name), n=1, cutoff=0.4)
+        raise ValueError(
+            f"no model {name!r} in this package; "
+            + (f"did you mean {near[0]!r}? " if near else "")
+            + f"The models are {', '.join(get_args(Name))}"
+        )
     return str(_FOLDER / name)
 
 

@@ -37,7 +37,7 @@ def completions_table(columns: Sequence[str], rows: Sequence[Row]) -> Table:
 
 def records_table(records: Sequence[CompletionRecord], limit: int) -> Table:
     """The first `limit` samples of a step: prompt, completion, rewards by name if there are several, score, KL, length."""
-    shown = records[:limit]
+    shown = list(records[:limit])
     names = sorted({name for record in shown for name in record.rewards})
     names = names if len(names) > 1 else []
     columns = ["prompt", "completion", *(f"reward/{name}" for name in names), "score", "kl", "length"]

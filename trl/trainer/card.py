@@ -22,6 +22,8 @@ _HIDDEN_SETTINGS = (
     "optimize_device_cache", "backward_batch_size", "world_size", "global_batch_size", "global_backward_batch_size",
     "is_encoder_decoder", "is_peft_model",
 )  # fmt: skip
+# This project has no public address to link to, and the package index has another `trl`.
+_WHICH_TRL = "a from-scratch implementation of PPO for language models, not the `trl` of the Python Package Index"
 _INHERITED = ("license", "license_name", "license_link")
 _CARD = """---
 {metadata}---
@@ -117,7 +119,7 @@ def model_card(
             f"| `{name}` | `{value}` |"
             for name, value in ({k: v for k, v in algorithm.items() if k != "name"} | _settings(config)).items()
         ),
-        versions=", ".join([f"trl {__version__}", *library_versions]),
+        versions=", ".join([f"trl {__version__} ({_WHICH_TRL})", *library_versions]),
     )
     return str(redact(text))
 

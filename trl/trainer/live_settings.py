@@ -34,7 +34,9 @@ class LiveSettings:
 
     @staticmethod
     def _copy(config: PPOConfig) -> dict[str, Any]:
-        return {name: copy.copy(getattr(config, name)) for name in (*_COPIED, *_READ_ONCE)}
+        values = {name: getattr(config, name) for name in (*_COPIED, *_READ_ONCE)}
+        # Trackers in log_with are compared by identity, so they are not copied.
+        return {name: copy.copy(value) if isinstance(value, list | dict) else value for name, value in values.items()}
 
     def follow(self, config: PPOConfig, optimizer: Any, controller: KLController) -> KLController:
         """Applies changed settings, and warns about those that no longer have an effect.

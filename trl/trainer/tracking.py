@@ -17,7 +17,7 @@ from accelerate.utils import LoggerType, ProjectConfiguration
 
 from trl.core import flatten_dict
 from trl.trackers import SafeTracker, run_folder
-from trl.trackers.adapters import ADAPTERS, AccelerateTracker, Late, TrackedRun, TrackerIds
+from trl.trackers.clients import ADAPTERS, AccelerateTracker, Late, TrackedRun, TrackerIds
 from trl.trackers.plain import plain
 from trl.trainer.ppo_config import PPOConfig
 
