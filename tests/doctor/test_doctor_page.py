@@ -15,9 +15,7 @@ from trl.doctor import CODES
 
 PAGE = (Path(__file__).parents[2] / "docs/doctor.md").read_text(encoding="utf-8")
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
-SECTIONS = {
-    title: text for title, text in re.findall(r"^### ([\w-]+)\n(.*?)(?=^#{2,3} |\Z)", PAGE, re.DOTALL | re.MULTILINE)
-}
+SECTIONS = dict(re.findall(r"^### ([\w-]+)\n(.*?)(?=^#{2,3} |\Z)", PAGE, re.DOTALL | re.MULTILINE))
 SHOWN = [code for code, text in SECTIONS.items() if "```text" in text]
 # Of issue 14: what the doctor must name.
 DEMANDED = {
