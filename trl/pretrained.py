@@ -95,7 +95,9 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _not_cached(source: str, kwargs: Mapping[str, Any]) -> OSError | None:
-    """Error for a hub id that cannot be downloaded and is not in the cache; None if something else is wrong."""
+    """Error for a missing folder, or a hub id that can be neither downloaded nor found in the cache; None for another problem."""
+    if _HUB_ID.fullmatch(source) is None and not Path(source).is_dir():
+        return OSError(f"{source!r} is not a folder, nor the form of a hub id, name or user/name")
     if not _is_hub_id(source) or (problem := _known_problem()) is None:
         return None
     from huggingface_hub import constants

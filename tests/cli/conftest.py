@@ -31,8 +31,7 @@ def own_folder(
 def forget_modules(folder: Path) -> None:
     """Forgets the modules of a folder, so that another test's of the same name are imported."""
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if file is not None and Path(file).is_relative_to(folder):
+        if str(vars(module).get("__file__")).startswith(str(folder)):
             del sys.modules[name]
 
 

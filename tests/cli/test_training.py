@@ -192,16 +192,16 @@ def test_the_whole_story_as_a_user_types_it(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
-    process = subprocess.Popen(
-        command("ppo", "run.yaml"), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
     said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("step 1/"):
-            process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
+    with subprocess.Popen(
+        command("ppo", "run.yaml"), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("step 1/"):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
     message = "".join(said)
     assert "Traceback" not in message and "Ctrl-C again stops at once" in message
     saved = json.loads((tmp_path / "runs/run/checkpoints/latest.json").read_text())["step"]

@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -234,6 +235,7 @@ def expected_row(step: int, number: int, joy: float | None, **changes: Any) -> d
         "finish_reason": "stop",
         "time/reward": 0.01,
         "error": None,
+        "tokens": None,
     }
     return row | changes
 
@@ -249,10 +251,10 @@ def test_samples(
         1, completion="\udc80\x00 <script>\u2028é", rewards={}, score=None, kl=float("nan"), error="ValueError: \udcff"
     )
     with caplog.at_level(logging.WARNING):
-        run.log_completions([record(), failed], step=12)
+        run.log_completions([record(tokens={"text": [" a", " joy"], "kl": [0.5, math.nan]}), failed], step=12)
         run.log_completions([], step=13)
     expected = [
-        expected_row(12, 0, 0.25),
+        expected_row(12, 0, 0.25, tokens='{"text": [" a", " joy"], "kl": [0.5, null]}'),
         expected_row(
             12, 1, None, completion="\\udc80\x00 <script>\u2028é", score=None, kl=None, error="ValueError: \\udcff"
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -353,3 +354,20 @@ def test_other_processes_have_no_tracker(monkeypatch: pytest.MonkeyPatch, make_t
     own = Own()
     trainer = make_trainer(log_with=own)
     assert trainer.accelerator.trackers == [] and own.told == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
+def test_the_snippets_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/how-to/trackers.md").read_text(encoding="utf-8")
+    first, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(first, "trackers.md", "exec"), names)
+    assert list(Path("runs/words/tensorboard").glob("events.out.tfevents*"))
+    exec(compile(own, "trackers.md", "exec"), names)
+    assert len([line for line in own.splitlines() if line]) <= 5
+    managed(names["trainer"], None, 1, trackers=[names["Printed"]()])
+    assert "step 1: score " in capsys.readouterr().out

@@ -61,6 +61,8 @@ def run_and_report(settings: DemoSettings, out: Path, *, stream: TextIO, started
     print_line(f"Finished in {result.seconds:.0f} s. Files written:")
     for path in files:
         print_line(f"  {path}")
+    if not result.interrupted:
+        print_line(f'Next:\n  trl report {out} --open\n  trl generate {out} --prompt "This film"')
     return result.interrupted
 
 

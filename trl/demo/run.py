@@ -113,7 +113,7 @@ class Demo:
             steps=settings.steps,
             run_dir=run_dir,
             eval_prompts=self.held_out,
-            eval_every=max(1, settings.steps // 4),
+            eval_every=max(2, settings.steps // 4),
             generation={"max_new_tokens": settings.new_tokens, "batch_size": settings.batch_size},
             progress=progress,
         )
