@@ -68,16 +68,16 @@ format: $(READY)  ## rewrite the sources in the project's format
 	$(PY) -m ruff format .
 
 slow: $(READY)  ## tests of ten seconds and more
-	$(PY) -m pytest -m slow -q $(ARGS)
+	$(PY) -m pytest -m slow -q --timeout 1800 $(ARGS)
 
 faults: $(READY)  ## runs that are killed, starved and corrupted: the full set, with a table at its end
-	$(PY) -m pytest -m 'slow or not slow' -q -o faulthandler_timeout=1800 tests/faults $(ARGS)
+	$(PY) -m pytest -m 'slow or not slow' -q --timeout 1800 tests/faults $(ARGS)
 
 real: $(READY)  ## tests on real models and reviews (scripts/fetch_assets.py)
-	$(PY) -m pytest -m real -q $(ARGS)
+	$(PY) -m pytest -m real -q --timeout 3600 $(ARGS)
 
 bench: $(READY)  ## measurements
-	$(PY) -m pytest -m bench -q -s $(ARGS)
+	$(PY) -m pytest -m bench -q -s --timeout 3600 $(ARGS)
 
 coverage: $(READY)  ## the suite with line and branch coverage: 90% of trl/, every branch of trl/functional/
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -q --cov --cov-report= $(ARGS)

@@ -18,6 +18,7 @@ import pytest
 
 from tests.conformance import ranks_together
 from tests.helpers import assert_close
+from tests.programs import run_program
 
 pytestmark = pytest.mark.conformance
 ROOT = Path(__file__).parents[2]
@@ -29,10 +30,7 @@ def start(*launcher: str, **environment: str) -> subprocess.CompletedProcess[str
     """Runs the script as a user on a machine without a GPU would, with nothing else in the environment."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     kept |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, SCRIPT],
-        cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    return run_program([sys.executable, "-m", *launcher, SCRIPT], cwd=ROOT, env=kept | environment)
 
 
 def reports(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -174,9 +172,7 @@ def test_53_processes_that_an_accelerator_of_the_scripts_keeps_apart_are_refused
         "from tests.conformance import ranks_together\n"
         "ranks_together.report(int(os.environ['RANK']), 2)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", *TORCHRUN, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = run_program([sys.executable, "-m", *TORCHRUN, str(script)], cwd=ROOT, env=environment)
     assert done.returncode != 0
     assert "2 processes were started but accelerate sees only one" in done.stderr

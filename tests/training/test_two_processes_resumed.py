@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,11 +17,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_two_processes_resume_to_the_bit_and_share_their_troubles(tmp_path: Path) -> None:
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-         "-m", "tests.training.ranks_resumed", str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+    done = run_program(
+        [sys.executable, *launcher, "-m", "tests.training.ranks_resumed", str(tmp_path)], cwd=ROOT, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     first, second = sorted(reports, key=lambda report: report["rank"])
