@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.managed import PROMPTS
 from tests.programs import run_program
+from tests.trainer.managed import PROMPTS
 
 ROOT = Path(__file__).parents[2]
 
