@@ -284,15 +284,15 @@ def test_an_evaluation_counts_every_prompt_once(monkeypatch: pytest.MonkeyPatch)
     trainer = fresh()
     loaded, told = load_prompts(prompts[:4], trainer.tokenizer), []
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 3))
-    passes = []
+    passes, one = [], {"score": 1.0, "kl": 0.0, "length": 1, "finished": True}
     for rank in range(3):
         monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda self, rank=rank: rank))
         monkeypatch.setattr(evaluation, "judge", lambda t, r, drawn, _: passes.append(len(drawn.samples)) or r(drawn))
-        monkeypatch.setattr(evaluation, "share_json", lambda _, rows: told.append(rows) or [[[1.0, 0, 1, True]]])
+        monkeypatch.setattr(evaluation, "share_json", lambda _, rows: told.append(rows) or [[one]])
         by_word = lambda drawn: as_reward(counted).score(drawn.samples)  # noqa: E731
         evaluation.evaluate_prompts(trainer, loaded, by_word, {"max_new_tokens": 2})
     assert passes == [2, 2, 2]  # as many forward passes everywhere
-    assert [[row[0] for row in part] for part in told] == [[40.0, 41.0], [42.0, 43.0], []]
+    assert [[row["score"] for row in part] for part in told] == [[40.0, 41.0], [42.0, 43.0], []]
 
 
 # Callbacks -----------------------------------------------------------------------------------------------------------

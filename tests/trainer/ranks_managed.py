@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from tests.trainer.managed import HELD_OUT, PROMPTS, fresh, recorded, run, words
+from tests.trainer.managed import GENERATION, HELD_OUT, PROMPTS, fresh, recorded, run, words
 from trl import TrainCallback
+from trl.doctor import examine
 from trl.state.tensorfile import tensor_bytes
 
 
@@ -64,6 +65,19 @@ def main() -> None:
         run(run_dir=folder / "run", steps=5)
     except ValueError as error:
         report["again"] = str(error)
+    trainer = fresh("plain sgd", batch_size=2)
+    before = digest(trainer), torch.get_rng_state().tolist()
+    compared = trainer.evaluate(PROMPTS[:7], words, generation=GENERATION)
+    found = [finding.code for finding in examine(trainer, PROMPTS, words, GENERATION)]
+    assert (digest(trainer), torch.get_rng_state().tolist()) == before
+    report["evaluated"] = compared.to_dict()
+    trainer = fresh("full", learning_rate=1.0)
+    trainer.optimizer.param_groups[0]["lr"] = 1.0
+    try:
+        run(trainer, run_dir=folder / "unfit", steps=2)
+    except ValueError as error:
+        report["unfit"] = f"{type(error).__name__}: {error}"
+    report["found"] = found
     run(fresh(), prompts=["w40 w50"] * 10, run_dir=folder / "one_prompt", steps=1)
     if rank == 0:
         report["drawn"] = [sample["completion"] for sample in recorded(folder / "one_prompt")[1][0]]

@@ -28,6 +28,7 @@ from trl.rewards import as_reward
 from trl.runs import keeper as keeper_module
 from trl.runs.keeper import Keeper
 from trl.runs.options import TrainOptions
+from trl.runs.spikes import SpikeDetector
 from trl.state.checkpoints import load_checkpoint
 from trl.trackers import read_completions, read_metrics
 from trl.types import Loss
@@ -302,6 +303,26 @@ AT_STEP_3 = {9: 1e6}  # the first microbatch of step 3
 
 def plain() -> Any:
     return fresh("plain sgd", max_grad_norm=0.1)
+
+
+def test_the_first_steps_are_watched_as_well() -> None:
+    """Ten times the largest value so far, and at least 10 nats; the rise of a healthy run is none."""
+    detector = SpikeDetector(SpikeSettings())
+    healthy = (0.0, 0.7, 1.7, 2.9, 5.1, 8.0, 8.4, 8.9, 12.9, 14.2)  # the demo's
+    for kl in healthy:
+        assert detector.spike("kl", kl) is None
+        detector.remember("kl", kl)
+    detector = SpikeDetector(SpikeSettings())
+    assert detector.spike("kl", 97.0) is None  # a policy that was trained before
+    detector.remember("kl", 0.0)
+    assert detector.spike("kl", 9.9) is None
+    assert detector.spike("kl", 238.0) == "the kl is 238, more than 10 times 1"
+    for loss in (0.01, 2.0, 0.3):  # the first samples score
+        assert detector.spike("loss", loss) is None
+        detector.remember("loss", loss)
+    assert detector.spike("loss", 19.0) is None
+    assert detector.spike("loss", -21.0) == "the loss is 21, more than 10 times 2"
+    assert SpikeDetector(SpikeSettings(kl=None)).spike("kl", 1e9) is None
 
 
 def test_a_loss_spike_is_warned_of(

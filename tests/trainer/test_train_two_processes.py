@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainer.managed import PROMPTS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -36,3 +38,9 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     assert first["excluded"] == [0.5, 0.0]
     assert "process 1 failed with RewardFailed" in first["broken"] and "on rank 1 alone" in second["broken"]
     assert "already contains a run" in first["again"] and "already contains a run" in second["again"]
+    assert first["evaluated"] == second["evaluated"]
+    assert [row["prompt"] for row in first["evaluated"]["rows"]] == PROMPTS[:7]
+    assert (first["evaluated"]["ties"], first["evaluated"]["difference"]["value"]) == (7, 0.0)
+    assert first["found"] == second["found"] == []
+    for report in (first, second):
+        assert report["unfit"].startswith("UnfitRun: ") and "learning-rate" in report["unfit"]

@@ -13,7 +13,7 @@ from trl.doctor.batch_checks import Look, check_batch, check_scores
 from trl.doctor.codes import finding
 from trl.doctor.row_checks import RowChecks
 from trl.doctor.setting_checks import check_settings
-from trl.doctor.watch import expects_end
+from trl.doctor.watch import expects_end, unexplained
 from trl.rewards import as_reward
 from trl.rollout import same_queries
 from trl.runs.inputs import load_run_prompts
@@ -87,7 +87,7 @@ def examine(
     else:
         queries, totalled = [prompt.tokens for prompt in loaded], [float(score) for score in scores or ()]
     look = _evaluated(trainer, queries, responses, totalled, sampler_logprobs)
-    return [*findings, *check_batch(trainer, look), *check_scores(totalled)]
+    return [*findings, *unexplained(check_batch(trainer, look), findings), *check_scores(totalled)]
 
 
 def _expects_end(trainer: Learner, prompts: Sequence[Prompt], generation: Mapping[str, Any]) -> bool:

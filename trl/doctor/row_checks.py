@@ -19,11 +19,13 @@ _VALUE_FACTOR = 10.0  # as in batch_checks
 
 
 class _Rule(NamedTuple):
-    """A code, the number of consecutive rows that must break the rule, and what a row says against it, or None."""
+    """When a code is found: after so many consecutive rows that break the rule, and so many samples of the run."""
 
     code: str
     rows: int
     broken: Callable[[RowChecks, Mapping[str, Any]], str | None]
+    """What a row says against it, or None."""
+    samples: int = 0
 
 
 @dataclass
@@ -54,14 +56,16 @@ class RowChecks:
         if self.first is None and number(row, "score/mean") is not None:
             self.first, self.bands = row, bands(self.config, row)
         findings = []
-        for code, rows, broken in _RULES:
-            evidence = None if code in self._found or self.first is None else broken(self, row)
+        for rule in _RULES:
+            code = rule.code
+            evidence = None if code in self._found or self.first is None else rule.broken(self, row)
             self._streaks[code] = 0 if evidence is None else self._streaks[code] + 1
-            if evidence is not None and self._streaks[code] >= rows:
+            enough = self._streaks[code] >= rule.rows and (number(row, "run/episodes") or 0) >= rule.samples
+            if evidence is not None and enough:
                 self._found.add(code)
                 step = int(row["step"])
-                span = f"step {step}" if rows == 1 else f"steps {step - rows + 1} to {step}"
-                findings.append(finding(code, f"{evidence} (in {span})", step=step))
+                span = f"in steps {step - self._streaks[code] + 1} to {step}"
+                findings.append(finding(code, f"{evidence} ({span})", step=step))
         return findings
 
     def key(self, name: str) -> str:
@@ -96,8 +100,7 @@ def _constant_reward(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
         return None
     limit = (METRICS["score/std"].low or 0.0) * max(1.0, abs(first))
     checks._varied |= std > limit or abs(mean - first) > limit
-    samples = number(row, "run/episodes") or 0
-    return None if checks._varied or samples < _SAMPLES else f"All {samples:.0f} scores so far are {mean:g}"
+    return None if checks._varied else f"All {number(row, 'run/episodes') or 0:.0f} scores so far are {mean:g}"
 
 
 def _truncated(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
@@ -109,7 +112,7 @@ def _truncated(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
     if share is None:
         return None
     checks._ended |= share < 0.5
-    if not (checks.expects_end or checks._ended) or (number(row, "run/episodes") or 0) < _SAMPLES:
+    if not (checks.expects_end or checks._ended):
         return None
     length = _length(row)
     return (
@@ -158,8 +161,8 @@ def _values(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
 
 
 _RULES = (
-    _Rule("constant-reward", 3, _constant_reward),
-    _Rule("truncated", 3, _truncated),
+    _Rule("constant-reward", 3, _constant_reward, _SAMPLES),
+    _Rule("truncated", 3, _truncated, _SAMPLES),
     _Rule("kl-above-target", 10, _above_target),
     # Single batches of few samples fall below -1 by chance.
     _Rule("kl-negative", 5, lambda checks, row: checks.outside(row, "objective/kl", "low")),

@@ -20,6 +20,7 @@ class DoctorWatch:
 
     def __init__(self) -> None:
         self._rows = RowChecks({})
+        self._of_settings: list[Finding] = []
 
     def begin(
         self,
@@ -31,29 +32,35 @@ class DoctorWatch:
     ) -> list[Finding]:
         """Looks at models and settings, and at the rows of steps already done."""
         self._rows = RowChecks(config, expects_end=expects_end(trainer, prompts, generation))
-        return [*check_settings(trainer, prompts, generation), *(f for row in rows for f in self._rows.see(row))]
+        self._of_settings = check_settings(trainer, prompts, generation)
+        return [*self._of_settings, *(found for row in rows for found in self._rows.see(row))]
 
     def first_batch(self, trainer: Learner, batch: FirstBatch) -> list[Finding]:
         """Looks at the first batch, before its update."""
         experience = batch.experience
-        return check_batch(
-            trainer,
-            Look(
-                queries=batch.drawn.queries,
-                responses=batch.drawn.responses,
-                mask=experience.rollout.mask,
-                logprobs=experience.old_logprobs,
-                ref_logprobs=experience.ref_logprobs,
-                entropy=experience.entropy,
-                values=experience.old_values if isinstance(experience, ActorCritic) else None,
-                scores=batch.scores,
-                groups=experience.rollout.group.tolist(),
-            ),
+        look = Look(
+            queries=batch.drawn.queries,
+            responses=batch.drawn.responses,
+            mask=experience.rollout.mask,
+            logprobs=experience.old_logprobs,
+            ref_logprobs=experience.ref_logprobs,
+            entropy=experience.entropy,
+            values=experience.old_values if isinstance(experience, ActorCritic) else None,
+            scores=batch.scores,
+            groups=experience.rollout.group.tolist(),
+            fresh=trainer._trl_steps_done == 0,
         )
+        return unexplained(check_batch(trainer, look), self._of_settings)
 
     def row(self, row: Mapping[str, Any]) -> list[Finding]:
         """Looks at the metrics of a step."""
         return self._rows.see(row)
+
+
+def unexplained(of_batch: Sequence[Finding], of_settings: Sequence[Finding]) -> list[Finding]:
+    """The findings of a batch that do not merely show what a setting already explains."""
+    reshaped = any(found.code in ("temperature-mismatch", "sampling-reshaped") for found in of_settings)
+    return [found for found in of_batch if not (reshaped and found.code == "sampler-mismatch")]
 
 
 def expects_end(trainer: Learner, prompts: Sequence[Prompt], generation: Mapping[str, Any]) -> bool:

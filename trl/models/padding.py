@@ -52,7 +52,7 @@ def ignores_padding(model: nn.Module) -> bool:
             )
             if not is_encoder_decoder(model):
                 hint = ": load it with is_decoder=True" if getattr(base.config, "is_decoder", None) is False else ""
-                raise ValueError(problem + hint)
+                raise ValueError(f"{problem}{hint}. See docs/doctor.md#not-causal")
             logger.warning("%s", problem)
         if probe.padding is not None:
             logger.info("%s: only sequences of equal length share a pass: %s", name, probe.padding)

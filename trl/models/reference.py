@@ -82,7 +82,7 @@ def check_reference(reference: nn.Module, model: nn.Module) -> None:
     if shared:
         raise ValueError(
             f"ref_model shares {len(shared)} trained parameters with the model, such as {shared[0]}, and would change with it: "
-            "omit ref_model, or create it with create_reference_model(model)"
+            "omit ref_model, or create it with create_reference_model(model). See docs/doctor.md#reference-is-policy"
         )
 
 

@@ -356,6 +356,11 @@ class PolicyTrainer(ResumableTrainer):
     def _trl_begin_call(self) -> None:
         """Applies changed settings and checks that the model can be trained in its current state."""
         self.config.validate()
+        if self.ref_model is self.model:  # set after the trainer was made, which refuses it
+            raise ValueError(
+                "trainer.ref_model is trainer.model, so that the KL is always 0: set it to create_reference_model(model). See "
+                "docs/doctor.md#reference-is-policy"
+            )
         self.kl_ctl = self._trl_live_settings.follow(self.config, self.optimizer, self.kl_ctl)
         self._trl_warn_of_missing_parameters()
         if self.is_peft_model:
