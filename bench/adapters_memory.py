@@ -101,7 +101,10 @@ def run(job: str, root: Path, base: str) -> dict[str, float]:
         trainer.step(queries, responses, scores)
     distinct = {id(p): p for m in models for p in m.parameters()}.values()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return {"parameters": sum(p.numel() * p.element_size() for p in distinct) / 2**20, "peak": int(peak.split()[1]) / 1024}
+    return {
+        "parameters": sum(p.numel() * p.element_size() for p in distinct) / 2**20,
+        "peak": int(peak.split()[1]) / 1024,
+    }
 
 
 def main() -> None:

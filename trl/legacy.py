@@ -38,6 +38,7 @@ _HOMES = {
 _PLACES = {
     "trl": """is_bitsandbytes_available is_diffusers_available is_liger_kernel_available is_llmblender_available
         is_npu_available is_openai_available is_pil_available is_wandb_available is_xpu_available""",
+    "trl.extras.best_of_n_sampler": "SUPPORTED_ARCHITECTURES",
     "trl.models": "is_diffusers_available",
     "trl.models.modeling_base": """LAYER_PATTERNS PreTrainedModelWrapper create_reference_model is_npu_available
         is_peft_available is_transformers_greater_than is_xpu_available""",

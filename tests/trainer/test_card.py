@@ -183,7 +183,9 @@ def test_how_it_was_trained(make_trainer: Any, make_batch: Any, tmp_path: Path) 
 
 def test_data_and_results_are_stated(make_trainer: Any, tmp_path: Path, hub: type[Hub]) -> None:
     trainer = make_trainer()
-    trainer.create_model_card(str(tmp_path), data="1,000 reviews; score of a classifier.", metrics={"eval/win": 0.71349})
+    trainer.create_model_card(
+        str(tmp_path), data="1,000 reviews; score of a classifier.", metrics={"eval/win": 0.71349}
+    )
     card = (tmp_path / "README.md").read_text()
     assert " samples. Data: 1,000 reviews; score of a classifier.\n" in card
     assert "## Results" in card and "| `eval/win` | 0.7135 |" in card

@@ -90,9 +90,7 @@ def _check_ties(base: Any, state: dict[str, Tensor]) -> None:
     if not getattr(base.config.get_text_config(decoder=True), "tie_word_embeddings", False):
         return
     names = {id(module): name for name, module in base.named_modules()}
-    keys = [
-        f"{names.get(id(module))}.weight" for module in (base.get_input_embeddings(), base.get_output_embeddings())
-    ]
+    keys = [f"{names.get(id(module))}.weight" for module in (base.get_input_embeddings(), base.get_output_embeddings())]
     first, second = (state.get(key) for key in keys)
     if first is not None and second is not None and not torch.equal(first, second):
         raise ValueError(
