@@ -37,7 +37,7 @@ def load(base: Path, bits: str) -> Any:
 @pytest.mark.skipif(INSTALLED, reason="bitsandbytes is installed")
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_without_bitsandbytes_the_error_says_what_to_install(base: Path, bits: str) -> None:
-    with pytest.raises(ImportError, match="pip install .*bitsandbytes"):
+    with pytest.raises(ImportError, match=r"pip install .*bitsandbytes"):
         load(base, bits)
 
 

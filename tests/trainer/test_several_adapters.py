@@ -58,7 +58,7 @@ def test_a_run_trains_the_policy_alone(folders: Path, tmp_path: Path) -> None:
     assert trainer.ref_model is None
     before = frozen(trainer)
     moving = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    assert all("lora_" in name and ".default." in name or "v_head" in name for name in moving)
+    assert all(("lora_" in name and ".default." in name) or "v_head" in name for name in moving)
     result = run(trainer, reward=AdapterReward(trainer.model), run_dir=tmp_path / "run", save_every=1)
     assert result.steps == 3
     rows, samples = recorded(tmp_path / "run")
