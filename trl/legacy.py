@@ -52,6 +52,7 @@ _PLACES = {
         is_npu_available is_openai_available is_pil_available is_wandb_available is_xpu_available""",
     "trl.data_utils": """apply_chat_template extract_prompt is_conversational maybe_apply_chat_template maybe_extract_prompt
         maybe_unpair_preference_dataset unpair_preference_dataset""",
+    "trl.extras.best_of_n_sampler": "SUPPORTED_ARCHITECTURES",
     "trl.models": "is_diffusers_available",
     "trl.models.modeling_base": """LAYER_PATTERNS PreTrainedModelWrapper create_reference_model is_npu_available
         is_peft_available is_transformers_greater_than is_xpu_available""",

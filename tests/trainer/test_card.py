@@ -181,3 +181,21 @@ def test_how_it_was_trained(make_trainer: Any, make_batch: Any, tmp_path: Path) 
     assert f"torch {importlib.metadata.version('torch')}" in card
     assert re.search(r"trl 0\.\S+ \(a from-scratch implementation .*not the `trl` of the Python Package Index\)", card)
     assert "huggingface/trl" not in card  # another project
+
+
+def test_data_and_results_are_stated(make_trainer: Any, tmp_path: Path, hub: type[Hub]) -> None:
+    trainer = make_trainer()
+    trainer.create_model_card(
+        str(tmp_path), data="1,000 reviews; score of a classifier.", metrics={"eval/win": 0.71349}
+    )
+    card = (tmp_path / "README.md").read_text()
+    assert " samples. Data: 1,000 reviews; score of a classifier.\n" in card
+    assert "## Results" in card and "| `eval/win` | 0.7135 |" in card
+    assert "datasets" not in metadata_of(card)
+    trainer.create_model_card(str(tmp_path))
+    assert "Data:" not in (tmp_path / "README.md").read_text() and "Results" not in (tmp_path / "README.md").read_text()
+    trainer.push_to_hub("me/model", data="you/reviews", metrics={"kl": 3.0}, commit_message="best")
+    upload = hub.calls[-1]
+    assert upload[3] == {"commit_message": "best"}
+    uploaded = upload[4]["README.md"].decode()
+    assert metadata_of(uploaded)["datasets"] == ["you/reviews"] and "| `kl` | 3 |" in uploaded

@@ -6,12 +6,13 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trl import legacy
 from trl.core import set_seed
 from trl.models import PreTrainedModelWrapper
 from trl.models.limits import context_length, vocabulary_sizes
@@ -263,3 +264,7 @@ def _takes_texts(scorer: Any) -> bool:
 
 def _same_device(given: torch.device, actual: torch.device) -> bool:
     return given.type == actual.type and given.index in (None, actual.index)
+
+
+if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+    __getattr__ = legacy.lookup(__name__)

@@ -296,6 +296,7 @@ class PreTrainedModelWrapper(nn.Module):
                 if has_adapter and not allow_pickle:
                     loading.warn_of_unread_pickle(source, hub)
         wrapper.post_init(head)
+        hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}  # of the policy
         if reward_adapter is not None:
             wrapper.add_and_load_reward_modeling_adapter(
                 reward_adapter, reward_adapter_name, allow_pickle=allow_pickle, **hub

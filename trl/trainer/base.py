@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,15 +75,25 @@ class BaseTrainer:
         """The model that `save_pretrained` saves."""
         return self.accelerator.unwrap_model(self.model)
 
-    def create_model_card(self, path: str, model_name: str | None = "TRL Model") -> None:
+    def create_model_card(
+        self,
+        path: str,
+        model_name: str | None = "TRL Model",
+        *,
+        data: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Writes a model card to `README.md` in the folder `path`.
 
-        The card names the base model and the training settings and shows how to load the model. Needs no network.
+        The card names the base model and the training settings, states data and results where they are given, and shows
+        how to load the model. Needs no network.
 
         Args:
             path: existing folder.
             model_name: title of the card. If it is a hub id (`user/name`), the card's example code loads that id;
                 otherwise it loads the folder.
+            data: what the prompts and the reward were, in words; or the Hub id of the dataset.
+            metrics: results by name, such as those of a held-out evaluation.
         """
         is_id = model_name is not None and "/" in model_name and HUB_ID.fullmatch(model_name)
         card = model_card(
@@ -93,16 +104,29 @@ class BaseTrainer:
             steps=self._trl_steps_done,
             samples=int(self.config.batch_size) * self.accelerator.num_processes,
             algorithm=self._trl_choices,
+            data=data,
+            metrics=metrics,
         )
         (Path(path) / "README.md").write_text(card, encoding="utf-8")
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs: Any) -> Any:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        data: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Saves the model to a temporary folder and uploads it to the Hugging Face Hub, on the main process.
 
         Args:
             repo_id: `user/name`, or `name` in the namespace of the token's user; created if missing.
             private: whether a newly created repository is private.
             token: Hub token; None uses the machine's login.
+            data: for the model card, see `create_model_card`.
+            metrics: likewise.
             **kwargs: arguments of `huggingface_hub.HfApi.upload_folder`, such as `commit_message`.
 
         Returns:
@@ -114,7 +138,9 @@ class BaseTrainer:
         self._trl_fetch_card_of_base(token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            self.create_model_card(folder, model_name=repo_id)
+            about: dict[str, Any] = {"data": data, "metrics": metrics}  # a subclass may not know them
+            about = {name: value for name, value in about.items() if value is not None}
+            self.create_model_card(folder, model_name=repo_id, **about)
             return upload_folder(folder, repo_id=repo_id, token=token, **kwargs)
 
     def _trl_fetch_card_of_base(self, token: str | None) -> None:

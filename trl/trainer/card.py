@@ -46,13 +46,20 @@ model = {plain_class}.from_pretrained(source)
 
 {head_use}## Training
 
-{method}: {steps} steps of {samples} samples.
+{method}: {steps} steps of {samples} samples.{data}
 
 | setting | value |
 | --- | --- |
 {settings}
 
 All other settings are the defaults. Versions: {versions}.
+{results}"""
+_RESULTS = """
+## Results
+
+| metric | value |
+| --- | --- |
+{rows}
 """
 _HEAD_USE = """With the value head, to continue training:
 
@@ -77,6 +84,8 @@ def model_card(
     steps: int,
     samples: int,
     algorithm: Mapping[str, str],
+    data: str | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> str:
     """Renders a model card in Markdown with the Hub's metadata header, secrets redacted.
 
@@ -88,6 +97,8 @@ def model_card(
         steps: calls to `step` so far.
         samples: samples per step, over all processes.
         algorithm: its name and choices in words; PPO's are settings.
+        data: what the prompts and the reward were, in words or Markdown; a Hub dataset id also goes to the metadata.
+        metrics: results by name.
     """
     import yaml
 
@@ -95,6 +106,8 @@ def model_card(
 
     with_head = algorithm["name"] == "ppo"  # others train no critic, and save none
     metadata = _metadata(model, algorithm["name"])
+    if data is not None and "/" in data and HUB_ID.fullmatch(data):
+        metadata["datasets"] = [data]
     base_model = metadata.get("base_model")
     base_links = ", ".join(
         f"[{name}](https://huggingface.co/{name})"
@@ -115,6 +128,10 @@ def model_card(
         source=f'"{repo_id}"' if repo_id else '"."  # the folder of this file',
         steps=steps,
         samples=samples,
+        data=f" Data: {data.rstrip('.')}." if data else "",
+        results=_RESULTS.format(rows="\n".join(f"| `{name}` | {value:.4g} |" for name, value in metrics.items()))
+        if metrics
+        else "",
         settings="\n".join(
             f"| `{name}` | `{value}` |"
             for name, value in ({k: v for k, v in algorithm.items() if k != "name"} | _settings(config)).items()
