@@ -33,7 +33,6 @@ def test_every_home_is_asked_for() -> None:
 def test_no_name_is_both_here_and_advised_against() -> None:
     paths = {f"{module}.{name}" for module, names in legacy.ALIASES.items() for name in names} | set(legacy.ALIASES)
     assert [path for path in sorted(paths) if legacy.advice(path)] == []
-    assert not set(legacy._LATER) & set(legacy._GONE)
 
 
 @pytest.mark.parametrize(
