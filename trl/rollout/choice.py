@@ -54,7 +54,7 @@ def choose_engine(
         critic: watches the critic's values in our own loop, unless it samples greedily.
     """
     bare = getattr(model, "pretrained_model", model)
-    problem = _self_check(bare)
+    problem = known_obstacle(bare)
     placeholder: Mapping[str, Any] = {"max_new_tokens": 1} if limits_are_drawn else {}  # `limits` replaces it
     request = local_sampling(model.generation_config, {**kwargs, **placeholder})
     reason = problem or (request if isinstance(request, str) else None)
@@ -76,7 +76,8 @@ def choose_engine(
     )
 
 
-def _self_check(model: nn.Module) -> str | None:
+def known_obstacle(model: nn.Module) -> str | None:
+    """Returns what `obstacle` says of a plain model in evaluation mode; each model is tried once."""
     if model not in _SELF_CHECKS:
         _SELF_CHECKS[model] = obstacle(model)
     return _SELF_CHECKS[model]
