@@ -168,7 +168,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         ([[]], {}, r"query 0 has shape \[0\]"),
         (torch.tensor(QUERIES[:1]), {}, r"query 0 has shape \[1, 2\]"),
         ([4, 99], {}, "token ids from 4 to 99; the model has 61"),
-        ([4] * 62, {}, "would exceed the model's context of 64"),
+        ([[5], [4] * 62], {}, r"query_tensor\[1\]: .* would exceed the model's context of 64"),
         (QUERIES, {"max_new_tokens": 3}, "both set the length"),
         (QUERIES, {"device": "meta"}, "device=meta is not the model's, cpu"),
         (QUERIES, {"num_return_sequences": 2}, "num_return_sequences=2 is not supported"),

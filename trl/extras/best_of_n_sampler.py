@@ -216,7 +216,8 @@ class BestOfNSampler:
             is_encoder_decoder=seq2seq,
         )
         if limits is not None:
-            check_context(lengths, limits, context_length(model), is_encoder_decoder=seq2seq)
+            each = slice(None, None, self.sample_size)  # so that an error names the query's own index
+            check_context(lengths[each], limits[each], context_length(model), is_encoder_decoder=seq2seq)
         with eval_mode(model):
             choice = choose_engine(
                 model,

@@ -1,7 +1,7 @@
 """Sampling responses from a policy: rollout engines, and the arguments of a `generate` call."""
 
 from trl.rollout.assembly import rollout_rows, same_queries
-from trl.rollout.choice import Choice, choose_engine, decoding_obstacle
+from trl.rollout.choice import Choice, choose_engine, known_obstacle
 from trl.rollout.generation_settings import (
     check_context,
     check_sampling,
@@ -24,7 +24,7 @@ __all__ = [
     "check_context",
     "check_sampling",
     "choose_engine",
-    "decoding_obstacle",
+    "known_obstacle",
     "local_sampling",
     "new_token_limits",
     "obstacle",

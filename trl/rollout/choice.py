@@ -54,7 +54,7 @@ def choose_engine(
         critic: watches the critic's values in our own loop, unless it samples greedily.
     """
     bare = getattr(model, "pretrained_model", model)
-    problem = decoding_obstacle(bare)
+    problem = known_obstacle(bare)
     placeholder: Mapping[str, Any] = {"max_new_tokens": 1} if limits_are_drawn else {}  # `limits` replaces it
     request = local_sampling(model.generation_config, {**kwargs, **placeholder})
     reason = problem or (request if isinstance(request, str) else None)
@@ -76,8 +76,8 @@ def choose_engine(
     )
 
 
-def decoding_obstacle(model: nn.Module) -> str | None:
-    """Why our own loop cannot decode a model, by a self-check that runs once; None if it can."""
+def known_obstacle(model: nn.Module) -> str | None:
+    """Returns what `obstacle` says of a plain model in evaluation mode; each model is tried once."""
     if model not in _SELF_CHECKS:
         _SELF_CHECKS[model] = obstacle(model)
     return _SELF_CHECKS[model]

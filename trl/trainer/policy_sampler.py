@@ -21,7 +21,7 @@ from trl.rollout import (
     check_context,
     check_sampling,
     choose_engine,
-    decoding_obstacle,
+    known_obstacle,
     new_token_limits,
     replayed_logprobs,
     rollout_rows,
@@ -160,7 +160,7 @@ class PolicySampler:
         """
         policy = self._unwrap(model)
         with eval_mode(policy):
-            if decoding_obstacle(policy.pretrained_model) is not None:
+            if known_obstacle(policy.pretrained_model) is not None:
                 return None
             with self.compute.fresh_passes():
                 return replayed_logprobs(policy.pretrained_model, queries, responses, temperature=temperature)
