@@ -115,7 +115,7 @@ def test_tensorboard_brings_no_nightly_tensorflow(project: dict[str, Any]):
     assert "trl[datasets,peft,runs,tensorboard]" in project["optional-dependencies"]["test"]
 
 
-def test_the_licence_is_also_that_of_the_models(project: dict[str, Any]):
+def test_the_licence_is_also_that_of_the_models_and_of_the_plots(project: dict[str, Any]):
     licences = {
         line.removeprefix("license:").strip().lower()
         for card in (PACKAGE / "assets").glob("*/README.md")
@@ -125,7 +125,9 @@ def test_the_licence_is_also_that_of_the_models(project: dict[str, Any]):
     assert licences == {"mit"}
     assert project["license"] == "Apache-2.0 AND MIT"
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in project["license-files"]]
-    assert len(texts) == 2 and "Apache License" in texts[0] and "MIT License" in texts[1]
+    models, plots = texts[1:]
+    assert "Apache License" in texts[0] and "MIT License" in models
+    assert "MIT License" in plots and "Leon Sorokin" in plots and (PACKAGE / "report/assets/uPlot.iife.min.js").exists()
 
 
 def test_systems_and_pythons_are_those_that_were_run(project: dict[str, Any]):
@@ -139,7 +141,7 @@ def test_systems_and_pythons_are_those_that_were_run(project: dict[str, Any]):
 
 def test_package_holds_sources_the_type_marker_and_assets_only():
     for name in shipped_files():
-        is_asset = name.startswith("trl/assets/")
+        is_asset = name.startswith(("trl/assets/", "trl/report/assets/", "trl/report/templates/"))
         assert name.endswith(".py") or name == "trl/py.typed" or is_asset, f"{name} is no source and no asset"
     assert "trl/py.typed" in shipped_files()
 

@@ -84,7 +84,7 @@ def hostile_run(path: Path, texts: list[str]) -> Path:
                 text,
                 prompt=text[:900],
                 prompt_id=text[:200],
-                error=text[:900],
+                error="error " + text[:900],
                 tokens=True,
                 finish_reason=text[:50],
                 rewards={names[i - i % 25]: 1.0},

@@ -186,7 +186,7 @@ function heads() {
 function cell(value) {
   // A spreadsheet must not run a text as a formula.
   const text = value === null || value === undefined ? "" : String(value);
-  const safe = typeof value === "string" && /^[\s]*[=+\-@\t\r]/.test(text) ? "'" + text : text;
+  const safe = typeof value === "string" && /^\s*[=+\-@\t\r＝＋－＠]/.test(text) ? "'" + text : text;
   return /[",\r\n;]/.test(safe) ? '"' + safe.replaceAll('"', '""') + '"' : safe;
 }
 function csv() {
