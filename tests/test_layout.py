@@ -15,6 +15,10 @@ PACKAGE = TESTS.parent / "trl"
 TESTED_IN = {
     "algorithms/grpo.py": ("algorithms/test_policy_gradient.py", "grpo"),
     "algorithms/ppo.py": ("conformance/test_system.py", "ppo_minibatches"),
+    "cli/building.py": ("cli/test_estimate.py", "trl.cli.building"),
+    "cli/commands.py": ("cli/test_app.py", "COMMANDS"),
+    "cli/problems.py": ("cli/test_resolve.py", "UsageError"),
+    "cli/sections.py": ("cli/test_resolve.py", "trl.cli.sections"),
     "core.py": ("compat/test_core_functions.py", "logprobs_from_logits"),
     "demo/outcome.py": ("demo/test_terminal.py", "DemoSettings"),
     "doctor/batch_checks.py": ("doctor/test_doctor_page.py", "padding-changes-logprobs"),

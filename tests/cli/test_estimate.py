@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trl.cli import building, catalogue, estimate
+import trl.cli.building as building
+from trl.cli import catalogue, estimate
 from trl.cli.resolve import Flag, Resolved, resolve
 
 

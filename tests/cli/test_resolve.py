@@ -126,3 +126,10 @@ def test_sections_given_as_values(tmp_path: Path) -> None:
 def test_several_rewards_by_flags() -> None:
     found = resolved(flags=(flag("reward.functions", "polite=r.py:f", "classifier:a/b"),))
     assert found["reward.functions"] == {"polite": "r.py:f", "b": "classifier:a/b"}
+
+
+def test_rewards_are_named_by_their_last_word() -> None:
+    from trl.cli.sections import RewardSettings  # trl.cli.sections
+
+    named = RewardSettings(functions=["a/b.py:polite", "classifier:org/model", "other=c:d", "length-penalty"]).functions
+    assert list(named) == ["polite", "model", "other", "length-penalty"]
