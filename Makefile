@@ -85,7 +85,7 @@ coverage: $(READY)  ## the suite with line and branch coverage: 90% of trl/, eve
 	$(PY) -m coverage report --fail-under=90
 
 docs: $(READY)  ## the site in docs/_build/html, warnings being errors; needs the extra docs
-	$(PY) -m sphinx -W --keep-going -q -a -b html docs docs/_build/html $(ARGS)
+	$(PY) -m sphinx -W --keep-going -q -E -a -b html docs docs/_build/html $(ARGS)
 
 docs-tables: $(READY)  ## the parts of the pages that follow from the code: settings, metrics
 	$(PY) scripts/docs_tables.py $(ARGS)
