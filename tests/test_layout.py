@@ -56,6 +56,8 @@ TESTED_IN = {
     "trainer/base.py": ("trainer/test_card.py", "create_model_card"),
     "trainer/construction.py": ("trainer/test_odd_use.py", "create_reference_model"),
     "trainer/kl_controllers.py": ("conformance/test_rewards_kl.py", "AdaptiveKLController"),
+    "trainer/offline/sft_config.py": ("trainer/offline/test_sft_trainer.py", "activation_offloading"),
+    "trainer/offline/stage_config.py": ("trainer/offline/test_stage.py", "compute_dtype"),
     "trainer/policy_trainer.py": ("compat/test_ppo_trainer.py", "prepare_dataloader"),
     "trainer/ppo_compat.py": ("compat/test_ppo_trainer.py", "train_minibatch"),
     "trainer/ppo_config.py": ("compat/test_names_and_signatures.py", "PPOConfig"),

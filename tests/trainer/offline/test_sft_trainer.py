@@ -172,6 +172,12 @@ def test_0_4_6_runs_packed_and_unpacked(tmp_path: Path) -> None:
         assert trainer.state.log_history[-1]["train_loss"] > 0
 
 
+def test_short_rows_are_trained_on(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"dataset_text_field": "text", "max_seq_length": 16, "tokenizer": chat_tokenizer()}
+    trainer = SFTTrainer(tiny_gpt2(), old_arguments(tmp_path), train_dataset=DUMMY, **settings)
+    assert [row["input_ids"] for row in trainer.train_dataset] == [[5, 6, 7, 8, 9, 1]] * 7
+
+
 def test_0_4_6_epochs_end_the_data(tmp_path: Path) -> None:
     data = ConstantLengthDataset(chat_tokenizer(), DUMMY, formatting_func=one, seq_length=6, infinite=True)
     arguments = (

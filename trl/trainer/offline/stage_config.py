@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+import torch
 from transformers import TrainingArguments
 
 from trl.models.precision import ComputeDtype
@@ -62,6 +63,8 @@ class StageConfig(TrainingArguments):
             raise ValueError("fp16=True and bf16=True both set the compute dtype: set only one of them")
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = json.loads(self.model_init_kwargs)
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # or torch warns that there is nothing to pin memory for
         bf16, recompute = self.bf16, self.gradient_checkpointing
         for name in ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             value = getattr(self, name, None)
