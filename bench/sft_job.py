@@ -26,7 +26,7 @@ from typing import Any
 
 SYSTEMS = {  # name in the table: peer ("": this library), settings of SFTConfig
     "this library": ("", {}),
-    "this library, recomputed activations": ("", {"gradient_checkpointing": True}),
+    "this library, no recomputed activations": ("", {"gradient_checkpointing": False}),
     "this library, float32": ("", {"bf16": False}),
     "TRL 1.16": ("1.16", {}),
     "TRL 1.16, no recomputed activations": ("1.16", {"gradient_checkpointing": False}),
