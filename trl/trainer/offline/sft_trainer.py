@@ -183,6 +183,8 @@ class SFTTrainer(StageTrainer):
                     "packing=True needs dataset_text_field or formatting_func, to know a row's text; SFTConfig(packing=True) "
                     "packs rows of any format"
                 )
+            if isinstance(dataset, str | Path):
+                dataset = [row for _, row in open_source(dataset, name)]
             return ConstantLengthDataset(
                 self._trl_tokenizer,
                 dataset,
