@@ -183,6 +183,8 @@ class SFTTrainer(StageTrainer):
                     "packing=True needs dataset_text_field or formatting_func, to know a row's text; SFTConfig(packing=True) "
                     "packs rows of any format"
                 )
+            if isinstance(dataset, str | Path):
+                dataset = [row for _, row in open_source(dataset, name)]
             return ConstantLengthDataset(
                 self._trl_tokenizer,
                 dataset,
@@ -400,7 +402,8 @@ def _max_length(max_seq_length: int | None, settings: SFTConfig, tokenizer: Any,
     asked = settings.max_length if max_seq_length is None else max_seq_length
     limit = context_length(model)
     if asked is not None and limit is not None and asked > limit:
-        logger.warning("rows have at most %d tokens, the model's context, not max_length=%d", limit, asked)
+        level = logging.INFO if asked == SFTConfig.max_length else logging.WARNING
+        logger.log(level, "rows have at most %d tokens, the model's context, not max_length=%d", limit, asked)
     limits = [length for length in (asked, limit) if length is not None]
     return min([*limits, int(tokenizer.model_max_length)]) if limits else None
 
