@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import AutoModelForSequenceClassification, TrainingArguments, set_seed
 
 from trl.data.formats import prepare
 from trl.data.pairs import PairCollator, dropped, token_ids
@@ -157,8 +157,8 @@ class RewardTrainer(PreferenceTrainer):
     ) -> None:
         if (model is None) == (model_init is None):
             raise ValueError("pass either model or model_init")
+        set_seed(TrainingArguments.seed if args is None else args.seed)  # of a new score layer and a new adapter
         if model_init is not None:
-            set_seed(42 if args is None else args.seed)
             model = model_init()
         args = RewardConfig.from_arguments(args, output_dir=name_of(model, "reward"))
         args = with_old_arguments(with_quantization(args, model, quantization_config), {"max_length": max_length}, {})
