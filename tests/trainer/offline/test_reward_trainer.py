@@ -337,3 +337,10 @@ def test_a_new_score_layer_and_adapter_depend_on_the_seed_alone(tmp_path: Path) 
 
     first, again, other = weights(1), weights(1), weights(2)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("margin", [None, "much", float("nan"), True])
+def test_a_margin_that_is_no_number_is_shown(margin: Any, tmp_path: Path) -> None:
+    rows = [ROWS[0] | {"margin": 1.0}, ROWS[1] | {"margin": margin}]
+    with pytest.raises(ValueError, match=r"train_dataset\[1\], column 'margin', is .*: expected a finite number"):
+        trainer(tmp_path, train_dataset=rows)

@@ -101,6 +101,8 @@ def with_old_arguments(args: P, given: Mapping[str, Any], refused: Mapping[str, 
                     f"{name}={value!r} contradicts {type(args).__name__}({name}={before!r}): set it in one of them alone"
                 )
             setattr(changed, name, value)
+    if vars(changed) == vars(args):
+        return args
     changed.check()
     return changed
 

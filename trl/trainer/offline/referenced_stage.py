@@ -76,7 +76,10 @@ class ReferencedTrainer(PreferenceTrainer):
         model = load_policy(model, args)
         self.is_encoder_decoder = is_encoder_decoder(model)
         if args.is_encoder_decoder not in (None, self.is_encoder_decoder):
-            raise ValueError(f"is_encoder_decoder={args.is_encoder_decoder}: {type(model).__name__} is none, or is one")
+            raise ValueError(
+                f"is_encoder_decoder={args.is_encoder_decoder}, but {type(base_language_model(model)).__name__} is "
+                f"{'one' if self.is_encoder_decoder else 'none'}: leave it out"
+            )
         self.args = args
         self.processing_class = stage_tokenizer(processing_class, tokenizer, model, args)
         model = with_adapter(model, peft_config)
