@@ -64,6 +64,8 @@ TESTED_IN = {
     "trainer/offline/referenced_config.py": ("trainer/offline/test_dpo_trainer.py", "precompute_ref_log_probs"),
     "trainer/offline/referenced_stage.py": ("trainer/offline/test_dpo_trainer.py", "caches_reference"),
     "trainer/offline/reward_config.py": ("trainer/offline/test_reward_trainer.py", "RewardConfig"),
+    "trainer/offline/sft_config.py": ("trainer/offline/test_sft_trainer.py", "activation_offloading"),
+    "trainer/offline/stage_config.py": ("trainer/offline/test_stage.py", "compute_dtype"),
     "trainer/policy_trainer.py": ("compat/test_ppo_trainer.py", "prepare_dataloader"),
     "trainer/ppo_compat.py": ("compat/test_ppo_trainer.py", "train_minibatch"),
     "trainer/ppo_config.py": ("compat/test_names_and_signatures.py", "PPOConfig"),

@@ -102,3 +102,12 @@ def test_shapes_and_temperature_are_checked() -> None:
         projected(hidden, weight[:, :5], tokens)
     with pytest.raises(ValueError, match="temperature=0"):
         projected(hidden, weight, tokens, temperature=0)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_most_likely_tokens_are_told(block: tuple[int, int] | None) -> None:
+    hidden, weight, _, tokens = case()
+    best = (hidden @ weight.T).argmax(dim=-1)
+    tokens[::2] = best[::2]
+    top1 = projection.projected_predictions(hidden, weight, tokens, block=block, entropy=False)[2]
+    assert top1.tolist() == (tokens == best).tolist() and top1[::2].all() and not top1.all()

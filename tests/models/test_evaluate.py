@@ -191,6 +191,26 @@ class Widths:
         trunk.get_output_embeddings().register_forward_hook(lambda m, a, out: self.seen.append(out.shape[1]))
 
 
+@pytest.mark.parametrize("projects", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_most_likely_tokens_are_told(side: str, projects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not projects:
+        plain = predictions.Abilities(False, False)
+        monkeypatch.setattr(import_module("trl.models.evaluate"), "abilities", lambda model: plain)
+    model, rollout = tiny_llama(), make_rollout(side)
+    best = evaluate(model, rollout, return_logits=True).logits
+    assert best is not None
+    tokens = rollout.tokens.clone()
+    tokens[:, 1:][rollout.mask] = best.argmax(dim=-1)[rollout.mask]  # the last of each stays most likely; others change
+    changed = replace(rollout, tokens=tokens)
+    got = evaluate(model, changed, top1=True, response_only=True).top1
+    logits = evaluate(model, changed, return_logits=True).logits
+    assert got is not None and logits is not None
+    assert torch.equal(got[rollout.mask], (logits.argmax(dim=-1) == tokens[:, 1:])[rollout.mask])
+    assert got[rollout.mask].any() and not got[~rollout.mask].any()
+    assert evaluate(model, changed).top1 is None
+
+
 @pytest.mark.kernel
 def test_only_the_response_goes_through_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     trunk, rollout = tiny_gpt2(), make_rollout("left")

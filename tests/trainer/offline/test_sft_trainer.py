@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from tests.trainer.offline.data import chat_tokenizer, chats, model_folder, pair
 from trl import ConstantLengthDataset, DataCollatorForCompletionOnlyLM, SFTConfig, SFTTrainer
 from trl.trainer.offline.sft_trainer import supervised_rollout
 
+ROOT = Path(__file__).parents[3]
 MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
 
@@ -170,6 +175,12 @@ def test_0_4_6_runs_packed_and_unpacked(tmp_path: Path) -> None:
         trainer = SFTTrainer(tiny_gpt2(), old_arguments(tmp_path), None, DUMMY, None, chat_tokenizer(), **settings)
         trainer.train()
         assert trainer.state.log_history[-1]["train_loss"] > 0
+
+
+def test_short_rows_are_trained_on(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"dataset_text_field": "text", "max_seq_length": 16, "tokenizer": chat_tokenizer()}
+    trainer = SFTTrainer(tiny_gpt2(), old_arguments(tmp_path), train_dataset=DUMMY, **settings)
+    assert [row["input_ids"] for row in trainer.train_dataset] == [[5, 6, 7, 8, 9, 1]] * 7
 
 
 def test_0_4_6_epochs_end_the_data(tmp_path: Path) -> None:
@@ -381,3 +392,23 @@ def test_a_resumed_run_is_equal_to_the_bit(settings: dict[str, Any], tmp_path: P
         assert torch.equal(a, b), name
     rows = [[r for r in t.state.log_history if "loss" in r] for t in (whole, resumed)]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    def start(folder: str, *arguments: str) -> subprocess.Popen[bytes]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "tests.trainer.offline.killed_sft", str(tmp_path / folder), *arguments]
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    assert start("whole").wait(timeout=240) == 0
+    killed = start("killed")
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "killed/out/checkpoint-5").exists() and time.monotonic() < deadline:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()  # possibly in the middle of this save
+    killed.wait()
+    assert not (tmp_path / "killed/digest").exists()
+    assert start("killed", "resume").wait(timeout=240) == 0
+    assert (tmp_path / "killed/digest").read_text() == (tmp_path / "whole/digest").read_text()

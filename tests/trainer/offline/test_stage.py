@@ -13,7 +13,15 @@ from tests.helpers import EOS, PAD, tiny_llama, tiny_tokenizer
 from tests.trainer.offline.data import model_folder, quiet, texts
 from trl.trainer.offline.sft_config import SFTConfig
 from trl.trainer.offline.sft_trainer import SFTTrainer
-from trl.trainer.offline.stage import load_stage_model, name_of, set_eos_token, stage_tokenizer, with_adapter
+from trl.trainer.offline.stage import (
+    last_whole_checkpoint,
+    load_stage_model,
+    name_of,
+    set_eos_token,
+    set_recomputation,
+    stage_tokenizer,
+    with_adapter,
+)
 from trl.trainer.offline.stage_config import StageConfig
 
 
@@ -110,10 +118,10 @@ def test_adapters() -> None:
         with_adapter(tiny_llama(), {"r": 2})
 
 
-def trained(tmp_path: Path, **settings: Any) -> Any:
+def trained(tmp_path: Path, resume: bool | None = None, **settings: Any) -> Any:
     config = SFTConfig(str(tmp_path), **quiet(learning_rate=0.05, max_grad_norm=0.5, logging_steps=1, **settings))
     trainer = SFTTrainer(tiny_llama(), config, train_dataset=texts(16), processing_class=tiny_tokenizer())
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -139,8 +147,18 @@ def test_bfloat16_steps_follow_those_in_float32(accumulation: int, tmp_path: Pat
 
 
 def test_recomputed_activations_change_no_number(tmp_path: Path) -> None:
-    plain, recomputed = trained(tmp_path), trained(tmp_path, gradient_checkpointing=True)
+    plain, recomputed = trained(tmp_path, gradient_checkpointing=False), trained(tmp_path)
     assert torch.equal(weights(plain), weights(recomputed))
+    forwards = ["forward" in vars(t.model.model.layers[0]) for t in (plain, recomputed)]
+    assert forwards == [False, True]
+
+
+def test_models_that_cannot_recompute_keep_activations_unless_asked(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.supports_gradient_checkpointing = False
+    set_recomputation(model, SFTConfig(str(tmp_path)))
+    with pytest.raises(ValueError, match="gradient_checkpointing=True: LlamaForCausalLM does not support"):
+        set_recomputation(model, SFTConfig(str(tmp_path), gradient_checkpointing=True))
 
 
 def test_accumulation_changes_no_number_but_rounding(tmp_path: Path) -> None:
@@ -149,3 +167,14 @@ def test_accumulation_changes_no_number_but_rounding(tmp_path: Path) -> None:
     for row, other in zip(whole.state.log_history[:2], parts.state.log_history[:2], strict=True):
         for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
             assert abs(row[name] - other[name]) < 1e-4 * abs(row[name]) + 1e-6
+
+
+def test_the_last_whole_checkpoint_is_resumed(tmp_path: Path) -> None:
+    for step, state in ((2, "{}"), (10, "{}"), (12, '{"epoch"'), (13, None), (3, "{}")):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    with pytest.raises(ValueError, match="no checkpoint that was saved to its end"):
+        trained(tmp_path / "empty", resume=True)

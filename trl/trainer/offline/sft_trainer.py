@@ -400,7 +400,8 @@ def _max_length(max_seq_length: int | None, settings: SFTConfig, tokenizer: Any,
     asked = settings.max_length if max_seq_length is None else max_seq_length
     limit = context_length(model)
     if asked is not None and limit is not None and asked > limit:
-        logger.warning("rows have at most %d tokens, the model's context, not max_length=%d", limit, asked)
+        level = logging.INFO if asked == SFTConfig.max_length else logging.WARNING
+        logger.log(level, "rows have at most %d tokens, the model's context, not max_length=%d", limit, asked)
     limits = [length for length in (asked, limit) if length is not None]
     return min([*limits, int(tokenizer.model_max_length)]) if limits else None
 

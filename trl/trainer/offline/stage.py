@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,8 +44,8 @@ class StageTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, model: Any, args: StageConfig, **kwargs: Any) -> None:
-        if args.gradient_checkpointing and model is not None:
-            recompute_activations(model)
+        if model is not None:
+            set_recomputation(model, args)
         self._trl_tallies: dict[str, dict[str, Tally]] = {"train": {}, "eval": {}}
         self._trl_compute: Compute | None = None
         self._trl_stale = True  # weights may have changed since the bfloat16 copies were made
@@ -61,8 +63,7 @@ class StageTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> Any:
         """Builds the model anew; see `model_init`."""
         model = super().call_model_init(trial)
-        if self.args.gradient_checkpointing:
-            recompute_activations(model)
+        set_recomputation(model, self.args)
         self._trl_compute, self._trl_stale = None, True
         return model
 
@@ -122,10 +123,22 @@ class StageTrainer(Trainer):
         self._trl_passes().weights_changed()
         self._trl_stale = False
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains; as `transformers.Trainer.train`, with `resume_from_checkpoint`."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; as `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in `args.output_dir`: a run that was
+                killed in the middle of a save leaves one that is not.
+            *args: passed on.
+            **kwargs: passed on.
+
+        Raises:
+            ValueError: if there is no whole checkpoint.
+        """
         self._trl_stale = True
-        return super().train(*args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of one batch."""
@@ -175,6 +188,27 @@ class StageTrainer(Trainer):
         self._trl_stale = not narrow or any(p.grad is not None for p in self.model.parameters())
 
 
+def last_whole_checkpoint(folder: str) -> str:
+    """Returns the latest checkpoint in `folder` that was saved to its end.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    steps = {
+        int(path.name.rpartition("-")[2]): path
+        for path in Path(folder).glob("checkpoint-*")
+        if path.name[11:].isdigit()
+    }
+    for _, path in sorted(steps.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # transformers writes it last
+        except (OSError, ValueError):
+            logger.warning("%s was not saved to its end: going on from the checkpoint before it", path)
+            continue
+        return str(path)
+    raise ValueError(f"resume_from_checkpoint=True, but {folder} has no checkpoint that was saved to its end")
+
+
 # --- Arguments of the constructors ---
 
 
@@ -207,6 +241,22 @@ def load_stage_model(model: Any, parent: Any, args: StageConfig) -> Any:
             f"model is a {type(model).__name__}: expected a transformers or PEFT model, a hub id or a folder"
         )
     return model
+
+
+def set_recomputation(model: Any, args: StageConfig) -> None:
+    """Turns on recomputed activations, which last as long as the model, unless `args` or the architecture rule them out.
+
+    Raises:
+        ValueError: if `args` ask for them, and transformers does not support them for this architecture.
+    """
+    if args.gradient_checkpointing is False:
+        return
+    try:
+        recompute_activations(model)
+    except ValueError as error:
+        if args.gradient_checkpointing:
+            raise
+        logger.info("activations are kept: %s", error)
 
 
 def with_adapter(model: Any, peft_config: Any) -> Any:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+import torch
 from transformers import TrainingArguments
 
 from trl.models.precision import ComputeDtype
@@ -30,7 +31,8 @@ class StageConfig(TrainingArguments):
         },
     )
     gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations in the backward pass, which saves memory. None: no."}
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass, which saves memory. None: if the model can."},
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained, if the model is given as an id or a folder."}
@@ -62,17 +64,19 @@ class StageConfig(TrainingArguments):
             raise ValueError("fp16=True and bf16=True both set the compute dtype: set only one of them")
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = json.loads(self.model_init_kwargs)
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # or torch warns that there is nothing to pin memory for
         bf16, recompute = self.bf16, self.gradient_checkpointing
         for name in ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             value = getattr(self, name, None)
             if name == "activation_checkpointing":
-                recompute = recompute or value
+                recompute = value if recompute is None else recompute
             elif value and value != {"use_reentrant": False}:
                 raise ValueError(f"{name}={value!r} is not supported: leave it out, or give {{'use_reentrant': False}}")
             setattr(self, name, None)
         self.bf16, self.gradient_checkpointing = False, None  # or accelerate and transformers would wrap the model
         super().__post_init__()
-        self.bf16, self.gradient_checkpointing = bf16, bool(recompute)
+        self.bf16, self.gradient_checkpointing = bf16, recompute
 
     @property
     def compute_dtype(self) -> ComputeDtype:
