@@ -64,7 +64,7 @@ TESTED_IN = {
     "trainer/base.py": ("trainer/test_card.py", "create_model_card"),
     "trainer/construction.py": ("trainer/test_odd_use.py", "create_reference_model"),
     "trainer/kl_controllers.py": ("conformance/test_rewards_kl.py", "AdaptiveKLController"),
-    "trainer/offline/answer_logprobs.py": ("trainer/offline/test_dpo_trainer.py", "ref_chosen_logps"),
+    "trainer/offline/answer_logprobs.py": ("trainer/offline/test_dpo_trainer.py", "ref_model"),
     "trainer/offline/dpo_config.py": ("trainer/offline/test_dpo_trainer.py", "DPOConfig"),
     "trainer/offline/kto_config.py": ("trainer/offline/test_kto_trainer.py", "KTOConfig"),
     "trainer/offline/preference_config.py": ("trainer/offline/test_dpo_trainer.py", "activation_offloading"),

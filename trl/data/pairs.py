@@ -165,8 +165,8 @@ def dropped(total: int, left: int, limit: int | None, name: str) -> None:
     """
     if not left:
         raise ValueError(
-            f"each of the {total} rows of {name} is too long for max_length={limit}: nothing is left of an answer. Set a "
-            "larger max_length, or shorten the prompts with max_prompt_length"
+            f"each of the {total} rows of {name} is too long for max_length={limit}: set a larger max_length, or shorten the "
+            "texts"
         )
     if left < total:
         logger.warning("%s: %d of %d rows are left out as too long for max_length=%s", name, total - left, total, limit)

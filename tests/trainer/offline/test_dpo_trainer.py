@@ -436,3 +436,18 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, same, ref_model=same)
     with pytest.raises(ValueError, match="is_encoder_decoder=True"):
         trainer(tmp_path, is_encoder_decoder=True)
+
+
+def test_settings_on_the_command_line(tmp_path: Path) -> None:
+    from transformers import HfArgumentParser
+
+    words = (
+        f"--output_dir {tmp_path} --loss_type sigmoid sft --loss_weights 1 0.5 --truncation_mode keep_end --beta 0.2"
+    )
+    (args,) = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(words.split())
+    assert (args.loss_type, args.weights, args.truncation_mode, args.beta) == (
+        ["sigmoid", "sft"],
+        [1, 0.5],
+        "keep_end",
+        0.2,
+    )

@@ -319,3 +319,28 @@ def test_calibration_is_that_of_the_gaps(tmp_path: Path) -> None:
     assert_close(diagram.frequency, (gaps > 0).double().mean()[None])
     with pytest.raises(ValueError, match="calibration needs a data set"):
         trainer(tmp_path).calibration()
+
+
+def test_a_new_score_layer_and_adapter_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    import peft
+
+    tiny_llama().save_pretrained(tmp_path / "model")
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
+
+    def weights(seed: int) -> Tensor:
+        torch.rand(seed + 3)  # moves the generator
+        args = settings(RewardConfig, tmp_path, seed=seed)
+        it = RewardTrainer(
+            str(tmp_path / "model"), args, None, ROWS, processing_class=tiny_tokenizer(), peft_config=lora
+        )
+        return torch.cat([p.detach().flatten() for p in it.model.parameters()])
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("margin", [None, "much", float("nan"), True])
+def test_a_margin_that_is_no_number_is_shown(margin: Any, tmp_path: Path) -> None:
+    rows = [ROWS[0] | {"margin": 1.0}, ROWS[1] | {"margin": margin}]
+    with pytest.raises(ValueError, match=r"train_dataset\[1\], column 'margin', is .*: expected a finite number"):
+        trainer(tmp_path, train_dataset=rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,5 +70,6 @@ class KTOConfig(ReferencedConfig):
     def from_arguments(cls, args: Any, *, output_dir: str) -> KTOConfig:
         """As `StageConfig.from_arguments`; plain `TrainingArguments` get the sequential order."""
         if args is not None and not isinstance(args, ReferencedConfig) and args.train_sampling_strategy == "random":
+            args = copy.copy(args)
             args.train_sampling_strategy = "sequential"
         return super().from_arguments(args, output_dir=output_dir)

@@ -44,6 +44,9 @@ class PreferenceConfig(StageConfig):
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
+        if self.ddp_find_unused_parameters is None:
+            # The output layer is used outside the wrapped forward, where DDP would take it for unused.
+            self.ddp_find_unused_parameters = False
         if isinstance(self.pad_to_multiple_of, str):
             none = self.pad_to_multiple_of.lower() in ("auto", "none", "null")
             self.pad_to_multiple_of = None if none else int(self.pad_to_multiple_of)
@@ -101,6 +104,8 @@ def with_old_arguments(args: P, given: Mapping[str, Any], refused: Mapping[str, 
                     f"{name}={value!r} contradicts {type(args).__name__}({name}={before!r}): set it in one of them alone"
                 )
             setattr(changed, name, value)
+    if vars(changed) == vars(args):
+        return args
     changed.check()
     return changed
 

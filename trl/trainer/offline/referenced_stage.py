@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
 
 from trl.data.pairs import AnswerCollator
 from trl.models.adapters import adapter_starts_at_zero, is_peft_model
@@ -72,10 +72,14 @@ class ReferencedTrainer(PreferenceTrainer):
                 "ref_model and peft_config: the base under a new adapter is the reference, so leave ref_model out; to train "
                 "an adapter against another reference, give the model its adapter first with peft.get_peft_model"
             )
+        set_seed(args.seed)  # of a new adapter
         model = load_policy(model, args)
         self.is_encoder_decoder = is_encoder_decoder(model)
         if args.is_encoder_decoder not in (None, self.is_encoder_decoder):
-            raise ValueError(f"is_encoder_decoder={args.is_encoder_decoder}: {type(model).__name__} is none, or is one")
+            raise ValueError(
+                f"is_encoder_decoder={args.is_encoder_decoder}, but {type(base_language_model(model)).__name__} is "
+                f"{'one' if self.is_encoder_decoder else 'none'}: leave it out"
+            )
         self.args = args
         self.processing_class = stage_tokenizer(processing_class, tokenizer, model, args)
         model = with_adapter(model, peft_config)

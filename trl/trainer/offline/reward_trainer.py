@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import AutoModelForSequenceClassification, TrainingArguments, set_seed
 
-from trl.data.formats import prepare
+from trl.data.formats import Prepared, prepare
 from trl.data.pairs import PairCollator, dropped, token_ids
 from trl.functional.preferences import Reliability, pairwise_loss, preference_reliability
 from trl.models.adapters import is_peft_model
@@ -157,8 +157,8 @@ class RewardTrainer(PreferenceTrainer):
     ) -> None:
         if (model is None) == (model_init is None):
             raise ValueError("pass either model or model_init")
+        set_seed(TrainingArguments.seed if args is None else args.seed)  # of a new score layer and a new adapter
         if model_init is not None:
-            set_seed(42 if args is None else args.seed)
             model = model_init()
         args = RewardConfig.from_arguments(args, output_dir=name_of(model, "reward"))
         args = with_old_arguments(with_quantization(args, model, quantization_config), {"max_length": max_length}, {})
@@ -216,7 +216,7 @@ class RewardTrainer(PreferenceTrainer):
             )
             for answer in ("chosen", "rejected")
         }
-        margins = [{"margin": row["margin"]} if row.get("margin") is not None else {} for row in data.rows]
+        margins = [{} if margin is None else {"margin": margin} for margin in _margins(data)]
         rows = PreparedRows(
             {"chosen_ids": np.asarray(chosen, np.int32), "rejected_ids": np.asarray(rejected, np.int32)} | margin
             for chosen, rejected, margin in zip(tokens["chosen"], tokens["rejected"], margins, strict=True)
@@ -307,6 +307,24 @@ def _joined(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
     return joined("input_ids"), joined("attention_mask")
+
+
+def _margins(data: Prepared) -> list[float | None]:
+    """Returns the margin of each row, or None for all of them.
+
+    Raises:
+        ValueError: if some rows have no margin, or one that is no finite number.
+    """
+    margins = [row.get("margin") for row in data.rows]
+    if all(margin is None for margin in margins):
+        return margins
+    for location, margin in zip(data.locations, margins, strict=True):
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not np.isfinite(margin):
+            raise ValueError(
+                f"{location}, column 'margin', is {margin!r}: expected a finite number in every row. Correct the row, or remove "
+                "the column"
+            )
+    return margins
 
 
 def _from_old_columns(row: Mapping[str, Any]) -> dict[str, Any]:
