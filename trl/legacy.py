@@ -119,6 +119,7 @@ _NEVER: Mapping[str, Mapping[str, str]] = {
     "OnlineTrainer with an algorithm from trl.algorithms": {
         "0.9-0.11": "trl.trainer.rloo_config trl.trainer.rloo_trainer",
         "0.11": "RLOOConfig RLOOTrainer",
+        "0.14-1.16": "GRPOConfig GRPOTrainer",
     },
     "ppo_trainer.step(..., response_masks=...), which leaves out the tokens that a tool wrote": {
         "0.7-0.11": "TextEnvironment TextHistory trl.environment",
@@ -185,7 +186,7 @@ _GONE = dict(_entries(_NEVER))
 
 
 def advice(path: str) -> str | None:
-    """Says what to use instead of `path`, a module or a name in a module; None if TRL 0.4 to 0.11 had no such name."""
+    """Says what to use instead of `path`, a module or a name in a module; None if the table has no such name."""
     name = path.rpartition(".")[2]
     if entry := _GONE.get(path) or _GONE.get(name):
         from trl import __version__

@@ -34,6 +34,7 @@ def test_spellings(flag: str, separator: str) -> None:
         ("--model_name_or_path gpt2", "model.name", "gpt2"),
         ("--max_completion_length 9", "generation.max_new_tokens", "9"),
         ("--model gpt2", "model.name", "gpt2"),
+        ("--data p.jsonl", "data.prompts", "p.jsonl"),
         ("--steps 3", "train.steps", "3"),
         ("--temperature 0.7", "ppo.temperature", "0.7"),
         ("--batch-size 8", "ppo.batch_size", "8"),

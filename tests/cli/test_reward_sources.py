@@ -52,6 +52,21 @@ def test_a_function_in_a_file_runs_in_a_process_of_its_own(tmp_path: Path) -> No
         built.close()
 
 
+def test_a_misspelled_function_is_found_without_importing_its_file(tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text("GOOD = 1\nraise SystemExit('imported')\n\ndef happy(completions): ...\n")
+    assert refused("rewards.py:hapy").endswith("rewards.py has no function hapy: did you mean happy?")
+
+
+@pytest.mark.parametrize(
+    "text", ["from scores import *", "globals()['po' + 'lite'] = len", "from scores import nice as polite"]
+)
+def test_a_file_that_makes_its_functions_is_not_judged_by_its_text(text: str, tmp_path: Path) -> None:
+    (tmp_path / "scores.py").write_text(REWARDS.replace("polite", "nice") + REWARDS)
+    (tmp_path / "dynamic.py").write_text(text)
+    flag = Flag(setting=catalogue.settings()["reward.functions"], texts=("dynamic.py:polite",), spelling="--x")
+    assert list(reward_sources.check(resolve("ppo", environment={}, flags=[flag]))) == [str(tmp_path / "dynamic.py")]
+
+
 def test_a_function_in_a_module_of_the_folder_that_shadows_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "scores.py").write_text(REWARDS)
@@ -89,7 +104,7 @@ def test_the_classifier_in_the_package() -> None:
         ("my-rewards.py:f", "cannot be imported: name it in letters and _"),
         ("broken.py:f", "ZeroDivisionError: division by zero"),
         ("syntax.py:f", "SyntaxError"),
-        ("string.py:f", "has the name of another module"),
+        ("string.py:polite", "has the name of another module"),
         ("no_such_module:f", "No module named 'no_such_module'"),
         ("length-penalti", "did you mean length-penalty?"),
         ("polite", "is no reward: expected file.py:function"),
@@ -100,7 +115,7 @@ def test_the_classifier_in_the_package() -> None:
 def test_refused(source: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "rewards.py").write_text(REWARDS)
     (tmp_path / "my-rewards.py").write_text(REWARDS)
-    (tmp_path / "broken.py").write_text("x = 1\ny = x / 0\n")
+    (tmp_path / "broken.py").write_text("f = 1\ny = f / 0\n")
     (tmp_path / "syntax.py").write_text("def f(:\n")
     (tmp_path / "string.py").write_text(REWARDS)
     message = refused(source)

@@ -18,9 +18,18 @@ def in_the_project(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_eval_compares_with_the_base(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     assert main(["eval", "run"]) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert "trained on" not in said  # the run held out 8
     assert printed.startswith("8 prompts; ") and "trained" in printed and "base" in printed and "win rate" in printed
     assert caplog.messages == []  # loading the run's own checkpoint finds nothing changed
+
+
+def test_eval_says_that_it_has_only_the_prompts_of_the_training(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trl.trainer.OnlineTrainer.evaluate", lambda self, prompts, *rest, **options: f"{prompts}")
+    assert main(["eval", "run", "--held-out", "0"]) == 0
+    assert "the run held out no prompts: these are the ones it was trained on" in capsys.readouterr().err
 
 
 def test_eval_on_other_prompts_and_another_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

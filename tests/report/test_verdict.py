@@ -104,3 +104,12 @@ def test_numbers(value: float | None, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (300, "5 min"), (12000, "3 h 20 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_metric_that_only_notes_something_leaves_the_run_healthy(tmp_path: Path) -> None:
+    rows = [row(s, **{"tokens/truncated": 1.0}) for s in range(1, 21)]
+    _, found = judged(tmp_path / "run", rows=rows)
+    assert found.mood == "good" and [d.metric.key for d in found.departures] == ["tokens/truncated"]
+    assert found.sentences[-1].endswith(
+        "stayed in their healthy bands, except for what may be intended: Truncated responses."
+    )

@@ -591,3 +591,31 @@ def test_a_cache_of_an_earlier_version_is_checked(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("7.0", "1e39"))
     with pytest.raises(RewardFailed, match="CachedReward returned the score 1e\\+39 for sample 0"):
         as_reward(as_reward(hostile.length, cache=path), budget=ErrorBudget()).score(BATCH)
+
+
+# Messages ------------------------------------------------------------------------------------------------------------
+
+
+def _divide(completions: list[str]) -> list[float]:
+    return [1 / 0 for _ in completions]
+
+
+@pytest.mark.parametrize("isolation", ["none", "thread", "process"])
+def test_a_failure_shows_the_users_frames_alone(isolation: Any) -> None:
+    reward = as_reward(_divide, isolation=isolation)
+    with pytest.raises(RewardFailed) as raised:
+        reward.score(BATCH)
+    reward.close()
+    text = str(raised.value)
+    assert "in _divide" in text and "return [1 / 0" in text and text.endswith("ZeroDivisionError: division by zero")
+    assert "isolation.py" not in text and "signature.py" not in text and "worker.py" not in text
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [(1.0, "the reward returned 1.0 of type float"), (["good", "bad"], "the score is 'good' of type str")],
+)
+def test_an_answer_that_is_no_score_is_told_in_one_line(answer: Any, said: str) -> None:
+    with pytest.raises(RewardFailed) as raised:
+        as_reward(lambda completions: answer).score(BATCH)
+    assert str(raised.value).count(said) == 1 and "\n" not in str(raised.value)

@@ -95,6 +95,8 @@ def flags() -> dict[str, str]:
                 names.setdefault(setting.name, path)
     for name, (path, _) in RENAMED.items():
         names.setdefault(name, path)
+    for section, path in SHORTHAND.items():
+        names.setdefault(section, path)
     return names | {path: path for path in settings()}
 
 

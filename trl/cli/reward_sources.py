@@ -5,11 +5,12 @@ A reward is code of the operator's choice: its name comes from configuration or 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def check(resolved: Resolved) -> dict[str, str]:
                 problems.append(Problem(text=f"there is no file {file}{near}", where=where))
             elif not path.stem.isidentifier():
                 problems.append(Problem(text=f"{path.name} cannot be imported: name it in letters and _", where=where))
+            elif missing := _missing_function(path, function):
+                problems.append(Problem(text=missing, where=where))
             else:
                 digests[str(path.resolve())] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif kind in _BUILT_IN:
@@ -59,6 +62,26 @@ def check(resolved: Resolved) -> dict[str, str]:
     if problems:
         raise UsageError(problems)
     return digests
+
+
+def _missing_function(path: Path, function: str) -> str | None:
+    """Why a file has no such function, from its text alone; None if it has one or might make it while it is imported."""
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (SyntaxError, ValueError):
+        return None  # importing it says more
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {name for node in nodes if isinstance(node, ast.alias) for name in (node.name, node.asname) if name}
+    functions = [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    makes_names = names & {"*", "globals", "exec", "setattr", "vars"} or "__getattr__" in functions
+    if makes_names or function.partition(".")[0].strip() in names.union(functions):
+        return None
+    return _no_function(path, function, functions)
+
+
+def _no_function(where: Path | str, function: str, functions: Sequence[str]) -> str:
+    near = did_you_mean(function, functions) or f": it has {', '.join(functions) or 'no functions'}"
+    return f"{where} has no function {function}{near}"
 
 
 def _check_options(resolved: Resolved, name: str, kind: str) -> list[Problem]:
@@ -171,8 +194,7 @@ def _function(source: str, folder: str | None) -> Callable[..., Any]:
         raise ValueError(f"{file.name} has the name of another module, {found}: rename it")
     if not hasattr(loaded, function.partition(".")[0]):
         functions = [n for n, value in vars(loaded).items() if inspect.isfunction(value)]
-        near = did_you_mean(function, functions) or f": it has {', '.join(functions) or 'no functions'}"
-        raise ValueError(f"{file or name} has no function {function}{near}")
+        raise ValueError(_no_function(file or name, function, functions))
     return resolve(f"{name}:{function}")
 
 

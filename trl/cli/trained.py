@@ -33,6 +33,10 @@ def evaluate(invocation: Invocation) -> int:
     prompts, held_out = building.prompts(resolved)
     given_prompts = any(flag.setting.path == "data.prompts" for flag in invocation.flags)
     chosen = prompts if held_out is None or given_prompts else held_out
+    if chosen is prompts and not given_prompts:
+        sys.stderr.write(
+            "the run held out no prompts: these are the ones it was trained on (--prompts takes a file of others)\n"
+        )
     reward = reward_sources.build(resolved, started.folder)
     trainer = building.trainer(started.command, resolved, steps=1)
     if trainer.config.max_skipped_updates is None:  # as the run had it, so that loading finds no difference

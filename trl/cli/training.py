@@ -81,7 +81,7 @@ def _run(command: str, resolved: Resolved, kept: Mapping[str, Any], *, folder: s
     last = result.metrics.get("eval/score_mean", result.metrics.get("score/mean"))
     scores = f"; mean score {first:.3f} -> {last:.3f}" if first is not None and last is not None else ""
     if result.findings:
-        _say(f"the doctor has {len(result.findings)} findings: trl doctor {shown}")
+        _say(f"trl doctor {shown} shows what the doctor found, and what to change")
     _say(f"finished: {result.steps} steps, {result.episodes} samples in {_clock(result.seconds)}{scores}")
     _say(_what_next(run, report))
     return 0

@@ -193,4 +193,8 @@ def _health(run: Run, departures: Sequence[Departure]) -> str | None:
         return f"Outside the healthy band now: {', '.join(now)}."
     if past:
         return f"All watched metrics are in their healthy bands now; outside for a while: {', '.join(past)}."
+    if notes := [d.metric.title for d in departures]:
+        return (
+            f"All watched metrics stayed in their healthy bands, except for what may be intended: {', '.join(notes)}."
+        )
     return "All watched metrics stayed in their healthy bands."

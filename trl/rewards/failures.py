@@ -7,6 +7,7 @@ import traceback
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
 _MAX_LINE = 300  # maximum characters of a one-line message
 _MAX_TRACEBACK = 8000  # characters kept from the end of a traceback
+# Modules on the way to the user's function: their frames say nothing about a failure of it.
+_CALLERS = frozenset(
+    Path(__file__).with_name(f"{name}.py") for name in ("function", "isolation", "signature", "values", "worker")
+)
 
 
 class RewardFailed(RuntimeError):
@@ -42,12 +47,16 @@ class Failure:
             return error.failure
         text = str(error)
         line = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        return cls(one_line(line), "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:].rstrip())
+        return cls(one_line(line), "".join(_formatted(error))[-_MAX_TRACEBACK:].rstrip())
 
     @classmethod
     def saying(cls, text: str) -> Failure:
         """Builds a failure from a message, which doubles as the traceback."""
         return cls(one_line(text), text[-_MAX_TRACEBACK:])
+
+    def __str__(self) -> str:
+        """The message, followed by the traceback if it has any frames."""
+        return f"{self.line}\n{self.traceback}" if "\n" in self.traceback else self.line
 
 
 class RowFailed(Exception):
@@ -56,6 +65,14 @@ class RowFailed(Exception):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.line)
         self.failure = failure
+
+
+def _formatted(error: BaseException) -> list[str]:
+    """Formats a traceback without the frames of this package that only call the user's function or check its answer."""
+    trace = error.__traceback__
+    while trace is not None and Path(trace.tb_frame.f_code.co_filename) in _CALLERS:
+        trace = trace.tb_next
+    return traceback.format_exception(type(error), error, trace)
 
 
 def one_line(text: str) -> str:

@@ -143,9 +143,7 @@ class FunctionReward:
         if self.guard.on_error == "raise":
             for row, sample in zip(rows, samples, strict=True):
                 if isinstance(row, Failure):
-                    raise RewardFailed(
-                        f"reward {self.name!r} failed on {_describe(sample)}: {row.line}\n{row.traceback}"
-                    )
+                    raise RewardFailed(f"reward {self.name!r} failed on {_describe(sample)}: {row}")
         return rows, seconds
 
     @contextmanager
