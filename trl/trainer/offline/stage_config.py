@@ -34,12 +34,6 @@ class StageConfig(TrainingArguments):
         default=None,
         metadata={"help": "Recompute activations in the backward pass, which saves memory. None: if the model can."},
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={
-            "help": "None is False: DDP would take the output layer, which is applied outside the wrapped forward, for unused."
-        },
-    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained, if the model is given as an id or a folder."}
     )
@@ -72,7 +66,9 @@ class StageConfig(TrainingArguments):
             self.model_init_kwargs = json.loads(self.model_init_kwargs)
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # or torch warns that there is nothing to pin memory for
-        self.ddp_find_unused_parameters = bool(self.ddp_find_unused_parameters)
+        if getattr(self, "ddp_find_unused_parameters", None) is None:
+            # The projection to the vocabulary runs outside of the model's forward, where DDP would take it for unused.
+            self.ddp_find_unused_parameters = False
         bf16, recompute = self.bf16, self.gradient_checkpointing
         for name in ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             value = getattr(self, name, None)
