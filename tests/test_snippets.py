@@ -16,6 +16,8 @@ NOT_PAGES = ("CHANGELOG.md", "_build", "project")
 # Pages that a test of their own runs, by the same function, and looks closer at.
 RUN_ELSEWHERE = {
     "README.md": "test_quickstart.py",
+    "docs/adapters.md": "extras/test_pages.py",
+    "docs/best-of-n.md": "extras/test_pages.py",
     "docs/doctor.md": "doctor/test_doctor_page.py",
     "docs/how-to/new-algorithm.md": "algorithms/test_new_algorithm_page.py",
     "docs/rewards.md": "rewards/test_page.py",
