@@ -55,6 +55,10 @@ def test_damaged_and_foreign_folders_are_named(tmp_path: Path) -> None:
     (path / "summary.json").write_text("{")
     with pytest.raises(ValueError, match=r"summary\.json is not valid JSON"):
         read_run(path)
+    (path / "summary.json").unlink()
+    (path / "completions" / "step-00000099.jsonl").write_text("half")
+    with pytest.raises(ValueError, match=r"step-00000099\.jsonl is not valid JSON"):
+        read_run(path)
 
 
 def test_a_finding_that_is_half_written_is_left_for_later(tmp_path: Path) -> None:
