@@ -21,6 +21,7 @@ from trl.runs.options import TrainResult
 from trl.trainer import PPOConfig, PPOTrainer
 
 HELD_OUT = 64  # number of prompts held out from training
+DRAWS = 4  # responses to each held-out prompt in an evaluation; one alone moves the mean probability by some 0.02
 
 
 def split_prompts() -> tuple[list[str], list[str]]:
@@ -128,14 +129,15 @@ class Demo:
 
     @torch.no_grad()
     def evaluate(self) -> HeldOut:
-        """Evaluates on the held-out prompts with a fixed seed, leaving torch's random state unchanged."""
+        """Evaluates `DRAWS` responses to each held-out prompt, with a fixed seed, leaving torch's random state unchanged."""
         trainer = self.trainer
-        queries = [torch.tensor(self.tokenizer(prompt)["input_ids"]) for prompt in self.held_out]
+        prompts = self.held_out * DRAWS
+        queries = [torch.tensor(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
         with torch.random.fork_rng():
             torch.manual_seed(1234)
             responses = self.respond(queries)
         texts = self.texts(responses)
-        probabilities = self.judge(self.held_out, texts)
+        probabilities = self.judge(prompts, texts)
         assert trainer.ref_model is not None
         inputs = trainer.prepare_model_inputs(queries, responses)
         logprobs, _, _, masks = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
@@ -146,7 +148,7 @@ class Demo:
         return HeldOut(
             reviews=[
                 Review(prompt=prompt, response=text, positive=p)
-                for prompt, text, p in zip(self.held_out, texts, probabilities, strict=True)
+                for prompt, text, p in list(zip(prompts, texts, probabilities, strict=True))[: len(self.held_out)]
             ],
             positive=sum(probabilities) / len(probabilities),
             kl=kl.mean().item(),
