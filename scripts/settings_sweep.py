@@ -56,7 +56,7 @@ def train(variation: dict[str, Any], seed: int) -> dict[str, Any]:
     trainer = PPOTrainer(
         PPOConfig(seed=seed, dtype="float32", **settings),
         AutoModelForCausalLMWithValueHead.from_pretrained(folder),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
+        tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
     )
     reward = ClassifierReward.from_pretrained(trl.assets.path("tiny-bert-sentiment"), label="POSITIVE")
     prompts = trl.assets.prompts()

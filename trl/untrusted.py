@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# Terminal escape sequences: CSI and OSC.
-_SEQUENCES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?")
+ESCAPE_SEQUENCES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?")
+"""Escape sequences of terminals: CSI and OSC."""
 # Control characters but for tab and line feed, bidirectional marks, line separators, lone surrogates, invisible tags.
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
@@ -29,7 +29,7 @@ def visible(text: str, limit: int | None = None) -> str:
 
 def one_line(text: str) -> str:
     """Returns the first characters of `text` on one line, without escape sequences, control characters and bidi marks."""
-    text = _SEQUENCES.sub("", text[:_LONGEST_LINE])
+    text = ESCAPE_SEQUENCES.sub("", text[:_LONGEST_LINE])
     text = " ".join(text.split())
     return (
         text

@@ -112,6 +112,15 @@ def test_control_sequences_do_not_reach_the_terminal(capsys: pytest.CaptureFixtu
     assert "\x1b" not in message and "\x07" not in message and "\u202e" not in message
 
 
+def test_secrets_do_not_reach_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """S9: logs of a scheduler keep what is printed."""
+    monkeypatch.setenv("SERVICE_TOKEN", "canary-12345678")
+    assert main(["ppo", "--reward", "canary-12345678"]) == 2
+    assert main(["ppo", "https://user:canary2@example.test/run.yaml"]) == 2
+    message = capsys.readouterr().err
+    assert "canary" not in message and "[redacted]" in message
+
+
 def test_an_expected_error_is_a_line_and_a_defect_is_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,16 @@ def test_a_default_stays_what_it_was_when_the_run_began(tmp_path: Path) -> None:
     assert found.section("ppo").lam == 0.9
 
 
+def test_changes_show_no_secret(tmp_path: Path) -> None:
+    """S9."""
+    before, after = (
+        resolve("ppo", environment={}, flags=flags(ppo__tracker_kwargs=f"{{wandb: {{api_key: {key}}}}}"))
+        for key in ("sekret-123456", "sekret-654321")
+    )
+    (line,) = launch.changes(before, after)
+    assert line.startswith("ppo.tracker_kwargs: {'wandb': {'api_key'") and "sekret" not in line
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

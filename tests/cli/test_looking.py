@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import urllib.request
 import webbrowser
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from tests.cli.helpers import write_project
 from trl.cli.app import main
+from trl.report.live import ReportServer
 
 
 def test_report_of_runs(
@@ -24,11 +27,23 @@ def test_report_of_runs(
     assert capsys.readouterr().out == f"{run}/report.html\n"
 
 
-def test_watch_serves_on_this_machine(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[object] = []
-    monkeypatch.setattr("trl.report.serve", lambda runs, **options: served.append((runs, options)))
-    assert main(["report", str(finished_run / "runs" / "run"), "--watch", "--port", "8123"]) == 0
-    assert served == [([finished_run / "runs" / "run"], {"port": 8123})]
+def test_watch_serves_on_this_machine_until_ctrl_c(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages: list[bytes] = []
+
+    def look_and_stop(server: ReportServer) -> None:
+        with urllib.request.urlopen(server.url, timeout=30) as answer:
+            pages.append(answer.read())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReportServer, "wait", look_and_stop)
+    assert main(["report", str(finished_run / "runs" / "run"), "--watch"]) == 0
+    (page,) = pages
+    assert b'id="live"' in page
+    assert re.match(r"http://127\.0\.0\.1:\d+/ shows the report", capsys.readouterr().out)
+    assert main(["report", str(finished_run / "runs" / "run"), "--watch", "--port", "65536"]) == 1
+    assert "port=65536 must be between 0 and 65535" in capsys.readouterr().err
 
 
 def test_doctor(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

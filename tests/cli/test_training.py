@@ -114,6 +114,19 @@ def test_a_reward_that_is_no_more_what_it_was(
         assert len(rows(run)) == 3
 
 
+def test_scores_of_one_kind_are_compared(tmp_path: Path) -> None:
+    from trl.cli.training import _scores
+    from trl.trackers import RunDirectory
+
+    with RunDirectory.create(tmp_path / "run") as run:
+        run.log({"score/mean": 0.25}, 1)
+        assert _scores(run.path) == ""
+        run.log({"score/mean": 0.5, "eval/score_mean": 0.75}, 2)
+        assert _scores(run.path) == "; mean score 0.250 -> 0.500"
+        run.log({"score/mean": float("nan"), "eval/score_mean": 0.625}, 3)
+        assert _scores(run.path) == "; mean score on held-out prompts 0.750 -> 0.625"
+
+
 def test_grpo_reads_the_same_file(tmp_path: Path) -> None:
     write_project(tmp_path)
     assert main(["grpo", "run.yaml", "--group-size", "2", "--steps", "1", "--grpo.kl-coef", "0"]) == 0

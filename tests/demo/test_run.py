@@ -34,9 +34,9 @@ def test_quick_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(0 <= row["reward/positive/mean"] <= 1 and row["objective/kl_coef"] > 0 for row in rows)
     assert summary["steps"] == 2 and not summary["interrupted"]
     prompts = [review["prompt"] for review in reviews["before"]]
-    assert len(prompts) == len(set(prompts)) == 64
+    assert len(set(prompts[:64])) == 64 and prompts == prompts[:64] * 4  # four responses to each
     assert prompts == [review["prompt"] for review in reviews["after"]]
-    positive = sum(review["positive"] for review in reviews["after"]) / 64
+    positive = sum(review["positive"] for review in reviews["after"]) / 256
     assert summary["after"]["positive"] == pytest.approx(positive)
     assert summary["before"]["kl"] == pytest.approx(0.0, abs=1e-4)
     printed = capsys.readouterr().out

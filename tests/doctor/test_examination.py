@@ -15,6 +15,7 @@ from tests.trainer.managed import GENERATION, PROMPTS, bits, fresh, run, words
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, assets, create_reference_model
 from trl.algorithms import grpo
 from trl.doctor import CODES, examine, examine_run
+from trl.doctor.batch_checks import check_scores
 from trl.doctor.setting_checks import check_settings, pretraining_rate
 from trl.doctor.watch import expects_end
 from trl.trackers import Finding, RunDirectory
@@ -39,16 +40,27 @@ def test_an_examination_changes_nothing(case: str) -> None:
 
 
 def test_critic_free_trainers_are_examined_too() -> None:
-    with pytest.warns(UserWarning, match="no dataset"):
-        trainer = OnlineTrainer(
-            PPOConfig(batch_size=16, mini_batch_size=4, group_size=2),
-            tiny_gpt2(),
-            tokenizer=tiny_tokenizer(),
-            algorithm=grpo(),
-        )
+    trainer = OnlineTrainer(
+        PPOConfig(batch_size=16, mini_batch_size=4, group_size=2),
+        tiny_gpt2(),
+        tokenizer=tiny_tokenizer(),
+        algorithm=grpo(),
+    )
     assert examine(trainer, PROMPTS, words, GENERATION) == []
     by_prompt = lambda prompts, completions: [float(len(prompt)) for prompt in prompts]  # noqa: E731
     assert codes(examine(trainer, PROMPTS, by_prompt, GENERATION)) == ["constant-groups"]
+
+
+def test_a_reward_that_scores_too_little_is_found_before_training() -> None:
+    def says(unscored: int, constant: bool = False) -> list[str]:
+        scores = [None if i < unscored else float(i * (not constant)) for i in range(40)]
+        return [f"{found.code}: {found.evidence}" for found in check_scores(scores)]
+
+    assert says(4) == []
+    assert says(5) == ["samples-excluded: 5 of 40 responses have no score"]
+    assert says(40) == ["samples-excluded: 40 of 40 responses have no score"]
+    assert says(0, constant=True) == ["constant-reward: All 40 scores are 0"]
+    assert check_scores([]) == check_scores([None] * 7) == []
 
 
 def test_a_reference_that_became_the_policy() -> None:
@@ -126,10 +138,9 @@ def test_learning_rates_of_small_models(case: str, rate: float, severity: list[s
 def test_learning_rates_by_size(rate: float, severity: list[str]) -> None:
     """1.9 million parameters: pretraining takes 0.0012, and three times that is the bound."""
     model = AutoModelForCausalLMWithValueHead.from_pretrained(assets.path("tiny-gpt2-reviews"))
-    with pytest.warns(UserWarning, match="no dataset"):
-        trainer = PPOTrainer(
-            PPOConfig(batch_size=4, learning_rate=rate), model, create_reference_model(model), tiny_tokenizer()
-        )
+    trainer = PPOTrainer(
+        PPOConfig(batch_size=4, learning_rate=rate), model, create_reference_model(model), tiny_tokenizer()
+    )
     assert rate_findings(trainer) == severity
     if rate == 5e-3:
         model.is_peft_model = True  # ten times more for an adapter

@@ -57,8 +57,7 @@ def test_layers_of_a_4_bit_model_keep_the_product_that_has_a_gradient(base: Path
 def test_ppo_on_a_quantized_base(base: Path, tmp_path: Path, bits: str) -> None:
     def trainer() -> PPOTrainer:
         config = PPOConfig(batch_size=4, mini_batch_size=2, learning_rate=1e-2)
-        with pytest.warns(UserWarning, match="no dataset"):
-            return PPOTrainer(config, load(base, bits), None, tiny_tokenizer())
+        return PPOTrainer(config, load(base, bits), None, tiny_tokenizer())
 
     run(trainer(), steps=2, run_dir=tmp_path / "run")
     resumed = trainer()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import secrets
+import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +108,32 @@ def test_a_token_is_exchanged_once_for_a_cookie(run: Path) -> None:
         assert ask(server, Cookie=session)[0] == ask(server, "/version", Cookie=session)[0] == 200
         assert ask(server, f"/?token={token}", Cookie=session)[1]["location"] == "/"  # a reloaded link
         assert ask(server, Cookie=session + "x")[0] == 403
+
+
+def test_cookies_of_other_programs_are_in_no_way(run: Path) -> None:
+    """Cookies of localhost belong to every port: a name or value that SimpleCookie refuses must not hide ours."""
+    with serve(run, token=secrets.token_urlsafe(32)) as server:
+        _, headers, _ = ask(server, server.url.removeprefix(f"http://127.0.0.1:{server.port}"))
+        session = headers["set-cookie"].partition(";")[0]
+        for other in ('seen={"a": 1}', "a:b=1", "path=/x", "nothing"):
+            assert ask(server, Cookie=f"{other}; {session}")[0] == 200
+        assert ask(server, Cookie="a:b=1")[0] == 403
+
+
+def test_port_80_is_not_named(server: ReportServer) -> None:
+    server.port = 80
+    assert all(map(server.serves_as, ("localhost", "127.0.0.1", "[::1]", "127.0.0.1:80")))
+    assert not any(map(server.serves_as, ("", ":80", "evil.test", "127.0.0.1:8", "127.0.0.1:", "::1")))
+
+
+def test_a_browser_that_goes_away_is_no_error(server: ReportServer, capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+            connection.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+    assert ask(server)[0] == 200
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_token_is_in_no_log(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -55,10 +55,17 @@ def test_damaged_and_foreign_folders_are_named(tmp_path: Path) -> None:
     (path / "summary.json").write_text("{")
     with pytest.raises(ValueError, match=r"summary\.json is not valid JSON"):
         read_run(path)
+    (path / "summary.json").unlink()
+    (path / "completions" / "step-00000099.jsonl").write_text("half")
+    with pytest.raises(ValueError, match=r"step-00000099\.jsonl is not valid JSON"):
+        read_run(path)
+
+
+FINDING = {"step": 3, "code": "c", "severity": "warning", "title": "one", "evidence": "e", "remedy": "r"}
 
 
 def test_a_finding_that_is_half_written_is_left_for_later(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "run", findings=[{"step": 3, "severity": "warning", "title": "one"}])
+    path = make_run(tmp_path / "run", findings=[FINDING | {"title": 1}, FINDING])
     with (path / "findings.jsonl").open("a") as file:
         file.write('{"step": 4, "titl')
     assert [(f.step, f.title) for f in read_run(path).findings] == [(3, "one")]

@@ -199,6 +199,14 @@ def test_s13_config_is_safely_loaded(run: RunDirectory, tmp_path: Path) -> None:
     assert not fired.exists()
 
 
+def test_s13_a_small_config_stays_small_in_memory(run: RunDirectory) -> None:
+    bomb = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    for text in (f"a0: &a0 x\n{bomb}", "[" * 5000):
+        (run.path / "config.resolved.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"config\.resolved\.yaml is not valid YAML"):
+            run.read_config()
+
+
 def test_summary(run: RunDirectory) -> None:
     run.write_summary({"steps": 3, "best": float("nan"), "text": "\u2028"})
     data = (run.path / "summary.json").read_bytes()

@@ -13,6 +13,7 @@ from trl import startup
 from trl.cli.arguments import read
 from trl.cli.commands import COMMANDS, Command
 from trl.cli.problems import UsageError, did_you_mean
+from trl.redaction import redact
 from trl.untrusted import visible
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130  # exit codes; 0 is success, 143 SIGTERM
@@ -102,7 +103,7 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(visible(text) + "\n")
+    sys.stderr.write(visible(redact(text)) + "\n")
 
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:

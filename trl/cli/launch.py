@@ -12,7 +12,8 @@ from typing import Any
 from trl.cli.problems import Problem, UsageError
 from trl.cli.resolve import DEFAULT, Collector, Resolved
 from trl.cli.yaml_nodes import Document
-from trl.redaction import REDACTED
+from trl.redaction import REDACTED, redact
+from trl.trackers import read_config
 
 CONFIG = "config.resolved.yaml"
 _KEY = "launch"
@@ -37,11 +38,9 @@ def record(command: str, resolved: Resolved, files: Mapping[str, str]) -> dict[s
 
 def stored_config(run: Path) -> dict[str, Any]:
     """The contents of a run's `config.resolved.yaml`; empty if it is missing or cannot be read."""
-    import yaml
-
     try:
-        found = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = read_config(run)
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -125,7 +124,7 @@ class Launch:
 def changes(before: Resolved, after: Resolved) -> list[str]:
     """Lines for the settings that differ."""
     return [
-        f"{path}: {before[path]!r} -> {value!r} ({after.sources[path]})"
+        f"{path}: {redact(before[path])!r} -> {redact(value)!r} ({after.sources[path]})"
         for path, value in after.values.items()
         if before[path] != value
     ]

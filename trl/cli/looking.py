@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,22 @@ def demo(invocation: Invocation) -> int:
 
 def report(invocation: Invocation) -> int:
     """`trl report RUN ...`."""
+    import webbrowser
+
     from trl.report import serve, write_report
 
     runs = [existing_run(name) for name in invocation.arguments]
     if invocation.has("watch"):
-        serve(runs, port=invocation.number("port") or 0)
+        with suppress(KeyboardInterrupt), serve(runs, port=invocation.number("port") or 0) as server:
+            print(f"{server.url} shows the report; Ctrl-C stops the server", flush=True)
+            if invocation.has("open"):
+                webbrowser.open(server.url)
+            server.wait()
         return 0
     out = invocation.option("out")
     path = write_report(runs, None if out is None else Path(out))
     print(path)
     if invocation.has("open"):
-        import webbrowser
-
         webbrowser.open(path.resolve().as_uri())
     return 0
 

@@ -77,12 +77,9 @@ def _run(command: str, resolved: Resolved, kept: Mapping[str, Any], *, folder: s
         _say(_interrupted(run, shown))
         return _INTERRUPTED
     report = _write_report(run)
-    first = _first_score(run)
-    last = result.metrics.get("eval/score_mean", result.metrics.get("score/mean"))
-    scores = f"; mean score {first:.3f} -> {last:.3f}" if first is not None and last is not None else ""
     if result.findings:
         _say(f"trl doctor {shown} shows what the doctor found, and what to change")
-    _say(f"finished: {result.steps} steps, {result.episodes} samples in {_clock(result.seconds)}{scores}")
+    _say(f"finished: {result.steps} steps, {result.episodes} samples in {_clock(result.seconds)}{_scores(run)}")
     _say(_what_next(run, report))
     return 0
 
@@ -160,11 +157,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _first_score(run: Path) -> float | None:
+def _scores(run: Path) -> str:
+    """First and last mean score: on held-out prompts if they were evaluated twice, else of the batches."""
     from trl.trackers import read_metrics
 
     rows = read_metrics(run)
-    return rows[0].get("eval/score_mean", rows[0].get("score/mean")) if rows else None
+    for key, where in (("eval/score_mean", " on held-out prompts"), ("score/mean", "")):
+        scores = [row[key] for row in rows if row.get(key) is not None]
+        if len(scores) > 1:
+            return f"; mean score{where} {scores[0]:.3f} -> {scores[-1]:.3f}"
+    return ""
 
 
 def _write_report(run: Path) -> Path | None:
@@ -173,7 +175,7 @@ def _write_report(run: Path) -> Path | None:
 
     try:
         return write_report([run])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         _say(f"warning: the report could not be written: {error}")
         return None
 

@@ -60,7 +60,7 @@ class Review:
 class HeldOut:
     """Responses to the held-out prompts, with metrics."""
 
-    reviews: list[Review]  # the first response to each prompt; the numbers are over all responses
+    reviews: list[Review]  # a response to every prompt, then the next response to every prompt, ...
     positive: float  # mean P(POSITIVE)
     kl: float  # mean over reviews, nats per response
     perplexity: float  # of the responses under the reference

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,14 +71,12 @@ class Demo:
             lam=settings.lam,
             max_grad_norm=1.0,
         )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "no dataset is given")
-            self.trainer = PPOTrainer(
-                config,
-                model,
-                create_reference_model(model, num_shared_layers=settings.shared_layers or None),
-                self.tokenizer,
-            )
+        self.trainer = PPOTrainer(
+            config,
+            model,
+            create_reference_model(model, num_shared_layers=settings.shared_layers or None),
+            self.tokenizer,
+        )
         self.judge = ClassifierReward.from_pretrained(
             trl.assets.path("tiny-bert-sentiment"), output="probability", device=self.trainer.current_device
         )
@@ -151,7 +148,7 @@ class Demo:
         return HeldOut(
             reviews=[
                 Review(prompt=prompt, response=text, positive=p)
-                for prompt, text, p in list(zip(prompts, texts, probabilities, strict=True))[: len(self.held_out)]
+                for prompt, text, p in zip(prompts, texts, probabilities, strict=True)
             ],
             positive=sum(probabilities) / len(probabilities),
             kl=kl.mean().item(),

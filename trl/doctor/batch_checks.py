@@ -13,6 +13,7 @@ from torch import Tensor
 from trl.doctor.codes import finding
 from trl.doctor.setting_checks import is_sharded
 from trl.functional import masked_sum
+from trl.health import METRICS
 from trl.models import evaluate
 from trl.models.trunk import base_language_model
 from trl.rollout.assembly import assemble
@@ -216,9 +217,12 @@ def _gap(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     return float(torch.cat(differences).mean())
 
 
-def check_scores(scores: Sequence[float | None], step: int = 0) -> list[Finding]:
-    """Finds a reward that gives every response the same score, on 8 samples or more."""
+def check_scores(scores: Sequence[float | None]) -> list[Finding]:
+    """Finds a reward that scores too few responses, or all of them the same, on 8 samples or more."""
     known: list[Any] = [score for score in scores if score is not None]
-    if len(known) < 8 or max(known) - min(known) > 1e-6 * max(1.0, abs(known[0])):
-        return []
-    return [finding("constant-reward", f"All {len(known)} scores are {known[0]:g}", step=step)]
+    missing, findings = len(scores) - len(known), []
+    if len(scores) >= 8 and missing > (METRICS["reward/excluded"].high or 0) * len(scores):
+        findings.append(finding("samples-excluded", f"{missing} of {len(scores)} responses have no score"))
+    if len(known) >= 8 and max(known) - min(known) <= 1e-6 * max(1.0, abs(known[0])):
+        findings.append(finding("constant-reward", f"All {len(known)} scores are {known[0]:g}"))
+    return findings

@@ -159,7 +159,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict) and value:
             result |= _flat(value, f"{name}.")
         else:
-            result[one_line(name)] = visible(json.dumps(value, ensure_ascii=False), 300)
+            result[one_line(name)] = visible(json.dumps(value, ensure_ascii=False, default=str), 300)
     return result
 
 

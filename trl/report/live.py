@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import logging
+import re
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Sequence
-from http.cookies import SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -71,6 +72,12 @@ class ReportServer(ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Logs an error of a request; a browser that closes its connection is none."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError):
+            logger.warning("a request to the report's server failed: %s: %s", type(error).__name__, error)
+
     def version(self) -> str:
         """Changes whenever a run has written something."""
         states = [(folder / name) for folder in self.runs for name in _WATCHED]
@@ -100,12 +107,10 @@ class ReportServer(ThreadingHTTPServer):
 
     def serves_as(self, name: str) -> bool:
         """Whether `name`, from a Host header, is a name of this server; others may be a rebound DNS name."""
-        host, _, port = (
-            name.rpartition(":") if name.rpartition("]")[2].startswith(":") or "]" not in name else (name, "", "")
-        )
-        if not host or (port or "80") != str(self.port):
+        match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]+)(?::(\d+))?", name)
+        if match is None or (match[2] or "80") != str(self.port):
             return False
-        host = host.strip("[]").lower()
+        host = match[1].strip("[]").lower()
         names = {self.host.lower(), "localhost"} if _is_loopback(self.host) else {self.host.lower()}
         if _is_loopback(self.host) and host in ("127.0.0.1", "::1"):
             return True
@@ -123,18 +128,16 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         if not self._admitted(url.query):
             return
-        if url.path == "/version":
-            self._answer(200, "text/plain", self.server.version().encode())
-        elif url.path == "/":
-            try:
-                body = self.server.current_page()
-            except (ValueError, OSError) as error:  # a resumed run removes files while they are read
-                logger.warning("the report could not be made: %s", error)
-                self._answer(503, "text/plain", b"The runs cannot be read at the moment; try again.\n")
-                return
-            self._answer(200, "text/html", body)
-        else:
+        if url.path not in ("/", "/version"):
             self._answer(404, "text/plain", b"Not found.\n")
+            return
+        try:
+            body = self.server.current_page() if url.path == "/" else self.server.version().encode()
+        except (ValueError, OSError) as error:  # a resumed run removes files while they are read
+            logger.warning("the report could not be made: %s", error)
+            self._answer(503, "text/plain", b"The runs cannot be read at the moment; try again.\n")
+            return
+        self._answer(200, "text/html" if url.path == "/" else "text/plain", body)
 
     do_HEAD = do_GET
 
@@ -158,8 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         if not self.server.secured:
             return True
-        cookie = SimpleCookie(self.headers.get("Cookie", "")).get(_COOKIE)
-        admitted = cookie is not None and self.server.knows(cookie.value)
+        admitted = self.server.knows(_session_in(self.headers.get("Cookie", "")))
         token = parse_qs(query).get("token", [""])[0]
         if admitted and not token:
             return True
@@ -213,7 +215,7 @@ def serve(
         The running server; open its `url`, and `close` it.
 
     Raises:
-        ValueError: if a folder is not a run directory, an address needs `allow_remote`, or the token is short.
+        ValueError: if a folder is not a run directory, an address needs `allow_remote`, the token is short, or the port is out of range.
         OSError: if the address cannot be bound.
     """
     folders = [runs] if isinstance(runs, str | Path) else list(runs)
@@ -223,6 +225,8 @@ def serve(
         raise ValueError(
             f"token has {len(token)} characters: give at least {_LEAST_TOKEN}, such as secrets.token_urlsafe(32)"
         )
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port={port} must be between 0 and 65535; 0 takes a free one")
     if not _is_loopback(host):
         if not allow_remote:
             raise ValueError(
@@ -233,6 +237,12 @@ def serve(
     for folder in paths:
         read_run(folder)  # refuse now what could not be shown later
     return ReportServer(paths, host, port, token)
+
+
+def _session_in(cookies: str) -> str:
+    """The session in a Cookie header. Not by `SimpleCookie`, which stops at a cookie it cannot read of another program."""
+    pairs = (cookie.strip().partition("=") for cookie in cookies.split(";"))
+    return next((value for name, _, value in pairs if name == _COOKIE), "")
 
 
 def _is_loopback(host: str) -> bool:

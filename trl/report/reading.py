@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trl.health import Band, bands
-from trl.trackers import completion_steps, is_being_written, read_completions, read_config, read_metrics
+from trl.trackers import (
+    Finding,
+    completion_steps,
+    is_being_written,
+    read_completions,
+    read_config,
+    read_findings,
+    read_metrics,
+)
 from trl.untrusted import one_line
 
 State = Literal["finished", "running", "stopped", "failed"]
@@ -24,18 +32,6 @@ _MAX_TOKEN_BYTES = 3_000_000  # of per-token records of one report
 MAX_TEXT = 4_000  # characters shown of a text
 _FAILED = re.compile(r"\S+ failed in step (\d+): (.*)")
 _OPENED = re.compile(r"\S+ run (?:created|opened)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """A line of findings.jsonl, written by the doctor."""
-
-    step: int
-    severity: str
-    title: str
-    evidence: str
-    remedy: str
-    page: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +128,7 @@ def read_run(folder: str | Path, share: int = 1) -> Run:
         config=config if isinstance(config, dict) else {},
         summary=_read_json(path / "summary.json"),
         events=events_file.read_text(encoding="utf-8", errors="replace").splitlines()[-200:],
-        findings=_read_findings(path / "findings.jsonl"),
+        findings=read_findings(path),
         being_written=is_being_written(path),
         steps_recorded=steps,
         completions=_read_samples(path, _spread(steps, _MAX_STEPS_READ // share), share),
@@ -153,21 +149,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     return value if isinstance(value, dict) else {}
-
-
-def _read_findings(path: Path) -> list[Finding]:
-    """Findings, in order; a line that is cut off or of another form is left out."""
-    findings = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the last line of a run that is being written
-            continue
-        if isinstance(entry, dict):
-            texts = {name: str(entry.get(name, "")) for name in ("severity", "title", "evidence", "remedy", "page")}
-            findings.append(Finding(step=int(finite(entry.get("step")) or 0), **texts))
-    return findings
 
 
 def _spread(steps: Sequence[int], count: int) -> list[int]:

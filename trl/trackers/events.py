@@ -7,9 +7,9 @@ from datetime import datetime, timezone
 
 from trl.redaction import redact
 from trl.trackers.plain import clean_text
+from trl.untrusted import ESCAPE_SEQUENCES
 
 _MAX_LENGTH = 20_000  # characters
-_ESCAPE_SEQUENCE = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?")
 # Control characters, line separators and bidirectional formatting marks.
 _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -26,5 +26,5 @@ def event_line(text: str) -> str:
 
 def _printable(text: str) -> str:
     """Removes terminal escape sequences, control characters and bidirectional formatting marks."""
-    text = _ESCAPE_SEQUENCE.sub("", clean_text(text)).replace("\r\n", "\n").replace("\n", "\\n").replace("\t", " ")
+    text = ESCAPE_SEQUENCES.sub("", clean_text(text)).replace("\r\n", "\n").replace("\n", "\\n").replace("\t", " ")
     return _HIDDEN.sub("", text)

@@ -68,7 +68,8 @@ def complete_findings(data: bytes) -> Iterator[tuple[Finding, bytes]]:
             entry = json.loads(line)
         except ValueError:
             continue
-        if line.endswith(b"\n") and isinstance(entry, dict) and names <= set(entry) and isinstance(entry["step"], int):
+        is_finding = line.endswith(b"\n") and isinstance(entry, dict) and names <= set(entry)
+        if is_finding and all(isinstance(entry[name], int if name == "step" else str) for name in names):
             yield Finding(**{name: entry[name] for name in names}), line
 
 

@@ -81,7 +81,7 @@ def read_completions(folder: str | Path, step: int) -> list[dict[str, Any]]:
         step: step number.
 
     Raises:
-        ValueError: if the run has no samples for that step.
+        ValueError: if the run has no samples for that step, or the file is damaged.
         ImportError: if the file is Parquet and pyarrow is missing.
     """
     path = Path(folder) / "completions" / f"step-{step:08d}.parquet"
@@ -95,7 +95,10 @@ def read_completions(folder: str | Path, step: int) -> list[dict[str, Any]]:
     jsonl_path = path.with_suffix(".jsonl")
     if not jsonl_path.exists():
         raise ValueError(f"{path.parent} has no completions for step {step}")
-    return [json.loads(line) for line in jsonl_path.read_bytes().splitlines()]
+    try:
+        return [json.loads(line) for line in jsonl_path.read_bytes().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{jsonl_path} is not valid JSON: {error}") from error
 
 
 def completion_steps(folder: str | Path) -> list[int]:

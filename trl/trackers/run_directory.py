@@ -308,14 +308,21 @@ def read_config(folder: str | Path) -> Any:
     """Reads `config.resolved.yaml` of a run folder as plain data; None if it does not exist.
 
     Raises:
-        ValueError: if the file is not valid YAML; names the file and the position.
+        ValueError: if the file is not valid YAML, or has an alias, which `write_config` never writes and a few of which
+            can stand for gigabytes; names the file and the position.
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=self.peek_event().start_mark)
+            return super().compose_node(parent, index)
+
     path = Path(folder) / "config.resolved.yaml"
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader) if path.exists() else None  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 

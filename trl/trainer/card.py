@@ -23,7 +23,7 @@ _HIDDEN_SETTINGS = (
     "is_encoder_decoder", "is_peft_model",
 )  # fmt: skip
 # This project has no public address to link to, and the package index has another `trl`.
-_WHICH_TRL = "a from-scratch implementation of PPO for language models, not the `trl` of the Python Package Index"
+_WHICH_TRL = "a from-scratch implementation of RLHF for language models, not the `trl` of the Python Package Index"
 _INHERITED = ("license", "license_name", "license_link")
 _CARD = """---
 {metadata}---

@@ -18,7 +18,7 @@ function el(tag, attributes, ...children) {
 }
 const show = (value, digits = 3) => value === null || value === undefined ? "–" :
   Number(value.toPrecision(digits)).toLocaleString("en", {maximumSignificantDigits: digits}).replace("-", "−");
-const percent = value => value === null || value === undefined ? "–" : show(100 * value) + "%";
+const percent = (value, digits = 3) => value === null || value === undefined ? "–" : show(100 * value, digits) + "%";
 
 // Charts -------------------------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ function draw(holder, chart) {
     width: Math.max(160, holder.clientWidth), height: 190, padding: [8, 16, 0, 0], legend: {show: false},
     cursor: {y: false, drag: {x: true, y: false}, points: {size: 6}},
     scales: {x: {time: false}, y: {range}},
-    axes: [{...axis, space: 60, size: 30, incrs: [1, 2, 5].flatMap(n => [n, n * 10, n * 100, n * 1e3, n * 1e4, n * 1e5]).sort((a, b) => a - b), values: (u, ticks) => ticks.map(String)}, {...axis, size: 56, values: (u, ticks) => ticks.map(t => chart.percent ? percent(t) : show(t))}],
+    axes: [{...axis, space: 60, size: 30, incrs: [1, 2, 5].flatMap(n => [n, n * 10, n * 100, n * 1e3, n * 1e4, n * 1e5]).sort((a, b) => a - b), values: (u, ticks) => ticks.map(String)}, {...axis, size: 56, values: (u, ticks) => ticks.map(t => show_(t, 6))}],
     series: [{}, ...series], bands,
     hooks: {drawClear: [shade], setCursor: [u => say(u.cursor.idx)]},
   }, drawn, holder);
@@ -168,7 +168,7 @@ function choose() {
 function list() {
   const several = data.runs.length > 1;
   $("samples").tBodies[0].replaceChildren(...chosen.slice(first, first + PAGE).map(row => el("tr", {},
-    ...COLUMNS.slice(0, -1).map(([key, label]) => el("td", {"data-label": label}, typeof row[key] === "number" ? (key === "step" ? String(row.step) : show(row[key])) : row[key] || "–")),
+    ...COLUMNS.slice(0, -1).map(([key, label]) => el("td", {"data-label": label}, typeof row[key] === "number" ? (key === "step" || key === "length" ? String(row[key]) : show(row[key])) : row[key] || "–")),
     el("td", {class: "text"},
       several ? el("span", {class: "run run" + row.run % 6}, data.runs[row.run].name) : null,
       el("div", {class: "clip", dir: "auto"}, el("span", {class: "prompt"}, row.prompt.slice(-120)), " ", row.text.slice(0, 400)),
