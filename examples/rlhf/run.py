@@ -75,7 +75,9 @@ def begin(root: Path, settings: dict[str, Any], *, resume: bool) -> None:
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
-        raise SystemExit(f"{root} was begun with other settings of {', '.join(changed)}: use those, or give a new --out")
+        raise SystemExit(
+            f"{root} was begun with other settings of {', '.join(changed)}: use those, or give a new --out"
+        )
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from texts import Data, TextSettings
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from texts import QUERIES, Data, TextSettings
+from transformers import AutoModelForCausalLM
 
 from trl import (
     AutoModelForCausalLMWithValueHead,
@@ -24,13 +25,13 @@ from trl import (
     assets,
     set_seed,
 )
+from trl.files import write_atomic
 from trl.functional.best_of_n import best_of_n_kl
 from trl.functional.intervals import mean_estimate, proportion_estimate
 from trl.pretrained import load_model, load_tokenizer
 from trl.rewards import ClassifierReward
 
 BUNDLED = ("tiny-gpt2-reviews", "tiny-bert-sentiment")
-QUERIES = 8  # prompts in a call of the sampler: all samples of a call are one batch
 DEFAULTS = {"report_to": "none", "save_total_limit": 2, "gradient_checkpointing": False, "disable_tqdm": True}
 
 
@@ -58,8 +59,12 @@ class Settings:
         given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         known = {entry.name for entry in fields(cls)}
         needed = known - {"data", "max_new_tokens"}
-        if not isinstance(given, dict) or set(given) - known or needed - set(given):
-            raise ValueError(f"{path} has the sections {', '.join(given)}: expected {', '.join(sorted(known))}")
+        sections = set(given) if isinstance(given, dict) else set()
+        if sections - known or needed - sections:
+            raise ValueError(
+                f"{path}: unknown sections: {', '.join(sorted(sections - known)) or 'none'}; missing: "
+                f"{', '.join(sorted(needed - sections)) or 'none'}; expected: {', '.join(sorted(known))}"
+            )
         return cls(**given)
 
 
@@ -122,15 +127,9 @@ class Pipeline:
 
     def reward(self) -> dict[str, Any]:
         """Trains a reward model on pairs, beginning with the SFT model, and counts right answers on held-out pairs."""
-        set_seed(self.seed)  # of the score layer
-        model = load_model(AutoModelForSequenceClassification, self.model("sft"), num_labels=1)
         data = self.data
         trainer = RewardTrainer(
-            model,
-            self.reward_config,
-            train_dataset=data.pairs,
-            eval_dataset=data.test_pairs,
-            processing_class=load_tokenizer(self.model("sft")),
+            self.model("sft"), self.reward_config, train_dataset=data.pairs, eval_dataset=data.test_pairs
         )
         result = self.finish(trainer, "reward")
         metrics = trainer.evaluate()
@@ -153,15 +152,15 @@ class Pipeline:
 
     def dpo(self) -> dict[str, Any]:
         """Trains the SFT model with DPO on the reward model's pairs."""
-        model = load_model(AutoModelForCausalLM, self.model("sft"))
-        trainer = DPOTrainer(model, args=self.dpo_config, train_dataset=self.data.pairs)
+        trainer = DPOTrainer(self.model("sft"), args=self.dpo_config, train_dataset=self.data.pairs)
         return self.finish(trainer, "dpo")
 
     def finish(self, trainer: Any, stage: str) -> dict[str, Any]:
         """Trains, from the last checkpoint if there is one, and saves the model."""
-        resume = any((self.root / stage).glob("checkpoint-*/trainer_state.json"))
-        output = trainer.train(resume_from_checkpoint=resume)
+        output = trainer.train(resume_from_checkpoint="auto")
         trainer.save_model(self.model(stage))
+        rows = "".join(json.dumps(row) + "\n" for row in trainer.state.log_history)
+        write_atomic(self.root / stage / "metrics.jsonl", rows.encode())
         return {"steps": output.global_step, "loss": output.training_loss}
 
     # --- Judging ---
@@ -172,7 +171,9 @@ class Pipeline:
         compared = {}
         for stage in ("ppo", "dpo"):
             trainer = self.ppo_trainer(self.model(stage))
-            compared[stage] = trainer.evaluate(self.data.test_prompts, judge, generation=self.generation, seed=self.seed)
+            compared[stage] = trainer.evaluate(
+                self.data.test_prompts, judge, generation=self.generation, seed=self.seed
+            )
         base = {row.prompt: row.base_score for row in compared["ppo"].rows}
         result: dict[str, Any] = {stage: c.to_dict() for stage, c in compared.items()}
         return result | {"best_of_n": self.best_of_n(judge, base, result["ppo"]["kl"]["value"])}

@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from trl.rewards import ClassifierReward
 
 WORDS = 2  # of a prompt
 SHORTEST = 16  # tokens of a text: shorter ones hardly say anything
+QUERIES = 8  # prompts in a call of the sampler, which draws all samples of a call as one batch
+LONGEST = 10  # sentences of a text
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,14 @@ class Data:
         if source == "auto":
             source = "reviews" if (folder / "train.jsonl").is_file() else "sampled"
             if source == "sampled":
-                print(f"{folder} has no train.jsonl: texts are sampled from the base model and labelled by the judge", flush=True)
+                print(
+                    f"{folder} has no train.jsonl: texts are sampled from the base model and labelled by the judge",
+                    flush=True,
+                )
         if source == "reviews":
-            count = token_counter(base)
-            train, test = (list(endings(folder / f"{part}.jsonl", settings.max_tokens, count)) for part in ("train", "test"))
+            train, test = (
+                list(endings(folder / f"{part}.jsonl", settings.max_tokens, base)) for part in ("train", "test")
+            )
         else:
             train, test = sampled_texts(settings, base=base, judge=judge, seed=seed)
         shuffle = random.Random(seed).shuffle
@@ -107,34 +113,30 @@ class Data:
         }
         for path, part in rows.items():
             if not part:
-                raise ValueError(f"no rows for {path}: the texts are too few; raise data.max_tokens or data.sampled.per_prompt")
+                raise ValueError(
+                    f"no rows for {path}: the texts are too few; raise data.max_tokens or data.sampled.per_prompt"
+                )
             shuffle(part)
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in part).encode())
         return {"source": source, "rows": {Path(path).stem: len(part) for path, part in rows.items()}}
 
 
-def token_counter(model: str) -> Callable[[str], int]:
-    """Returns a function that counts the tokens of a text."""
-    tokenizer = load_tokenizer(model)
-    tokenizer.model_max_length = 1_000_000  # whole reviews are counted, and never go through the model
-    return lambda text: len(tokenizer(text).input_ids)
-
-
-def endings(path: Path, max_tokens: int, count: Callable[[str], int]) -> Iterator[Text]:
+def endings(path: Path, max_tokens: int, model: str) -> Iterator[Text]:
     """Yields the last sentences of each review, as many as fit: there a reviewer sums up."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            if row.get("source") == "rotten_tomatoes":
-                continue  # single sentences in lower case, unlike what the base model writes
-            sentences = re.split(r"(?<=[.!?])\s+", row["text"].replace("<br />", " ").strip())
-            lengths = [count(" " + sentence) for sentence in sentences]
-            first = len(sentences)
-            while first and sum(lengths[first - 1 :]) <= max_tokens:
-                first -= 1
-            words = " ".join(sentences[first:]).split()
-            if len(words) > 2 * WORDS and sum(lengths[first:]) >= SHORTEST:
-                yield split_text(words, WORDS, row["label"] == 1)
+    tokenizer = load_tokenizer(model)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Rotten Tomatoes' single sentences in lower case are unlike anything that the base model writes.
+    rows = [row for row in rows if row.get("source") != "rotten_tomatoes"]
+    ends = [re.split(r"(?<=[.!?])\s+", row["text"].replace("<br />", " ").strip())[-LONGEST:] for row in rows]
+    lengths = iter(tokenizer([f" {sentence}" for end in ends for sentence in end]).input_ids)
+    for row, sentences in zip(rows, ends, strict=True):
+        tokens = [len(next(lengths)) for _ in sentences]
+        first = len(sentences)
+        while first and sum(tokens[first - 1 :]) <= max_tokens:
+            first -= 1
+        words = " ".join(sentences[first:]).split()
+        if len(words) > 2 * WORDS and sum(tokens[first:]) >= SHORTEST:
+            yield split_text(words, WORDS, row["label"] == 1)
 
 
 def split_text(words: Sequence[str], number: int, positive: bool) -> Text:
@@ -169,14 +171,18 @@ def sampled_texts(settings: TextSettings, *, base: str, judge: str, seed: int) -
     tokenizer = load_tokenizer(base)
     model = AutoModelForCausalLM.from_pretrained(base)
     number, length = settings.sampled["per_prompt"], settings.sampled["max_new_tokens"]
-    sampler = BestOfNSampler(model, tokenizer, ClassifierReward.from_pretrained(judge), lambda: length, sample_size=number)
+    sampler = BestOfNSampler(
+        model, tokenizer, ClassifierReward.from_pretrained(judge), lambda: length, sample_size=number
+    )
     prompts = assets.prompts()
     random.Random(0).shuffle(prompts)
     texts: list[list[Text]] = []
-    for prompt in prompts:  # one at a time: all samples of a call are one batch
-        (candidates,) = sampler.candidates([tokenizer(prompt).input_ids], do_sample=True, top_k=0)
-        completions = [completion for completion in candidates.completions if completion.strip()]
-        half = len(completions) // 2
-        texts.append([Text(prompt, completion, i < half) for i, completion in enumerate(completions)])
+    for start in range(0, len(prompts), QUERIES):
+        queries = tokenizer(prompts[start : start + QUERIES]).input_ids
+        batch = sampler.candidates(queries, do_sample=True, top_k=0)
+        for prompt, candidates in zip(prompts[start : start + QUERIES], batch, strict=True):
+            completions = [completion for completion in candidates.completions if completion.strip()]
+            half = len(completions) // 2
+            texts.append([Text(prompt, completion, i < half) for i, completion in enumerate(completions)])
     held_out = max(1, len(texts) // 4)
     return [t for part in texts[held_out:] for t in part], [t for part in texts[:held_out] for t in part]
