@@ -62,22 +62,26 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def begin(root: Path, settings: dict[str, Any], *, resume: bool) -> None:
-    """Makes the folder of a new run, or checks that the one to resume has the same settings."""
+    """Makes the folder of a new run, or checks that the one to resume has the same settings for the stages that have begun."""
     path = root / CONFIG
-    if not path.exists():
-        if root.exists() and any(root.iterdir()):
-            raise SystemExit(f"{root} has other files: give an empty or a new folder as --out")
-        root.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(settings, indent=1).encode())
-        return
-    if not resume:
-        raise SystemExit(f"{root} has a run already: --resume goes on with it, --out NAME begins another")
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in settings if settings[name] != before.get(name)]
-    if changed:
-        raise SystemExit(
-            f"{root} was begun with other settings of {', '.join(changed)}: use those, or give a new --out"
-        )
+    if path.exists():
+        if not resume:
+            raise SystemExit(f"{root} has a run already: --resume goes on with it, --out NAME begins another")
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = []
+        for name, value in settings.items():
+            stage = "judged" if name == "best_of_n" else name
+            begun = stage not in STAGES or (root / stage).exists()  # `base`, `judge` and others concern every stage
+            if begun and value != before.get(name):
+                changed.append(name)
+        if changed:
+            raise SystemExit(
+                f"{root} was begun with other settings of {', '.join(changed)}: use those, or give a new --out"
+            )
+    elif root.exists() and any(root.iterdir()):
+        raise SystemExit(f"{root} has other files: give an empty or a new folder as --out")
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(settings, indent=1).encode())
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:

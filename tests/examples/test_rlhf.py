@@ -99,6 +99,23 @@ def test_settings_are_checked_before_anything_is_written(tmp_path: Path, load: A
     assert not root.exists()
 
 
+def test_settings_of_a_stage_may_change_until_it_begins(tmp_path: Path, load: Any):
+    begin = load("run").begin
+    root = tmp_path / "run"
+    begin(root, QUICK | {"seed": 0}, resume=False)
+    (root / "sft").mkdir()
+    begin(root, QUICK | {"seed": 0, "ppo": {"steps": 3}, "best_of_n": {"most": 8}}, resume=True)
+    assert json.loads((root / "pipeline.json").read_text(encoding="utf-8"))["ppo"] == {"steps": 3}
+    (root / "ppo").mkdir()
+    with pytest.raises(SystemExit, match="other settings of sft, ppo") as caught:
+        begin(root, QUICK | {"seed": 0, "sft": {"max_steps": 3}, "best_of_n": {"most": 8}}, resume=True)
+    assert "best_of_n" not in str(caught.value)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(SystemExit, match="has other files"):
+        begin(tmp_path / "other", QUICK | {"seed": 0}, resume=False)
+
+
 def test_pairs_share_their_prompt(load: Any):
     texts = load("texts")
     rows = [
