@@ -84,7 +84,8 @@ coverage: $(READY)  ## the suite with line and branch coverage: 90% of trl/, eve
 	$(PY) -m coverage report --include='trl/functional/*' --fail-under=100
 	$(PY) -m coverage report --fail-under=90
 
-docs: $(READY)  ## the site in docs/_build/html, warnings being errors; needs the extra docs
+docs: $(READY)  ## the site in docs/_build/html, warnings being errors; installs the extra docs
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(PY) -m sphinx -W --keep-going -q -E -a -b html docs docs/_build/html $(ARGS)
 
 docs-tables: $(READY)  ## the parts of the pages that follow from the code: settings, metrics

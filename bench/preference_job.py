@@ -32,8 +32,9 @@ from typing import Any
 SYSTEMS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # name: peer ("": this library), settings
     "dpo": {
         "this library": ("", {}),
+        "this library, no recomputed activations": ("", {"gradient_checkpointing": False}),
         "this library, reference in every step": ("", {"precompute_ref_log_probs": False}),
-        "this library, float32": ("", {"bf16": False}),
+        "this library, float32": ("", {"bf16": False, "gradient_checkpointing": False}),
         "TRL 1.16": ("1.16", {}),
         "TRL 1.16, no recomputed activations": ("1.16", {"gradient_checkpointing": False}),
         "TRL 1.16, reference computed once": (
@@ -44,7 +45,8 @@ SYSTEMS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # name: peer ("":
     },
     "reward": {
         "this library": ("", {}),
-        "this library, float32": ("", {"bf16": False}),
+        "this library, no recomputed activations": ("", {"gradient_checkpointing": False}),
+        "this library, float32": ("", {"bf16": False, "gradient_checkpointing": False}),
         "TRL 1.16": ("1.16", {}),
         "TRL 1.16, no recomputed activations": ("1.16", {"gradient_checkpointing": False}),
         "TRL 1.16, float32": ("1.16", {"bf16": False, "gradient_checkpointing": False}),

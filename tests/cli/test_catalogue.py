@@ -35,7 +35,7 @@ def test_a_name_of_trl_1_is_a_setting(name: str) -> None:
     assert not isinstance(found, str) and found.path == RENAMED[name][0]
 
 
-@pytest.mark.parametrize("name", set(EXPLAINED) - {"max_new_tokens"})
+@pytest.mark.parametrize("name", sorted(set(EXPLAINED) - {"max_new_tokens"}))
 def test_a_name_without_an_equivalent_says_what_to_use(name: str) -> None:
     found = catalogue.find(name)
     assert isinstance(found, str) and EXPLAINED[name][0].removeprefix("nothing: ") in found

@@ -147,9 +147,10 @@ def test_bfloat16_steps_follow_those_in_float32(accumulation: int, tmp_path: Pat
     assert weights(narrow).dtype == torch.float32
     # Adam's first steps have the size of the learning rate, whatever the gradient's: signs decide.
     assert cosine(weights(wide) - start, weights(narrow) - start) > 0.97
-    for row, other in zip(wide.state.log_history, narrow.state.log_history, strict=True):
-        for name in set(row) & {"loss", "grad_norm", "entropy"}:
-            assert abs(row[name] - other[name]) < 0.03 * abs(row[name])
+    first, second = (trainer.state.log_history[0] for trainer in (wide, narrow))
+    for name in ("loss", "grad_norm", "entropy"):
+        assert abs(first[name] - second[name]) < 0.01 * first[name]
+    assert abs(wide.state.log_history[1]["loss"] - narrow.state.log_history[1]["loss"]) < 0.02
 
 
 def test_recomputed_activations_change_no_number(tmp_path: Path) -> None:

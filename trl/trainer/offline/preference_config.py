@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
-import torch
-
 from trl.trainer.offline.stage_config import StageConfig
 
 P = TypeVar("P", bound="PreferenceConfig")
@@ -42,11 +40,6 @@ class PreferenceConfig(StageConfig):
             ValueError: if a setting is not supported or out of its range.
         """
         super().__post_init__()
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
-        if self.ddp_find_unused_parameters is None:
-            # The output layer is used outside the wrapped forward, where DDP would take it for unused.
-            self.ddp_find_unused_parameters = False
         if isinstance(self.pad_to_multiple_of, str):
             none = self.pad_to_multiple_of.lower() in ("auto", "none", "null")
             self.pad_to_multiple_of = None if none else int(self.pad_to_multiple_of)

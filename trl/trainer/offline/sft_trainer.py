@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainingArguments, set_seed
 
 from trl.data.constant_length import ConstantLengthDataset
 from trl.data.formats import DataFormat, open_source
@@ -112,6 +112,7 @@ class SFTTrainer(StageTrainer):
                     "model_init builds the model with its adapter: call peft.get_peft_model there, and drop peft_config"
                 )
             model = model_init()  # for its tokenizer and its kind; transformers builds it again to train it
+        set_seed(settings.seed)  # an adapter starts with random weights
         model = with_adapter(load_stage_model(model, _auto_class(model, settings), settings), peft_config)
         self._trl_tokenizer = stage_tokenizer(
             processing_class, tokenizer, model, settings, eos_token=settings.eos_token

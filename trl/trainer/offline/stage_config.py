@@ -66,7 +66,7 @@ class StageConfig(TrainingArguments):
             self.model_init_kwargs = json.loads(self.model_init_kwargs)
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # or torch warns that there is nothing to pin memory for
-        if self.ddp_find_unused_parameters is None:
+        if getattr(self, "ddp_find_unused_parameters", None) is None:
             # The projection to the vocabulary runs outside of the model's forward, where DDP would take it for unused.
             self.ddp_find_unused_parameters = False
         bf16, recompute = self.bf16, self.gradient_checkpointing
