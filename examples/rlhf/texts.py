@@ -13,7 +13,7 @@ from typing import Any
 
 from trl import BestOfNSampler, assets, set_seed
 from trl.files import write_atomic
-from trl.pretrained import load_tokenizer
+from trl.pretrained import load_model, load_tokenizer
 from trl.rewards import ClassifierReward
 
 WORDS = 2  # of a prompt
@@ -169,7 +169,7 @@ def sampled_texts(settings: TextSettings, *, base: str, judge: str, seed: int) -
 
     set_seed(seed)
     tokenizer = load_tokenizer(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = load_model(AutoModelForCausalLM, base)
     number, length = settings.sampled["per_prompt"], settings.sampled["max_new_tokens"]
     sampler = BestOfNSampler(
         model, tokenizer, ClassifierReward.from_pretrained(judge), lambda: length, sample_size=number
