@@ -124,7 +124,7 @@ def test_adapters() -> None:
         with_adapter(tiny_llama(), {"r": 2})
 
 
-def trained(tmp_path: Path, resume: bool | None = None, **settings: Any) -> Any:
+def trained(tmp_path: Path, resume: bool | str | None = None, **settings: Any) -> Any:
     config = SFTConfig(str(tmp_path), **quiet(learning_rate=0.05, max_grad_norm=0.5, logging_steps=1, **settings))
     trainer = SFTTrainer(tiny_llama(), config, train_dataset=texts(16), processing_class=tiny_tokenizer())
     trainer.train(resume_from_checkpoint=resume)
@@ -185,6 +185,20 @@ def test_the_last_whole_checkpoint_is_resumed(tmp_path: Path) -> None:
     assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     with pytest.raises(ValueError, match="no checkpoint that was saved to its end"):
         trained(tmp_path / "empty", resume=True)
+
+
+def test_auto_resumes_or_begins_anew(tmp_path: Path) -> None:
+    assert last_whole_checkpoint(str(tmp_path / "none")) is None
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    new = trained(tmp_path / "new", resume="auto", **settings)
+    whole = trained(tmp_path / "whole", **settings)
+    names = ("loss", "grad_norm", "step")
+    assert [[row.get(name) for name in names] for row in new.state.log_history[:2]] == [
+        [row.get(name) for name in names] for row in whole.state.log_history[:2]
+    ]
+    last = new.state.global_step
+    again = trained(tmp_path / "new", resume="auto", **settings)  # finished before: nothing is left to train
+    assert again.state.global_step == last and again.state.log_history[0] == new.state.log_history[0]
 
 
 @pytest.mark.slow

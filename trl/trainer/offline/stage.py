@@ -128,16 +128,22 @@ class StageTrainer(Trainer):
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in `args.output_dir`: a run that was
-                killed in the middle of a save leaves one that is not.
+                killed in the middle of a save leaves one that is not. "auto" takes that one too, and begins anew without it.
             *args: passed on.
             **kwargs: passed on.
 
         Raises:
-            ValueError: if there is no whole checkpoint.
+            ValueError: if there is no whole checkpoint for True.
         """
         self._trl_stale = True
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint is True or resume_from_checkpoint == "auto":
+            checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if checkpoint is None and resume_from_checkpoint is True:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir} has no checkpoint that was saved to its end: "
+                    'pass "auto" to begin anew in that case'
+                )
+            resume_from_checkpoint = checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -188,12 +194,8 @@ class StageTrainer(Trainer):
         self._trl_stale = not narrow or any(p.grad is not None for p in self.model.parameters())
 
 
-def last_whole_checkpoint(folder: str) -> str:
-    """Returns the latest checkpoint in `folder` that was saved to its end.
-
-    Raises:
-        ValueError: if there is none.
-    """
+def last_whole_checkpoint(folder: str) -> str | None:
+    """Returns the latest checkpoint in `folder` that was saved to its end; None if there is no such checkpoint."""
     steps = {
         int(path.name.rpartition("-")[2]): path
         for path in Path(folder).glob("checkpoint-*")
@@ -206,7 +208,7 @@ def last_whole_checkpoint(folder: str) -> str:
             logger.warning("%s was not saved to its end: going on from the checkpoint before it", path)
             continue
         return str(path)
-    raise ValueError(f"resume_from_checkpoint=True, but {folder} has no checkpoint that was saved to its end")
+    return None
 
 
 # --- Arguments of the constructors ---

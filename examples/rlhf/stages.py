@@ -1,0 +1,224 @@
+"""The stages: each reads the folders of earlier ones, and writes its own with the trained model in `model/`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from texts import QUERIES, Data, TextSettings
+from transformers import AutoModelForCausalLM
+
+from trl import (
+    AutoModelForCausalLMWithValueHead,
+    BestOfNSampler,
+    DPOConfig,
+    DPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+    assets,
+    set_seed,
+)
+from trl.files import write_atomic
+from trl.functional.best_of_n import best_of_n_kl
+from trl.functional.intervals import mean_estimate, proportion_estimate
+from trl.pretrained import load_model, load_tokenizer
+from trl.rewards import ClassifierReward
+
+BUNDLED = ("tiny-gpt2-reviews", "tiny-bert-sentiment")
+DEFAULTS = {"report_to": "none", "save_total_limit": 2, "gradient_checkpointing": False, "disable_tqdm": True}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The YAML file."""
+
+    base: str
+    judge: str
+    sft: dict[str, Any]
+    reward: dict[str, Any]
+    ppo: dict[str, Any]
+    dpo: dict[str, Any]
+    best_of_n: dict[str, int]
+    data: dict[str, Any] = field(default_factory=dict)
+    max_new_tokens: int = 48
+
+    @classmethod
+    def read(cls, path: str | Path) -> Settings:
+        """Reads a YAML file.
+
+        Raises:
+            ValueError: if a section is unknown or missing.
+        """
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        known = {entry.name for entry in fields(cls)}
+        needed = known - {"data", "max_new_tokens"}
+        sections = set(given) if isinstance(given, dict) else set()
+        if sections - known or needed - sections:
+            raise ValueError(
+                f"{path}: unknown sections: {', '.join(sorted(sections - known)) or 'none'}; missing: "
+                f"{', '.join(sorted(needed - sections)) or 'none'}; expected: {', '.join(sorted(known))}"
+            )
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A run of all stages in one folder."""
+
+    settings: Settings
+    root: Path
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Makes the settings of every stage, so that a wrong one is an error before the first stage."""
+        self.texts, self.sft_config, self.reward_config, self.dpo_config, self.ppo_config  # noqa: B018
+
+    @property
+    def texts(self) -> TextSettings:
+        return TextSettings(**self.settings.data)
+
+    @property
+    def sft_config(self) -> SFTConfig:
+        return SFTConfig(str(self.root / "sft"), seed=self.seed, **DEFAULTS | self.settings.sft)
+
+    @property
+    def reward_config(self) -> RewardConfig:
+        return RewardConfig(str(self.root / "reward"), seed=self.seed, **DEFAULTS | self.settings.reward)
+
+    @property
+    def dpo_config(self) -> DPOConfig:
+        return DPOConfig(str(self.root / "dpo"), seed=self.seed, **DEFAULTS | self.settings.dpo)
+
+    @property
+    def ppo_config(self) -> PPOConfig:
+        settings = {name: value for name, value in self.settings.ppo.items() if name != "steps"}
+        return PPOConfig(seed=self.seed, **settings)
+
+    @property
+    def data(self) -> Data:
+        return Data(self.root / "data")
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.settings.max_new_tokens}
+
+    def model(self, stage: str) -> str:
+        """Returns the folder of a stage's model."""
+        return str(self.root / stage / "model")
+
+    # --- Stages: each returns what its result.json says ---
+
+    def prepare(self) -> dict[str, Any]:
+        """Makes the data."""
+        base, judge = named(self.settings.base), named(self.settings.judge)
+        return self.data.write(self.texts, base=base, judge=judge, seed=self.seed)
+
+    def sft(self) -> dict[str, Any]:
+        """Fine-tunes the base to write the ending of a review."""
+        trainer = SFTTrainer(named(self.settings.base), self.sft_config, train_dataset=self.data.sft)
+        return self.finish(trainer, "sft")
+
+    def reward(self) -> dict[str, Any]:
+        """Trains a reward model on pairs, beginning with the SFT model, and counts right answers on held-out pairs."""
+        data = self.data
+        trainer = RewardTrainer(
+            self.model("sft"), self.reward_config, train_dataset=data.pairs, eval_dataset=data.test_pairs
+        )
+        result = self.finish(trainer, "reward")
+        metrics = trainer.evaluate()
+        count = len(trainer.eval_dataset)
+        result |= {name: metrics[f"eval_{name}"] for name in ("accuracy", "margin", "expected_calibration_error")}
+        return result | {"pairs": count, "interval": asdict(proportion_estimate(result["accuracy"] * count, count))}
+
+    def ppo(self) -> dict[str, Any]:
+        """Trains the SFT model with PPO against the reward model."""
+        trainer = self.ppo_trainer(self.model("sft"))
+        result = trainer.train(
+            self.data.prompts,
+            reward=self.reward_source(),
+            steps=self.settings.ppo["steps"],
+            run_dir=self.root / "ppo",
+            resume="auto",
+            generation=self.generation,
+        )
+        return {"steps": result.steps, "kl": result.metrics.get("objective/kl")}
+
+    def dpo(self) -> dict[str, Any]:
+        """Trains the SFT model with DPO on the reward model's pairs."""
+        trainer = DPOTrainer(self.model("sft"), args=self.dpo_config, train_dataset=self.data.pairs)
+        return self.finish(trainer, "dpo")
+
+    def finish(self, trainer: Any, stage: str) -> dict[str, Any]:
+        """Trains, from the last checkpoint if there is one, and saves the model."""
+        output = trainer.train(resume_from_checkpoint="auto")
+        trainer.save_model(self.model(stage))
+        rows = "".join(json.dumps(row) + "\n" for row in trainer.state.log_history)
+        write_atomic(self.root / stage / "metrics.jsonl", rows.encode())
+        return {"steps": output.global_step, "loss": output.training_loss}
+
+    # --- Judging ---
+
+    def judge(self) -> dict[str, Any]:
+        """Compares PPO, DPO and best-of-n with the SFT model on held-out prompts, by a classifier that was not the reward."""
+        judge = ClassifierReward.from_pretrained(named(self.settings.judge))
+        compared = {}
+        for stage in ("ppo", "dpo"):
+            trainer = self.ppo_trainer(self.model(stage))
+            compared[stage] = trainer.evaluate(
+                self.data.test_prompts, judge, generation=self.generation, seed=self.seed
+            )
+        base = {row.prompt: row.base_score for row in compared["ppo"].rows}
+        result: dict[str, Any] = {stage: c.to_dict() for stage, c in compared.items()}
+        return result | {"best_of_n": self.best_of_n(judge, base, result["ppo"]["kl"]["value"])}
+
+    def best_of_n(self, judge: ClassifierReward, base: dict[str, float], kl: float) -> dict[str, Any]:
+        """Judges the best of n responses of the SFT model by the reward model, at about the given KL."""
+        n = min((2**power for power in range(1, 11)), key=lambda n: abs(best_of_n_kl(n) - kl))
+        n = min(n, self.settings.best_of_n["most"])
+        set_seed(self.seed)
+        tokenizer = load_tokenizer(self.model("sft"))
+        sampler = BestOfNSampler(
+            load_model(AutoModelForCausalLM, self.model("sft")), tokenizer, self.reward_source(), None, sample_size=n
+        )
+        prompts = list(base)
+        completions = []
+        for start in range(0, len(prompts), QUERIES):
+            queries = tokenizer(prompts[start : start + QUERIES]).input_ids
+            candidates = sampler.candidates(queries, do_sample=True, top_k=0, **self.generation)
+            completions += [responses.completions[0] for responses in candidates]
+        scores = judge(prompts, completions)
+        differences = [score - other for score, other in zip(scores, base.values(), strict=True)]
+        wins, ties = sum(d > 0 for d in differences), sum(d == 0 for d in differences)
+        return {
+            "n": n,
+            "win_rate": asdict(proportion_estimate(wins + ties / 2, len(differences))),
+            "difference": asdict(mean_estimate(differences)),
+            "kl": {"value": best_of_n_kl(n)},
+            "rows": [
+                {"prompt": prompt, "response": text, "score": score}
+                for prompt, text, score in zip(prompts, completions, scores, strict=True)
+            ],
+        }
+
+    def ppo_trainer(self, folder: str) -> PPOTrainer:
+        """Returns a trainer of a policy whose reference is the SFT model."""
+        set_seed(self.seed)  # of the value head
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+        reference = AutoModelForCausalLMWithValueHead.from_pretrained(self.model("sft"))
+        return PPOTrainer(self.ppo_config, model, reference, load_tokenizer(self.model("sft")))
+
+    def reward_source(self) -> ClassifierReward:
+        """Returns the reward model."""
+        return ClassifierReward.from_pretrained(self.model("reward"), label=0)
+
+
+def named(model: str) -> str:
+    """Returns the folder of a bundled model; any other folder or hub id as it is."""
+    return assets.path(model) if model in BUNDLED else model  # type: ignore[arg-type]

@@ -1,0 +1,161 @@
+"""The pipeline of examples/rlhf runs from texts to a table, goes on where it was interrupted, and reaches its results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "rlhf"
+QUICK: dict[str, Any] = {
+    "base": "tiny-gpt2-reviews",
+    "judge": "tiny-bert-sentiment",
+    "max_new_tokens": 6,
+    "data": {
+        "source": "sampled",
+        "sft_rows": 32,
+        "pairs": 32,
+        "test_pairs": 16,
+        "prompts": 32,
+        "test_prompts": 8,
+        "sampled": {"per_prompt": 4, "max_new_tokens": 6},
+    },
+    "sft": {"max_steps": 2, "per_device_train_batch_size": 8, "save_steps": 1},
+    "reward": {"max_steps": 2, "per_device_train_batch_size": 8, "save_steps": 1},
+    "ppo": {"steps": 2, "batch_size": 8, "mini_batch_size": 4},
+    "dpo": {"max_steps": 2, "per_device_train_batch_size": 8, "save_steps": 1},
+    "best_of_n": {"most": 4},
+}
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of the example, as the script does."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def written(path: Path, settings: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return str(path)
+
+
+def prompts_of(path: Path) -> set[str]:
+    return {json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()}
+
+
+def test_pipeline_and_resume(tmp_path: Path, load: Any, capsys: pytest.CaptureFixture[str]):
+    main = load("run").main
+    arguments = [written(tmp_path / "quick.yaml", QUICK), "--seed", "3", "--out", str(tmp_path / "run")]
+    first = main(arguments)
+    root = tmp_path / "run"
+    table = (root / "results.md").read_text(encoding="utf-8")
+    assert "Texts: sampled." in table and "| PPO |" in table and "| DPO |" in table and "| best of " in table
+    stored = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    assert stored["reward"]["accuracy"] == first["reward"]["accuracy"]
+    assert stored["judged"]["ppo"]["prompts"] == 8 and "rows" not in stored["judged"]["ppo"]
+    assert (root / "ppo" / "metrics.jsonl").exists()
+    held_out = prompts_of(root / "data" / "test_prompts.jsonl")
+    assert len(held_out) == 8 and not held_out & prompts_of(root / "data" / "prompts.jsonl")
+
+    with pytest.raises(SystemExit, match="has a run already"):
+        main(arguments)
+    with pytest.raises(SystemExit, match="other settings of seed"):
+        main([*arguments, "--resume", "--seed", "4"])
+
+    # Interrupted in the reward model's second step, after its first checkpoint.
+    before = (root / "reward" / "model" / "model.safetensors").read_bytes()
+    for path in (root / "reward" / "checkpoint-2", root / "reward" / "model"):
+        shutil.rmtree(path)
+    (root / "reward" / "result.json").unlink()
+    capsys.readouterr()
+    again = main([*arguments, "--resume"])
+    assert "sft: done before\nreward ..." in capsys.readouterr().out
+    assert (root / "reward" / "model" / "model.safetensors").read_bytes() == before
+    assert again["reward"]["accuracy"] == first["reward"]["accuracy"]
+
+
+def test_settings_are_checked_before_anything_is_written(tmp_path: Path, load: Any):
+    main = load("run").main
+    root = tmp_path / "run"
+    for change, error in (
+        ({"dpo": {"betta": 0.1}}, TypeError),
+        ({"sfd": {}}, ValueError),
+        ({"data": {"source": "reveiws"}}, ValueError),
+    ):
+        with pytest.raises(error, match=str(next(iter(next(iter(change.values())) or change)))):
+            main([written(tmp_path / "wrong.yaml", QUICK | change), "--out", str(root)])
+    assert not root.exists()
+
+
+def test_settings_of_a_stage_may_change_until_it_begins(tmp_path: Path, load: Any):
+    begin = load("run").begin
+    root = tmp_path / "run"
+    begin(root, QUICK | {"seed": 0}, resume=False)
+    (root / "sft").mkdir()
+    begin(root, QUICK | {"seed": 0, "ppo": {"steps": 3}, "best_of_n": {"most": 8}}, resume=True)
+    assert json.loads((root / "pipeline.json").read_text(encoding="utf-8"))["ppo"] == {"steps": 3}
+    (root / "ppo").mkdir()
+    with pytest.raises(SystemExit, match="other settings of sft, ppo") as caught:
+        begin(root, QUICK | {"seed": 0, "sft": {"max_steps": 3}, "best_of_n": {"most": 8}}, resume=True)
+    assert "best_of_n" not in str(caught.value)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(SystemExit, match="has other files"):
+        begin(tmp_path / "other", QUICK | {"seed": 0}, resume=False)
+
+
+def test_pairs_share_their_prompt(load: Any):
+    texts = load("texts")
+    rows = [
+        texts.Text("A fine", " film indeed.", True),
+        texts.Text("A fine", " mess of it.", False),
+        texts.Text("A poor", " film indeed.", False),
+        texts.Text("A great", " film indeed.", True),
+        texts.Text("Not my", " kind of film.", False),
+    ]
+    assert texts.pairs(rows) == [
+        {"prompt": "A fine", "chosen": " film indeed.", "rejected": " mess of it."},
+        {"prompt": "A", "chosen": " great film indeed.", "rejected": " poor film indeed."},
+    ]
+
+
+def test_endings_are_whole_sentences(tmp_path: Path, load: Any):
+    from trl import assets
+
+    end = "I would watch it again with all of my friends, and so should you. It is a joy!"
+    long = "Nobody could have known " + "that this was " * 40 + "so."
+    reviews = [
+        {"text": f"{long} {end}", "label": 1, "source": "imdb"},
+        {"text": "Too short.", "label": 0, "source": "imdb"},
+        {"text": end, "label": 1, "source": "rotten_tomatoes"},
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in reviews), encoding="utf-8")
+    (text,) = load("texts").endings(path, 60, assets.path("tiny-gpt2-reviews"))
+    assert text.prompt == "I would" and text.prompt + text.completion == end and text.positive
+
+
+@pytest.mark.slow
+def test_results(tmp_path: Path, load: Any):
+    if not (ROOT / "data" / "reviews" / "train.jsonl").exists():
+        pytest.skip("needs data/reviews: python scripts/fetch_assets.py")
+    settings = yaml.safe_load((FOLDER / "reviews.yaml").read_text(encoding="utf-8"))
+    settings["data"] |= {"reviews": str(ROOT / "data" / "reviews"), "source": "reviews"}
+    result = load("run").main([written(tmp_path / "reviews.yaml", settings), "--out", str(tmp_path / "run")])
+    judged = result["judged"]
+    assert result["reward"]["accuracy"] > 0.85
+    assert judged["ppo"]["win_rate"]["value"] > 0.7 and judged["ppo"]["kl"]["value"] < 8
+    assert judged["ppo"]["win_rate"]["low"] > 0.6
+    assert judged["best_of_n"]["win_rate"]["low"] > 0.5 and judged["dpo"]["win_rate"]["low"] > 0.5
