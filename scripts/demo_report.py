@@ -75,7 +75,7 @@ def results(folders: list[Path], examples: int) -> list[str]:
     lines = [
         *picture("../img/", runs[0][0]),
         "",
-        f"Seed {runs[0][0]['seed']}. Held-out prompts: {len(runs[0][2]['before'])}, never trained on.",
+        f"Seed {runs[0][0]['seed']}. Held-out: {len(runs[0][2]['before'])} responses, to prompts never trained on.",
         "",
         "| seed | P(POSITIVE) before | after | last batch | KL, nats | perplexity under the reference | different word pairs | "
         "time |",
