@@ -19,8 +19,11 @@ RUN_ELSEWHERE = {
     "docs/adapters.md": "extras/test_pages.py",
     "docs/best-of-n.md": "extras/test_pages.py",
     "docs/doctor.md": "doctor/test_doctor_page.py",
+    "docs/dpo.md": "trainer/offline/test_pages.py",
     "docs/how-to/new-algorithm.md": "algorithms/test_new_algorithm_page.py",
+    "docs/reward-models.md": "trainer/offline/test_pages.py",
     "docs/rewards.md": "rewards/test_page.py",
+    "docs/sft.md": "trainer/offline/test_page.py",
 }
 PAGES = [
     page

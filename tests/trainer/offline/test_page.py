@@ -23,7 +23,7 @@ def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert max(map(len, code.splitlines())) <= 130
         exec(compile(code, f"docs/sft.md, snippet {number}", "exec"), names)
     assert (tmp_path / "runs/sft/model/model.safetensors").exists()
-    assert (tmp_path / "runs/lora/adapter/adapter_model.safetensors").exists()
+    assert (tmp_path / "runs/sft-lora/adapter/adapter_model.safetensors").exists()
     keys = set(names["trainer"].state.log_history[0]) | {"entropy", "mean_token_accuracy", "num_tokens"}
     text = PAGE.read_text(encoding="utf-8")
     assert [key for key in keys - {"step"} if f"`{key}`" not in text and not key.startswith(("train_", "total_"))] == []
