@@ -9,10 +9,10 @@ import os
 import signal
 import threading
 
-WAITING = {"GOMP_SPINCOUNT": "10000"}
-"""How OpenMP's threads wait for work. By default GNU's runtime spins 300,000 times (milliseconds) before a thread sleeps,
-which takes the core from whatever else runs. 10,000 spins still bridge the gaps between two operations of a model, and
-`bench/under_load.py` compares the candidates."""
+WAITING = {"OMP_WAIT_POLICY": "passive"}
+"""How OpenMP's threads wait for work. By default GNU's runtime spins for milliseconds before a thread sleeps, which takes the
+core from whatever else runs. Fewer spins (`GOMP_SPINCOUNT`) change nothing beside a busy process; never to spin costs about a
+tenth of a step of many small operations on an idle machine (`bench/under_load.py`, docs/performance.md)."""
 
 WAITING_CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _OTHER_DEFAULTS = {"TOKENIZERS_PARALLELISM": "false"}
