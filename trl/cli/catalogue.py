@@ -28,7 +28,7 @@ SECTIONS: Mapping[str, type] = {
     "train": sections.TrainSettings,
 }
 SHORTHAND = {"model": "model.name", "data": "data.prompts", "reward": "reward.functions"}
-"""What a section is if it is given as a value instead of a mapping."""
+"""The setting that a section's plain value stands for: `model: gpt2` sets `model.name`."""
 
 # Fields of PPOConfig that name things for a script, that the trainer writes, or that are old names of others.
 _NOT_SETTINGS = (
@@ -114,7 +114,7 @@ def find(name: str, section: str | None = None) -> Setting | str:
         section: the section that the name was given in; None if none.
 
     Returns:
-        The setting; or, if there is none, why, as the end of "... is no setting".
+        The setting, or the reason for the error: the end of a sentence that begins "... is no setting".
     """
     name = name.strip().replace("-", "_")
     path = name if section is None else f"{section}.{name}"

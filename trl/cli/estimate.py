@@ -1,4 +1,4 @@
-"""What a run will take, from the model's configuration alone: parameters, memory, tokens, optimizer steps."""
+"""Estimate of a run's cost, from the model's configuration alone: parameters, memory, tokens, optimizer steps."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _KEY = "launch"
 
 
 def record(command: str, resolved: Resolved, files: Mapping[str, str]) -> dict[str, Any]:
-    """What a run keeps.
+    """Builds the record that `trl resume` reads.
 
     Args:
         command: "ppo" or "grpo".

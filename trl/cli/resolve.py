@@ -24,7 +24,7 @@ COMMAND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"grpo": {"ppo.group_size": 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """A value that somebody gave."""
+    """A value from a file, the environment or a flag, with its source."""
 
     setting: Setting
     value: Any

@@ -71,7 +71,7 @@ class GRPOSettings:
 
 @dataclass(kw_only=True)
 class RewardSettings:
-    """What scores a completion. `reward: rewards.py:polite` is short for `functions`."""
+    """The reward that scores completions. `reward: rewards.py:polite` is short for `functions`."""
 
     functions: dict[str, str] | list[str] | str = field(default_factory=dict)
     """Rewards by name, or a list, or one: `file.py:function`, `module:function`, `classifier:MODEL`, `length-penalty`,
