@@ -23,14 +23,18 @@ from trl.kernels.products import linear, summed_outer
 _ROWS = {"cpu": 512, "other": 8192}
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "other": 256 * 2**20}
 # Up to this size the logits of all blocks are saved for the backward pass instead of being recomputed.
-_SAVED_BYTES = 48 * 2**20
+_SAVED_BYTES = {"cpu": 48 * 2**20, "other": 2 * 2**30}
+
+
+def _kind(tensor: Tensor) -> str:
+    return "cpu" if tensor.device.type == "cpu" else "other"
 
 
 def _sizes(hidden: Tensor, words: int, block: tuple[int, int] | None) -> tuple[int, int]:
     """Returns the block size: rows and vocabulary entries."""
     if block is not None:
         return block
-    kind = hidden.device.type if hidden.device.type in _ROWS else "other"
+    kind = _kind(hidden)
     rows = max(1, min(_ROWS[kind], len(hidden)))
     return rows, max(1, min(words, _BLOCK_BYTES[kind] // (4 * rows)))
 
@@ -67,7 +71,7 @@ class _Projected(torch.autograd.Function):
         top = torch.full_like(token_logits, -torch.inf)
         total, weighted = torch.zeros_like(top), torch.zeros_like(top)  # sums of w and of w x, w = 2^x
         unit = BITS / temperature
-        save = any(ctx.needs_input_grad) and count * vocab_size * hidden.element_size() <= _SAVED_BYTES
+        save = any(ctx.needs_input_grad) and count * vocab_size * hidden.element_size() <= _SAVED_BYTES[_kind(hidden)]
         saved: list[Tensor] = []
         for vocab in _parts(vocab_size, vocab_block):
             for rows in _parts(count, row_block):

@@ -250,7 +250,7 @@ class PolicySampler:
 
     def _seed(self) -> int:
         """Draws a seed from torch's global generator and adds the rank, since processes may share the generator's state."""
-        return int(torch.randint(2**62, (), dtype=torch.int64)) + self.accelerator.process_index
+        return int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")) + self.accelerator.process_index
 
     def _state(self, policy: PreTrainedModelWrapper, temperature: float) -> State:
         """Identifies everything that logprobs and values depend on besides the tokens, by torch's version counters."""
