@@ -669,7 +669,8 @@ def main() -> int:
             signal.alarm(max(1, min(seconds, int(left()))))
             line = dict(status="ok", found=work())
         except AssertionError as error:
-            line = dict(status="FAIL", found=str(error)[:1500])
+            line = dict(status="FAIL", found=str(error)[:1500], at=where(error))
+            traceback.print_exc()
         except BaseException as error:
             line = dict(status="ERROR", found=f"{type(error).__name__}: {str(error)[:600]}", at=where(error))
             traceback.print_exc()
