@@ -37,7 +37,7 @@ def test_logits_and_gradients_are_the_models_own() -> None:
             found.append((logits.detach(), *torch.autograd.grad(logits.square().sum(), list(model.parameters()))))
     assert all("forward" not in vars(norm) for norm in norms)
     for own, other in zip(*found, strict=True):
-        assert_close(own, other, atol=1e-4)
+        assert_close(own, other, tol=1e-4)
 
 
 @pytest.mark.skipif(not kernels_enabled(), reason="it is a kernel")

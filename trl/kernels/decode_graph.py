@@ -64,7 +64,9 @@ def fixed_cache(cache: DynamicCache, config: Any, capacity: int, column: Tensor)
     Raises:
         ValueError: if a layer of the cache does not keep every token.
     """
-    if unsupported := {type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, GrowingLayer)}:
+    if unsupported := {
+        type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, GrowingLayer)
+    }:
         raise ValueError(f"cache layers of type {', '.join(sorted(unsupported))} have no fixed counterpart")
     fixed = DynamicCache(config=config)
     fixed.layers = [FixedLayer(layer.keys, layer.values, capacity, column) for layer in cache.layers]

@@ -111,7 +111,13 @@ class _Projected(torch.autograd.Function):
                 if fused:
                     running = {"top": top[rows], "total": total[rows], "weighted": weighted[rows]}
                     on_gpu.add_block(
-                        logits, tokens[rows], vocab.start, unit, **running, chosen=token_logits[rows], entropy=need_entropy
+                        logits,
+                        tokens[rows],
+                        vocab.start,
+                        unit,
+                        **running,
+                        chosen=token_logits[rows],
+                        entropy=need_entropy,
                     )
                     continue
                 in_block = (tokens[rows] >= vocab.start) & (tokens[rows] < vocab.stop)

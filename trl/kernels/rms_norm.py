@@ -49,7 +49,9 @@ def is_plain_rms_norm(module: nn.Module) -> bool:
             own = torch.func.functional_call(module, {"weight": other}, (x,))
         except (RuntimeError, TypeError, ValueError):
             return False
-        return isinstance(own, Tensor) and torch.allclose(own, F.rms_norm(x, other.shape, other, _eps(module)), atol=1e-5)
+        return isinstance(own, Tensor) and torch.allclose(
+            own, F.rms_norm(x, other.shape, other, _eps(module)), atol=1e-5
+        )
 
 
 def _eps(module: nn.Module) -> float | None:

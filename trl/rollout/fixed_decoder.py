@@ -73,9 +73,7 @@ class FixedDecoder(CausalDecoder):
         self._step = None
 
 
-def decoder_for(
-    model: Any, queries: Sequence[Tensor], limits: Sequence[int], *, fixed_steps: bool = False
-) -> Decoder:
+def decoder_for(model: Any, queries: Sequence[Tensor], limits: Sequence[int], *, fixed_steps: bool = False) -> Decoder:
     """Builds the decoder for the model's architecture; `fixed_steps` prefers a `FixedDecoder` for a decoder-only model."""
     if model.config.is_encoder_decoder:
         return Seq2SeqDecoder(model, queries, limits)
