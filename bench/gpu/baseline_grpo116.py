@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = str(Path(folder) / "model")  # the reference model is loaded from where the policy came from
         plain_model(shape).save_pretrained(home)
-        model = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32, trust_remote_code=False)
         settings = GRPOConfig(
             output_dir=folder, per_device_train_batch_size=JOB["mini"], gradient_accumulation_steps=1, steps_per_generation=minibatches,
             num_iterations=JOB["epochs"], num_generations=ANSWERS, max_completion_length=JOB["new"],

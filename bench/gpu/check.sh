@@ -54,7 +54,7 @@ else
   echo "no GPU: tiny models on the CPU, a test of these programs alone"
 fi
 
-# Of the project's own tests: what trains and samples, on the device that accelerate finds; and functions on CUDA tensors.
+# Of the project's own tests: what trains and samples, on the device that accelerate finds.
 # Warnings are shown, not errors: other versions of torch and transformers have others.
 ON_THE_DEVICE="tests/parity tests/conformance tests/compat/test_ppo_trainer.py tests/trainer/test_ppo_trainer.py
   tests/trainer/test_online.py tests/trainer/test_score_while_sampling.py tests/runs/test_managed.py
@@ -62,18 +62,14 @@ ON_THE_DEVICE="tests/parity tests/conformance tests/compat/test_ppo_trainer.py t
   tests/rollout/test_local.py tests/rollout/test_decoders.py tests/rollout/test_self_check.py
   tests/rollout/test_fixed_decoder.py tests/kernels/test_projection_on_gpu.py tests/kernels/test_rms_norm.py
   tests/kernels/test_packed_attention.py
-  tests/models/test_evaluate.py tests/models/test_predictions.py tests/models/test_architectures.py
+  tests/models/test_evaluate.py tests/models/test_predictions.py
   --ignore=tests/conformance/test_processes.py"
-OF_FUNCTIONS="tests/functional tests/kernels/test_streaming_adam.py tests/kernels/test_projection.py"
 tests() {
   local common="-q -p no:cacheprovider -W default --tb=line --maxfail=80 --timeout=100"
   if [ "$GPU" = 1 ]; then
-    timeout -s INT -k 8 "$1" "$PY" -m pytest $common -n 6 --dist loadfile --junitxml="$GPU_CHECK_WORK/pytest-on-the-device.xml" $ON_THE_DEVICE &
-    GPU_CHECK_DEFAULT_DEVICE=1 timeout -s INT -k 8 "$1" "$PY" -m pytest $common -n 3 -p pytest_plugin \
-      --junitxml="$GPU_CHECK_WORK/pytest-functions-on-cuda.xml" $OF_FUNCTIONS &
-    wait
+    TRL_TEST_GPU=1 timeout -s INT -k 8 "$1" "$PY" -m pytest $common -n 9 --dist loadfile --junitxml="$GPU_CHECK_WORK/pytest-on-the-device.xml" $ON_THE_DEVICE
   else
-    timeout -s INT -k 8 "$1" "$PY" -m pytest $common -n 0 -p pytest_plugin --junitxml="$GPU_CHECK_WORK/pytest-functions.xml" tests/functional/test_kl.py
+    timeout -s INT -k 8 "$1" "$PY" -m pytest $common -n 0 --junitxml="$GPU_CHECK_WORK/pytest-functions.xml" tests/functional/test_kl.py
   fi
 }
 

@@ -141,7 +141,7 @@ def numbers(stats: dict[str, Any]) -> dict[str, float]:
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
-@check(20)
+@check(60)
 def everything_is_on_the_device() -> dict:
     """A model made on the CPU, queries on the CPU: the trainer moves what it needs."""
     trainer = make(dtype="bfloat16")
@@ -552,7 +552,7 @@ def float16_with_a_scaler() -> dict:
     trainer = make("llama", dtype="auto", accelerator_kwargs={"mixed_precision": "fp16"})
     if trainer.accelerator.scaler is None:
         return dict(skipped="accelerate made no scaler here")
-    trainer.accelerator.scaler._init_scale = 2.0**40  # overflows at once, as real models do at 2^16
+    trainer.accelerator.scaler._init_scale = 2.0**24  # overflows at once, as real models do at 2^16
     rows = [float(trainer.step(*batch(seed))["ppo/skipped_updates"]) for seed in range(4)]
     assert rows[-1] == 0.0, rows
     return dict(skipped=rows)

@@ -8,7 +8,6 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests.helpers import assert_close, tiny_llama
-from trl.kernels.door import kernels_enabled
 from trl.kernels.rms_norm import fused_norms, is_plain_rms_norm
 
 
@@ -21,7 +20,7 @@ def test_a_norm_with_more_to_it_is_left_alone() -> None:
     assert not is_plain_rms_norm(hooked)
 
 
-@pytest.mark.skipif(not kernels_enabled(), reason="it is a kernel")
+@pytest.mark.kernel
 def test_logits_and_gradients_are_the_models_own() -> None:
     model = tiny_llama()
     norms = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
@@ -40,7 +39,7 @@ def test_logits_and_gradients_are_the_models_own() -> None:
         assert_close(own, other, tol=1e-4)
 
 
-@pytest.mark.skipif(not kernels_enabled(), reason="it is a kernel")
+@pytest.mark.kernel
 def test_another_dtype_than_the_weights_is_computed_as_before() -> None:
     norm = LlamaRMSNorm(8)
     x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()

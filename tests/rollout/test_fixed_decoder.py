@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5
 from tests.models.zoo import DRIVEN, Architecture, sharp
-from trl.kernels.door import kernels_enabled
 from trl.kernels.kv_cache import growing_cache
 from trl.rollout import sample
 from trl.rollout.fixed_decoder import FixedDecoder
@@ -18,7 +17,7 @@ from trl.rollout.local import Sampled
 from trl.rollout.self_check import fixed_steps_obstacle
 from trl.types import Sampling
 
-pytestmark = pytest.mark.skipif(not kernels_enabled(), reason="fixed steps are a kernel")
+pytestmark = pytest.mark.kernel
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 QUERIES = [torch.tensor(ids) for ids in ([5, 6, 7], [8, 9, 10, 11, 12], [13, 14], [8, 9, 10, 11, 12], [40])]
 LIMITS = [16, 9, 3, 12, 16]
@@ -51,7 +50,7 @@ def both(model: Any, device: str, sampling: Sampling, **options: Any) -> list[Sa
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("architecture", [a for a in DRIVEN if not a.encoder_decoder], ids=lambda a: a.name)
 def test_the_same_responses(architecture: Architecture, device: str, drops_rows: list[int]) -> None:
-    model = sharp(architecture)
+    model = sharp(architecture).to(device)
     if (reason := fixed_steps_obstacle(model)) is not None:
         assert type(model).__name__ in reason  # its own reason, and it decodes step by step
         return

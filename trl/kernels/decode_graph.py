@@ -8,6 +8,8 @@ captured, a step is one launch. The weights are read where they are, so that opt
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +21,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from trl.kernels.door import chosen_attention
 from trl.kernels.kv_cache import GrowingLayer
+
+logger = logging.getLogger(__name__)
 
 NAME = "trl_fixed_decoding"
 
@@ -128,50 +132,85 @@ def fixed_decoding(config: Any) -> Iterator[None]:
 class ReplayedStep:
     """Runs a function of fixed shapes: once as it is, to warm up, and from then on as a CUDA graph.
 
-    The function reads and writes tensors that stay where they are, and must not wait for the device. On a CPU it is
-    called as it is.
+    The function reads and writes tensors that stay where they are, and must not wait for the device; its result is the
+    same tensor at every replay. On a CPU it is called as it is. It is given to each call, so that nothing here refers
+    back to what owns the graph: a graph that is collected while another is captured would end that capture.
 
     Args:
-        step: the function; its results are the same tensors at every replay.
-        device: where its tensors are.
+        device: where the function's tensors are.
     """
 
-    def __init__(self, step: Callable[[], Tensor], device: torch.device) -> None:
-        self.step = step
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._warm = False
+        self._warm = device.type != "cuda"
+        self._captures = device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
 
-    def __call__(self) -> Tensor:
-        """Runs the step; the returned tensor is overwritten by the next call."""
-        if self.device.type != "cuda":
-            return self.step()
-        with torch.cuda.device(self.device):
-            if not self._warm:
-                self._warm = True
-                return self._on_side_stream(self.step)
-            if self._graph is None:
-                self._graph = torch.cuda.CUDAGraph()
-                self._result = self._on_side_stream(self._capture)
-            self._graph.replay()
-        assert self._result is not None
+    def __call__(self, step: Callable[[], Tensor]) -> Tensor:
+        """Runs the step; the next call overwrites the returned tensor."""
+        if not self._warm:
+            self._warm = True
+            return self._on_side_stream(step)
+        if self._captures and self._graph is None:
+            self._capture(step)
+        if self._graph is None or self._result is None:
+            return step()
+        self._graph.replay()
         return self._result
 
-    def _capture(self) -> Tensor:
-        # Not `torch.cuda.graph`, which gives all cached memory back to the driver first.
-        assert self._graph is not None
-        self._graph.capture_begin(capture_error_mode="thread_local")
+    def _capture(self, step: Callable[[], Tensor]) -> None:
+        graph = torch.cuda.CUDAGraph()
         try:
-            return self.step()
-        finally:
-            self._graph.capture_end()
+            with _no_garbage_collection():
+                self._result = self._on_side_stream(lambda: _captured(graph, step))
+        except RuntimeError as error:
+            self._captures = False
+            logger.warning("sampling without a CUDA graph: capturing a decoding step failed: %s", error)
+        else:
+            self._graph = graph
 
     def _on_side_stream(self, work: Callable[[], Tensor]) -> Tensor:
         """Calls `work` on another stream, as warming up for a capture and the capture itself need."""
-        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            result = work()
-        current.wait_stream(side)
+        with torch.cuda.device(self.device):
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                result = work()
+            current.wait_stream(side)
         return result
+
+
+def _captured(graph: torch.cuda.CUDAGraph, step: Callable[[], Tensor]) -> Tensor:
+    # Not `torch.cuda.graph`, which gives all cached memory back to the driver first.
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        return step()
+    finally:
+        graph.capture_end()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keeps Python from collecting cycles inside the `with` block: destroying a CUDA graph there would end a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Raises RuntimeError inside the `with` block where the processor would wait for a GPU, which a graph cannot."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

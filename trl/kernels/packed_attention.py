@@ -11,6 +11,7 @@ Off with `TRL_KERNELS=off`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -261,8 +262,11 @@ def _varlen(
         return query.new_zeros(query.shape[1], query.shape[0], query.shape[2])
     q, k, v = (x.transpose(0, 1)[:covered] for x in (query, key, value))  # [T, heads, D]
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if q.shape[1] != k.shape[1]:
-        options["enable_gqa"] = True
+    if (repeats := q.shape[1] // k.shape[1]) > 1:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # from torch 2.12 on
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
     ends = _ends(runs, query.device)
     out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
     assert isinstance(out, Tensor)

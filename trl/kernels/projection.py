@@ -23,6 +23,7 @@ from trl.kernels.products import linear, summed_outer
 # Rows per block, and bytes of a block of float32 logits: on a CPU it fits the cache.
 _ROWS = {"cpu": 512, "other": 8192}
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "other": 256 * 2**20}
+_ALIGNMENT = 128  # a GPU multiplies by a matrix whose rows have an odd length several times as slowly
 # Up to this size the logits of all blocks are saved for the backward pass instead of being recomputed.
 _SAVED_BYTES = {"cpu": 48 * 2**20, "other": 2 * 2**30}
 
@@ -37,7 +38,10 @@ def _sizes(hidden: Tensor, words: int, block: tuple[int, int] | None) -> tuple[i
         return block
     kind = _kind(hidden)
     rows = max(1, min(_ROWS[kind], len(hidden)))
-    return rows, max(1, min(words, _BLOCK_BYTES[kind] // (4 * rows)))
+    columns = _BLOCK_BYTES[kind] // (4 * rows)
+    if kind != "cpu" and columns > _ALIGNMENT:
+        columns -= columns % _ALIGNMENT
+    return rows, max(1, min(words, columns))
 
 
 def _parts(count: int, size: int) -> Iterator[slice]:

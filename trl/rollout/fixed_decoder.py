@@ -26,7 +26,7 @@ class FixedDecoder(CausalDecoder):
         self.config = model.config.get_text_config(decoder=True)
         self.capacity = -(-self.attention.shape[1] // _COLUMNS) * _COLUMNS
         self._column = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._step: ReplayedStep | None = None
+        self._step = ReplayedStep(self.device)
 
     def begin(self) -> Tensor:
         logits = super().begin()
@@ -46,9 +46,7 @@ class FixedDecoder(CausalDecoder):
     def advance(self, tokens: Tensor) -> Tensor:
         self.copies = None
         self._tokens.copy_(tokens[:, None])
-        if self._step is None:
-            self._step = ReplayedStep(self._decode, self.device)
-        return self._step()
+        return self._step(self._decode)
 
     def _decode(self) -> Tensor:
         """Decodes `_tokens` and moves positions, mask and column on, all of them in place."""
@@ -70,7 +68,7 @@ class FixedDecoder(CausalDecoder):
         """Keeps only the batch rows with indices `rows` `[b]`; the next steps are captured again."""
         super().keep(rows)
         self._mask, self._tokens = self._mask[rows], self._tokens[rows]
-        self._step = None
+        self._step = ReplayedStep(self.device)
 
 
 def decoder_for(model: Any, queries: Sequence[Tensor], limits: Sequence[int], *, fixed_steps: bool = False) -> Decoder:
