@@ -436,17 +436,17 @@ def out_of_memory_halves_the_microbatch() -> dict:
     settings = dict(dtype="bfloat16", batch_size=16, mini_batch_size=16, ppo_epochs=1, learning_rate=1e-4, model=shape)
     data = batch(count=16, query=64, new=400 if DEVICE == "cuda" else 12)
 
-    def step(size: int, limit: float | None = None) -> tuple[Any, float, float]:
+    def step(size: int, limit: float | None = None) -> tuple[int | None, float, float]:
+        """The largest microbatch afterwards, the gradient's norm, and the peak of allocated memory."""
         clean()
         trainer = make("llama", **(settings | dict(mini_batch_size=size, gradient_accumulation_steps=16 // size)))
-        trainer._trl_reduce(torch.zeros((), device=DEVICE))
         if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            clean()
             if limit is not None:
-                torch.cuda.empty_cache()
                 torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
-        stats = trainer.step(*data)
-        return trainer, float(stats["ppo/grad_norm"]), torch.cuda.max_memory_reserved() if DEVICE == "cuda" else 0.0
+        norm = float(trainer.step(*data)["ppo/grad_norm"])
+        peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0.0
+        return trainer._trl_guards.largest_microbatch, norm, peak
 
     if DEVICE != "cuda":
         import trl.algorithms.ppo as ppo
@@ -461,25 +461,22 @@ def out_of_memory_halves_the_microbatch() -> dict:
         _, norm, _ = step(16)
         ppo.evaluate = short
         try:
-            trainer, halved, _ = step(16)
+            largest, halved, _ = step(16)
         finally:
             ppo.evaluate = plain
-        assert trainer._trl_guards.largest_microbatch == 4 and abs(halved / norm - 1) < 0.05, (
-            trainer._trl_guards,
-            halved,
-            norm,
-        )
-        return dict(largest_microbatch=trainer._trl_guards.largest_microbatch, norms=[norm, halved])
+        assert largest == 4 and abs(halved / norm - 1) < 0.05, (largest, halved, norm)
+        return dict(largest_microbatch=largest, norms=[norm, halved])
     _, norm, whole = step(16)
     _, _, part = step(4)
-    limit = part + 0.35 * (whole - part)
+    limit = part + 0.75 * (whole - part)  # room for scoring, which is not guarded and takes less
     try:
-        trainer, halved, reserved = step(16, limit)
+        largest, halved, peak = step(16, limit)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    found = dict(whole_gb=whole / 1e9, quarter_gb=part / 1e9, limit_gb=limit / 1e9, reserved_gb=reserved / 1e9,
-                 largest_microbatch=trainer._trl_guards.largest_microbatch, norms=[norm, halved])  # fmt: skip
-    assert trainer._trl_guards.largest_microbatch is not None and abs(halved / norm - 1) < 0.05, found
+    found = dict(
+        whole_gb=whole / 1e9, quarter_gb=part / 1e9, limit_gb=limit / 1e9, peak_gb=peak / 1e9, largest_microbatch=largest, norms=[norm, halved]
+    )  # fmt: skip
+    assert largest is not None and abs(halved / norm - 1) < 0.05, found
     return found
 
 
@@ -542,9 +539,9 @@ def float16_with_a_scaler() -> dict:
     trainer = make("llama", dtype="auto", accelerator_kwargs={"mixed_precision": "fp16"})
     if trainer.accelerator.scaler is None:
         return dict(skipped="accelerate made no scaler here")
-    trainer.accelerator.scaler._init_scale = 2.0**40  # overflows at once, as real models do at 2^16
+    trainer.accelerator.scaler._init_scale = 2.0**26  # overflows at once, as real models do at 2^16
     rows = [float(trainer.step(*batch(seed))["ppo/skipped_updates"]) for seed in range(4)]
-    assert rows[-1] == 0.0, rows
+    assert rows[0] > 0.0 and rows[-1] == 0.0, rows
     return dict(skipped=rows)
 
 
@@ -606,8 +603,7 @@ def adam_on_the_device_is_torchs() -> dict:
     for name, decay in (("adam", 0.0), ("adamw", 0.01)):
         kind = torch.optim.AdamW if decay else torch.optim.Adam
         ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-        ours[1] = torch.nn.Parameter(ours[1].detach().t() if ours[1].dim() > 1 else ours[1].detach())
-        mine, plain = kind(ours, lr=1e-3, weight_decay=decay), kind(theirs, lr=1e-3, weight_decay=decay)
+        mine, plain = kind(ours, lr=1e-3, weight_decay=decay, fused=True), kind(theirs, lr=1e-3, weight_decay=decay)
         for _ in range(3):
             narrow = [torch.randn(p.shape, generator=g).to(DEVICE, torch.bfloat16) for p in start]
             exact = torch.stack([n.double().square().sum() for n in narrow]).sum().sqrt()
