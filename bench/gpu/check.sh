@@ -60,6 +60,8 @@ ON_THE_DEVICE="tests/parity tests/conformance tests/compat/test_ppo_trainer.py t
   tests/trainer/test_online.py tests/trainer/test_score_while_sampling.py tests/runs/test_managed.py
   tests/training/test_resume.py tests/training/test_guards.py tests/training/test_compute.py tests/training/test_narrow_moments.py
   tests/rollout/test_local.py tests/rollout/test_decoders.py tests/rollout/test_self_check.py
+  tests/rollout/test_fixed_decoder.py tests/kernels/test_projection_on_gpu.py tests/kernels/test_rms_norm.py
+  tests/kernels/test_packed_attention.py
   tests/models/test_evaluate.py tests/models/test_predictions.py tests/models/test_architectures.py
   --ignore=tests/conformance/test_processes.py"
 OF_FUNCTIONS="tests/functional tests/kernels/test_streaming_adam.py tests/kernels/test_projection.py"
