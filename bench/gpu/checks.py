@@ -287,6 +287,36 @@ def sampling_together_is_sampling_alone() -> dict:
     return dict(same=same, of=len(queries))
 
 
+@check(40)
+def steps_of_fixed_shapes_sample_the_same() -> dict:
+    """A CUDA graph against the growing cache: the same random numbers, rows that end at different tokens, weights that change."""
+    from trl.rollout.local import sample
+    from trl.types import Sampling
+
+    found: dict[str, Any] = {}
+    for kind in ("llama", "qwen2"):
+        model = small(kind).to(DEVICE)
+        queries, limits = batch()[0], [40 - 3 * i for i in range(8)]
+        uniforms = torch.rand(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        for when in ("fresh", "changed"):
+            ends = [
+                sample(
+                    model, queries, sampling=Sampling(stops=(1,)), limits=limits, uniforms=uniforms, fixed_steps=fixed
+                )
+                for fixed in (False, True)
+            ]
+            same = [torch.equal(a, b) for a, b in zip(*(end.responses for end in ends), strict=True)]
+            apart = [
+                (a - b).abs().max().item() for a, b, ok in zip(*(end.logprobs for end in ends), same, strict=True) if ok
+            ]
+            found[f"{kind}, {when}"] = dict(same=sum(same), logprobs_apart=max(apart, default=None))
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.05 * torch.randn_like(p))
+    assert all(f["same"] >= 7 and f["logprobs_apart"] < 1e-3 for f in found.values()), found
+    return found
+
+
 @check(30)
 def bfloat16_steps() -> dict:
     """Narrow passes on float32 weights: finite, the weights move, and much the same way as in float32."""
