@@ -84,9 +84,9 @@ for name in $STAGES; do
       [ "$seconds" -ge 20 ] || { echo "== checks: no time left"; continue; }
       set -m; ( tests $((seconds - 6)) >"$OUT/pytest.log" 2>&1 ) & TESTS=$!; set +m
       until_=$(( $(date +%s) + seconds ))
-      while :; do  # 75: a check left the device in a bad state; a new process goes on with the next one
+      while :; do  # 75: a check left the device in a bad state; 134, 139: it crashed. A new process goes on with the next one
         CUBLAS_WORKSPACE_CONFIG=:4096:8 stage checks $(( until_ - $(date +%s) )) "$PY" "$HERE/checks.py"
-        [ $? -eq 75 ] || break
+        case $? in 75 | 134 | 139) ;; *) break ;; esac
       done
       rest=$(( until_ - $(date +%s) )); [ "$rest" -lt 0 ] && rest=0   # the tests' time is the checks' time
       for _ in $(seq "$rest"); do kill -0 "$TESTS" 2>/dev/null || break; sleep 1; done
