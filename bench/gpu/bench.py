@@ -80,11 +80,29 @@ def _sample(ragged: bool = False, new: int = N, batch_size: int = B, seed: int =
     return responses, time.perf_counter() - started
 
 
-def obstacle_of() -> str | None:
-    """Why transformers' generate samples, if it does."""
+def engine_of() -> str:
+    """How `generate` samples: our own loop, in a CUDA graph or not; or why transformers' generate does."""
     from trl.rollout import known_obstacle
+    from trl.rollout.choice import _takes_fixed_steps
 
-    return known_obstacle(T["trainer"].accelerator.unwrap_model(T["trainer"].model).pretrained_model)
+    model = T["trainer"].accelerator.unwrap_model(T["trainer"].model).pretrained_model
+    return known_obstacle(model) or ("own, CUDA graph" if _takes_fixed_steps(model) else "own")
+
+
+def sampling_without_graph(new: int = min(N, 64)) -> dict:
+    """Some tokens of our own loop, its steps launched one by one."""
+    from trl.rollout.choice import _FIXED_STEPS
+
+    model = T["trainer"].accelerator.unwrap_model(T["trainer"].model).pretrained_model
+    before = dict(_FIXED_STEPS)
+    _FIXED_STEPS[model] = False
+    try:
+        _sample(new=min(N, 12))
+        _, seconds = _sample(new=new)
+    finally:
+        _FIXED_STEPS.clear()
+        _FIXED_STEPS.update(before)
+    return dict(seconds=seconds, tokens_per_s=B * new / seconds, ms_per_token=seconds / new * 1e3, tokens=new)
 
 
 def sampling(ragged: bool = False, batch_size: int = B) -> dict:
@@ -94,7 +112,7 @@ def sampling(ragged: bool = False, batch_size: int = B) -> dict:
     assert all(len(r) == N for r in responses), [len(r) for r in responses][:5]
     T["queries"], T["responses"] = prompts(ragged), responses
     return dict(seconds=seconds, tokens_per_s=B * N / seconds, ms_per_token=seconds / N * 1e3, peak_gb=peak_gb(),
-                engine=obstacle_of() or "own")  # fmt: skip
+                engine=engine_of())  # fmt: skip
 
 
 def _profiled(work: Any) -> tuple[Any, list[Any]]:
@@ -423,6 +441,7 @@ def main() -> None:
             attempt(R, "sampling_as_train_asks", 14, lambda: sampling(batch_size=16))
     attempt(R, "graph_probe", 8, graph_probe)
     if "trainer" in T:
+        attempt(R, "sampling_without_graph", 6, sampling_without_graph)
         attempt(R, "sampling_profile", 8, sampling_profile)
         attempt(R, "update_profile", 8, update_profile)
     if not slow:

@@ -22,7 +22,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 TOTAL=${GPU_CHECK_SECONDS:-480}
 BEGAN=$(date +%s); END=$((BEGAN + TOTAL))
 STAGES=${STAGES:-"checks qwen05 micro llama1b"}
-CHECKS=${CHECKS_SECONDS:-125} QWEN=${QWEN_SECONDS:-120} MICRO=${MICRO_SECONDS:-75} LLAMA=${LLAMA_SECONDS:-105}
+CHECKS=${CHECKS_SECONDS:-150} QWEN=${QWEN_SECONDS:-120} MICRO=${MICRO_SECONDS:-75} LLAMA=${LLAMA_SECONDS:-105}
 OLD=${TRL0114_SECONDS:-110} GRPO=${GRPO116_SECONDS:-80}
 
 left() { echo $((END - $(date +%s) - 8)); }         # eight seconds are for the table
@@ -80,9 +80,9 @@ for name in $STAGES; do
       [ "$seconds" -ge 20 ] || { echo "== checks: no time left"; continue; }
       set -m; ( tests $((seconds - 6)) >"$OUT/pytest.log" 2>&1 ) & TESTS=$!; set +m
       until_=$(( $(date +%s) + seconds ))
-      while :; do  # 75: a check left the device in a bad state; a new process goes on with the next one
+      while :; do  # 75: a check left the device in a bad state; 134, 139: it crashed. A new process goes on with the next one
         CUBLAS_WORKSPACE_CONFIG=:4096:8 stage checks $(( until_ - $(date +%s) )) "$PY" "$HERE/checks.py"
-        [ $? -eq 75 ] || break
+        case $? in 75 | 134 | 139) ;; *) break ;; esac
       done
       rest=$(( until_ - $(date +%s) )); [ "$rest" -lt 0 ] && rest=0   # the tests' time is the checks' time
       for _ in $(seq "$rest"); do kill -0 "$TESTS" 2>/dev/null || break; sleep 1; done

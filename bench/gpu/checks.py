@@ -22,6 +22,7 @@ import torch
 from common import DEVICE, Results, clean, describe_machine, left, say, tokenizer, where
 
 R = Results("checks")
+PATIENCE = float(os.environ.get("GPU_CHECK_PATIENCE", 1))  # times the seconds of a check, on a slow machine
 CHECKS: list[tuple[str, int, str, Callable[[], Any]]] = []
 
 
@@ -286,6 +287,36 @@ def sampling_together_is_sampling_alone() -> dict:
     return dict(same=same, of=len(queries))
 
 
+@check(40)
+def steps_of_fixed_shapes_sample_the_same() -> dict:
+    """A CUDA graph against the growing cache: the same random numbers, rows that end at different tokens, weights that change."""
+    from trl.rollout.local import sample
+    from trl.types import Sampling
+
+    found: dict[str, Any] = {}
+    for kind in ("llama", "qwen2"):
+        model = small(kind).to(DEVICE)
+        queries, limits = batch()[0], [40 - 3 * i for i in range(8)]
+        uniforms = torch.rand(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        for when in ("fresh", "changed"):
+            ends = [
+                sample(
+                    model, queries, sampling=Sampling(stops=(1,)), limits=limits, uniforms=uniforms, fixed_steps=fixed
+                )
+                for fixed in (False, True)
+            ]
+            same = [torch.equal(a, b) for a, b in zip(*(end.responses for end in ends), strict=True)]
+            apart = [
+                (a - b).abs().max().item() for a, b, ok in zip(*(end.logprobs for end in ends), same, strict=True) if ok
+            ]
+            found[f"{kind}, {when}"] = dict(same=sum(same), logprobs_apart=max(apart, default=None))
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.05 * torch.randn_like(p))
+    assert all(f["same"] >= 7 and f["logprobs_apart"] < 1e-3 for f in found.values()), found
+    return found
+
+
 @check(30)
 def bfloat16_steps() -> dict:
     """Narrow passes on float32 weights: finite, the weights move, and much the same way as in float32."""
@@ -446,17 +477,17 @@ def out_of_memory_halves_the_microbatch() -> dict:
     settings = dict(dtype="bfloat16", batch_size=16, mini_batch_size=16, ppo_epochs=1, learning_rate=1e-4, model=shape)
     data = batch(count=16, query=64, new=400 if DEVICE == "cuda" else 12)
 
-    def step(size: int, limit: float | None = None) -> tuple[Any, float, float]:
+    def step(size: int, limit: float | None = None) -> tuple[int | None, float, float]:
+        """The largest microbatch afterwards, the gradient's norm, and the peak of allocated memory."""
         clean()
         trainer = make("llama", **(settings | dict(mini_batch_size=size, gradient_accumulation_steps=16 // size)))
-        trainer._trl_reduce(torch.zeros((), device=DEVICE))
         if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            clean()
             if limit is not None:
-                torch.cuda.empty_cache()
                 torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
-        stats = trainer.step(*data)
-        return trainer, float(stats["ppo/grad_norm"]), torch.cuda.max_memory_reserved() if DEVICE == "cuda" else 0.0
+        norm = float(trainer.step(*data)["ppo/grad_norm"])
+        peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0.0
+        return trainer._trl_guards.largest_microbatch, norm, peak
 
     if DEVICE != "cuda":
         import trl.algorithms.ppo as ppo
@@ -471,25 +502,22 @@ def out_of_memory_halves_the_microbatch() -> dict:
         _, norm, _ = step(16)
         ppo.evaluate = short
         try:
-            trainer, halved, _ = step(16)
+            largest, halved, _ = step(16)
         finally:
             ppo.evaluate = plain
-        assert trainer._trl_guards.largest_microbatch == 4 and abs(halved / norm - 1) < 0.05, (
-            trainer._trl_guards,
-            halved,
-            norm,
-        )
-        return dict(largest_microbatch=trainer._trl_guards.largest_microbatch, norms=[norm, halved])
+        assert largest == 4 and abs(halved / norm - 1) < 0.05, (largest, halved, norm)
+        return dict(largest_microbatch=largest, norms=[norm, halved])
     _, norm, whole = step(16)
     _, _, part = step(4)
-    limit = part + 0.35 * (whole - part)
+    limit = part + 0.75 * (whole - part)  # room for scoring, which is not guarded and takes less
     try:
-        trainer, halved, reserved = step(16, limit)
+        largest, halved, peak = step(16, limit)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    found = dict(whole_gb=whole / 1e9, quarter_gb=part / 1e9, limit_gb=limit / 1e9, reserved_gb=reserved / 1e9,
-                 largest_microbatch=trainer._trl_guards.largest_microbatch, norms=[norm, halved])  # fmt: skip
-    assert trainer._trl_guards.largest_microbatch is not None and abs(halved / norm - 1) < 0.05, found
+    found = dict(
+        whole_gb=whole / 1e9, quarter_gb=part / 1e9, limit_gb=limit / 1e9, peak_gb=peak / 1e9, largest_microbatch=largest, norms=[norm, halved]
+    )  # fmt: skip
+    assert largest is not None and abs(halved / norm - 1) < 0.05, found
     return found
 
 
@@ -552,9 +580,9 @@ def float16_with_a_scaler() -> dict:
     trainer = make("llama", dtype="auto", accelerator_kwargs={"mixed_precision": "fp16"})
     if trainer.accelerator.scaler is None:
         return dict(skipped="accelerate made no scaler here")
-    trainer.accelerator.scaler._init_scale = 2.0**24  # overflows at once, as real models do at 2^16
+    trainer.accelerator.scaler._init_scale = 2.0**26  # overflows at once, as real models do at 2^16
     rows = [float(trainer.step(*batch(seed))["ppo/skipped_updates"]) for seed in range(4)]
-    assert rows[-1] == 0.0, rows
+    assert rows[0] > 0.0 and rows[-1] == 0.0, rows
     return dict(skipped=rows)
 
 
@@ -613,8 +641,7 @@ def adam_on_the_device_is_torchs() -> dict:
     for name, decay in (("adam", 0.0), ("adamw", 0.01)):
         kind = torch.optim.AdamW if decay else torch.optim.Adam
         ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-        ours[1] = torch.nn.Parameter(ours[1].detach().t() if ours[1].dim() > 1 else ours[1].detach())
-        mine, plain = kind(ours, lr=1e-3, weight_decay=decay), kind(theirs, lr=1e-3, weight_decay=decay)
+        mine, plain = kind(ours, lr=1e-3, weight_decay=decay, fused=True), kind(theirs, lr=1e-3, weight_decay=decay)
         for _ in range(3):
             narrow = [torch.randn(p.shape, generator=g).to(DEVICE, torch.bfloat16) for p in start]
             exact = torch.stack([n.double().square().sum() for n in narrow]).sum().sqrt()
@@ -636,6 +663,86 @@ def adam_on_the_device_is_torchs() -> dict:
         float((p - s).abs().sub(1e-3).abs().max()) for p, s in zip(weights_, start, strict=True)
     )
     assert found["norm_off_by"] < 1e-5 and max(found["adam"], found["adamw"], found["narrow_moments"]) < 2e-6, found
+    return found
+
+
+@check(30)
+def grpo_trains() -> dict:
+    """The other face of the loop: groups of four responses, no critic; and a rollout of an engine in place of lists."""
+    from trl import OnlineTrainer, PPOConfig
+    from trl.algorithms import grpo
+
+    fresh_accelerate()
+    config = PPOConfig(
+        batch_size=8, mini_batch_size=4, ppo_epochs=2, learning_rate=1e-3, dtype="bfloat16", group_size=4
+    )
+    trainer = OnlineTrainer(config, small("llama"), tokenizer=tokenizer(), algorithm=grpo())
+    queries = [q for q in batch(count=2)[0] for _ in range(4)]
+    responses = trainer.generate(queries, max_new_tokens=12, **PLAIN)
+    stats = trainer.step(queries, responses, [torch.tensor(float(i)) for i in range(8)])
+    return {name: float(stats[name]) for name in ("grpo/loss/total", "grpo/grad_norm", "objective/kl")}
+
+
+@check(40)
+def a_run_is_evaluated_and_replayed() -> dict:
+    """`train` with held-out prompts and a classifier on the device as reward, then `evaluate`; the embedded models."""
+    from transformers import AutoTokenizer
+
+    from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, assets
+    from trl.rewards import ClassifierReward
+
+    fresh_accelerate()
+    folder = assets.path("tiny-gpt2-reviews")
+    reward = ClassifierReward.from_pretrained(assets.path("tiny-bert-sentiment"), device=DEVICE)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+    name = AutoTokenizer.from_pretrained(folder)
+    config = PPOConfig(batch_size=8, mini_batch_size=4, ppo_epochs=1, learning_rate=1e-4)
+    with tempfile.TemporaryDirectory() as run:
+        trainer = PPOTrainer(config, model, None, name)
+        result = trainer.train(assets.prompts()[:16], reward=reward, steps=2, run_dir=Path(run) / "run", progress=False,
+                               eval_prompts=assets.prompts()[16:24], eval_every=1, generation={"max_new_tokens": 8})  # fmt: skip
+        compared = trainer.evaluate(assets.prompts()[16:24], reward, generation={"max_new_tokens": 8})
+        trainer.save_pretrained(Path(run) / "saved")
+    return dict(score=result.metrics["score/mean"], evaluated=str(compared)[:200])
+
+
+@check(60)
+def the_offline_stages_train() -> dict:
+    """Two steps each of SFT, a reward model, DPO and KTO, on the device that transformers' Trainer finds."""
+    import transformers as tf
+
+    import trl
+
+    def words(*ids: int) -> str:
+        return " ".join(f"w{i}" for i in ids)
+
+    pairs = [
+        {"prompt": words(5 + i, 6, 7), "chosen": words(8, 9 + i), "rejected": words(4, 30 + i, 12)} for i in range(4)
+    ]
+    rated = [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0} for i, p in enumerate(pairs)]
+    texts = [{"text": words(*range(5, 10 + i))} for i in range(4)]
+    judge = tf.LlamaForSequenceClassification(tf.LlamaConfig(
+        vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_labels=1, pad_token_id=0,
+    ))  # fmt: skip
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, trainer, config, model, rows in (
+            ("sft", trl.SFTTrainer, trl.SFTConfig, small("llama"), texts),
+            ("reward", trl.RewardTrainer, trl.RewardConfig, judge, pairs),
+            ("dpo", trl.DPOTrainer, trl.DPOConfig, small("llama"), pairs),
+            ("kto", trl.KTOTrainer, trl.KTOConfig, small("llama"), rated),
+        ):
+            settings = config(
+                output_dir=folder, report_to="none", disable_tqdm=True, save_strategy="no", max_steps=2, use_cpu=DEVICE == "cpu",
+                per_device_train_batch_size=2, logging_steps=1,
+            )  # fmt: skip
+            stage = trainer(model, args=settings, train_dataset=rows, processing_class=tokenizer())
+            stage.train()
+            place = next(stage.model.parameters()).device.type
+            found[name] = dict(loss=stage.state.log_history[-1]["train_loss"], device=place)
+            assert place == DEVICE and found[name]["loss"] == found[name]["loss"], found
+            fresh_accelerate()
     return found
 
 
@@ -673,7 +780,7 @@ def main() -> int:
         started, line = time.time(), dict[str, Any]()
         try:
             reset()
-            signal.alarm(max(1, min(seconds, int(left()))))
+            signal.alarm(max(1, min(int(seconds * PATIENCE), int(left()))))
             line = dict(status="ok", found=work())
         except AssertionError as error:
             line = dict(status="FAIL", found=str(error)[:1500], at=where(error))

@@ -89,6 +89,7 @@ def main() -> None:
         for key in (
             "sampling",
             "sampling_ragged",
+            "sampling_without_graph",
             "sampling_as_train_asks",
             "generate_of_transformers",
             "graph_probe",
@@ -96,7 +97,7 @@ def main() -> None:
         ):
             f = bench.get(key) or {}
             if "seconds" in f:
-                ratio = f["seconds"] / low["sample"] if low.get("sample") else None
+                ratio = f["seconds"] / low["sample"] if low.get("sample") and "tokens" not in f else None
                 say(
                     f"  {key:28}{number(f['seconds']):>9}{number(f.get('tokens_per_s'), 0):>11}{number(f.get('ms_per_token')):>10}{number(ratio, 1):>9}{number(f.get('peak_gb'), 1):>9}"
                 )

@@ -1,4 +1,4 @@
-"""Triton's projection against the same in plain torch."""
+"""Triton's projection, its running statistics and its gradient, against the same in plain torch."""
 
 from __future__ import annotations
 

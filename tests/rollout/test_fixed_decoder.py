@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5
 from tests.models.zoo import DRIVEN, Architecture, sharp
+from trl.kernels.decode_graph import fixed_attention
 from trl.kernels.kv_cache import growing_cache
 from trl.rollout import sample
 from trl.rollout.fixed_decoder import FixedDecoder
@@ -73,6 +74,14 @@ def test_the_same_draws_and_logprobs(build: Any, device: str, drops_rows: list[i
 def test_most_architectures_can() -> None:
     able = {a.name for a in DRIVEN if not a.encoder_decoder and fixed_steps_obstacle(sharp(a)) is None}
     assert {"GPT-2", "GPT-NeoX", "Llama", "Granite"} <= able, sorted(able)
+
+
+def test_attention_names_what_it_does_not_support() -> None:
+    x = torch.zeros(1, 2, 1, 4)
+    with pytest.raises(ValueError, match="does not support softcap"):
+        fixed_attention(None, x, x, x, torch.zeros(1, 1, 1, 1), softcap=30.0)
+    with pytest.raises(ValueError, match="does not support this layer"):
+        fixed_attention(None, x, x, x, None)
 
 
 def test_reasons() -> None:
