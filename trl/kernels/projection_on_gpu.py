@@ -102,7 +102,7 @@ def usable(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        from triton.errors import TritonError
+        from triton.errors import TritonError  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         logger.info("the output projection runs on plain torch: Triton is missing (%s)", error)
         return False
