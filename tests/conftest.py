@@ -18,6 +18,10 @@ if os.environ.get("TRL_TEST_GPU") != "1":  # tests are written for a CPU; bench/
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
+# Bytecode is cached whatever the environment says: dozens of child processes import the package, and without a cache each
+# of them compiles all of it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(autouse=True)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import trl
 from trl import legacy
-
-ROOT = Path(trl.__file__).parent.parent
 
 
 @pytest.mark.parametrize("module", legacy.ALIASES)
@@ -83,12 +78,3 @@ def test_the_finder_is_installed_once_and_last() -> None:
     legacy.install()
     assert sys.meta_path == before
     assert before.count(legacy._FINDER) == 1
-
-
-def test_old_submodules_are_attributes_from_the_start() -> None:
-    """`import trl` was enough for `trl.trainer.utils.pad_to_length`."""
-    code = "import json, trl; print(json.dumps([trl.trainer.utils.__name__, trl.models.modeling_base.__name__]))"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600, check=True
-    )
-    assert json.loads(done.stdout) == ["trl.trainer.utils", "trl.models.modeling_base"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import trl
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5
 from trl import (
     AutoModelForCausalLMWithValueHead,
@@ -250,22 +247,6 @@ class TestPeft:
                 assert parameter.grad is None
         assert any("reward" in name and "lora_" in name for name, _ in model.named_parameters())
         assert any("lora_" in name and p.grad is not None for name, p in model.named_parameters())
-
-    def test_loading_without_peft(self, tmp_path: Path) -> None:
-        tiny_gpt2().save_pretrained(tmp_path)
-        code = (
-            "import sys; sys.modules['peft'] = None\n"
-            "import torch\n"
-            "from trl import AutoModelForCausalLMWithValueHead, create_reference_model, is_peft_available\n"
-            "assert not is_peft_available()\n"
-            f"model = AutoModelForCausalLMWithValueHead.from_pretrained({str(tmp_path)!r})\n"
-            "create_reference_model(model)\n"
-            "print(model.is_peft_model, model(input_ids=torch.tensor([[4, 5]]))[2].shape)"
-        )
-        run = [sys.executable, "-W", "ignore", "-c", code]
-        root = Path(trl.__file__).parent.parent
-        done = subprocess.run(run, capture_output=True, text=True, cwd=root, timeout=600, check=False)
-        assert done.stdout.strip() == "False torch.Size([1, 2])", done.stderr
 
 
 class TestReferenceModel:
