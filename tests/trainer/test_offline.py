@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -40,41 +41,60 @@ trainer.evaluate(["One"], politeness, generation={"max_new_tokens": 4})
 assert attempts == [], attempts
 print("done")
 """
-TRACKERS = ("", "tensorboard", "wandb", "trackio", "mlflow")
+PLACES = {"tensorboard": "run/tensorboard", "wandb": "run/wandb", "trackio": "trackio", "mlflow": "mlflow"}
 CANARY = "hf_canaryCanaryCanary123"
 
 
-@pytest.mark.parametrize("tracker", TRACKERS)
-def test_s12_training_asks_no_network(tracker: str, tmp_path: Path) -> None:
-    """Neither do the trackers, in their offline modes; and no secret of the environment is in what they write (S9)."""
-    if tracker:
-        pytest.importorskip(tracker)
+def train_offline(folder: Path, trackers: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs the program in an empty network namespace; neither it nor a tracker may fail."""
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "-rn", "true"], capture_output=True).returncode != 0:
         pytest.skip("this machine lets nobody make a network namespace")
     done = subprocess.run(
-        [unshare, "-rn", sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path / "run"), tracker],
-        cwd=tmp_path,
+        [unshare, "-rn", sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder / "run"), ",".join(trackers)],
+        cwd=folder,
         capture_output=True,
         text=True,
         env={
             "PATH": "/usr/bin:/bin",
             "PYTHONPATH": str(ROOT),
-            "HOME": str(tmp_path),
+            "HOME": str(folder),
             "HF_HUB_OFFLINE": "1",
             "HF_TOKEN": CANARY,
             "OMP_NUM_THREADS": "1",
             "WANDB_MODE": "offline",
-            "TRACKIO_DIR": str(tmp_path / "trackio"),
+            "TRACKIO_DIR": str(folder / "trackio"),
             "MLFLOW_ALLOW_FILE_STORE": "true",
-            "MLFLOW_TRACKING_URI": (tmp_path / "mlflow").as_uri(),
+            "MLFLOW_TRACKING_URI": (folder / "mlflow").as_uri(),
         },
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "done" in done.stdout.splitlines()
-    assert f"tracker {tracker} failed" not in done.stderr, done.stderr[-2000:]
-    places = {"tensorboard": "run/tensorboard", "wandb": "run/wandb", "trackio": "trackio", "mlflow": "mlflow"}
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert not tracker or any(path.is_relative_to(tmp_path / places[tracker]) for path in files)
+    return done
+
+
+def check(done: subprocess.CompletedProcess[str], folder: Path, trackers: list[str]) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for tracker in trackers:
+        assert f"tracker {tracker} failed" not in done.stderr, done.stderr[-2000:]
+        assert any(path.is_relative_to(folder / PLACES[tracker]) for path in files), tracker
     secret = [path for path in files if CANARY.encode() in path.read_bytes()]
     assert secret == [] and CANARY not in done.stdout + done.stderr
+
+
+def test_s12_training_asks_no_network(tmp_path: Path) -> None:
+    """Neither do the trackers, in their offline modes; and no secret of the environment is in what they write (S9).
+
+    All of them in one run, as the imports cost most of the time; `make slow` has each alone, and a run without any.
+    """
+    trackers = [name for name in PLACES if importlib.util.find_spec(name)]
+    check(train_offline(tmp_path, trackers), tmp_path, trackers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["", *PLACES])
+def test_s12_training_with_one_tracker_asks_no_network(tracker: str, tmp_path: Path) -> None:
+    if tracker:
+        pytest.importorskip(tracker)
+    trackers = [tracker] if tracker else []
+    check(train_offline(tmp_path, trackers), tmp_path, trackers)
