@@ -260,10 +260,20 @@ def test_curves_are_written_after_every_point(tmp_path: Path, monkeypatch: pytes
         ]
         return [*rows, {"peak_mb": 1024.0}]
 
+    drawn: list[int] = []
+    plot = curves.plot
+
+    def plot_the_last(found: Any, stem: Path) -> None:
+        drawn.append(len(runs))
+        if len(runs) == 9:
+            plot(found, stem)
+
     monkeypatch.setattr(curves, "run", run)
+    monkeypatch.setattr(curves, "plot", plot_the_last)
     monkeypatch.setattr(roofline, "config_of", lambda model, t5: llama_config())
     curves.main(["--out", str(tmp_path), "--cycles", "2"])
-    assert len(runs) == 9
+    assert len(runs) == 9 and drawn == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert (tmp_path / "curves.png").stat().st_size > 0 and (tmp_path / "curves.svg").stat().st_size > 0
     found = json.loads((tmp_path / "curves.json").read_text())["curves"]
     assert [line["new"] for line in found["memory"]] == [64, 256, 1024]
     assert found["length"][-1] == {"batch": 16, "new": 512, "cycles": 2, "failed": "it broke"}

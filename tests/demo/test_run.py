@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,20 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, 
     return summary, read_metrics(folder), json.loads((folder / "reviews.json").read_text())
 
 
-def test_quick_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.fixture
+def few_held_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Evaluations of 8 responses instead of 256, from its call on; they cost far more than two small steps."""
+
+    def shrink() -> None:
+        monkeypatch.setattr("trl.demo.run.HELD_OUT", 8)
+        monkeypatch.setattr("trl.demo.run.DRAWS", 1)
+
+    return shrink
+
+
+def test_quick_run_writes_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], few_held_out: Callable[[], None]
+):
     out = tmp_path / "new" / "folder"
     assert main([*QUICK, "--out", str(out)]) == 0
     summary, rows, reviews = read(out)
@@ -50,11 +64,13 @@ def test_quick_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
     for sample in read_completions(out, 2):
         odds = math.log(sample["reward/positive"] / (1 - sample["reward/positive"]))
         assert sample["score"] == pytest.approx(max(-3.5, min(3.5, odds)), abs=1e-5)
+    few_held_out()
     assert main(["--steps", "1", "--batch-size", "4", "--out", str(out)]) == 0  # in the place of the first
     assert len(read_metrics(out)) == 1 and read_completions(out, 1)
 
 
-def test_same_seed_same_numbers(tmp_path: Path):
+def test_same_seed_same_numbers(tmp_path: Path, few_held_out: Callable[[], None]):
+    few_held_out()
     runs = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert main([*QUICK, "--seed", str(seed), "--out", str(tmp_path / name)]) == 0
@@ -65,10 +81,14 @@ def test_same_seed_same_numbers(tmp_path: Path):
 
 
 def test_interrupted_run_writes_what_it_reached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    few_held_out: Callable[[], None],
 ):
     from trl.demo.run import Demo
 
+    few_held_out()
     positive, calls = Demo.positive, iter(range(100))
 
     def interrupting(self: Demo, prompts: Any, completions: Any, **columns: Any) -> Any:

@@ -1,12 +1,14 @@
-"""`python -m tests.kernels.one_step`: prints as JSON what a small model writes and what one step of it says.
+"""`python -m tests.kernels.one_step on off`: what a small model writes and what one step of it says, as a line of JSON for each.
 
 And which of the kernels' traces it leaves: forwards set on instances of modules by anyone, attention functions that
-transformers was given, parameters without a gradient of their own.
+transformers was given, parameters without a gradient of their own. Each value of the switch has a process of its own, forked
+when the imports are done.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from typing import Any
@@ -16,6 +18,7 @@ from torch import nn
 
 from tests.helpers import tiny_llama, tiny_tokenizer
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
+from trl.kernels.door import SWITCH, kernels_enabled
 
 QUERIES = [torch.tensor(ids) for ids in ([5, 6, 7], [8, 9, 10, 11, 12], [13, 14], [40, 41, 42])]
 RESPONSES = [torch.arange(20, 20 + length) for length in (14, 3, 9, 6)]
@@ -41,7 +44,7 @@ def stepped(dtype: str) -> dict[str, Any]:
     return {"stats": numbers, "responses": [response.tolist() for response in written], "without_gradient": without}
 
 
-def main() -> None:
+def report() -> None:
     warnings.simplefilter("ignore")
     replaced: set[str] = set()
     plain = nn.Module.__setattr__
@@ -56,7 +59,18 @@ def main() -> None:
 
     found: dict[str, Any] = {dtype: stepped(dtype) for dtype in ("float32", "bfloat16")}
     attention = sorted(name for name in AttentionInterface._global_mapping if name.startswith("trl"))
-    json.dump(found | {"replaced": sorted(replaced), "attention": attention}, sys.stdout)
+    print(json.dumps(found | {"replaced": sorted(replaced), "attention": attention}), flush=True)
+
+
+def main() -> None:
+    assert kernels_enabled.cache_info().currsize == 0, "an import has read the switch"
+    for switch in sys.argv[1:]:
+        child = os.fork()
+        if child == 0:
+            os.environ[SWITCH] = switch
+            report()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0, switch
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch import nn
 
 from tests.helpers import assert_close
 from trl.kernels.door import SWITCH, kernels_enabled, replaced_forwards
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("value", "enabled"), [(None, True), ("", True), ("on", True), ("off", False)])
@@ -51,14 +54,12 @@ def test_modules_get_back_the_forward_that_they_had() -> None:
     assert torch.equal(first(x)[0], first.bias)
 
 
-def run_with(switch: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.kernels.one_step"]
-    return subprocess.Popen(command, env=os.environ | {SWITCH: switch}, stdout=subprocess.PIPE, text=True)
-
-
 def test_plain_code_says_the_same_and_replaces_nothing() -> None:
-    runs = [run_with("on"), run_with("off")]
-    on, off = (json.loads(run.communicate(timeout=240)[0]) for run in runs)
+    command = [sys.executable, "-m", "tests.kernels.one_step", "on", "off"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    on, off = map(json.loads, done.stdout.splitlines())
     assert on["replaced"] and on["attention"] == ["trl_decoding", "trl_packed"]
     assert off["replaced"] == off["attention"] == []
     assert on["bfloat16"]["without_gradient"] > off["bfloat16"]["without_gradient"] == 0

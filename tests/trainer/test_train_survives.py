@@ -7,11 +7,10 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,25 @@ def same_end(whole: Path, parts: Path, ends: list[Any]) -> None:
     assert ends[0] == ends[1]
 
 
+Uninterrupted = Callable[..., tuple[Path, Any]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    """`uninterrupted(**arguments)`: folder and `bits` of a whole run; equal arguments share one run, which is read only."""
+    runs: dict[str, tuple[Path, Any]] = {}
+
+    def whole(**arguments: Any) -> tuple[Path, Any]:
+        key = repr(sorted(arguments.items()))
+        if key not in runs:
+            folder, trainer = tmp_path_factory.mktemp("whole"), fresh()
+            run(trainer, run_dir=folder, **arguments)
+            runs[key] = folder, bits(trainer)
+        return runs[key]
+
+    return whole
+
+
 def saved(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
 
@@ -55,19 +73,17 @@ def saved(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_a_resumed_run_ends_as_one_without_an_interruption(tmp_path: Path, stop: int) -> None:
+def test_a_resumed_run_ends_as_one_without_an_interruption(
+    tmp_path: Path, uninterrupted: Uninterrupted, stop: int
+) -> None:
     """Ten prompts in batches of four: in the first step of an epoch, over its end, and in the last step of the run."""
     arguments = dict(steps=5, eval_prompts=HELD_OUT, eval_every=2, save_every=2)
-    ends = []
-    trainer = fresh()
-    run(trainer, run_dir=tmp_path / "whole", **arguments)
-    ends.append(bits(trainer))
+    whole, end = uninterrupted(**arguments)
     run(run_dir=tmp_path / "parts", callbacks=[StopAfter(stop)], **arguments)
     torch.manual_seed(1234)  # whatever is drawn in between is of another process
     trainer = fresh(chance=7)
     assert run(trainer, run_dir=tmp_path / "parts", resume=True, **arguments).steps == 5
-    ends.append(bits(trainer))
-    same_end(tmp_path / "whole", tmp_path / "parts", ends)
+    same_end(whole, tmp_path / "parts", [end, bits(trainer)])
 
 
 def test_records_after_the_checkpoint_are_made_once(tmp_path: Path) -> None:
@@ -175,7 +191,9 @@ def test_the_best_evaluation_is_saved_where_the_clock_decides(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "error"), [("SIGTERM", SystemExit), ("SIGINT", KeyboardInterrupt)])
-def test_a_signal_ends_the_step_saves_and_leaves(tmp_path: Path, name: str, error: type[BaseException]) -> None:
+def test_a_signal_ends_the_step_saves_and_leaves(
+    tmp_path: Path, uninterrupted: Uninterrupted, name: str, error: type[BaseException]
+) -> None:
     calls = []
 
     def interrupted(prompts: Any, completions: Any) -> Any:
@@ -193,12 +211,10 @@ def test_a_signal_ends_the_step_saves_and_leaves(tmp_path: Path, name: str, erro
     assert saved(tmp_path / "parts") == ["step-00000002"]
     assert events(tmp_path / "parts")[-1] == f"stopped by {name} after step 2 of 4"
     assert json.loads((tmp_path / "parts/summary.json").read_text())["reason"] == name
-    ends = []
-    for folder in ("parts", "whole"):
-        trainer = fresh()
-        run(trainer, run_dir=tmp_path / folder, steps=4, save_every=100, resume="auto")
-        ends.append(bits(trainer))
-    same_end(tmp_path / "whole", tmp_path / "parts", ends)
+    trainer = fresh()
+    run(trainer, run_dir=tmp_path / "parts", steps=4, save_every=100, resume="auto")
+    whole, end = uninterrupted(steps=4, save_every=100)
+    same_end(whole, tmp_path / "parts", [end, bits(trainer)])
 
 
 def test_a_save_after_a_signal_that_the_disk_refuses_is_tried_again(
@@ -658,32 +674,29 @@ def test_the_end_of_a_run_is_tried_more_than_once(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("part", ["metrics.jsonl", "completions", "checkpoints", "events.log"])
 def test_a_full_disk_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+    tmp_path: Path,
+    uninterrupted: Uninterrupted,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    part: str,
 ) -> None:
-    ends = []
-    for name in ("whole", "parts"):
-        trainer, callbacks = fresh(), []
-        if name == "parts":
-            disk = Refusing(part)
-            disk.refuses = False
-            monkeypatch.setattr("trl.files.os", disk)
+    arguments: dict[str, Any] = dict(steps=5, save_every=2, on_disk_error="go_on", keep_best=False)
+    whole, end = uninterrupted(**arguments)
+    disk, trainer = Refusing(part), fresh()
+    disk.refuses = False
+    monkeypatch.setattr("trl.files.os", disk)
 
-            class Fill(TrainCallback):
-                def on_step(self, trainer: Any, step: int, row: Any) -> None:
-                    disk.refuses = step in (1, 2)  # noqa: B023
+    class Fill(TrainCallback):
+        def on_step(self, trainer: Any, step: int, row: Any) -> None:
+            disk.refuses = step in (1, 2)
 
-            callbacks = [Fill()]
-        run(
-            trainer, run_dir=tmp_path / name, steps=5, save_every=2, on_disk_error="go_on", callbacks=callbacks,
-            keep_best=False,
-        )  # fmt: skip
-        ends.append(bits(trainer))
+    run(trainer, run_dir=tmp_path / "parts", callbacks=[Fill()], **arguments)
     assert disk.refused > 0
-    same_end(tmp_path / "whole", tmp_path / "parts", ends)
+    same_end(whole, tmp_path / "parts", [end, bits(trainer)])
     summary = json.loads((tmp_path / "parts/summary.json").read_text())
     assert summary["run/disk_errors"] > 0
     assert "No space left on device" in caplog.text
-    assert saved(tmp_path / "parts") == saved(tmp_path / "whole") == ["step-00000004", "step-00000005"]
+    assert saved(tmp_path / "parts") == saved(whole) == ["step-00000004", "step-00000005"]
 
 
 @pytest.mark.parametrize(("part", "error"), [("metrics.jsonl", OSError), ("checkpoints", CheckpointError)])
@@ -746,7 +759,7 @@ def test_a_tracker_gets_the_rows_and_a_bad_one_changes_nothing(
     assert "nobody there" in caplog.text and result.reason == "steps"
 
 
-# Secrets and the network ---------------------------------------------------------------------------------------------
+# Secrets and pickles -------------------------------------------------------------------------------------------------
 
 
 def test_no_file_of_a_run_and_no_log_holds_a_secret(
@@ -785,35 +798,6 @@ def test_no_file_of_a_run_and_no_log_holds_a_secret(
     assert [path for path in files if canary.encode() in path.read_bytes()] == []
     assert "refused key" in caplog.text and canary not in caplog.text
     assert any(sample["error"] and "[redacted]" in sample["error"] for sample in read_completions(tmp_path / "run", 1))
-
-
-def test_importing_and_training_open_no_socket(tmp_path: Path) -> None:
-    script = f"""
-import os, sys
-def hook(event, arguments):
-    if event.startswith("socket.") and event not in ("socket.gethostname", "socket.__new__"):
-        os.write(2, f"{{event}} {{arguments}}".encode())
-        os._exit(9)
-sys.addaudithook(hook)
-import trl
-for name in trl.__all__:
-    getattr(trl, name)
-from transformers import AutoTokenizer
-from trl import assets
-name = assets.path("tiny-gpt2-reviews")
-model = trl.AutoModelForCausalLMWithValueHead.from_pretrained(name)
-config = trl.PPOConfig(batch_size=2, mini_batch_size=2)
-trainer = trl.PPOTrainer(config, model, tokenizer=AutoTokenizer.from_pretrained(name))
-result = trainer.train(["The film was"], reward=lambda prompts, completions: [1.0] * len(prompts), steps=1,
-                       run_dir={str(tmp_path / "run")!r}, eval_prompts=["A"], generation={{"max_new_tokens": 4}})
-print(result.reason)
-"""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}  # not told to be offline
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == "steps\n"
 
 
 def test_no_pickle_is_written_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
