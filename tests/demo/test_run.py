@@ -7,13 +7,13 @@ import math
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trl.demo.__main__ import main
+from trl.demo.run import DRAWS, HELD_OUT, Demo
 from trl.trackers import read_completions, read_metrics, without_times
 
 QUICK = ["--steps", "2", "--batch-size", "8"]
@@ -25,19 +25,14 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, 
 
 
 @pytest.fixture
-def few_held_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Evaluations of 8 responses instead of 256, from its call on; they cost far more than two small steps."""
-
-    def shrink() -> None:
-        monkeypatch.setattr("trl.demo.run.HELD_OUT", 8)
-        monkeypatch.setattr("trl.demo.run.DRAWS", 1)
-
-    return shrink
+def few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 prompts held out instead of 64: evaluations cost far more than a few small steps. `make slow` has all of them."""
+    assert (HELD_OUT, DRAWS) == (64, 4)
+    monkeypatch.setattr("trl.demo.run.HELD_OUT", 8)
 
 
-def test_quick_run_writes_everything(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], few_held_out: Callable[[], None]
-):
+@pytest.mark.usefixtures("few_held_out")
+def test_quick_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "new" / "folder"
     assert main([*QUICK, "--out", str(out)]) == 0
     summary, rows, reviews = read(out)
@@ -48,9 +43,9 @@ def test_quick_run_writes_everything(
     assert all(0 <= row["reward/positive/mean"] <= 1 and row["objective/kl_coef"] > 0 for row in rows)
     assert summary["steps"] == 2 and not summary["interrupted"]
     prompts = [review["prompt"] for review in reviews["before"]]
-    assert len(set(prompts[:64])) == 64 and prompts == prompts[:64] * 4  # four responses to each
+    assert len(set(prompts[:8])) == 8 and prompts == prompts[:8] * 4  # four responses to each
     assert prompts == [review["prompt"] for review in reviews["after"]]
-    positive = sum(review["positive"] for review in reviews["after"]) / 256
+    positive = sum(review["positive"] for review in reviews["after"]) / 32
     assert summary["after"]["positive"] == pytest.approx(positive)
     assert summary["before"]["kl"] == pytest.approx(0.0, abs=1e-4)
     printed = capsys.readouterr().out
@@ -64,13 +59,12 @@ def test_quick_run_writes_everything(
     for sample in read_completions(out, 2):
         odds = math.log(sample["reward/positive"] / (1 - sample["reward/positive"]))
         assert sample["score"] == pytest.approx(max(-3.5, min(3.5, odds)), abs=1e-5)
-    few_held_out()
     assert main(["--steps", "1", "--batch-size", "4", "--out", str(out)]) == 0  # in the place of the first
     assert len(read_metrics(out)) == 1 and read_completions(out, 1)
 
 
-def test_same_seed_same_numbers(tmp_path: Path, few_held_out: Callable[[], None]):
-    few_held_out()
+@pytest.mark.usefixtures("few_held_out")
+def test_same_seed_same_numbers(tmp_path: Path):
     runs = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert main([*QUICK, "--seed", str(seed), "--out", str(tmp_path / name)]) == 0
@@ -80,15 +74,10 @@ def test_same_seed_same_numbers(tmp_path: Path, few_held_out: Callable[[], None]
     assert runs[0] != runs[2]
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_interrupted_run_writes_what_it_reached(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    few_held_out: Callable[[], None],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    from trl.demo.run import Demo
-
-    few_held_out()
     positive, calls = Demo.positive, iter(range(100))
 
     def interrupting(self: Demo, prompts: Any, completions: Any, **columns: Any) -> Any:
@@ -139,7 +128,10 @@ def test_help_needs_no_torch():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_reviews_become_positive_and_stay_readable(tmp_path: Path, seed: int):
     assert main(["--seed", str(seed), "--out", str(tmp_path)]) == 0
-    summary, _, _ = read(tmp_path)
+    summary, _, reviews = read(tmp_path)
+    for kind in ("before", "after"):
+        prompts = [review["prompt"] for review in reviews[kind]]
+        assert len(set(prompts[:64])) == 64 and prompts == prompts[:64] * 4
     before, after = summary["before"], summary["after"]
     assert 0.4 < before["positive"] < 0.6
     assert after["positive"] > 0.87  # 0.89 to 0.93, by rounding alone, which differs between processors
