@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
@@ -47,6 +48,7 @@ _URL_PASSWORD = re.compile(r"://(?:[^/\s?#\"'<>:@]*:)?([^/\s?#\"'<>]+)@")
 _remembered: set[str] = set()
 
 
+@lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
     """Whether a setting or environment variable with this name, in any case style, holds a secret.
 

@@ -215,8 +215,9 @@ def settings_of(config: Any) -> dict[str, Any]:
         if isinstance(value, Sequence) and not isinstance(value, str):
             value = [int(item) if isinstance(item, int) else item for item in value]
         if value is None or isinstance(value, bool | int | float | str | list):
-            settings[name] = encode(redact(value), f"config/{name}", {})
-    return settings
+            settings[name] = value
+    redacted = redact(list(settings.values()))  # of all at once: each call looks through the environment
+    return {name: encode(value, f"config/{name}", {}) for name, value in zip(settings, redacted, strict=True)}
 
 
 def _modes(model: torch.nn.Module) -> dict[str, Any]:
