@@ -1,9 +1,7 @@
-"""What docs/rewards.md shows runs; what this package imports talks to nobody."""
+"""What docs/rewards.md shows runs. That importing and scoring talk to nobody: trainer/test_offline.py."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,29 +31,3 @@ def test_public_names_load() -> None:
     assert set(trl.rewards.__all__) <= set(dir(trl.rewards))
     with pytest.raises(AttributeError, match="no attribute 'RewardMux'"):
         trl.rewards.RewardMux
-
-
-def test_importing_and_scoring_open_no_socket() -> None:
-    """S12, as far as rewards go."""
-    script = """
-import os, sys
-def hook(event, arguments):
-    if event.startswith("socket.") and event not in ("socket.gethostname",):
-        os.write(2, f"{event} {arguments}".encode())
-        os._exit(9)
-sys.addaudithook(hook)
-import trl.rewards
-for name in trl.rewards.__all__:
-    getattr(trl.rewards, name)
-from tests.rewards.samples import samples
-from tests.rewards import hostile
-reward = trl.rewards.as_reward([hostile.length, trl.rewards.LengthPenalty(3)], cache=True)
-print(reward.score(samples("one")).scores)
-slow = trl.rewards.as_reward(hostile.length, isolation="process")
-print(slow.score(samples("one")).scores)
-slow.close()
-trl.rewards.JudgeReward("https://host/v1", "m"), trl.rewards.RemoteReward("https://host/")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "[3.0]\n[3.0]\n"

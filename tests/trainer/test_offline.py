@@ -1,4 +1,4 @@
-"""S12: importing and training, without a tracker and with every one, in an empty network namespace."""
+"""S12: importing, scoring and training, without a tracker and with every one, in an empty network namespace."""
 
 from __future__ import annotations
 
@@ -14,16 +14,30 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys
 
-strict, attempts = True, []
+strict, allowed, attempts = True, {"socket.gethostname"}, []
 
 def watch(event, arguments):
-    if strict and event.startswith("socket.") and event not in ("socket.gethostname", "socket.__new__"):
+    if strict and event.startswith("socket.") and event not in allowed:
         os.write(2, f"{event} {arguments}".encode())
         os._exit(9)
     if event == "socket.getaddrinfo" or (event == "socket.connect" and isinstance(arguments[1], tuple)):
         attempts.append((event, arguments[1] if event == "socket.connect" else arguments[:2]))
 
 sys.addaudithook(watch)  # clients may swallow their failures
+import trl.rewards
+for name in trl.rewards.__all__:
+    getattr(trl.rewards, name)
+from tests.rewards import hostile
+from tests.rewards.samples import samples
+reward = trl.rewards.as_reward([hostile.length, trl.rewards.LengthPenalty(3)], cache=True)
+assert reward.score(samples("one")).scores == [3.0]
+isolated = trl.rewards.as_reward(hostile.length, isolation="process")
+assert isolated.score(samples("one")).scores == [3.0]
+isolated.close()
+trl.rewards.JudgeReward("https://host/v1", "m"), trl.rewards.RemoteReward("https://host/")
+print("scored")
+
+allowed.add("socket.__new__")  # made by an import, and never connected
 import trl, trl.assets
 for name in trl.__all__:
     getattr(trl, name)
@@ -87,7 +101,7 @@ def train_offline(folder: Path, trackers: list[str]) -> None:
         },
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {"alone", "done"} <= set(done.stdout.splitlines())
+    assert {"scored", "alone", "done"} <= set(done.stdout.splitlines())
     files = [path for path in folder.rglob("*") if path.is_file()]
     for tracker in trackers:
         assert f"tracker {tracker} failed" not in done.stderr, done.stderr[-2000:]
@@ -96,7 +110,7 @@ def train_offline(folder: Path, trackers: list[str]) -> None:
     assert secret == [] and CANARY not in done.stdout + done.stderr
 
 
-def test_s12_importing_and_training_ask_no_network(tmp_path: Path) -> None:
+def test_s12_importing_scoring_and_training_ask_no_network(tmp_path: Path) -> None:
     """Without trackers, then with all of them: one process, as imports cost most of the time.
 
     `make slow` has each tracker alone. Trackers need the empty namespace, so that a failure here reaches no server.
