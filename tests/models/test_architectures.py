@@ -1,4 +1,7 @@
-"""Every architecture of docs/models.md, as a tiny model, through everything that this library does with a model."""
+"""Every architecture of docs/models.md, as a tiny model, through everything that this library does with a model.
+
+`make test` has the most used ones, `make slow` all others.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.models.checks import CHECKS, Subject
-from tests.models.zoo import ZOO, Architecture
+from tests.models.zoo import EVERYDAY, ZOO, Architecture, everyday
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 @pytest.mark.filterwarnings("ignore:.*causal_conv1d.*", "ignore:.*mamba_ssm.*")
-@pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
+@pytest.mark.parametrize("architecture", everyday(ZOO))
 def test_architecture(architecture: Architecture) -> None:
     subject = Subject(architecture)
     for check in CHECKS.values():
@@ -22,6 +25,7 @@ def test_architecture(architecture: Architecture) -> None:
 
 def test_names_differ() -> None:
     assert len({architecture.name for architecture in ZOO}) == len(ZOO) == 47
+    assert {architecture.name for architecture in ZOO} >= EVERYDAY
 
 
 def test_table_in_the_docs_is_that_of_this_list() -> None:

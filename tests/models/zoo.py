@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 from tests.helpers import BOS, EOS, PAD
@@ -193,6 +194,17 @@ ZOO = (
 
 # Those that our own decoding loop drives: neither state space models nor one whose predictions see later tokens.
 DRIVEN = [a for a in ZOO if "Mamba" not in a.name and a.name != "ProphetNet"]
+
+# The most used ones, and one for each way of building a model that no other has: they run in `make test`.
+EVERYDAY = {
+    "GPT-2", "GPT-NeoX", "OPT", "BLOOM", "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma 3 (text)", "Phi-3", "Mixtral",
+    "DeepSeek-V2", "Mamba", "T5", "BART",
+}  # fmt: skip
+
+
+def everyday(architectures: Iterable[Architecture]) -> list[Any]:
+    """Parameters of a test: the architectures in `EVERYDAY`, and the others for `make slow`."""
+    return [pytest.param(a, id=a.name, marks=() if a.name in EVERYDAY else pytest.mark.slow) for a in architectures]
 
 
 def sharp(architecture: Architecture) -> Any:

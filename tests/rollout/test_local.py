@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5
-from tests.models.zoo import DRIVEN, Architecture, sharp
+from tests.models.zoo import DRIVEN, Architecture, everyday, sharp
 from trl.kernels.products import bucket_size
 from trl.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, evaluate
 from trl.rollout import LocalEngine, decoders, rollout_rows, sample
@@ -22,7 +22,7 @@ def numbers(longest: int, count: int, seed: int = 0) -> Tensor:
     return torch.rand(longest, count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("architecture", DRIVEN, ids=lambda a: a.name)
+@pytest.mark.parametrize("architecture", everyday(DRIVEN))
 def test_greedy_tokens_are_those_of_generate(architecture: Architecture) -> None:
     model = sharp(architecture)
     model.generation_config.num_beams = 1  # FSMT's default is a beam search

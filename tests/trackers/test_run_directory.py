@@ -419,7 +419,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("wait", [0.0, 0.031, 0.107])
+@pytest.mark.parametrize("wait", [0.0, 0.107, pytest.param(0.031, marks=pytest.mark.slow)])
 def test_kill_9_while_writing(tmp_path: Path, wait: float) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", WRITE, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
