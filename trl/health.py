@@ -5,6 +5,7 @@ The report, the doctor and the documentation are made from this table. docs/ppo.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -33,7 +34,7 @@ class Band:
 
     def holds(self, value: float) -> bool:
         """Whether `value` is inside the band. NaN and infinities are outside."""
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             return False
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
@@ -337,6 +338,34 @@ _ROWS = (
     ),
 )
 
+NOT_FINITE = Symptom(
+    "A metric is not a finite number.",
+    "A score, a log-probability or a weight has overflowed, and what was computed from it is lost.",
+    "Look at the first step in which it happened and at the minibatches in dumps/; lower `learning_rate`, set "
+    "`max_grad_norm=1.0`, clip scores with `score_clip`, and train in float32.",
+)
+"""What it means when a metric is NaN or infinite, which is outside of every healthy band."""
+
+
+def measured(row: Mapping[str, Any], key: str) -> float | None:
+    """The value of a metric in a row, in memory or of `metrics.jsonl`: NaN if it was not finite, None if it is missing.
+
+    Means of scores count as missing where they are not finite: no sample had a score.
+
+    Args:
+        row: metrics row; in the file, a number that is not finite is null, and `nonfinite` lists its key.
+        key: key of the row.
+    """
+    value = row.get(key)
+    if value is None and key in row.get("nonfinite", ()):
+        value = math.nan
+    if not isinstance(value, int | float):
+        return None
+    if math.isfinite(value):
+        return float(value)
+    return None if key.startswith(("score/", "eval/")) else math.nan
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric in _ROWS})
 """Metrics by key. Statistics of an algorithm have PPO's prefix here; see `catalogued`."""
 
@@ -373,8 +402,8 @@ def bands(config: Mapping[str, Any], first_row: Mapping[str, Any] | None = None)
         result["ppo/policy/approxkl"] = Band(high=target_kl, reason=f"target_kl={target_kl:g} nats per token")
     if name == "ppo":  # other algorithms do not read these settings
         result |= _bands_of_ppo(settings)
-    start = (first_row or {}).get(f"{name}/policy/entropy")
-    if start:
+    start = measured(first_row or {}, f"{name}/policy/entropy")
+    if start is not None and math.isfinite(start) and start > 0:
         result["ppo/policy/entropy"] = Band(
             low=0.2 * start, high=2.0 * start, reason=f"a fifth to twice the {start:.2f} nats of the first step"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from trl.algorithms import grpo
 from trl.core import set_seed
 from trl.demo.outcome import DemoSettings
 from trl.doctor import UnfitRun, read_findings
+from trl.doctor.watch import DoctorWatch
 from trl.trackers import read_metrics
 from trl.trainer import OnlineTrainer
 
@@ -195,6 +197,37 @@ def test_what_can_never_train_ends_the_run_before_it_begins(tmp_path: Path) -> N
     assert "failed in step 1: UnfitRun" in events(tmp_path / "run")[-1]
     assert [finding.code for finding in read_findings(tmp_path / "run")] == ["learning-rate"]
     assert run(trainer, run_dir=tmp_path / "run", resume="auto", doctor=False, steps=1).findings == ()
+
+
+class Broken(DoctorWatch):
+    """Raises in one kind of look, or in all."""
+
+    def __init__(self, *looks: str) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("begin", "first_batch", "row") and name in object.__getattribute__(self, "looks"):
+            raise ZeroDivisionError(f"a defect of {name}; HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz1234567890")
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("looks", [("begin",), ("first_batch",), ("row",), ("begin", "first_batch", "row")])
+def test_a_defect_of_the_doctor_ends_no_run(
+    looks: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One warning with the reason; the numbers are those of a run without a doctor."""
+    run(fresh("full"), run_dir=tmp_path / "without", doctor=False)
+    monkeypatch.setattr("trl.trainer.resumable.DoctorWatch", partial(Broken, *looks))
+    with caplog.at_level("WARNING", logger="trl.runs.observer"):
+        result = run(fresh("full"), run_dir=tmp_path / "run")
+    assert result.steps == 3 and recorded(tmp_path / "run") == recorded(tmp_path / "without")
+    first, *rest = [text for text in caplog.messages if "the doctor failed" in text]
+    reason = f"the doctor failed (ZeroDivisionError: a defect of {looks[0]}"
+    assert first.startswith(reason) and "training goes on" in first and "hf_abc" not in caplog.text
+    failures = sum({"begin": 1, "first_batch": 1, "row": 3}[look] for look in looks)
+    assert rest == ([f"the doctor failed {failures} times in this run"] if failures > 1 else [])
+    assert sum(line.startswith("the doctor failed: ZeroDivisionError") for line in events(tmp_path / "run")) == 1
 
 
 def test_an_error_of_the_batch_is_seen_before_its_update() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from trl.doctor.codes import finding
-from trl.health import METRICS, Band, bands
+from trl.health import METRICS, Band, bands, catalogued, measured
 from trl.trackers.findings import Finding
 
 _SAMPLES = 32  # samples to see before a share or a constant is judged
@@ -58,7 +58,7 @@ class RowChecks:
         findings = []
         for rule in _RULES:
             code = rule.code
-            evidence = None if code in self._found or self.first is None else rule.broken(self, row)
+            evidence = None if code in self._found else rule.broken(self, row)
             self._streaks[code] = 0 if evidence is None else self._streaks[code] + 1
             enough = self._streaks[code] >= rule.rows and (number(row, "run/episodes") or 0) >= rule.samples
             if evidence is not None and enough:
@@ -84,9 +84,17 @@ class RowChecks:
 
 
 def number(row: Mapping[str, Any], key: str) -> float | None:
-    """A finite number of a row, else None, as which numbers that are not finite are also read back from a file."""
-    value = row.get(key)
-    return None if value is None or not math.isfinite(value) else float(value)
+    """A finite number of a row, else None."""
+    value = measured(row, key)
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _not_finite(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
+    """A metric of the catalogue is NaN or infinite, which is outside of every band."""
+    keys = [key for key in dict.fromkeys([*row, *row.get("nonfinite", ())]) if catalogued(key) is not None]
+    names = [key for key in keys if (value := measured(row, key)) is not None and not math.isfinite(value)]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"Not finite: {', '.join(names[:3])}{more}" if names else None
 
 
 def _length(row: Mapping[str, Any]) -> float:
@@ -161,6 +169,8 @@ def _values(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
 
 
 _RULES = (
+    # In float16, the loss scale overflows for some steps before it has been lowered far enough.
+    _Rule("not-finite", 3, _not_finite),
     _Rule("constant-reward", 3, _constant_reward, _SAMPLES),
     _Rule("truncated", 3, _truncated, _SAMPLES),
     _Rule("kl-above-target", 10, _above_target),
