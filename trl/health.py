@@ -218,7 +218,7 @@ _ROWS = (
             "Give it time: `value_warmup_steps`, a higher `vf_coef`, a larger `cliprange_value`, or scores scaled to "
             "about ±1 (`use_score_scaling`).",
         ),
-        reason="below 0 is worse than a constant; -0.5 allows for noise in small batches",
+        reason="below 0 is worse than a constant; -0.5 allows for noise in small batches. Judged where scores still vary",
         grace=20,
     ),
     Metric(
@@ -364,6 +364,26 @@ def measured(row: Mapping[str, Any], key: str) -> float | None:
     if math.isfinite(value):
         return float(value)
     return None if key.startswith(("score/", "eval/")) else math.nan
+
+
+def is_telling(row: Mapping[str, Any], key: str, largest_spread: float) -> bool:
+    """Whether a metric can be judged in a row, by its band.
+
+    Explained variance divides the value head's error by the variance of the returns. Once the scores of a batch are alike,
+    as when the policy has solved its task, that variance is next to 0, and the ratio far below -1 however small the error.
+
+    Args:
+        row: metrics row.
+        key: key of the metric.
+        largest_spread: largest `score/std` of the run up to this row.
+    """
+    if key.partition("/")[2] != "val/var_explained":
+        return True
+    spread = measured(row, "score/std")
+    return spread is None or spread >= _TELLING_SPREAD * largest_spread
+
+
+_TELLING_SPREAD = 0.1  # of the largest so far: a hundredth of its variance
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric in _ROWS})

@@ -97,6 +97,16 @@ def test_a_negative_explained_variance_is_usual_at_first() -> None:
     assert found([{"ppo/val/var_explained": -3.0}] * 40) == {"explained-variance": 40}
 
 
+def test_explained_variance_is_judged_where_scores_vary() -> None:
+    """A run of two tokens, solved in step 16: scores of 2, returns of variance 0.0019, values that miss them by 0.15."""
+    solved = {"score/mean": 2.0, "score/std": 0.0, "ppo/val/var_explained": -11.0}
+    assert found([{}] * 15 + [solved] * 100) == {}
+    assert found([{}] * 15 + [solved | {"score/std": 0.02}] * 100) == {}  # one sample of many differs
+    varied = solved | {"score/std": 0.04}  # over a tenth of the largest so far, 0.3
+    assert found([{}] * 15 + [varied] * 100) == {"explained-variance": 40}
+    assert found([{}] * 15 + [solved | {"score/std": None}] * 100) == {"explained-variance": 40}
+
+
 def test_a_constant_reward_is_one_that_never_varied() -> None:
     constant = {"score/std": 0.0, "score/mean": 1.0}
     assert found([constant] * 9) == {"constant-reward": 3}

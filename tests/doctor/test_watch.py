@@ -65,13 +65,19 @@ def readme() -> tuple[Any, Any, dict[str, Any]]:
     return PPOTrainer(config, model, tokenizer=AutoTokenizer.from_pretrained(REVIEWS)), politeness, {}
 
 
-def groups() -> tuple[Any, Any, dict[str, Any]]:
+def groups(kl_coef: float = 0.2) -> tuple[Any, Any, dict[str, Any]]:
+    """A KL penalty that holds the policy at 0.35 nats per token while the score rises from 1.1 to 1.4.
+
+    At GRPO's usual 0.04, `variety` is exploited from about step 16 on: the score stays at 1.5, its best, while the KL goes on
+    to 1.6 nats per token and the responses turn into a salad of words, such as "family be lo, flat it as to pick people not
+    allow their family never work". The doctor names that (`test_an_exploited_reward_is_no_healthy_run`).
+    """
     config = PPOConfig(batch_size=32, mini_batch_size=16, group_size=4, ppo_epochs=1, learning_rate=3e-4)
     trainer = OnlineTrainer(
         config,
         AutoModelForCausalLM.from_pretrained(REVIEWS),
         tokenizer=AutoTokenizer.from_pretrained(REVIEWS),
-        algorithm=grpo(),
+        algorithm=grpo(kl_coef=kl_coef),
     )
     return trainer, variety, {"max_new_tokens": 16}
 
@@ -89,7 +95,11 @@ def seq2seq() -> tuple[Any, Any, dict[str, Any]]:
 
 
 def short() -> tuple[Any, Any, dict[str, Any]]:
-    """Two tokens, of which the best are found: the entropy goes down and the KL up, as they should."""
+    """Two tokens, of which the best are found: the entropy goes down and the KL up, as they should.
+
+    From step 16 on every score is 2 and the returns no longer vary, so that the explained variance is about -10 for values
+    that miss the returns by 0.15 of 1.9.
+    """
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     config = PPOConfig(
         batch_size=32, mini_batch_size=8, ppo_epochs=2, learning_rate=1e-2, init_kl_coef=0.02, adap_kl_ctrl=False,
@@ -102,7 +112,7 @@ def short() -> tuple[Any, Any, dict[str, Any]]:
     return PPOTrainer(config, model, tokenizer=tiny_tokenizer()), tens, {"max_new_tokens": 2}
 
 
-HEALTHY = {"demo": demo, "readme": readme, "groups": groups, "adapter": adapter, "seq2seq": seq2seq, "short": short}
+HEALTHY: dict[str, Any] = {"demo": demo, "readme": readme, "groups": groups, "adapter": adapter, "seq2seq": seq2seq, "short": short}
 # Steps here, and in the slow set.
 STEPS = {
     "demo": (1, 44),
@@ -114,11 +124,11 @@ STEPS = {
 }
 
 
-def findings_of(name: str, steps: int, tmp_path: Path) -> Any:
+def findings_of(name: str, steps: int, tmp_path: Path, **settings: Any) -> Any:
     set_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer, reward, generation = HEALTHY[name]()
+        trainer, reward, generation = HEALTHY[name](**settings)
         prompts = PROMPTS if name in ("seq2seq", "short") else assets.prompts()
         return trainer.train(
             prompts, reward=reward, steps=steps, generation=generation, progress=False, run_dir=tmp_path / name
@@ -139,6 +149,15 @@ def test_silent_on_healthy_runs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", HEALTHY)
 def test_silent_on_long_healthy_runs(name: str, tmp_path: Path) -> None:
     assert findings_of(name, STEPS[name][1], tmp_path).findings == ()
+
+
+@pytest.mark.slow
+def test_an_exploited_reward_is_no_healthy_run(tmp_path: Path) -> None:
+    result = findings_of("groups", 24, tmp_path, kl_coef=0.04)
+    rows = read_metrics(tmp_path / "groups")
+    assert max(row["score/mean"] for row in rows) < rows[15]["score/mean"] + 0.1
+    assert rows[-1]["objective/kl"] > 1.2 * rows[15]["objective/kl"]
+    assert [(found.code, found.step > 16) for found in result.findings] == [("policy-collapse", True)]
 
 
 @pytest.mark.parametrize("case", ["full", "lora", "seq2seq"])

@@ -49,6 +49,15 @@ def test_a_moment_out_of_the_band_and_the_first_steps_do_not_count(tmp_path: Pat
     assert found.departures == [] and found.mood == "good"
 
 
+def test_explained_variance_is_judged_where_scores_vary(tmp_path: Path) -> None:
+    bad = {"ppo/val/var_explained": -9.0}
+    for name, spread in (("solved", 0.0), ("varied", 0.4)):
+        rows = [row(s, 50, **({} if s < 30 else bad | {"score/std": spread})) for s in range(1, 51)]
+        _, found = judged(tmp_path / name, steps=50, rows=rows)
+        keys = [left.metric.key for left in found.departures]
+        assert ("ppo/val/var_explained" in keys) == (name == "varied")
+
+
 def test_a_negative_kl_is_too_low(tmp_path: Path) -> None:
     _, found = judged(tmp_path / "run", rows=[row(s, **{"objective/kl": -4.0}) for s in range(1, 21)])
     assert "clearly negative" in found.departures[0].symptom.symptom

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from trl.doctor.codes import finding
-from trl.health import METRICS, Band, bands, catalogued, measured
+from trl.health import METRICS, Band, bands, catalogued, is_telling, measured
 from trl.trackers.findings import Finding
 
 _SAMPLES = 32  # samples to see before a share or a constant is judged
@@ -48,6 +48,7 @@ class RowChecks:
         self.first: Mapping[str, Any] | None = None
         self._streaks: Counter[str] = Counter()
         self._found: set[str] = set()
+        self._spread = 0.0  # largest standard deviation of a batch's scores
         self._varied = False  # whether the scores have differed from each other, or from batch to batch
         self._ended = False  # whether most responses of some batch ended by themselves
 
@@ -55,6 +56,7 @@ class RowChecks:
         """Judges the next row, which includes `step`; returns what it completes the evidence for."""
         if self.first is None and number(row, "score/mean") is not None:
             self.first, self.bands = row, bands(self.config, row)
+        self._spread = max(self._spread, number(row, "score/std") or 0.0)
         findings = []
         for rule in _RULES:
             code = rule.code
@@ -152,9 +154,11 @@ def _entropy_high(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
 
 
 def _explained_variance(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
-    if int(row["step"]) <= METRICS["ppo/val/var_explained"].grace:
+    """A value head that has learnt the returns predicts them badly by this measure once they hardly vary any more."""
+    key = checks.key("val/var_explained")
+    if int(row["step"]) <= METRICS["ppo/val/var_explained"].grace or not is_telling(row, key, checks._spread):
         return None
-    return checks.outside(row, checks.key("val/var_explained"), "low")
+    return checks.outside(row, key, "low")
 
 
 def _values(checks: RowChecks, row: Mapping[str, Any]) -> str | None:

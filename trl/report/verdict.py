@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trl.health import NOT_FINITE, Band, Metric, Symptom, catalogued, measured
+from trl.health import NOT_FINITE, Band, Metric, Symptom, catalogued, is_telling, measured
 from trl.report.reading import Run, age
 from trl.untrusted import one_line
 
@@ -70,11 +70,12 @@ def departure(run: Run, key: str) -> Departure | None:
     band, metric = run.bands.get(key, Band()), catalogued(key)
     if metric is None:
         return None
-    points = [
-        (int(row["step"]), value)
-        for row in run.rows
-        if (value := measured(row, key)) is not None and (row["step"] > metric.grace or math.isnan(value))
-    ]
+    points, spread = list[tuple[int, float]](), 0.0
+    for row in run.rows:
+        value, spread = measured(row, key), max(spread, measured(row, "score/std") or 0.0)
+        judged = row["step"] > metric.grace and is_telling(row, key, spread)
+        if value is not None and (judged or math.isnan(value)):
+            points.append((int(row["step"]), value))
     outside = [(step, value) for step, value in points if not band.holds(value)]
     if len(outside) < min(_PATIENCE, max(1, len(points))):
         return None
