@@ -175,7 +175,8 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
         before[order[1:]] = lengths[order[:-1]].cumsum(dim=0)
         place = before[:, None] + count
         flat_index = place[attention]
-        flat = flat_index.new_zeros(bucket_size(len(flat_index)))
+        size = len(flat_index)
+        flat = flat_index.new_zeros(bucket_size(size) if flat_index.device.type == "cpu" else size)
         flat[flat_index] = tokens[attention]
         positions = torch.zeros_like(flat)
         positions[flat_index] = count[attention]
