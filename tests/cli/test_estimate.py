@@ -71,10 +71,14 @@ def test_columns_of_prompts_and_of_the_reward_are_there(tmp_path: Path) -> None:
         return estimate.estimate("ppo", resolved(data__prompts=prompts, reward__functions=reward, **more))
 
     assert estimated(good).prompts == 2
-    with pytest.raises(UsageError, match=r"--x: reward graded needs the column answer: did you mean answr\?; the prompts"):
+    with pytest.raises(
+        UsageError, match=r"--x: reward graded needs the column answer: did you mean answr\?; the prompts"
+    ):
         estimated(misspelt)
     assert estimated(misspelt, "rewards.py:free").prompts == 1
-    with pytest.raises(ValueError, match=r"without.jsonl:1 .* has the columns question, answer: one of them must be prompt"):
+    with pytest.raises(
+        ValueError, match=r"without.jsonl:1 .* has the columns question, answer: one of them must be prompt"
+    ):
         estimated(without)
     with pytest.raises(ValueError, match=r"without.jsonl:1 .* has the columns question, answer"):
         estimated(good, data__eval_prompts=without)

@@ -78,7 +78,9 @@ def test_batched_generation_is_called_directly_with_or_without_a_model() -> None
     trainer, greedy = framework.make(PPOTrainer), {"do_sample": False}
     newer = trainer._generate_batched(trainer.model, framework.QUERIES, lambda: 3, 2, False, **greedy)
     older = trainer._generate_batched(framework.QUERIES, lambda: 3, 2, False, **greedy)
-    named = trainer._generate_batched(query_tensors=framework.QUERIES, length_sampler=lambda: 3, return_prompt=False, **greedy)
+    named = trainer._generate_batched(
+        query_tensors=framework.QUERIES, length_sampler=lambda: 3, return_prompt=False, **greedy
+    )
     assert [r.tolist() for r in newer] == [r.tolist() for r in older] == [r.tolist() for r in named]
     assert [len(r) for r in newer] == [3] * 4
 
@@ -88,7 +90,9 @@ def stats_of_a_step(trainer: PPOTrainer) -> dict[str, object]:
     return trainer.step(framework.QUERIES, framework.RESPONSES, framework.SCORES)
 
 
-RELEASES = [json.loads(path.read_text()) for path in (Path(__file__).parents[1] / "compat/data/releases").glob("*.json")]
+RELEASES = [
+    json.loads(path.read_text()) for path in (Path(__file__).parents[1] / "compat/data/releases").glob("*.json")
+]
 
 
 def test_a_subclass_may_define_every_public_name_that_trl_had_not(tmp_path: Path) -> None:
@@ -148,7 +152,12 @@ def test_names_that_clients_define_are_their_own(tmp_path: Path) -> None:
 
 def test_private_names_are_marked_as_this_library_s_own() -> None:
     """A name that a client would choose is none of them: they begin with _trl, or are hooks that TRL had."""
-    hooks = {*(hook for hook in HOOKS if " " not in hook), "_generate_batched", "_remove_unused_columns", "_save_pretrained"}
+    hooks = {
+        *(hook for hook in HOOKS if " " not in hook),
+        "_generate_batched",
+        "_remove_unused_columns",
+        "_save_pretrained",
+    }
     trainer = framework.make(PPOTrainer)
     trainer.step(framework.QUERIES, framework.RESPONSES, framework.SCORES)
     names = {*vars(trainer), *(name for kind in PPOTrainer.__mro__[:-1] for name in vars(kind))}

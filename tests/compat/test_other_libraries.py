@@ -39,9 +39,7 @@ def test_their_remedies_are_there() -> None:
 
 def test_a_pipeline_returns_the_best_label_alone_unless_top_k_is_none() -> None:
     assert "`pipeline(..., return_all_scores=True)`" in TABLE and "`top_k=None`" in TABLE
-    classifier: Any = transformers.pipeline(
-        "text-classification", model=assets.path("tiny-bert-sentiment"), device=-1
-    )
+    classifier: Any = transformers.pipeline("text-classification", model=assets.path("tiny-bert-sentiment"), device=-1)
     text = ["a wonderful film"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

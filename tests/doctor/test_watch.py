@@ -112,7 +112,14 @@ def short() -> tuple[Any, Any, dict[str, Any]]:
     return PPOTrainer(config, model, tokenizer=tiny_tokenizer()), tens, {"max_new_tokens": 2}
 
 
-HEALTHY: dict[str, Any] = {"demo": demo, "readme": readme, "groups": groups, "adapter": adapter, "seq2seq": seq2seq, "short": short}
+HEALTHY: dict[str, Any] = {
+    "demo": demo,
+    "readme": readme,
+    "groups": groups,
+    "adapter": adapter,
+    "seq2seq": seq2seq,
+    "short": short,
+}
 # Steps here, and in the slow set.
 STEPS = {
     "demo": (1, 44),

@@ -48,7 +48,11 @@ FAILED = "failed in step 3: ValueError: no"
         ({"events": (FAILED,), "steps": 0}, "failed", FAILED),
         ({"events": (FAILED, "the disk is full")}, "failed", FAILED),  # whatever was said after it
         ({"events": (FAILED, "run opened")}, "killed", ""),  # resumed, and killed then
-        ({"events": (FAILED,), "reason": "steps"}, "finished", ""),  # by a callback at the end, or in a resumption refused
+        (
+            {"events": (FAILED,), "reason": "steps"},
+            "finished",
+            "",
+        ),  # by a callback at the end, or in a resumption refused
         ({"events": (FAILED,), "reason": "SIGINT"}, "stopped", ""),
         ({"events": ("x: failed in step 3: no",)}, "killed", ""),
     ],

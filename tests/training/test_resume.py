@@ -116,7 +116,9 @@ def saved(tmp_path: Path, case: str = "full", **settings: Any) -> Path:
 
 def refuses(trainer: Any, folder: Path, message: str) -> None:
     before = fingerprint(trainer)
-    with pytest.raises(ValueError, match=rf"is a checkpoint of another run: .*{message}.*\. To go on with that run, start as"):
+    with pytest.raises(
+        ValueError, match=rf"is a checkpoint of another run: .*{message}.*\. To go on with that run, start as"
+    ):
         trainer.load_checkpoint(folder)
     assert fingerprint(trainer) == before
 
