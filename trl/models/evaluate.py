@@ -98,6 +98,21 @@ def evaluate(
         return Evaluation(**joined)  # type: ignore[arg-type]
     if not return_logits and abilities(model).projects:
         return _without_logits(model, rollout, temperature, entropy, values, response_only, mean_logits, top1)
+    return _with_logits(model, rollout, temperature, entropy, values, response_only, return_logits, mean_logits, top1)
+
+
+def _with_logits(
+    model: nn.Module,
+    rollout: Rollout,
+    temperature: float,
+    entropy: bool,
+    values: bool,
+    response_only: bool,
+    return_logits: bool,
+    mean_logits: bool,
+    top1: bool,
+) -> Evaluation:
+    """`evaluate` through the model's own logits."""
     # Left-align rows, so that positions count from column 0 for every position scheme and recurrent states start at the
     # first token; `place` undoes it.
     order = left_aligning_order(rollout.attention)
