@@ -20,6 +20,7 @@ from trl.models.frozen import RolloutAboveFrozen, first_layers_in_training, only
 from trl.models.padding import (
     clean,
     forward_inputs,
+    ignores_padding,
     join_parts,
     left_aligning_order,
     padding_mask,
@@ -87,7 +88,7 @@ def evaluate(
         ValueError: if an encoder-decoder gets no `encoder_tokens`, or a decoder-only model gets them.
     """
     _check_rollout(model, rollout)
-    if not ignorespadding_mask(model) and bool(padding_mask(rollout).any()):
+    if not ignores_padding(model) and bool(padding_mask(rollout).any()):
         parts = [
             evaluate(
                 model,
@@ -279,7 +280,7 @@ def evaluate_exact_kl(
     Returns:
         `[B, S]` float32 in nats; 0 where nothing is predicted.
     """
-    if not ignorespadding_mask(policy) and bool(padding_mask(rollout).any()):
+    if not ignores_padding(policy) and bool(padding_mask(rollout).any()):
         parts = split_by_padding(rollout)
         kl = join_parts(rollout, [evaluate_exact_kl(policy, reference, p, temperature=temperature) for p in parts])
         assert kl is not None
