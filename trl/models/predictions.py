@@ -124,9 +124,10 @@ def abilities(model: nn.Module) -> Abilities:
 
 
 def _cache_key(head: Any) -> tuple[Any, ...]:
-    """Cache key of an output embedding; changes with the compute dtype, an adapter that is injected, and hooks."""
+    """Cache key of an output embedding; changes with an adapter that is injected, with hooks, and a GPU's compute dtype."""
     weight = getattr(head, "weight", None)
-    kind = None if weight is None else (weight.device.type, weight.dtype, torch.is_autocast_enabled(weight.device.type))
+    # On a GPU, what packs depends on the dtype of the pass.
+    kind = (weight.dtype, torch.is_autocast_enabled("cuda")) if isinstance(weight, Tensor) and weight.is_cuda else None
     return (type(head), id(head), kind, *getattr(head, "_forward_hooks", ()), *getattr(head, "_forward_pre_hooks", ()))
 
 
