@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5
-from tests.models.zoo import ZOO, everyday
+from tests.models.zoo import ZOO
 from trl.models import AutoModelForCausalLMWithValueHead as Causal
 from trl.models import AutoModelForSeq2SeqLMWithValueHead as Seq2Seq
 from trl.models import create_reference_model
@@ -169,7 +169,7 @@ def test_an_adapter_is_copied_with_its_model() -> None:
             create_reference_model(model, num_shared_layers=1)
 
 
-@pytest.mark.parametrize("architecture", everyday(ZOO))
+@pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
 def test_layers_of_every_architecture_are_found(architecture: Any) -> None:
     trunk = architecture.build()
     reference = create_reference_model(trunk, num_shared_layers=1)
