@@ -49,12 +49,8 @@ def step() -> float:
     return float(trainer().step(QUERIES, RESPONSES, SCORES)["ppo/loss/total"])
 
 
-PARTS: tuple[Callable[[], Any], ...] = (
-    old_submodules,
-    every_name,
-    loading,
-    step,
-)  # the first needs a bare `import trl`
+# In this order: the first is about `import trl` alone.
+PARTS: tuple[Callable[[], Any], ...] = (old_submodules, every_name, loading, step)
 
 
 def main() -> None:
