@@ -52,7 +52,7 @@ def _settings(command: Command) -> Iterator[str]:
             continue
         yield ""
         about = catalogue.section_class(section, command.name).__doc__ or ""
-        yield f"{section}: {about.strip().splitlines()[0]}"
+        yield from textwrap.wrap(f"{section}: {about.strip().splitlines()[0]}", _width())
         for path, setting in catalogue.settings(command.name).items():
             if setting.section == section:
                 default = changed.get(path, setting.default)

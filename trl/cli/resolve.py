@@ -71,6 +71,7 @@ class Resolved:
         }
         if name == catalogue.STAGES.get(self.command):
             values["output_dir"] = str(self.values["train.run_dir"] or self.values["train.root"])
+            values["report_to"] = values["report_to"] or "none"  # which is null in our YAML
         try:
             return catalogue.section_class(name, self.command)(**values)
         except (ValueError, TypeError) as error:

@@ -142,7 +142,10 @@ def weights_in(folder: Path, stage: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("stage", "step"),
-    [("sft", 2), *((stage, 5) for stage in CLASSES)],
+    [
+        *((stage, 5) for stage in ("sft", "reward", "dpo")),
+        *(pytest.param(*job, marks=pytest.mark.slow) for job in (("kto", 5), ("sft", 2))),
+    ],
 )
 def test_a_run_that_broke_is_resumed_to_the_bit(
     stage: str, step: int, whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -160,7 +163,7 @@ def test_a_run_that_broke_is_resumed_to_the_bit(
     assert resumed.state.global_step == 8 and "incomplete" not in caplog.text
 
 
-@pytest.mark.parametrize("step", [4, 7])
+@pytest.mark.parametrize("step", [7, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_signal_saves_the_step_and_going_on_ends_the_same(step: int, whole: Whole, tmp_path: Path) -> None:
     """At the end of an epoch, and in the middle of one, of a row, and between two checkpoints."""
     expected, trainer = whole("sft")
@@ -216,6 +219,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         trainer_of("sft", tmp_path).train(run_dir=run, resume_from_checkpoint="auto")
 
 
+@pytest.mark.slow
 def test_an_evaluation_before_the_first_step_is_row_0(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(RuntimeError):

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -94,6 +95,11 @@ class StageRun(TrainerCallback):
     ) -> None:
         if trainer.args.save_only_model:
             raise ValueError("save_only_model=True leaves nothing to resume a run from: leave it out")
+        kind = trainer.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"run_dir={str(run_dir)!r} with {kind.value}: a run's model is written by one process; leave it out"
+            )
         self._trainer, self._launch = trainer, launch
         self._show = not trainer.args.disable_tqdm if progress is None else progress
         self._progress: Progress = NoProgress()
