@@ -180,7 +180,7 @@ def _single_output(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
 
     trusted = bool(options.get("trust_remote_code", False))
     config = load_config(place_of(name), revision=options.get("revision"), trust_remote_code=trusted)
-    return {"label": 0} | options if "label" not in options and config.num_labels == 1 else options
+    return {"label": 0, **options} if config.num_labels == 1 else options
 
 
 def _function(source: str, folder: str | None) -> Callable[..., Any]:
