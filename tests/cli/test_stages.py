@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from trl.cli import catalogue, configs, estimate, stages
 from trl.cli.app import main
 from trl.cli.resolve import Resolved, resolve
+from trl.cli.stage_templates import example_rows
 from trl.trackers import read_metrics, without_times
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,7 +110,7 @@ def test_ctrl_c_and_resume_go_on_to_the_same_rows(
     assert rows[0] == rows[1] and len(rows[0]) == 4
     assert main(["resume", str(run)]) == 0
     assert "is finished: --max-steps or --num-train-epochs with a higher number" in capsys.readouterr().err
-    assert main(["resume", str(run), "--max-steps", "5", "--learning-rate", "1e-5"]) == 0
+    assert main(["resume", "--max-steps", "5", "--learning-rate", "1e-5", str(run)]) == 0
     said = capsys.readouterr().err
     assert "changed: sft.max_steps: 4 -> 5 (--max-steps)" in said and "finished: 5 steps" in said
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5]
@@ -208,6 +209,10 @@ def test_the_reward_model_is_a_reward_of_ppo(tmp_path: Path) -> None:
     assert reward_sources._single_output("tiny-bert-sentiment", {}) == {}
     Path("c.yaml").write_text("reward: classifier:judge\n")
     reward_sources.build(resolve("ppo", files=["c.yaml"], environment={})).close()
+
+
+def test_example_rows_are_as_many_for_every_stage() -> None:
+    assert {len(example_rows(stage).splitlines()) for stage in catalogue.STAGES} == {24}
 
 
 def test_suffixes_are_those_of_the_readers() -> None:

@@ -95,12 +95,11 @@ def read(command: Command, words: Sequence[str]) -> Invocation:
 
 
 def _run_command(words: Sequence[str]) -> str:
-    """The command that started the run which the first argument names; "ppo" if there is none."""
-    if not words or words[0].startswith("-"):
-        return "ppo"
+    """The command that started the run which a word names; "ppo" if there is none."""
     from trl.cli.launch import command_of_run
 
-    return command_of_run(words[0])
+    found = (command_of_run(word) for word in words if not word.startswith("-"))
+    return next((command for command in found if command is not None), "ppo")
 
 
 def _setting(

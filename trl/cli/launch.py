@@ -46,13 +46,13 @@ def stored_config(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def command_of_run(name: str) -> str:
-    """The command that started a run, given as a path or a name in `runs`; "ppo" if that is not known."""
+def command_of_run(name: str) -> str | None:
+    """The command that started a run, given as a path or a name in `runs`; None if there is no such run."""
     for folder in (Path(name), Path("runs") / name):
         found = stored_config(folder).get(_KEY) if "\0" not in name else None
         if isinstance(found, dict):
             return str(found.get("command", "ppo"))
-    return "ppo"
+    return None
 
 
 class Launch:

@@ -224,8 +224,14 @@ class Collector:
 
     def add_flags(self, flags: Sequence[Flag]) -> None:
         """Adds flags."""
+        known = catalogue.settings(self._command)
         for flag in flags:
-            self._add_texts(flag.setting, flag.texts, flag.spelling)
+            if flag.setting.path in known:
+                self._add_texts(flag.setting, flag.texts, flag.spelling)
+            else:
+                self.problems.append(
+                    Problem(text=f"{flag.setting.path} is no setting of trl {self._command}", where=flag.spelling)
+                )
 
     def _add_texts(self, setting: Setting, texts: tuple[str, ...], where: str) -> None:
         text = texts[0] if len(texts) == 1 else f"[{', '.join(_quoted(text) for text in texts)}]"

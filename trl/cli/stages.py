@@ -39,8 +39,11 @@ def prepare(command: str, resolved: Resolved, folder: str | None) -> tuple[Any, 
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
     from trl.cli import building
+    from trl.trainer.offline.dpo_trainer import DPOTrainer
+    from trl.trainer.offline.kto_trainer import KTOTrainer
+    from trl.trainer.offline.reward_trainer import RewardTrainer
+    from trl.trainer.offline.sft_trainer import SFTTrainer
     from trl.trainer.offline.stage import load_stage_model
 
     building.quiet()

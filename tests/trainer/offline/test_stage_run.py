@@ -32,7 +32,6 @@ CLASSES = {
     "dpo": (DPOTrainer, DPOConfig),
     "kto": (KTOTrainer, KTOConfig),
 }
-CRASH, INTERRUPT = 5, signal.SIGINT
 WATCHED = {
     "sft": ("mean_token_accuracy", "entropy", "num_tokens"),
     "reward": ("accuracy", "margin", "mean_reward"),
@@ -170,7 +169,7 @@ def test_a_signal_saves_the_step_and_going_on_ends_the_same(step: int, whole: Wh
     run = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        trainer_of("sft", tmp_path, At(step, INTERRUPT)).train(run_dir=run)
+        trainer_of("sft", tmp_path, At(step, signal.SIGINT)).train(run_dir=run)
     assert signal.getsignal(signal.SIGINT) is handler
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["reason"], summary["steps"]) == ("SIGINT", step) and not (run / "model").exists()

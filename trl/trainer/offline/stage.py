@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from trl.models.recompute import recompute_activations
 from trl.models.trunk import base_language_model
 from trl.pretrained import load_model, load_tokenizer
 from trl.trainer.offline.stage_config import StageConfig
-from trl.trainer.offline.stage_run import NoRun, RunIsDone, StageRun
+from trl.trainer.offline.stage_run import NoRun, RunIsDone, StageRun, last_whole_checkpoint
 from trl.training.compute import Compute
 from trl.training.optimizers import inner
 from trl.training.processes import sum_over_processes
@@ -155,19 +154,7 @@ class StageTrainer(Trainer):
         """
         self._trl_stale = True
         if run_dir is not None:
-            if resume_from_checkpoint not in (None, False, True, "auto"):
-                raise ValueError(
-                    f"resume_from_checkpoint={resume_from_checkpoint!r} with run_dir={str(run_dir)!r}: a run goes on from a "
-                    'checkpoint of its own; pass True or "auto"'
-                )
-            run = StageRun(
-                self,
-                run_dir,
-                resume=resume_from_checkpoint or False,  # type: ignore[arg-type]
-                find_checkpoint=last_whole_checkpoint,
-                launch=launch,
-                progress=progress,
-            )
+            run = StageRun(self, run_dir, resume=resume_from_checkpoint, launch=launch, progress=progress)
             return self._trl_train_in(run, *args, **kwargs)
         if progress is not None or launch is not None:
             raise ValueError("progress and launch are for a run: pass run_dir, too")
@@ -271,23 +258,6 @@ class StageTrainer(Trainer):
         self._trl_scale = 1.0
         # Weights with float32 gradients change in the optimizer's own step, so their copies are made again.
         self._trl_stale = not narrow or any(p.grad is not None for p in self.model.parameters())
-
-
-def last_whole_checkpoint(folder: str) -> str | None:
-    """Returns the latest checkpoint in `folder` that was saved to its end; None if there is no such checkpoint."""
-    steps = {
-        int(path.name.rpartition("-")[2]): path
-        for path in Path(folder).glob("checkpoint-*")
-        if path.name[11:].isdigit()
-    }
-    for _, path in sorted(steps.items(), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # transformers writes it last
-        except (OSError, ValueError):
-            logger.warning("%s was not saved to its end: going on from the checkpoint before it", path)
-            continue
-        return str(path)
-    return None
 
 
 # --- Arguments of the constructors ---

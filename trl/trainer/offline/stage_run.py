@@ -6,10 +6,10 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
@@ -24,8 +24,6 @@ from trl.training.peak import memory_statistics
 from trl.training.processes import share_json
 
 logger = logging.getLogger(__name__)
-
-Resume = bool | Literal["auto"]
 
 _STATE = "StageRun"  # where a checkpoint's trainer_state.json keeps what transformers does not
 _TIMES = re.compile(r".*_(runtime|samples_per_second|steps_per_second|tokens_per_second|model_preparation_time)")
@@ -73,8 +71,7 @@ class StageRun(TrainerCallback):
     Args:
         trainer: the stage.
         run_dir: run folder; checkpoints go into its `checkpoints/`.
-        resume: False: a new run; True: there must be a run; "auto": either.
-        find_checkpoint: returns the newest whole checkpoint of a folder, or None.
+        resume: None or False: a new run; True: there must be a run; "auto": either.
         launch: how the run was started, kept in the settings.
         progress: show progress; None: unless `args.disable_tqdm`.
 
@@ -88,11 +85,15 @@ class StageRun(TrainerCallback):
         trainer: RunningStage,
         run_dir: str | Path,
         *,
-        resume: Resume,
-        find_checkpoint: Callable[[str], str | None],
+        resume: str | bool | None,
         launch: Mapping[str, Any] | None = None,
         progress: bool | None = None,
     ) -> None:
+        if resume not in (None, False, True, "auto"):
+            raise ValueError(
+                f"resume_from_checkpoint={resume!r} with run_dir={str(run_dir)!r}: a run goes on from a checkpoint of its own; "
+                'pass True or "auto"'
+            )
         if trainer.args.save_only_model:
             raise ValueError("save_only_model=True leaves nothing to resume a run from: leave it out")
         kind = trainer.accelerator.distributed_type
@@ -110,11 +111,13 @@ class StageRun(TrainerCallback):
         self._row: dict[str, Any] = {}
         self._last_row: dict[str, Any] = {}
         self._started = time.monotonic()
-        self.recorder = Recorder(trainer.accelerator, run_dir, resume=resume, argument="resume_from_checkpoint")
+        self.recorder = Recorder(
+            trainer.accelerator, run_dir, resume=resume or False, argument="resume_from_checkpoint"
+        )
         checkpoints = self.recorder.checkpoints
         assert checkpoints is not None
         self.checkpoints: Path = checkpoints
-        found = None if resume is False else find_checkpoint(str(checkpoints))
+        found = last_whole_checkpoint(str(checkpoints)) if resume else None
         self.checkpoint: Path | None = None if found is None else Path(found)
         """The checkpoint to resume from."""
 
@@ -310,3 +313,20 @@ def stage_name(args: Any) -> str:
 
 def _ends_epoch(state: Any) -> bool:
     return state.epoch is not None and float(state.epoch).is_integer()
+
+
+def last_whole_checkpoint(folder: str) -> str | None:
+    """Returns the latest checkpoint in `folder` that was saved to its end; None if there is no such checkpoint."""
+    steps = {
+        int(path.name.rpartition("-")[2]): path
+        for path in Path(folder).glob("checkpoint-*")
+        if path.name[11:].isdigit()
+    }
+    for _, path in sorted(steps.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # transformers writes it last
+        except (OSError, ValueError):
+            logger.warning("%s was not saved to its end: going on from the checkpoint before it", path)
+            continue
+        return str(path)
+    return None
