@@ -126,6 +126,7 @@ def test_ctrl_c_and_resume_go_on_to_the_same_rows(
     [
         (["--max-step", "3"], "--max-step is no option of trl sft: did you mean --max-steps?"),
         (["--lr-scheduler-type", "cosin"], "sft.lr_scheduler_type: 'cosin' is not one of linear, cosine, "),
+        (["--optim", "adamw_toch"], " others: did you mean adamw_torch?"),
         (["--max-length", "1"], "--max-length: sft.max_length=1 must be at least 2"),
         (["--data", "sft.jsnl.jsonl"], "there is no file sft.jsnl.jsonl: did you mean sft.jsonl?"),
         (["--held-out", "24"], "--held-out: data.held_out=24 leaves none of 24 rows"),

@@ -18,6 +18,7 @@ _NULL = ("", "null", "none", "~")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _INTEGER = re.compile(r"[-+]?\d+(?:_\d+)*")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.?inf", re.IGNORECASE)
+_MOST_CHOICES = 12  # of a setting that are listed
 _LISTS = (list, tuple, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping)
 
@@ -145,7 +146,9 @@ def expected(kind: Any) -> str:
 
 def _words(kind: Any) -> str:
     if choices := _choices(kind):
-        return "one of " + ", ".join(map(str, choices))
+        others = len(choices) - _MOST_CHOICES
+        more = f" and {others} others" if others > 0 else ""
+        return "one of " + ", ".join(map(str, choices[:_MOST_CHOICES])) + more
     if is_list(kind):
         return "a list"
     if is_mapping(kind):
