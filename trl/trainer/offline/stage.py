@@ -176,6 +176,8 @@ class StageTrainer(Trainer):
                     output = super().train(None if run.checkpoint is None else str(run.checkpoint), *args, **kwargs)
                 except RunIsDone:
                     self.is_in_train = False
+                    if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                        self._load_best_model()
                     output = TrainOutput(self.state.global_step, math.nan, {})
                 run.end()
         finally:

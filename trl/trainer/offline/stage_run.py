@@ -110,7 +110,9 @@ class StageRun(TrainerCallback):
         self._save_due = False  # the checkpoint of this step waits for the evaluation at the epoch's end
         self._row: dict[str, Any] = {}
         self._last_row: dict[str, Any] = {}
-        self._started = time.monotonic()
+        self._started = self._save_began = time.monotonic()
+        self._first, self._recorded = 0, -1  # steps: the first of this call, and that of the last row
+        self._row_began = (self._started, 0, 0)  # time, step and tokens at the end of the row before
         self.recorder = Recorder(
             trainer.accelerator, run_dir, resume=resume or False, argument="resume_from_checkpoint"
         )
