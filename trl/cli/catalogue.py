@@ -72,6 +72,7 @@ _HINTS = {
     "ppo.reward_model": "reward.functions",
     "ppo.query_dataset": "data.prompts",
     "generation.temperature": "ppo.temperature: sampling and update share it",
+    "clip_range": "ppo.cliprange, or grpo.clip_range for GRPO",
 }
 # Names of settings of other commands, or of a script, and those of an offline stage that take their place.
 _STAGE_NAMES = {
@@ -278,7 +279,8 @@ def find(name: str, section: str | None = None, command: str = "ppo") -> Setting
     if target is not None:
         return f": use {target}"
     if section is None:
-        return did_you_mean(name, [*names, *sections_of(command)])
+        elsewhere = [setting.path for setting in known.values() if setting.name == name]
+        return f": use {elsewhere[0]}" if elsewhere else did_you_mean(name, [*names, *sections_of(command)])
     here = [setting.name for setting in known.values() if setting.section == section]
     return did_you_mean(name, here) or did_you_mean(name, [s.name for s in known.values()])
 

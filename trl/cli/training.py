@@ -55,7 +55,11 @@ def resume(invocation: Invocation) -> int:
     resolved = resolved.with_value("train.run_dir", str(run), resolved.sources["train.run_dir"])
     places.check(resolved)
     given_anew = any(flag.setting.path in ("reward.functions", "data.dataset") for flag in invocation.flags)
-    started.check_files(resolved, given_anew)
+    if _saved_step(run) is None:
+        files_of = "rows" if started.command in STAGES else "reward"
+        _say(f"{places.shown_path(run)} has no checkpoint: it starts again, with the {files_of} as it is now")
+    else:
+        started.check_files(resolved, given_anew)
     files = _files(resolved)
     resolved = places.with_absolute_paths(resolved)
     changes = launch.changes(before.with_value("train.run_dir", str(run), ""), resolved)
