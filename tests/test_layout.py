@@ -20,6 +20,7 @@ TESTED_IN = {
     "cli/commands.py": ("cli/test_app.py", "COMMANDS"),
     "cli/problems.py": ("cli/test_resolve.py", "UsageError"),
     "cli/sections.py": ("cli/test_resolve.py", "trl.cli.sections"),
+    "cli/stage_templates.py": ("cli/test_stages.py", "example_rows"),
     "core.py": ("compat/test_core_functions.py", "logprobs_from_logits"),
     "data/row_helpers.py": ("data/test_formats.py", "extract_prompt"),
     "demo/outcome.py": ("demo/test_terminal.py", "DemoSettings"),
