@@ -23,6 +23,7 @@ from trl.trainer.offline.preference_config import with_old_arguments, with_quant
 from trl.trainer.offline.preference_stage import PreferenceTrainer, PreparedRows, mean_of
 from trl.trainer.offline.reward_config import RewardConfig
 from trl.trainer.offline.stage import load_stage_model, name_of, stage_tokenizer, with_adapter
+from trl.trainer.offline.stage_card import StageKind, source_name
 from trl.trainer.utils import disable_dropout_in_model
 from trl.types import Tally
 
@@ -133,6 +134,13 @@ class RewardTrainer(PreferenceTrainer):
         ValueError: if an argument is not supported, or a row is not sound: see `trl.data.formats`.
     """
 
+    stage_kind = StageKind(
+        tag="reward-trainer",
+        summary="trained on preferences",
+        method="On pairs of responses, by the likelihood of the preference "
+        "([arXiv:2203.02155](https://arxiv.org/abs/2203.02155), eq. 1)",
+        reward="ClassifierReward",
+    )
     row_columns: ClassVar[tuple[str, ...]] = ("chosen_ids", "rejected_ids", "margin", *_OLD_COLUMNS)
 
     def __init__(
@@ -176,6 +184,7 @@ class RewardTrainer(PreferenceTrainer):
         if args.disable_dropout:
             disable_dropout_in_model(model)
         self.has_default_collator = data_collator is None
+        self._trl_source = source_name(train_dataset)
         train_rows = self.tokenised(train_dataset, "train_dataset")
         eval_rows = self.tokenised(eval_dataset, "eval_dataset")
         if args.remove_unused_columns and (train_rows is train_dataset is not None or _has_old_columns(train_dataset)):
