@@ -11,21 +11,36 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers import tiny_gpt2, tiny_t5, tiny_tokenizer
+from tests.helpers import assert_close, tiny_gpt2, tiny_t5, tiny_tokenizer
 from tests.models.lora import lora_config
 from tests.trainer.offline.preferences import ROWS, settings
 from tests.trainer.test_card import code_of, metadata_of
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    PRMConfig,
+    PRMTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.trainer.offline.stage_card import source_name
 
 COMPLETIONS = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+STEPS = [{"prompt": "w5", "completions": ["w6", "w7 w8"], "labels": [True, 0.5]} for _ in ROWS]
 LABELLED = [row | {"label": number % 2 == 0} for number, row in enumerate(COMPLETIONS)]
 KINDS: dict[str, tuple[Any, Any, list[dict[str, Any]]]] = {
     "sft": (SFTTrainer, SFTConfig, COMPLETIONS),
     "reward-trainer": (RewardTrainer, RewardConfig, ROWS),
     "dpo": (DPOTrainer, DPOConfig, ROWS),
     "kto": (KTOTrainer, KTOConfig, LABELLED),
+    "prm": (PRMTrainer, PRMConfig, STEPS),
 }
+# A classifier's adapter also trains its output layer.
+TASKS = {"reward-trainer": "SEQ_CLS", "prm": "TOKEN_CLS"}
 
 
 class Hub:
@@ -59,14 +74,14 @@ def table(card: str) -> dict[str, str]:
     return dict(re.findall(r"^\| `([\w/]+)` \| `?(.*?)`? \|$", card, re.MULTILINE))
 
 
-@pytest.mark.parametrize("model", ["decoder", "encoder-decoder", "adapter"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [(kind, model) for kind in KINDS for model in ("decoder", "adapter", *["encoder-decoder"][: kind not in TASKS])],
+)
 def test_the_code_of_a_card_runs(kind: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind == "reward-trainer" and model == "encoder-decoder":
-        pytest.skip("a reward model is no encoder-decoder")
     options: dict[str, Any] = {}
     if model == "adapter":
-        options["peft_config"] = lora_config(task_type="SEQ_CLS" if kind == "reward-trainer" else "CAUSAL_LM")
+        options["peft_config"] = lora_config(task_type=TASKS.get(kind, "CAUSAL_LM"))
     make = tiny_t5 if model == "encoder-decoder" else tiny_gpt2
     it = trainer(kind, tmp_path, base(tmp_path / "base", make), **options)
     it.train()
@@ -84,6 +99,8 @@ def test_the_code_of_a_card_runs(kind: str, model: str, tmp_path: Path, monkeypa
         assert torch.equal(names["model"].eval()(input_ids=tokens, **more).logits, expected)
         if kind == "reward-trainer":
             assert names["reward"](["w5"], [" w6 w7"]) == [float(expected)]
+        if kind == "prm":
+            assert_close(names["reward"].steps(["w5"], [["w6 w7"]])[0], expected[0, -1:].softmax(-1)[:, 1])
     metadata = metadata_of(card)
     assert metadata["tags"] == [kind] and metadata["library_name"] == ("peft" if model == "adapter" else "transformers")
     assert str(tmp_path) not in card and ("pip install peft" in card) == (model == "adapter")
