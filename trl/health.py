@@ -5,6 +5,7 @@ The report, the doctor and the documentation are made from this table. docs/ppo.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -33,7 +34,7 @@ class Band:
 
     def holds(self, value: float) -> bool:
         """Whether `value` is inside the band. NaN and infinities are outside."""
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             return False
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
@@ -217,7 +218,7 @@ _ROWS = (
             "Give it time: `value_warmup_steps`, a higher `vf_coef`, a larger `cliprange_value`, or scores scaled to "
             "about ±1 (`use_score_scaling`).",
         ),
-        reason="below 0 is worse than a constant; -0.5 allows for noise in small batches",
+        reason="below 0 is worse than a constant; -0.5 allows for noise in small batches. Judged where scores still vary",
         grace=20,
     ),
     Metric(
@@ -337,6 +338,54 @@ _ROWS = (
     ),
 )
 
+NOT_FINITE = Symptom(
+    "A metric is not a finite number.",
+    "A score, a log-probability or a weight has overflowed, and what was computed from it is lost.",
+    "Look at the first step in which it happened and at the minibatches in dumps/; lower `learning_rate`, set "
+    "`max_grad_norm=1.0`, clip scores with `score_clip`, and train in float32.",
+)
+"""What it means when a metric is NaN or infinite, which is outside of every healthy band."""
+
+
+def measured(row: Mapping[str, Any], key: str) -> float | None:
+    """The value of a metric in a row, in memory or of `metrics.jsonl`: NaN if it was not finite, None if it is missing.
+
+    Means of scores count as missing where they are not finite: no sample had a score.
+
+    Args:
+        row: metrics row; in the file, a number that is not finite is null, and `nonfinite` lists its key.
+        key: key of the row.
+    """
+    value = row.get(key)
+    if value is None and key in row.get("nonfinite", ()):
+        value = math.nan
+    if not isinstance(value, int | float):
+        return None
+    if math.isfinite(value):
+        return float(value)
+    return None if key.startswith(("score/", "eval/")) else math.nan
+
+
+def is_telling(row: Mapping[str, Any], key: str, largest_spread: float) -> bool:
+    """Whether a metric can be judged in a row, by its band.
+
+    Explained variance divides the value head's error by the variance of the returns. Once the scores of a batch are alike,
+    as when the policy has solved its task, that variance is next to 0, and the ratio far below -1 however small the error.
+
+    Args:
+        row: metrics row.
+        key: key of the metric.
+        largest_spread: largest `score/std` of the run up to this row.
+    """
+    if key.partition("/")[2] != "val/var_explained":
+        return True
+    spread = measured(row, "score/std")
+    return spread is None or spread >= _TELLING_SPREAD * largest_spread
+
+
+_TELLING_SPREAD = 0.1  # of the largest so far: a hundredth of its variance
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric in _ROWS})
 """Metrics by key. Statistics of an algorithm have PPO's prefix here; see `catalogued`."""
 
@@ -373,8 +422,8 @@ def bands(config: Mapping[str, Any], first_row: Mapping[str, Any] | None = None)
         result["ppo/policy/approxkl"] = Band(high=target_kl, reason=f"target_kl={target_kl:g} nats per token")
     if name == "ppo":  # other algorithms do not read these settings
         result |= _bands_of_ppo(settings)
-    start = (first_row or {}).get(f"{name}/policy/entropy")
-    if start:
+    start = measured(first_row or {}, f"{name}/policy/entropy")
+    if start is not None and math.isfinite(start) and start > 0:
         result["ppo/policy/entropy"] = Band(
             low=0.2 * start, high=2.0 * start, reason=f"a fifth to twice the {start:.2f} nats of the first step"
         )

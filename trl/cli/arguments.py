@@ -108,6 +108,8 @@ def _setting(command: Command, spelling: str, name: str, value: str | None, rest
             if value is None and _is_switch(setting.kind):
                 value = rest.pop(0) if rest and rest[0].lower() in _BOOLEANS else "true"
             return setting.path, _next_value(rest, spelling) if value is None else value
+        if (path := setting.removeprefix(": use ")) in catalogue.settings():
+            setting = f": use {catalogue.shortest_flag(path)}"
         if setting and "did you mean" not in setting:
             raise UsageError(f"{spelling} is no setting{setting}")
         names = [*(option.name[2:] for option in command.options), *(n.replace("_", "-") for n in catalogue.flags())]

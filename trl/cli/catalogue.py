@@ -45,6 +45,7 @@ _HINTS = {
     "ppo.reward_model": "reward.functions",
     "ppo.query_dataset": "data.prompts",
     "generation.temperature": "ppo.temperature: sampling and update share it",
+    "clip_range": "ppo.cliprange, or grpo.clip_range for GRPO",
 }
 
 
@@ -132,7 +133,8 @@ def find(name: str, section: str | None = None) -> Setting | str:
     if target is not None:
         return f": use {target}"
     if section is None:
-        return did_you_mean(name, [*flags(), *SECTIONS])
+        elsewhere = [setting.path for setting in settings().values() if setting.name == name]
+        return f": use {elsewhere[0]}" if elsewhere else did_you_mean(name, [*flags(), *SECTIONS])
     known = [setting.name for setting in settings().values() if setting.section == section]
     return did_you_mean(name, known) or did_you_mean(name, [s.name for s in settings().values()])
 

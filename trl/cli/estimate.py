@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from trl.cli import building
+from trl.cli import building, reward_sources
 from trl.cli.resolve import Resolved
 from trl.data import load_prompts
 from trl.models import create_reference_model
@@ -64,7 +64,7 @@ def text(command: str, resolved: Resolved) -> str:
 
 
 def estimate(command: str, resolved: Resolved) -> Estimate:
-    """Estimates a run without loading weights.
+    """Estimates a run without loading weights, and reads every prompt as the run would.
 
     Memory counts float32 weights, gradients and Adam's two moments. Activations follow Korthikanti et al. 2022
     (arXiv:2205.05198): 34 bytes per token, layer and hidden unit at two bytes a number, without the attention matrices,
@@ -78,7 +78,11 @@ def estimate(command: str, resolved: Resolved) -> Estimate:
     own = {id(p) for p in policy.parameters()}
     trained = _count(p for p in policy.parameters() if p.requires_grad)
     source, held_out = building.prompts(resolved)
-    prompts = load_prompts(source, building.tokenizer(resolved))
+    tokenizer = building.tokenizer(resolved)
+    prompts = load_prompts(source, tokenizer)
+    reward_sources.check_columns(resolved, list(prompts[0].columns))
+    if held_out is not None:
+        load_prompts(held_out, tokenizer)  # an error names the row
     lengths = [len(prompt.tokens) for prompt in prompts]
     response = resolved["generation.max_new_tokens"]
     steps = TrainOptions(

@@ -12,8 +12,7 @@ from typing import Any
 
 from trl.cli.arguments import Invocation
 from trl.cli.problems import Problem, UsageError, did_you_mean, shorten
-from trl.trackers import RunDirectory, read_metrics, run_folder
-from trl.trackers.lock import is_being_written
+from trl.trackers import Ending, RunDirectory, read_ending, read_metrics, read_summary, run_folder
 
 ROOT = "runs"
 _DEPTH = 3  # folders under the root in which runs are looked for
@@ -24,7 +23,7 @@ class Run:
     """A run in the table."""
 
     path: str
-    state: str  # "running", "finished", "stopped" (by a signal), "failed", "killed", "new"
+    state: str  # see `trl.trackers.Ending`
     step: int
     target: int | None
     score: float | None
@@ -67,28 +66,24 @@ def find_runs(root: Path) -> Iterator[Path]:
 
 def read_run(path: Path) -> Run:
     """A run's row of the table, from its files; a damaged file is noted and not fatal."""
-    note, rows, summary = "", [], {}
+    note, rows, summary, ending = "", [], {}, Ending(state="killed")
     try:
+        summary, ending = read_summary(path), read_ending(path)
         rows = read_metrics(path)
-        if (path / "summary.json").is_file():
-            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         note = str(error)
     row = rows[-1] if rows else {}
-    state = _state(path, summary, bool(rows))
-    if state == "failed":
-        note = note or _failure(path)
     target = summary.get("target") or _planned(path)
     return Run(
         path=str(path),
-        state=state,
+        state=ending.state,
         step=int(row.get("step", 0)),
         target=target if isinstance(target, int) else None,
         score=_number(row.get("eval/score_mean", row.get("score/mean"))),
         kl=_number(row.get("objective/kl")),
         changed=max(entry.stat().st_mtime for entry in (path / "events.log", path / "metrics.jsonl") if entry.exists()),
         model=str(path / "model") if (path / "model").is_dir() else None,
-        note=note,
+        note=note or ending.error,
     )
 
 
@@ -127,31 +122,6 @@ def existing_run(name: str) -> Path:
     if folder.is_dir() and not near:
         near = ": the folder has no events.log"
     raise UsageError([Problem(text=f"there is no run{near or ': trl runs lists them'}", where=shorten(name, 120))])
-
-
-def _state(path: Path, summary: dict[str, Any], has_rows: bool) -> str:
-    if is_being_written(path):
-        return "running"
-    reason = summary.get("reason")
-    if reason in ("SIGINT", "SIGTERM"):
-        return "stopped"
-    if reason is not None:
-        return "finished"
-    if _failure(path):
-        return "failed"
-    return "killed" if has_rows else "new"
-
-
-def _failure(path: Path) -> str:
-    """The last event, if it is an error that ended the run."""
-    try:
-        with (path / "events.log").open("rb") as file:
-            file.seek(max(0, path.joinpath("events.log").stat().st_size - 65536))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return ""
-    text = lines[-1].partition(" ")[2] if lines else ""
-    return text if text.startswith("failed in step") else ""
 
 
 def _planned(path: Path) -> Any:

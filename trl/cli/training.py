@@ -46,7 +46,10 @@ def resume(invocation: Invocation) -> int:
     resolved = resolved.with_value("train.run_dir", str(run), resolved.sources["train.run_dir"])
     places.check(resolved)
     given_reward = any(flag.setting.path == "reward.functions" for flag in invocation.flags)
-    started.check_files(resolved, given_reward)
+    if _saved_step(run) is None:
+        _say(f"{places.shown_path(run)} has no checkpoint: it starts again, with the reward as it is now")
+    else:
+        started.check_files(resolved, given_reward)
     files = reward_sources.check(resolved)
     resolved = places.with_absolute_paths(resolved)
     for line in launch.changes(before.with_value("train.run_dir", str(run), ""), resolved):

@@ -371,7 +371,7 @@ class _Located:
 
 
 def _shuffled(rows: Sequence[Located], seed: int) -> list[Located]:
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
     return [rows[index] for index in order.tolist()]
 
 
