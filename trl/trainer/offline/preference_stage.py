@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.trainer.offline.stage import StageTrainer
+from trl.trainer.offline.stage_card import source_name
 from trl.training.processes import sum_over_processes
 from trl.types import Tally
 
@@ -40,6 +41,8 @@ class PreferenceTrainer(StageTrainer):
 
     def tokenised(self, dataset: Any, name: str) -> Any:
         """`prepare_rows` of a data set, of each in a mapping of them, or of None."""
+        if name == "train_dataset":
+            self._trl_source = source_name(dataset)
         if dataset is None or isinstance(dataset, PreparedRows):
             return dataset
         if isinstance(dataset, Mapping):

@@ -23,7 +23,7 @@ from trl.trainer.offline.preference_config import with_quantization
 from trl.trainer.offline.preference_stage import PreferenceTrainer, PreparedRows, columns_of, mean_of
 from trl.trainer.offline.prm_config import PRMConfig
 from trl.trainer.offline.stage import load_stage_model, name_of, stage_tokenizer, with_adapter
-from trl.trainer.offline.stage_card import StageKind, source_name
+from trl.trainer.offline.stage_card import StageKind
 from trl.trainer.utils import disable_dropout_in_model
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,6 @@ class PRMTrainer(PreferenceTrainer):
         model = with_adapter(model, peft_config)
         if args.disable_dropout:
             disable_dropout_in_model(model)
-        self._trl_source = source_name(train_dataset)
         super().__init__(
             model=model,
             args=args,

@@ -17,7 +17,6 @@ from trl.pretrained import hub_arguments
 from trl.trainer.offline.answer_logprobs import cache_ref_logprobs, make_reference, score_answers
 from trl.trainer.offline.preference_stage import PreferenceTrainer, PreparedRows
 from trl.trainer.offline.stage import load_stage_model, stage_tokenizer, with_adapter
-from trl.trainer.offline.stage_card import source_name
 from trl.trainer.utils import disable_dropout_in_model
 from trl.types import Rollout
 
@@ -94,7 +93,6 @@ class ReferencedTrainer(PreferenceTrainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
         self.ref_model: nn.Module | None = ref_model
-        self._trl_source = source_name(train_dataset)
         train_rows = self.tokenised(train_dataset, "train_dataset")
         eval_rows = self.tokenised(eval_dataset, "eval_dataset")
         super().__init__(

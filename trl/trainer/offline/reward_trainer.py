@@ -25,7 +25,7 @@ from trl.trainer.offline.preference_config import with_old_arguments, with_quant
 from trl.trainer.offline.preference_stage import PreferenceTrainer, PreparedRows, columns_of, mean_of
 from trl.trainer.offline.reward_config import RewardConfig
 from trl.trainer.offline.stage import load_stage_model, name_of, stage_tokenizer, with_adapter
-from trl.trainer.offline.stage_card import StageKind, source_name
+from trl.trainer.offline.stage_card import StageKind
 from trl.trainer.utils import disable_dropout_in_model
 from trl.types import Tally
 
@@ -189,7 +189,6 @@ class RewardTrainer(PreferenceTrainer):
         if args.disable_dropout:
             disable_dropout_in_model(model)
         self.has_default_collator = data_collator is None
-        self._trl_source = source_name(train_dataset)
         train_rows = self.tokenised(train_dataset, "train_dataset")
         eval_rows = self.tokenised(eval_dataset, "eval_dataset")
         if args.remove_unused_columns and (train_rows is train_dataset is not None or _has_old_columns(train_dataset)):
