@@ -73,6 +73,7 @@ TESTED_IN = {
     "trainer/offline/kto_config.py": ("trainer/offline/test_kto_trainer.py", "KTOConfig"),
     "trainer/offline/preference_config.py": ("trainer/offline/test_dpo_trainer.py", "activation_offloading"),
     "trainer/offline/preference_stage.py": ("trainer/offline/test_reward_trainer.py", "compute_loss"),
+    "trainer/offline/prm_config.py": ("trainer/offline/test_prm_trainer.py", "step_separator"),
     "trainer/offline/referenced_config.py": ("trainer/offline/test_dpo_trainer.py", "precompute_ref_log_probs"),
     "trainer/offline/referenced_stage.py": ("trainer/offline/test_dpo_trainer.py", "caches_reference"),
     "trainer/offline/reward_config.py": ("trainer/offline/test_reward_trainer.py", "RewardConfig"),

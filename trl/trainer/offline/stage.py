@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from trl.kernels.allocator import keep_freed_memory
@@ -19,6 +19,7 @@ from trl.models.adapters import attach_adapter, is_peft_model
 from trl.models.recompute import recompute_activations
 from trl.models.trunk import base_language_model
 from trl.pretrained import load_model, load_tokenizer
+from trl.trainer.offline.stage_card import CardTrainer
 from trl.trainer.offline.stage_config import StageConfig
 from trl.trainer.offline.stage_run import NoRun, RunIsDone, StageRun, last_whole_checkpoint
 from trl.training.compute import Compute
@@ -29,7 +30,7 @@ from trl.types import Tally
 logger = logging.getLogger(__name__)
 
 
-class StageTrainer(Trainer):
+class StageTrainer(CardTrainer):
     """`transformers.Trainer` with this library's passes, gradients and metrics; a stage adds `compute_loss`.
 
     The loop, checkpoints, callbacks and resuming are transformers'. Passes run in bfloat16 on float32 weights where
