@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.managed import fresh, run
-from trl.health import METRICS, Band, bands, catalogued, measured
+from trl.health import METRICS, STAGE_METRICS, Band, bands, catalogued, measured
 from trl.trackers import read_metrics
 
 
 def test_every_bound_says_what_leaving_it_means() -> None:
-    for key, metric in METRICS.items():
+    for key, metric in (METRICS | STAGE_METRICS).items():
         assert metric.key == key and metric.title and metric.meaning.endswith("."), key
         assert metric.low is None or metric.too_low is not None, f"{key} has a lower bound without a symptom"
         assert metric.high is None or metric.too_high is not None, f"{key} has an upper bound without a symptom"
@@ -57,6 +57,13 @@ def test_other_algorithms_have_keys_of_their_own_and_no_bands_of_ppo_settings() 
     metric = catalogued("grpo/policy/clipfrac")
     assert metric is not None and metric.key == "grpo/policy/clipfrac" and metric.title == "Clip fraction"
     assert catalogued("nothing/at/all") is None
+
+
+def test_offline_stages_have_keys_of_their_own_and_no_bands() -> None:
+    assert bands({"algorithm": {"name": "dpo", "offline": True}}) == {}
+    assert not set(STAGE_METRICS) & set(METRICS)
+    metric = catalogued("rewards/margins")
+    assert metric is not None and metric.title == "Margin"
 
 
 def test_no_band_holds_a_number_that_is_not_finite() -> None:

@@ -389,11 +389,108 @@ _TELLING_SPREAD = 0.1  # of the largest so far: a hundredth of its variance
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric in _ROWS})
 """Metrics by key. Statistics of an algorithm have PPO's prefix here; see `catalogued`."""
 
+# Keys of the offline stages: SFT, reward models, DPO and KTO. An evaluation's begin with "eval_".
+_STAGE_ROWS = (
+    Metric(
+        key="loss",
+        title="Loss",
+        unit="",
+        meaning="What the stage minimises, averaged since the row before. Falls; a rising evaluation loss is overfitting.",
+    ),
+    Metric(
+        key="accuracy",
+        title="Accuracy",
+        unit="share",
+        meaning="Share of pairs whose chosen response gets the higher reward. 1 in training and far less in evaluation is "
+        "overfitting.",
+    ),
+    Metric(
+        key="margin",
+        title="Margin",
+        unit="",
+        meaning="Mean reward of the chosen response minus that of the rejected one. Grows slowly.",
+    ),
+    Metric(
+        key="mean_reward",
+        title="Rewards",
+        unit="",
+        meaning="Mean reward of a batch, between its lowest and highest. Far from 0: set `center_rewards_coefficient`.",
+    ),
+    Metric(
+        key="eval_expected_calibration_error",
+        title="Calibration error",
+        unit="share",
+        meaning="Mean distance between how sure the rewards are and how often they are right, on the evaluation pairs.",
+    ),
+    Metric(
+        key="rewards/accuracies",
+        title="Accuracy",
+        unit="share",
+        meaning="Share of pairs with a positive margin; ties, such as all of the first step, are wrong.",
+    ),
+    Metric(
+        key="rewards/margins",
+        title="Margin",
+        unit="",
+        meaning="Implicit reward of the chosen response minus that of the rejected one. Above 10 it is overfitting.",
+    ),
+    Metric(
+        key="rewards/chosen",
+        title="Implicit rewards",
+        unit="",
+        meaning="β log π/π_ref of the responses. Both falling far below -5: the policy unlearns good responses, too.",
+    ),
+    Metric(
+        key="logps/chosen",
+        title="Log-probabilities",
+        unit="nats/response",
+        meaning="log π of the responses, summed over tokens. That of the chosen ones should not fall by more than a few tens.",
+    ),
+    Metric(
+        key="kl",
+        title="KL estimate",
+        unit="nats/response",
+        meaning="KTO's baseline: log π/π_ref of responses under other prompts, at least 0.",
+    ),
+    Metric(
+        key="mean_token_accuracy",
+        title="Token accuracy",
+        unit="share",
+        meaning="Share of counted tokens that the model finds most likely.",
+    ),
+    Metric(
+        key="entropy",
+        title="Entropy",
+        unit="nats/token",
+        meaning="Mean entropy of the predictions of counted tokens. Collapsing to 0 is overfitting.",
+    ),
+    Metric(
+        key="grad_norm", title="Gradient norm", unit="", meaning="Norm of the last step's gradient before clipping."
+    ),
+    Metric(
+        key="learning_rate", title="Learning rate", unit="", meaning="The optimizer's learning rate in the last step."
+    ),
+    Metric(
+        key="time/train_tokens_per_second",
+        title="Throughput",
+        unit="tokens/s",
+        meaning="Tokens trained on per second since the row before, including the time of evaluations and saves.",
+    ),
+)
+
+STAGE_METRICS: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric in _STAGE_ROWS})
+"""Metrics of the offline stages by key. They have no bands: what is healthy depends on the data (docs/dpo.md)."""
+
+
+def is_offline(config: Mapping[str, Any]) -> bool:
+    """Whether a run's settings are those of an offline stage."""
+    return bool((config.get("algorithm") or {}).get("offline"))
+
 
 def catalogued(key: str) -> Metric | None:
     """The entry of a key of `metrics.jsonl`, whose prefix may be that of another algorithm ("grpo/policy/entropy")."""
-    if key in METRICS:
-        return METRICS[key]
+    if key in METRICS or key in STAGE_METRICS:
+        return METRICS.get(key) or STAGE_METRICS[key]
     metric = METRICS.get(f"ppo/{key.partition('/')[2]}")
     return None if metric is None else replace(metric, key=key)
 
@@ -409,6 +506,8 @@ def bands(config: Mapping[str, Any], first_row: Mapping[str, Any] | None = None)
     Returns:
         Bands under the run's own keys: "grpo/policy/clipfrac" in a run of GRPO.
     """
+    if is_offline(config):
+        return {}
     name = (config.get("algorithm") or {}).get("name", "ppo")
     result = {
         metric.key: Band(low=metric.low, high=metric.high, reason=metric.reason)

@@ -184,7 +184,7 @@ def _part(resolved: Resolved, name: str, source: str, options: Mapping[str, Any]
         if kind == "classifier":
             from trl.rewards import ClassifierReward
 
-            return ClassifierReward.from_pretrained(place_of(argument), **options)
+            return ClassifierReward.from_pretrained(place_of(argument), **_single_output(argument, options))
         if kind == "remote":
             from trl.rewards import RemoteReward
 
@@ -198,6 +198,15 @@ def _part(resolved: Resolved, name: str, source: str, options: Mapping[str, Any]
         raise UsageError(
             [Problem(text=f"reward {name}: {error}", where=resolved.place(f"reward.functions.{name}"))]
         ) from error
+
+
+def _single_output(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of a classifier; a reward model's only output needs no label."""
+    from trl.pretrained import load_config
+
+    trusted = bool(options.get("trust_remote_code", False))
+    config = load_config(place_of(name), revision=options.get("revision"), trust_remote_code=trusted)
+    return {"label": 0, **options} if config.num_labels == 1 else options
 
 
 def _function(source: str, folder: str | None) -> Callable[..., Any]:

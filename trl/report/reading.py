@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trl.health import Band, bands
+from trl.health import Band, bands, is_offline
 from trl.trackers import (
     Ending,
     Finding,
@@ -57,6 +57,11 @@ class Run:
     def algorithm(self) -> str:
         """Prefix of the algorithm's statistics."""
         return str((self.config.get("algorithm") or {}).get("name", "ppo"))
+
+    @property
+    def offline(self) -> bool:
+        """Whether this is a run of an offline stage, which samples no completions."""
+        return is_offline(self.config)
 
     @cached_property
     def bands(self) -> Mapping[str, Band]:

@@ -11,7 +11,7 @@ from trl.health import NOT_FINITE, Band, Metric, Symptom, catalogued, is_telling
 from trl.report.reading import Run, age
 from trl.untrusted import one_line
 
-Mood = Literal["good", "watch", "bad", "empty"]
+Mood = Literal["good", "watch", "bad", "plain", "empty"]
 
 _RECENT = 20  # steps that "now" means
 _PATIENCE = 3  # steps out of its band before a metric is a problem
@@ -60,8 +60,9 @@ def verdict(run: Run) -> Verdict:
     elif now or run.findings:
         mood = "watch"
     else:
-        mood = "good" if run.rows else "empty"
-    sentences = [s for s in (_score(run), _evaluation(run), _kl(run), _health(run, departures)) if s]
+        mood = "empty" if not run.rows else "plain" if run.offline else "good"
+    described = (_loss(run),) if run.offline else (_score(run), _evaluation(run), _kl(run), _health(run, departures))
+    sentences = [sentence for sentence in described if sentence]
     return Verdict(mood=mood, headline=_headline(run), sentences=sentences, departures=departures)
 
 
@@ -130,8 +131,9 @@ def duration(seconds: float) -> str:
 def _headline(run: Run) -> str:
     step = int(run.rows[-1]["step"]) if run.rows else 0
     of = f" of {run.target:,}" if run.target else ""
-    took = f", {duration(sum(v for v in run.series('time/step') if v is not None))} of training" if run.rows else ""
+    took = f", {duration(_seconds(run))} of training" if run.rows else ""
     progress = f"step {step:,}{of}{took}"
+    resume = "resume_from_checkpoint" if run.offline else "resume"
     if run.ending.state == "finished":
         return f"Finished at {progress}" + (", ended by a callback" if run.ending.reason == "callback" else "")
     if run.ending.state == "running":
@@ -141,8 +143,19 @@ def _headline(run: Run) -> str:
     if run.ending.state == "failed":
         return f"F{one_line(run.ending.error)[1:]}; the last complete step is {progress.removeprefix('step ')}"
     if run.ending.state == "stopped":
-        return f"Stopped by {one_line(run.ending.reason)} at {progress}; run it again with resume='auto' to go on"
-    return f"Stopped without saying why at {progress}; run it again with resume='auto' to go on"
+        return f"Stopped by {one_line(run.ending.reason)} at {progress}; run it again with {resume}='auto' to go on"
+    return f"Stopped without saying why at {progress}; run it again with {resume}='auto' to go on"
+
+
+def _seconds(run: Run) -> float:
+    """Time of the steps so far; a row of an offline stage stands for several."""
+    steps = [0, *(int(row["step"]) for row in run.rows)]
+    times = run.series("time/step")
+    return sum(
+        seconds * (step - before if run.offline else 1)
+        for seconds, before, step in zip(times, steps, steps[1:], strict=False)
+        if seconds is not None
+    )
 
 
 def _ends(values: Sequence[float | None]) -> tuple[float, float, int] | None:
@@ -167,6 +180,17 @@ def _score(run: Run) -> str | None:
     if verb.startswith("stayed"):
         return f"The mean score {verb}: {joined}."
     return f"The mean score {verb} from {joined.replace(' and ', ' to ')}."
+
+
+def _loss(run: Run) -> str | None:
+    """First and last loss of an offline stage, in training and in evaluation."""
+    parts = []
+    for key, where in (("loss", ""), ("eval_loss", " on held-out rows")):
+        ends = _ends(run.series(key))
+        if ends is not None:
+            verb = "fell" if ends[1] < ends[0] else "rose" if ends[1] > ends[0] else "stayed"
+            parts.append(f"The loss{where} {verb} from {number(ends[0])} to {number(ends[1])}.")
+    return " ".join(parts) or None
 
 
 def _evaluation(run: Run) -> str | None:

@@ -189,7 +189,7 @@ def _sample(
     uniforms: Tensor,
     values: Callable[[], Tensor] | None,
 ) -> Sampled:
-    count, longest = len(queries), max(limits)
+    count, longest, last_tokens = len(queries), max(limits), set(limits)
     model, device = decoder.model, decoder.device
     stops = torch.tensor(sampling.stops, device=device)
     tokens = torch.zeros(longest, count, dtype=torch.int64, device=device)
@@ -206,6 +206,9 @@ def _sample(
         if values is not None:
             value = values()[:, -1].float()
             critic[t, rows] = value if decoder.copies is None else value[decoder.copies]
+        if not sampling.stops and t + 1 not in last_tokens:  # no row ends here: do not wait for the device
+            raw = decoder.advance(chosen)
+            continue
         ended = limit <= t + 1
         if sampling.stops:
             ended |= torch.isin(chosen, stops)
@@ -244,14 +247,16 @@ def _choose(sampling: Sampling, raw: Tensor, length: int, uniforms: Tensor) -> t
     """Samples tokens `[b]` from raw logits `[b, V]` after `length` tokens; returns them and their logprobs `[b]`."""
     # On a CPU, in chunks that fit into its cache.
     chunk_rows = max(1, _CHUNK_LOGITS // raw.shape[1]) if raw.device.type == "cpu" else len(raw)
-    chunks: list[tuple[Tensor, Tensor]] = []
-    for logits, draws in zip(raw.split(chunk_rows), uniforms.split(chunk_rows), strict=True):
-        logits = sampling_logits(logits, sampling, length)
-        chunks.append(_most_likely(logits) if sampling.greedy else draw(logits, draws))
-    if len(chunks) == 1:
-        return chunks[0]
-    tokens, logprobs = zip(*chunks, strict=True)
+    if len(raw) <= chunk_rows:
+        return _drawn(sampling, raw, length, uniforms)
+    chunks = zip(raw.split(chunk_rows), uniforms.split(chunk_rows), strict=True)
+    tokens, logprobs = zip(*(_drawn(sampling, logits, length, draws) for logits, draws in chunks), strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _drawn(sampling: Sampling, raw: Tensor, length: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    logits = sampling_logits(raw, sampling, length)
+    return _most_likely(logits) if sampling.greedy else draw(logits, uniforms)
 
 
 def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
