@@ -695,7 +695,7 @@ def a_run_is_evaluated_and_replayed() -> dict:
     folder = assets.path("tiny-gpt2-reviews")
     reward = ClassifierReward.from_pretrained(assets.path("tiny-bert-sentiment"), device=DEVICE)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
-    name = AutoTokenizer.from_pretrained(folder)
+    name = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config = PPOConfig(batch_size=8, mini_batch_size=4, ppo_epochs=1, learning_rate=1e-4)
     with tempfile.TemporaryDirectory() as run:
         trainer = PPOTrainer(config, model, None, name)
