@@ -103,7 +103,11 @@ def table(results: dict[str, Any]) -> str:
         "| against the SFT model | win rate | judge's score, difference | KL, nats per response |",
         "| --- | --- | --- | --- |",
     ]
-    names = {"ppo": "PPO", "dpo": "DPO", "best_of_n": f"best of {judged['best_of_n']['n']}"}
+    names = {
+        "ppo": "PPO",
+        "dpo": f"DPO, step {judged['dpo']['step']}",
+        "best_of_n": f"best of {judged['best_of_n']['n']}",
+    }
     for key, name in names.items():
         row = judged[key]
         kl = interval(row["kl"], ".2f") if "low" in row["kl"] else f"≤ {row['kl']['value']:.2f}"
