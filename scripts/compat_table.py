@@ -198,7 +198,8 @@ def compare(path: str, facts: Facts) -> tuple[str, str]:
     broken: dict[str, list[str]] = {}
     different: dict[str, list[str]] = {}
     for theirs, versions in variants(facts, path):
-        if list(theirs) in orders:  # sorts out by itself in which one it is called
+        names = [p.lstrip("*") if isinstance(p, str) else p[0] for p in theirs]
+        if names in orders:  # sorts out by itself in which one it is called
             continue
         for found, texts in zip((broken, different), problems(theirs, signature), strict=True):
             for text in texts:

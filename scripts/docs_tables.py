@@ -117,9 +117,9 @@ def arguments(function: Any) -> dict[str, str]:
 
 def file_sections() -> dict[str, type]:
     """Sections of a configuration file by name, except `ppo`."""
-    from trl.cli.catalogue import SECTIONS
+    from trl.cli.catalogue import section_class, sections_of
 
-    return {name: cls for name, cls in SECTIONS.items() if name != "ppo"}
+    return {name: section_class(name) for name in sections_of() if name != "ppo"}
 
 
 def settings_page() -> str:

@@ -14,6 +14,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["MPLBACKEND"] = "Agg"
+if os.environ.get("TRL_TEST_GPU") != "1":  # tests are written for a CPU; bench/gpu/check.sh runs some of them on a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 

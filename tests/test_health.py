@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.managed import fresh, run
-from trl.health import METRICS, Band, bands, catalogued
+from trl.health import METRICS, STAGE_METRICS, Band, bands, catalogued, measured
 from trl.trackers import read_metrics
 
 
 def test_every_bound_says_what_leaving_it_means() -> None:
-    for key, metric in METRICS.items():
+    for key, metric in (METRICS | STAGE_METRICS).items():
         assert metric.key == key and metric.title and metric.meaning.endswith("."), key
         assert metric.low is None or metric.too_low is not None, f"{key} has a lower bound without a symptom"
         assert metric.high is None or metric.too_high is not None, f"{key} has an upper bound without a symptom"
@@ -59,10 +59,27 @@ def test_other_algorithms_have_keys_of_their_own_and_no_bands_of_ppo_settings() 
     assert catalogued("nothing/at/all") is None
 
 
+def test_offline_stages_have_keys_of_their_own_and_no_bands() -> None:
+    assert bands({"algorithm": {"name": "dpo", "offline": True}}) == {}
+    assert not set(STAGE_METRICS) & set(METRICS)
+    metric = catalogued("rewards/margins")
+    assert metric is not None and metric.title == "Margin"
+
+
 def test_no_band_holds_a_number_that_is_not_finite() -> None:
     assert Band(low=0.0, high=1.0).holds(0.5) and Band(low=0.0).holds(0.0)
     assert not Band(high=1.0).holds(1.5) and not Band(low=0.0).holds(-0.5)
     assert not Band().holds(math.nan) and not Band().holds(math.inf)
+
+
+def test_a_number_that_is_not_finite_is_told_from_one_that_is_missing() -> None:
+    row = {"step": 3, "a": 1, "b": None, "c": math.inf, "d": None, "score/mean": math.nan, "e": "x", "nonfinite": ["d"]}
+    found = {key: measured(row, key) for key in ("a", "b", "c", "d", "score/mean", "e", "f")}
+    assert found.pop("a") == 1.0
+    assert math.isnan(found.pop("c") or 0) and math.isnan(found.pop("d") or 0)
+    assert found == dict.fromkeys(("b", "score/mean", "e", "f"))
+    for start in (math.nan, math.inf, 0.0):
+        assert bands({}, {"ppo/policy/entropy": start})["ppo/policy/entropy"] == bands({})["ppo/policy/entropy"]
 
 
 def test_importing_it_loads_nothing_heavy() -> None:

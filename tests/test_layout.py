@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -19,13 +20,16 @@ TESTED_IN = {
     "cli/commands.py": ("cli/test_app.py", "COMMANDS"),
     "cli/problems.py": ("cli/test_resolve.py", "UsageError"),
     "cli/sections.py": ("cli/test_resolve.py", "trl.cli.sections"),
+    "cli/stage_templates.py": ("cli/test_stages.py", "example_rows"),
     "core.py": ("compat/test_core_functions.py", "logprobs_from_logits"),
     "data/row_helpers.py": ("data/test_formats.py", "extract_prompt"),
     "demo/outcome.py": ("demo/test_terminal.py", "DemoSettings"),
     "doctor/batch_checks.py": ("doctor/test_doctor_page.py", "padding-changes-logprobs"),
     "doctor/codes.py": ("doctor/test_examination.py", "CODES"),
     "doctor/setting_checks.py": ("doctor/test_examination.py", "check_settings"),
+    "kernels/decode_graph.py": ("rollout/test_fixed_decoder.py", "fixed_attention"),
     "kernels/kv_cache.py": ("kernels/test_decode_attention.py", "GrowingLayer"),
+    "kernels/triton_softmax.py": ("kernels/test_projection_on_gpu.py", "statistics"),
     "models/autos.py": ("models/test_wrapper.py", "AutoModelForCausalLMWithValueHead"),
     "models/limits.py": ("models/test_padding.py", "context_length"),
     "models/load_trunk.py": ("models/test_adapters.py", "base_model_name_or_path"),
@@ -69,6 +73,7 @@ TESTED_IN = {
     "trainer/offline/kto_config.py": ("trainer/offline/test_kto_trainer.py", "KTOConfig"),
     "trainer/offline/preference_config.py": ("trainer/offline/test_dpo_trainer.py", "activation_offloading"),
     "trainer/offline/preference_stage.py": ("trainer/offline/test_reward_trainer.py", "compute_loss"),
+    "trainer/offline/prm_config.py": ("trainer/offline/test_prm_trainer.py", "step_separator"),
     "trainer/offline/referenced_config.py": ("trainer/offline/test_dpo_trainer.py", "precompute_ref_log_probs"),
     "trainer/offline/referenced_stage.py": ("trainer/offline/test_dpo_trainer.py", "caches_reference"),
     "trainer/offline/reward_config.py": ("trainer/offline/test_reward_trainer.py", "RewardConfig"),
@@ -127,3 +132,34 @@ def test_a_line_names_a_test_file_that_mentions_its_module(module: str) -> None:
 
 def test_the_table_is_sorted() -> None:
     assert list(TESTED_IN) == sorted(TESTED_IN)
+
+
+LONG_FILE, LONG_FUNCTION = 400, 60
+
+
+def too_long(path: Path) -> list[str]:
+    """A module's name if it is long, and the names of its long functions; a docstring does not count as length."""
+    text = path.read_text(encoding="utf-8")
+    module = path.relative_to(PACKAGE).as_posix()
+    found = [module] if text.count("\n") > LONG_FILE else []
+    for owner in (node for node in ast.walk(ast.parse(text)) if hasattr(node, "body")):
+        for node in owner.body if isinstance(owner.body, list) else []:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                documented = ast.get_docstring(node, clean=False) is not None
+                first = node.body[1 if documented and len(node.body) > 1 else 0]
+                lines = (node.end_lineno or 0) - first.lineno + 1 + node.body[0].lineno - node.lineno
+                if lines > LONG_FUNCTION:
+                    name = f"{owner.name}.{node.name}" if isinstance(owner, ast.ClassDef) else node.name
+                    found.append(f"{module} {name}")
+    return found
+
+
+def test_what_is_long_has_a_reason() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.split("## Long files and functions")[1].split("\n## ")[0]
+    reasons = set()
+    for where in re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE):
+        names = re.findall(r"`(.*?)`", where)
+        reasons |= {names[0], *(f"{names[0]} {name}" for name in names[1:])}
+    long = {name for path in sorted(PACKAGE.rglob("*.py")) for name in too_long(path)}
+    assert long <= reasons, f"give a reason in docs/architecture.md for {sorted(long - reasons)}, or make it shorter"

@@ -50,6 +50,8 @@ _HOMES = {
     "trl.trainer.offline.dpo_trainer": ("DPOTrainer",),
     "trl.trainer.offline.kto_config": ("KTOConfig",),
     "trl.trainer.offline.kto_trainer": ("KTOTrainer",),
+    "trl.trainer.offline.prm_config": ("PRMConfig",),
+    "trl.trainer.offline.prm_trainer": ("PRMTrainer",),
     "trl.trainer.offline.reward_config": ("RewardConfig",),
     "trl.trainer.offline.reward_trainer": ("RewardTrainer",),
     "trl.trainer.model_config": ("get_kbit_device_map", "get_peft_config", "get_quantization_config"),
@@ -84,6 +86,8 @@ __all__ = [
     "OnlineTrainer",
     "PPOConfig",
     "PPOTrainer",
+    "PRMConfig",
+    "PRMTrainer",
     "PreTrainedModelWrapper",
     "RewardConfig",
     "RewardTrainer",
@@ -151,6 +155,8 @@ if TYPE_CHECKING:
     from trl.trainer.offline.dpo_trainer import DPOTrainer
     from trl.trainer.offline.kto_config import KTOConfig
     from trl.trainer.offline.kto_trainer import KTOTrainer
+    from trl.trainer.offline.prm_config import PRMConfig
+    from trl.trainer.offline.prm_trainer import PRMTrainer
     from trl.trainer.offline.reward_config import RewardConfig
     from trl.trainer.offline.reward_trainer import RewardTrainer
     from trl.trainer.offline.sft_config import SFTConfig

@@ -5,6 +5,7 @@ The report, the doctor and the documentation are made from this table. docs/ppo.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -33,7 +34,7 @@ class Band:
 
     def holds(self, value: float) -> bool:
         """Whether `value` is inside the band. NaN and infinities are outside."""
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             return False
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
@@ -217,7 +218,7 @@ _ROWS = (
             "Give it time: `value_warmup_steps`, a higher `vf_coef`, a larger `cliprange_value`, or scores scaled to "
             "about ±1 (`use_score_scaling`).",
         ),
-        reason="below 0 is worse than a constant; -0.5 allows for noise in small batches",
+        reason="below 0 is worse than a constant; -0.5 allows for noise in small batches. Judged where scores still vary",
         grace=20,
     ),
     Metric(
@@ -337,14 +338,159 @@ _ROWS = (
     ),
 )
 
+NOT_FINITE = Symptom(
+    "A metric is not a finite number.",
+    "A score, a log-probability or a weight has overflowed, and what was computed from it is lost.",
+    "Look at the first step in which it happened and at the minibatches in dumps/; lower `learning_rate`, set "
+    "`max_grad_norm=1.0`, clip scores with `score_clip`, and train in float32.",
+)
+"""What it means when a metric is NaN or infinite, which is outside of every healthy band."""
+
+
+def measured(row: Mapping[str, Any], key: str) -> float | None:
+    """The value of a metric in a row, in memory or of `metrics.jsonl`: NaN if it was not finite, None if it is missing.
+
+    Means of scores count as missing where they are not finite: no sample had a score.
+
+    Args:
+        row: metrics row; in the file, a number that is not finite is null, and `nonfinite` lists its key.
+        key: key of the row.
+    """
+    value = row.get(key)
+    if value is None and key in row.get("nonfinite", ()):
+        value = math.nan
+    if not isinstance(value, int | float):
+        return None
+    if math.isfinite(value):
+        return float(value)
+    return None if key.startswith(("score/", "eval/")) else math.nan
+
+
+def is_telling(row: Mapping[str, Any], key: str, largest_spread: float) -> bool:
+    """Whether a metric can be judged in a row, by its band.
+
+    Explained variance divides the value head's error by the variance of the returns. Once the scores of a batch are alike,
+    as when the policy has solved its task, that variance is next to 0, and the ratio far below -1 however small the error.
+
+    Args:
+        row: metrics row.
+        key: key of the metric.
+        largest_spread: largest `score/std` of the run up to this row.
+    """
+    if key.partition("/")[2] != "val/var_explained":
+        return True
+    spread = measured(row, "score/std")
+    return spread is None or spread >= _TELLING_SPREAD * largest_spread
+
+
+_TELLING_SPREAD = 0.1  # of the largest so far: a hundredth of its variance
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric in _ROWS})
 """Metrics by key. Statistics of an algorithm have PPO's prefix here; see `catalogued`."""
+
+# Keys of the offline stages: SFT, reward models, DPO and KTO. An evaluation's begin with "eval_".
+_STAGE_ROWS = (
+    Metric(
+        key="loss",
+        title="Loss",
+        unit="",
+        meaning="What the stage minimises, averaged since the row before. Falls; a rising evaluation loss is overfitting.",
+    ),
+    Metric(
+        key="accuracy",
+        title="Accuracy",
+        unit="share",
+        meaning="Share of pairs whose chosen response gets the higher reward. 1 in training and far less in evaluation is "
+        "overfitting.",
+    ),
+    Metric(
+        key="margin",
+        title="Margin",
+        unit="",
+        meaning="Mean reward of the chosen response minus that of the rejected one. Grows slowly.",
+    ),
+    Metric(
+        key="mean_reward",
+        title="Rewards",
+        unit="",
+        meaning="Mean reward of a batch, between its lowest and highest. Far from 0: set `center_rewards_coefficient`.",
+    ),
+    Metric(
+        key="eval_expected_calibration_error",
+        title="Calibration error",
+        unit="share",
+        meaning="Mean distance between how sure the rewards are and how often they are right, on the evaluation pairs.",
+    ),
+    Metric(
+        key="rewards/accuracies",
+        title="Accuracy",
+        unit="share",
+        meaning="Share of pairs with a positive margin; ties, such as all of the first step, are wrong.",
+    ),
+    Metric(
+        key="rewards/margins",
+        title="Margin",
+        unit="",
+        meaning="Implicit reward of the chosen response minus that of the rejected one. Above 10 it is overfitting.",
+    ),
+    Metric(
+        key="rewards/chosen",
+        title="Implicit rewards",
+        unit="",
+        meaning="β log π/π_ref of the responses. Both falling far below -5: the policy unlearns good responses, too.",
+    ),
+    Metric(
+        key="logps/chosen",
+        title="Log-probabilities",
+        unit="nats/response",
+        meaning="log π of the responses, summed over tokens. That of the chosen ones should not fall by more than a few tens.",
+    ),
+    Metric(
+        key="kl",
+        title="KL estimate",
+        unit="nats/response",
+        meaning="KTO's baseline: log π/π_ref of responses under other prompts, at least 0.",
+    ),
+    Metric(
+        key="mean_token_accuracy",
+        title="Token accuracy",
+        unit="share",
+        meaning="Share of counted tokens that the model finds most likely.",
+    ),
+    Metric(
+        key="entropy",
+        title="Entropy",
+        unit="nats/token",
+        meaning="Mean entropy of the predictions of counted tokens. Collapsing to 0 is overfitting.",
+    ),
+    Metric(
+        key="grad_norm", title="Gradient norm", unit="", meaning="Norm of the last step's gradient before clipping."
+    ),
+    Metric(
+        key="learning_rate", title="Learning rate", unit="", meaning="The optimizer's learning rate in the last step."
+    ),
+    Metric(
+        key="time/train_tokens_per_second",
+        title="Throughput",
+        unit="tokens/s",
+        meaning="Tokens trained on per second since the row before, including the time of evaluations and saves.",
+    ),
+)
+
+STAGE_METRICS: Mapping[str, Metric] = MappingProxyType({metric.key: metric for metric in _STAGE_ROWS})
+"""Metrics of the offline stages by key. They have no bands: what is healthy depends on the data (docs/dpo.md)."""
+
+
+def is_offline(config: Mapping[str, Any]) -> bool:
+    """Whether a run's settings are those of an offline stage."""
+    return bool((config.get("algorithm") or {}).get("offline"))
 
 
 def catalogued(key: str) -> Metric | None:
     """The entry of a key of `metrics.jsonl`, whose prefix may be that of another algorithm ("grpo/policy/entropy")."""
-    if key in METRICS:
-        return METRICS[key]
+    if key in METRICS or key in STAGE_METRICS:
+        return METRICS.get(key) or STAGE_METRICS[key]
     metric = METRICS.get(f"ppo/{key.partition('/')[2]}")
     return None if metric is None else replace(metric, key=key)
 
@@ -360,6 +506,8 @@ def bands(config: Mapping[str, Any], first_row: Mapping[str, Any] | None = None)
     Returns:
         Bands under the run's own keys: "grpo/policy/clipfrac" in a run of GRPO.
     """
+    if is_offline(config):
+        return {}
     name = (config.get("algorithm") or {}).get("name", "ppo")
     result = {
         metric.key: Band(low=metric.low, high=metric.high, reason=metric.reason)
@@ -373,8 +521,8 @@ def bands(config: Mapping[str, Any], first_row: Mapping[str, Any] | None = None)
         result["ppo/policy/approxkl"] = Band(high=target_kl, reason=f"target_kl={target_kl:g} nats per token")
     if name == "ppo":  # other algorithms do not read these settings
         result |= _bands_of_ppo(settings)
-    start = (first_row or {}).get(f"{name}/policy/entropy")
-    if start:
+    start = measured(first_row or {}, f"{name}/policy/entropy")
+    if start is not None and math.isfinite(start) and start > 0:
         result["ppo/policy/entropy"] = Band(
             low=0.2 * start, high=2.0 * start, reason=f"a fifth to twice the {start:.2f} nats of the first step"
         )

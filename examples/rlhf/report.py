@@ -42,7 +42,10 @@ def numbers(seeds: list[int], runs: list[dict[str, Any]]) -> list[str]:
         parts = [run["judged"][key] for run in runs]
         columns[f"{name}: win rate"] = [part["win_rate"]["value"] for part in parts], ".1%"
         columns[f"{name}: score"] = [part["difference"]["value"] for part in parts], "+.2f"
-        columns[f"{name}: KL" if "low" in parts[0]["kl"] else f"{name}: KL at most"] = [part["kl"]["value"] for part in parts], ".2f"
+        columns[f"{name}: KL" if "low" in parts[0]["kl"] else f"{name}: KL at most"] = (
+            [part["kl"]["value"] for part in parts],
+            ".2f",
+        )
     lines = [f"| seed | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for i, seed in enumerate(seeds):
         lines.append(f"| {seed} | " + " | ".join(f"{values[i]:{form}}" for values, form in columns.values()) + " |")

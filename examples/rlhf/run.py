@@ -1,6 +1,7 @@
 """RLHF from end to end, from one YAML file: SFT, a reward model, PPO, and beside it DPO and best-of-n on the same data.
 
     python examples/rlhf/run.py examples/rlhf/reviews.yaml --seed 0
+    python examples/rlhf/run.py examples/rlhf/summaries.yaml --seed 0  # an encoder-decoder: SFT and PPO on summaries
 
 The judge of the result is a classifier that was not the reward. Every stage has a folder of its own under `--out`, with a
 `result.json` once it is done; `--resume` skips stages that are done, and goes on with the one that was interrupted from its
@@ -17,11 +18,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from stages import Pipeline, Settings
+from summaries import Summaries, SummarySettings
 from transformers.utils import logging as transformers_logging
 
 from trl.files import write_atomic
 
+PIPELINES: dict[str, Any] = {"reviews": (Settings, Pipeline), "summaries": (SummarySettings, Summaries)}
 STAGES = ("data", "sft", "reward", "ppo", "dpo", "judged")
 CONFIG, RESULT = "pipeline.json", "result.json"
 
@@ -35,14 +39,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     arguments = parser.parse_args(argv)
     root = arguments.out or Path("runs") / f"rlhf-{arguments.config.stem}-{arguments.seed}"
-    settings = Settings.read(arguments.config)
-    pipeline = Pipeline(settings, root, arguments.seed)
+    given = yaml.safe_load(arguments.config.read_text(encoding="utf-8")) or {}
+    name = given.pop("pipeline", "reviews")
+    if name not in PIPELINES:
+        raise ValueError(f"{arguments.config}: pipeline: {name!r} must be one of {', '.join(PIPELINES)}")
+    kind, stages = PIPELINES[name]
+    settings = kind.of(given, arguments.config)
+    pipeline = stages(settings, root, arguments.seed)
     begin(root, asdict(settings) | {"seed": arguments.seed}, resume=arguments.resume)
     warnings.filterwarnings("ignore", "no dataset is given")
     transformers_logging.disable_progress_bar()
-    methods = {"data": pipeline.prepare, "judged": pipeline.judge}
     results = {}
-    for stage in STAGES:
+    for stage, method in pipeline.stages.items():
         path = root / stage / RESULT
         if path.exists():
             print(f"{stage}: done before", flush=True)
@@ -51,10 +59,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         started = time.perf_counter()
         print(f"{stage} ...", flush=True)
         (root / stage).mkdir(exist_ok=True)
-        method = methods.get(stage) or getattr(pipeline, stage)
         results[stage] = method() | {"seconds": time.perf_counter() - started}
         write_atomic(path, json.dumps(results[stage], indent=1).encode())
-    text = table(results)
+    text = pipeline.table(results)
     write_atomic(root / "results.json", json.dumps(summary(results), indent=1).encode())
     write_atomic(root / "results.md", text.encode())
     print(text)
@@ -91,33 +98,6 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         for name, part in results["judged"].items()
     }
     return results | {"judged": judged}
-
-
-def table(results: dict[str, Any]) -> str:
-    """Returns the table at the end, in Markdown."""
-    judged, reward = results["judged"], results["reward"]
-    lines = [
-        f"Texts: {results['data']['source']}. Reward model: {reward['accuracy']:.1%} of {reward['pairs']} held-out pairs right "
-        f"[{reward['interval']['low']:.1%}, {reward['interval']['high']:.1%}].",
-        "",
-        "| against the SFT model | win rate | judge's score, difference | KL, nats per response |",
-        "| --- | --- | --- | --- |",
-    ]
-    names = {
-        "ppo": "PPO",
-        "dpo": f"DPO, step {judged['dpo']['step']}",
-        "best_of_n": f"best of {judged['best_of_n']['n']}",
-    }
-    for key, name in names.items():
-        row = judged[key]
-        kl = interval(row["kl"], ".2f") if "low" in row["kl"] else f"≤ {row['kl']['value']:.2f}"
-        lines.append(f"| {name} | {interval(row['win_rate'], '.1%')} | {interval(row['difference'], '+.2f')} | {kl} |")
-    return "\n".join(lines) + "\n"
-
-
-def interval(estimate: dict[str, float], form: str) -> str:
-    """Returns an estimate with its interval."""
-    return f"{estimate['value']:{form}} [{estimate['low']:{form}}, {estimate['high']:{form}}]"
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from texts import QUERIES, Data, TextSettings
 from transformers import AutoModelForCausalLM
 
@@ -38,8 +38,30 @@ KL_PROMPTS = 128  # on which the KLs of DPO's checkpoints and of PPO are compare
 DEFAULTS = {"report_to": "none", "save_total_limit": 2, "gradient_checkpointing": False, "disable_tqdm": True}
 
 
+class FromYaml:
+    """Settings from the sections of a YAML file; one without a default must be there."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], path: Path) -> Any:
+        """Returns the settings of a file's sections.
+
+        Raises:
+            ValueError: if a section is unknown or missing.
+        """
+        entries = fields(cls)  # type: ignore[arg-type]  # subclasses are dataclasses
+        known = {entry.name for entry in entries}
+        needed = {entry.name for entry in entries if entry.default is MISSING and entry.default_factory is MISSING}
+        sections = set(given)
+        if sections - known or needed - sections:
+            raise ValueError(
+                f"{path}: unknown sections: {', '.join(sorted(sections - known)) or 'none'}; missing: "
+                f"{', '.join(sorted(needed - sections)) or 'none'}; expected: {', '.join(sorted(known))}"
+            )
+        return cls(**given)
+
+
 @dataclass(frozen=True)
-class Settings:
+class Settings(FromYaml):
     """The YAML file."""
 
     base: str
@@ -52,36 +74,14 @@ class Settings:
     data: dict[str, Any] = field(default_factory=dict)
     max_new_tokens: int = 48
 
-    @classmethod
-    def read(cls, path: str | Path) -> Settings:
-        """Reads a YAML file.
-
-        Raises:
-            ValueError: if a section is unknown or missing.
-        """
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        known = {entry.name for entry in fields(cls)}
-        needed = known - {"data", "max_new_tokens"}
-        sections = set(given) if isinstance(given, dict) else set()
-        if sections - known or needed - sections:
-            raise ValueError(
-                f"{path}: unknown sections: {', '.join(sorted(sections - known)) or 'none'}; missing: "
-                f"{', '.join(sorted(needed - sections)) or 'none'}; expected: {', '.join(sorted(known))}"
-            )
-        return cls(**given)
-
 
 @dataclass(frozen=True)
-class Pipeline:
-    """A run of all stages in one folder."""
+class Stages:
+    """A run of several stages in one folder: what SFT followed by PPO needs, whatever the data."""
 
-    settings: Settings
+    settings: Any
     root: Path
     seed: int
-
-    def __post_init__(self) -> None:
-        """Makes the settings of every stage, so that a wrong one is an error before the first stage."""
-        self.texts, self.sft_config, self.reward_config, self.dpo_config, self.ppo_config  # noqa: B018
 
     @property
     def texts(self) -> TextSettings:
@@ -90,6 +90,48 @@ class Pipeline:
     @property
     def sft_config(self) -> SFTConfig:
         return SFTConfig(str(self.root / "sft"), seed=self.seed, **DEFAULTS | self.settings.sft)
+
+    @property
+    def ppo_config(self) -> PPOConfig:
+        settings = {name: value for name, value in self.settings.ppo.items() if name != "steps"}
+        return PPOConfig(seed=self.seed, **settings)
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.settings.max_new_tokens}
+
+    def model(self, stage: str) -> str:
+        """Returns the folder of a stage's model."""
+        return str(self.root / stage / "model")
+
+    def finish(self, trainer: Any, stage: str) -> dict[str, Any]:
+        """Trains, from the last checkpoint if there is one, and saves the model."""
+        output = trainer.train(resume_from_checkpoint="auto")
+        trainer.save_model(self.model(stage))
+        rows = "".join(json.dumps(row) + "\n" for row in trainer.state.log_history)
+        write_atomic(self.root / stage / "metrics.jsonl", rows.encode())
+        return {"steps": output.global_step, "loss": output.training_loss}
+
+    def climb(self, trainer: PPOTrainer, prompts: str, reward: Any) -> dict[str, Any]:
+        """Trains a policy with PPO, as a managed run in the folder `ppo`."""
+        result = trainer.train(
+            prompts,
+            reward=reward,
+            steps=self.settings.ppo["steps"],
+            run_dir=self.root / "ppo",
+            resume="auto",
+            generation=self.generation,
+        )
+        return {"steps": result.steps, "kl": result.metrics.get("objective/kl")}
+
+
+@dataclass(frozen=True)
+class Pipeline(Stages):
+    """From texts to an aligned decoder: SFT, a reward model, PPO, DPO and best-of-n."""
+
+    def __post_init__(self) -> None:
+        """Makes the settings of every stage, so that a wrong one is an error before the first stage."""
+        self.texts, self.sft_config, self.reward_config, self.dpo_config, self.ppo_config  # noqa: B018
 
     @property
     def reward_config(self) -> RewardConfig:
@@ -101,23 +143,20 @@ class Pipeline:
         return DPOConfig(str(self.root / "dpo"), seed=self.seed, **DEFAULTS | every | self.settings.dpo)
 
     @property
-    def ppo_config(self) -> PPOConfig:
-        settings = {name: value for name, value in self.settings.ppo.items() if name != "steps"}
-        return PPOConfig(seed=self.seed, **settings)
-
-    @property
     def data(self) -> Data:
         return Data(self.root / "data")
 
     @property
-    def generation(self) -> dict[str, Any]:
-        return {"max_new_tokens": self.settings.max_new_tokens}
-
-    def model(self, stage: str) -> str:
-        """Returns the folder of a stage's model."""
-        return str(self.root / stage / "model")
-
-    # --- Stages: each returns what its result.json says ---
+    def stages(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """The stages in their order: each returns what its result.json says."""
+        return {
+            "data": self.prepare,
+            "sft": self.sft,
+            "reward": self.reward,
+            "ppo": self.ppo,
+            "dpo": self.dpo,
+            "judged": self.judge,
+        }
 
     def prepare(self) -> dict[str, Any]:
         """Makes the data."""
@@ -143,29 +182,12 @@ class Pipeline:
 
     def ppo(self) -> dict[str, Any]:
         """Trains the SFT model with PPO against the reward model."""
-        trainer = self.ppo_trainer(self.model("sft"))
-        result = trainer.train(
-            self.data.prompts,
-            reward=self.reward_source(),
-            steps=self.settings.ppo["steps"],
-            run_dir=self.root / "ppo",
-            resume="auto",
-            generation=self.generation,
-        )
-        return {"steps": result.steps, "kl": result.metrics.get("objective/kl")}
+        return self.climb(self.ppo_trainer(self.model("sft")), self.data.prompts, self.reward_source())
 
     def dpo(self) -> dict[str, Any]:
         """Trains the SFT model with DPO on the reward model's pairs."""
         trainer = DPOTrainer(self.model("sft"), args=self.dpo_config, train_dataset=self.data.pairs)
         return self.finish(trainer, "dpo")
-
-    def finish(self, trainer: Any, stage: str) -> dict[str, Any]:
-        """Trains, from the last checkpoint if there is one, and saves the model."""
-        output = trainer.train(resume_from_checkpoint="auto")
-        trainer.save_model(self.model(stage))
-        rows = "".join(json.dumps(row) + "\n" for row in trainer.state.log_history)
-        write_atomic(self.root / stage / "metrics.jsonl", rows.encode())
-        return {"steps": output.global_step, "loss": output.training_loss}
 
     # --- Judging ---
 
@@ -238,6 +260,29 @@ class Pipeline:
             ],
         }
 
+    def table(self, results: dict[str, Any]) -> str:
+        """Returns the table at the end, in Markdown."""
+        judged, reward = results["judged"], results["reward"]
+        lines = [
+            f"Texts: {results['data']['source']}. Reward model: {reward['accuracy']:.1%} of {reward['pairs']} held-out pairs right "
+            f"[{reward['interval']['low']:.1%}, {reward['interval']['high']:.1%}].",
+            "",
+            "| against the SFT model | win rate | judge's score, difference | KL, nats per response |",
+            "| --- | --- | --- | --- |",
+        ]
+        names = {
+            "ppo": "PPO",
+            "dpo": f"DPO, step {judged['dpo']['step']}",
+            "best_of_n": f"best of {judged['best_of_n']['n']}",
+        }
+        for key, name in names.items():
+            row = judged[key]
+            kl = interval(row["kl"], ".2f") if "low" in row["kl"] else f"≤ {row['kl']['value']:.2f}"
+            lines.append(
+                f"| {name} | {interval(row['win_rate'], '.1%')} | {interval(row['difference'], '+.2f')} | {kl} |"
+            )
+        return "\n".join(lines) + "\n"
+
     def ppo_trainer(self, folder: str) -> PPOTrainer:
         """Returns a trainer of a policy whose reference is the SFT model."""
         set_seed(self.seed)  # of the value head
@@ -253,3 +298,8 @@ class Pipeline:
 def named(model: str) -> str:
     """Returns the folder of a bundled model; any other folder or hub id as it is."""
     return assets.path(model) if model in BUNDLED else model  # type: ignore[arg-type]
+
+
+def interval(estimate: dict[str, float], form: str) -> str:
+    """Returns an estimate with its interval."""
+    return f"{estimate['value']:{form}} [{estimate['low']:{form}}, {estimate['high']:{form}}]"

@@ -77,6 +77,8 @@ def test_options_of_a_command() -> None:
         ("--lerning-rate 3", "ppo", "--lerning-rate is no option of trl ppo: did you mean --learning-rate?"),
         ("--dry-rum", "ppo", "did you mean --dry-run?"),
         ("--per_device_train_batch_size 8", "ppo", "is no setting: use ppo.mini_batch_size"),
+        ("--on-error skip", "ppo", "--on-error is no setting: use --reward.on-error"),
+        ("--clip_range 0.1", "ppo", "is no setting: use ppo.cliprange, or grpo.clip_range for GRPO"),
         ("--bf16", "ppo", "use ppo.dtype: bfloat16"),
         ("--seed", "ppo", "--seed needs a value"),
         ("--seed --lam 1", "ppo", "--seed needs a value"),

@@ -18,7 +18,7 @@ def test_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     script = capsys.readouterr().out
     assert all(name in script for name in COMMANDS)
     dashes = "" if shell == "fish" else "--"
-    assert all(f"{dashes}{flag}" in script for flag in ("learning-rate", "lora.r", "dry-run", "samples"))
+    assert all(f"{dashes}{flag}" in script for flag in ("learning-rate", "lora.r", "dry-run", "samples", "packing"))
     if shutil.which(shell) is not None:
         subprocess.run([shell, "-n"], input=script, text=True, check=True)
 
@@ -26,7 +26,8 @@ def test_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("trl re", ["resume", "report"]),
+        ("trl re", ["resume", "report", "reward"]),
+        ("trl dpo --bet", ["--beta"]),
         ("trl ppo --lora", ["--lora.alpha", "--lora.dropout", "--lora.r", "--lora.target-modules"]),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, Literal
 
 import pytest
@@ -11,6 +12,19 @@ import pytest
 from trl.cli.convert import ConversionError, convert, node_of
 from trl.cli.problems import UsageError
 from trl.cli.yaml_nodes import Document
+
+
+class Colour(str, Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+def test_an_enum_is_its_text_and_nothing_else() -> None:
+    """transformers' settings are typed as an enum or any text."""
+    assert of_yaml("blue", Colour | str) == of_flag("blue", Colour | str | None) == "blue"
+    assert of_yaml("null", Colour | str | None) is None
+    with pytest.raises(ConversionError, match=r"'blu' is not one of red, blue: did you mean blue\?"):
+        of_yaml("blu", Colour | str)
 
 
 def of_yaml(text: str, kind: Any) -> Any:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 import trl.cli.building as building
+from tests.cli.conftest import forget_modules
 from trl.cli import catalogue, estimate
+from trl.cli.problems import UsageError
 from trl.cli.resolve import Flag, Resolved, resolve
 
 
@@ -46,3 +51,38 @@ def test_many_optimizer_steps_are_remarked_on() -> None:
     text = estimate.text("ppo", resolved(ppo__batch_size="256", ppo__mini_batch_size="1"))
     assert "1024 optimizer steps" in text and "remark" in text
     assert "remark" not in estimate.text("ppo", resolved())
+
+
+def lines(path: Path, *rows: dict[str, str]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_columns_of_prompts_and_of_the_reward_are_there(tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "def graded(prompts, completions, answer, hint=None):\n    return [0.0 for _ in completions]\n"
+        "def free(prompts, completions, **columns):\n    return [0.0 for _ in completions]\n"
+    )
+    good = lines(tmp_path / "good.jsonl", {"prompt": "it was", "answer": "a"}, {"prompt": "the film", "answer": "b"})
+    misspelt = lines(tmp_path / "misspelt.jsonl", {"prompt": "it was", "answr": "a"})
+    without = lines(tmp_path / "without.jsonl", {"question": "it was", "answer": "a"})
+
+    def estimated(prompts: str, reward: str = "rewards.py:graded", **more: str) -> estimate.Estimate:
+        return estimate.estimate("ppo", resolved(data__prompts=prompts, reward__functions=reward, **more))
+
+    assert estimated(good).prompts == 2
+    with pytest.raises(
+        UsageError, match=r"--x: reward graded needs the column answer: did you mean answr\?; the prompts"
+    ):
+        estimated(misspelt)
+    assert estimated(misspelt, "rewards.py:free").prompts == 1
+    with pytest.raises(
+        ValueError, match=r"without.jsonl:1 .* has the columns question, answer: one of them must be prompt"
+    ):
+        estimated(without)
+    with pytest.raises(ValueError, match=r"without.jsonl:1 .* has the columns question, answer"):
+        estimated(good, data__eval_prompts=without)
+    (tmp_path / "rewards.py").write_text("import nothing_of_that_name\ndef graded(prompts, completions): ...\n")
+    forget_modules(tmp_path)
+    with pytest.raises(UsageError, match="cannot be imported: ModuleNotFoundError"):
+        estimated(good)

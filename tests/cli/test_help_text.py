@@ -17,6 +17,14 @@ def test_every_setting_is_listed(command: str) -> None:
     assert max(len(line) for line in text.splitlines()) <= 112
 
 
+@pytest.mark.parametrize("command", catalogue.STAGES)
+def test_every_setting_of_a_stage_is_listed(command: str) -> None:
+    text = help_text.of_command(COMMANDS[command])
+    assert all(f"  {flag}" in text for flag in catalogue.shortest_flags(command).values())
+    assert "\nppo:" not in text and f"\n{catalogue.STAGES[command]}: " in text
+    assert max(len(line) for line in text.splitlines()) <= 112
+
+
 def test_defaults_are_those_of_the_command() -> None:
     def words(command: str) -> str:
         return " ".join(help_text.of_command(COMMANDS[command]).split())

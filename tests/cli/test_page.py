@@ -38,12 +38,25 @@ def test_every_command_on_the_page(
         words = shlex.split(line)[1:]
         if words[0] == "demo":
             continue  # tests/demo
+        if words[:3] == ["config", "init", "sft"]:
+            monkeypatch.delenv("TRL_TRAIN__STEPS")  # a setting of PPO's: refused from here on
         if words[0] == "resume" and "--steps" in words:
             monkeypatch.setenv("TRL_TRAIN__STEPS", "1")
             words[words.index("--steps") + 1] = "2"
         code = main(words)
         said = capsys.readouterr()
         assert code == CODES.get(line, 0), f"{line}\n{said.err}"
+
+
+@pytest.mark.parametrize(
+    "page", ["sft", *(pytest.param(page, marks=pytest.mark.slow) for page in ("reward-models", "dpo"))]
+)
+def test_every_command_on_the_page_of_a_stage(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (PAGE.parents[1] / f"{page}.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) >= 3 and all(line.startswith("trl ") for line in commands)
+    for line in commands:
+        assert main(shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
 
 
 def test_the_second_configuration_is_valid(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_a_command_may_have_a_default_of_its_own() -> None:
         ("train:\n  run_dir: a\n  run_name: b\n", "c.yaml:2: train.run_dir='a' and run_name='b': set one of them"),
         ("lora: {alpha: 3}\n", "c.yaml:1: lora.alpha=3 needs r"),
         ("generation:\n  top_p: 2\n", "c.yaml:2: generation.top_p=2.0 must be above 0 and at most 1"),
+        ("on_error: skip\n", "c.yaml:1: on_error is no setting: use reward.on_error"),
         ("grpo:\n  beta: 1\n", "c.yaml:2: grpo.beta is no setting: use ppo.init_kl_coef, or grpo.kl_coef for GRPO"),
         ("reward:\n  functions: [a:f, b:f]\n", "c.yaml:2: reward.functions='b:f' has the name 'f' of another reward"),
         ("reward:\n  functions: [a:f]\n  weights: [1, 2]\n", "c.yaml:3: reward.weights=[1.0, 2.0] has 2 numbers for 1 rewards"),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.cli.conftest import forget_modules
 from tests.cli.helpers import CONFIG, write_project
 from trl.cli.app import main
 from trl.trackers import read_metrics, without_times
@@ -112,6 +113,24 @@ def test_a_reward_that_is_no_more_what_it_was(
     if change == "changed":
         assert main(["resume", "runs/run", "--steps", "3", "--reward", "polite=rewards.py:polite"]) == 0
         assert len(rows(run)) == 3
+
+
+def test_a_reward_that_failed_in_the_first_step_is_fixed_and_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing has been learnt with the reward as it was, so nobody has to name it again."""
+    write_project(tmp_path)
+    right = (tmp_path / "rewards.py").read_text()
+    (tmp_path / "rewards.py").write_text("def polite(prompts, completions):\n    return [1 / 0 for _ in completions]\n")
+    assert main(["ppo", "run.yaml"]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    (tmp_path / "rewards.py").write_text(right)
+    forget_modules(tmp_path)
+    assert main(["resume", "runs/run"]) == 0
+    assert "runs/run has no checkpoint: it starts again, with the reward as it is now" in capsys.readouterr().err
+    assert len(rows(tmp_path / "runs" / "run")) == 2
+    (tmp_path / "rewards.py").write_text(right + "# another\n")
+    assert main(["resume", "runs/run", "--steps", "3"]) == 2  # it has learnt from this one
 
 
 def test_scores_of_one_kind_are_compared(tmp_path: Path) -> None:

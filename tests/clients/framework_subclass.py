@@ -1,4 +1,4 @@
-"""Subclasses of PPOTrainer as frameworks wrote them for TRL 0.5 to 0.11: each overrides one hook, with its signature then."""
+"""Subclasses of PPOTrainer as frameworks wrote them for TRL 0.4 to 0.11: each overrides one hook, with its signature then."""
 
 import torch
 
@@ -77,6 +77,67 @@ class Parrot(PPOTrainer):
         remove_padding=True,
         **generation_kwargs,
     ):
+        return [query.flip(0) for query in query_tensors]
+
+
+class RewardOnEveryTokenOf04(PPOTrainer):
+    """Two values, as in 0.4 to 0.6."""
+
+    def compute_rewards(self, scores, logprobs, ref_logprobs, masks):
+        return RewardOnEveryToken.compute_rewards(self, scores, logprobs, ref_logprobs, masks)[:2]
+
+
+class ReversedLossOf04(PPOTrainer):
+    def loss(self, old_logprobs, values, rewards, logits, vpreds, logprobs, mask):
+        policy_loss, value_loss, stats = super().loss(old_logprobs, values, rewards, logits, vpreds, logprobs, mask)
+        return -policy_loss, value_loss, stats
+
+
+class NoRewardOf04(PPOTrainer):
+    def train_minibatch(self, old_logprobs, values, rewards, logprobs, logits, vpreds, mask):
+        return super().train_minibatch(old_logprobs, values, rewards * 0, logprobs, logits, vpreds, mask)
+
+
+class NegatedScoresOf04(PPOTrainer):
+    """No masks, as in 0.4 to 0.6."""
+
+    def _step_safety_checker(self, batch_size, queries, responses, scores):
+        queries, responses, scores = super()._step_safety_checker(batch_size, queries, responses, scores)
+        return queries, responses, [-score for score in scores]
+
+
+class NoValuesOf04(PPOTrainer):
+    """No response_masks, as in 0.4 to 0.6."""
+
+    def batched_forward_pass(self, model, queries, responses, model_inputs, return_logits=False):
+        logprobs, logits, values, masks = super().batched_forward_pass(
+            model, queries, responses, model_inputs, return_logits
+        )
+        return logprobs, logits, values * 0, masks
+
+
+class ParrotOf05(PPOTrainer):
+    """No model, as in 0.4 to 0.6; by position, as TRL's own tests called it."""
+
+    def _generate_batched(
+        self,
+        query_tensors,
+        length_sampler=None,
+        batch_size=4,
+        return_prompt=True,
+        pad_to_multiple_of=None,
+        remove_padding=True,
+        **generation_kwargs,
+    ):
+        super()._generate_batched(
+            query_tensors,
+            length_sampler,
+            batch_size,
+            return_prompt,
+            pad_to_multiple_of,
+            remove_padding,
+            **generation_kwargs,
+        )
         return [query.flip(0) for query in query_tensors]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,16 @@ TEXTS: dict[str, dict[str, Any]] = {
     "prompt_completion": {"prompt": "a", "completion": " b"},
     "preference": {"prompt": "a", "chosen": " b", "rejected": " c"},
     "unpaired_preference": {"prompt": "a", "completion": " b", "label": False},
+    "stepwise_supervision": {"prompt": "a", "completions": ["b", "c"], "labels": [True, 0.25]},
 }
+STEPS = TEXTS["stepwise_supervision"]
 
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_each_kind_is_detected_as_text_and_as_chat(kind: Any) -> None:
     assert detect_format(TEXTS[kind]) == DataFormat(kind, False)
-    assert detect_format(CHATS[kind] | {"source": "x"}) == DataFormat(kind, True)
+    if kind in CHATS:
+        assert detect_format(CHATS[kind] | {"source": "x"}) == DataFormat(kind, True)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +182,14 @@ def test_preference_rows_become_other_kinds() -> None:
         prepare([TEXTS["prompt_completion"]], "preference", Tokenizer())
 
 
+def test_rows_with_labelled_steps_have_a_prompt() -> None:
+    assert prepare([STEPS | {"id": 1}], "prompt_only", Tokenizer()).rows == [{"prompt": "a", "id": 1}]
+    with pytest.raises(ValueError, match=r"\[0\] is stepwise_supervision, which cannot be used as preference"):
+        prepare([STEPS], "preference", Tokenizer())
+    with pytest.raises(ValueError, match=r"\[0\], column 'prompt', is .* rows with labelled steps are texts"):
+        prepare([STEPS | {"prompt": said("a")}], "stepwise_supervision", Tokenizer())
+
+
 def test_a_dataset_is_unpaired_column_by_column() -> None:
     dataset = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
     assert formats.maybe_unpair_preference_dataset(dataset)["completion"] == ["b", "b", "c", "c"]
@@ -209,12 +221,50 @@ def test_a_dataset_is_unpaired_column_by_column() -> None:
             r"\[7\], column 'label', is 'yes' \(str\)",
         ),
         ("preference", {"prompt": "a", "chosen": "b"}, r"\[7\] has no column rejected"),
+        ("stepwise_supervision", {"prompt": "a", "completions": ["b"]}, r"\[7\] has no column labels, but the columns"),
+        (
+            "stepwise_supervision",
+            STEPS | {"labels": [True]},
+            r"\[7\] has 2 completions and 1 labels: expected one label per",
+        ),
+        (
+            "stepwise_supervision",
+            STEPS | {"completions": [], "labels": []},
+            r"\[7\] has 0 completions .* at least one step",
+        ),
+        (
+            "stepwise_supervision",
+            STEPS | {"completions": "b"},
+            r"\[7\], column 'completions', is 'b' \(str\): expected a list",
+        ),
+        ("stepwise_supervision", STEPS | {"labels": 1}, r"\[7\], column 'labels', is 1 \(int\): expected a list"),
+        (
+            "stepwise_supervision",
+            STEPS | {"completions": ["b", " "]},
+            r"\[7\], column 'completions', step 1, is ' ' \(str\)",
+        ),
+        (
+            "stepwise_supervision",
+            STEPS | {"labels": [1, "+"]},
+            r"\[7\], column 'labels', step 1, is '\+' \(str\): expected True",
+        ),
+        ("stepwise_supervision", STEPS | {"labels": [1.5, 1]}, r"\[7\], column 'labels', step 0, is 1.5 \(float\)"),
+        (
+            "stepwise_supervision",
+            STEPS | {"labels": [math.nan, 1]},
+            r"\[7\], column 'labels', step 0, is nan \(float\)",
+        ),
+        (
+            "stepwise_supervision",
+            STEPS | {"prompt": said("a")},
+            r"\[7\], column 'prompt', .* are texts. Render a chat with",
+        ),
     ],
 )
 def test_a_bad_row_is_shown_with_its_remedy(kind: Any, bad: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         prepare([*[TEXTS[kind]] * 7, bad], kind, Tokenizer())
-    assert "expected a mapping" in str(caught.value) or "dataset.filter" in str(caught.value)
+    assert any(remedy in str(caught.value) for remedy in ("expected a mapping", "dataset.filter", "Render a chat"))
 
 
 @pytest.mark.parametrize(

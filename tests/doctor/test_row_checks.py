@@ -70,16 +70,41 @@ def test_evidence_has_the_numbers_and_the_steps() -> None:
         {"ppo/val/var_explained": -0.4},
         {"tokens/truncated": 0.9},
         {"objective/kl": None, "ppo/policy/entropy": None},
-        {"objective/kl": float("nan"), "ppo/val/var": float("inf")},
+        {"score/mean": float("nan"), "score/std": float("nan"), "ppo/val/var": float("inf")},  # no sample has a score
     ],
 )
 def test_no_false_alarm(changes: dict[str, Any]) -> None:
     assert found([{}] * 5 + [changes] * 60) == {}
 
 
+@pytest.mark.parametrize("of_a_file", [False, True])
+def test_a_metric_that_is_not_finite_is_outside_of_any_band(of_a_file: bool) -> None:
+    keys = ["objective/kl", "ppo/policy/entropy", "ppo/loss/value", "ppo/grad_norm"]
+    lost: dict[str, Any] = dict.fromkeys(keys, None if of_a_file else float("nan"))
+    if of_a_file:
+        lost["nonfinite"] = keys
+    assert found([{}] * 30 + [lost] * 9) == {"not-finite": 33}
+    assert found([lost] * 9) == {"not-finite": 3}  # from the first step on
+    assert found([{}, lost, lost] * 9) == {}  # float16, looking for its loss scale
+    checks = RowChecks(CONFIG)
+    (finding,) = [f for i in range(1, 6) for f in checks.see({"step": i, **HEALTHY, **lost})]
+    names = "objective/kl, ppo/policy/entropy, ppo/loss/value and 1 more"
+    assert finding.evidence == f"Not finite: {names} (in steps 1 to 3)"
+
+
 def test_a_negative_explained_variance_is_usual_at_first() -> None:
     assert found([{"ppo/val/var_explained": -3.0}] * 39 + [{}] * 9) == {}
     assert found([{"ppo/val/var_explained": -3.0}] * 40) == {"explained-variance": 40}
+
+
+def test_explained_variance_is_judged_where_scores_vary() -> None:
+    """A run of two tokens, solved in step 16: scores of 2, returns of variance 0.0019, values that miss them by 0.15."""
+    solved = {"score/mean": 2.0, "score/std": 0.0, "ppo/val/var_explained": -11.0}
+    assert found([{}] * 15 + [solved] * 100) == {}
+    assert found([{}] * 15 + [solved | {"score/std": 0.02}] * 100) == {}  # one sample of many differs
+    varied = solved | {"score/std": 0.04}  # over a tenth of the largest so far, 0.3
+    assert found([{}] * 15 + [varied] * 100) == {"explained-variance": 40}
+    assert found([{}] * 15 + [solved | {"score/std": None}] * 100) == {"explained-variance": 40}
 
 
 def test_a_constant_reward_is_one_that_never_varied() -> None:

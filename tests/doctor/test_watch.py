@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from trl.algorithms import grpo
 from trl.core import set_seed
 from trl.demo.outcome import DemoSettings
 from trl.doctor import UnfitRun, read_findings
+from trl.doctor.watch import DoctorWatch
 from trl.trackers import read_metrics
 from trl.trainer import OnlineTrainer
 
@@ -63,13 +65,19 @@ def readme() -> tuple[Any, Any, dict[str, Any]]:
     return PPOTrainer(config, model, tokenizer=AutoTokenizer.from_pretrained(REVIEWS)), politeness, {}
 
 
-def groups() -> tuple[Any, Any, dict[str, Any]]:
+def groups(kl_coef: float = 0.2) -> tuple[Any, Any, dict[str, Any]]:
+    """A KL penalty that holds the policy at 0.35 nats per token while the score rises from 1.1 to 1.4.
+
+    At GRPO's usual 0.04, `variety` is exploited from about step 16 on: the score stays at 1.5, its best, while the KL goes on
+    to 1.6 nats per token and the responses turn into a salad of words, such as "family be lo, flat it as to pick people not
+    allow their family never work". The doctor names that (`test_an_exploited_reward_is_no_healthy_run`).
+    """
     config = PPOConfig(batch_size=32, mini_batch_size=16, group_size=4, ppo_epochs=1, learning_rate=3e-4)
     trainer = OnlineTrainer(
         config,
         AutoModelForCausalLM.from_pretrained(REVIEWS),
         tokenizer=AutoTokenizer.from_pretrained(REVIEWS),
-        algorithm=grpo(),
+        algorithm=grpo(kl_coef=kl_coef),
     )
     return trainer, variety, {"max_new_tokens": 16}
 
@@ -87,7 +95,11 @@ def seq2seq() -> tuple[Any, Any, dict[str, Any]]:
 
 
 def short() -> tuple[Any, Any, dict[str, Any]]:
-    """Two tokens, of which the best are found: the entropy goes down and the KL up, as they should."""
+    """Two tokens, of which the best are found: the entropy goes down and the KL up, as they should.
+
+    From step 16 on every score is 2 and the returns no longer vary, so that the explained variance is about -10 for values
+    that miss the returns by 0.15 of 1.9.
+    """
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     config = PPOConfig(
         batch_size=32, mini_batch_size=8, ppo_epochs=2, learning_rate=1e-2, init_kl_coef=0.02, adap_kl_ctrl=False,
@@ -100,7 +112,14 @@ def short() -> tuple[Any, Any, dict[str, Any]]:
     return PPOTrainer(config, model, tokenizer=tiny_tokenizer()), tens, {"max_new_tokens": 2}
 
 
-HEALTHY = {"demo": demo, "readme": readme, "groups": groups, "adapter": adapter, "seq2seq": seq2seq, "short": short}
+HEALTHY: dict[str, Any] = {
+    "demo": demo,
+    "readme": readme,
+    "groups": groups,
+    "adapter": adapter,
+    "seq2seq": seq2seq,
+    "short": short,
+}
 # Steps here, and in the slow set.
 STEPS = {
     "demo": (1, 44),
@@ -112,11 +131,11 @@ STEPS = {
 }
 
 
-def findings_of(name: str, steps: int, tmp_path: Path) -> Any:
+def findings_of(name: str, steps: int, tmp_path: Path, **settings: Any) -> Any:
     set_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer, reward, generation = HEALTHY[name]()
+        trainer, reward, generation = HEALTHY[name](**settings)
         prompts = PROMPTS if name in ("seq2seq", "short") else assets.prompts()
         return trainer.train(
             prompts, reward=reward, steps=steps, generation=generation, progress=False, run_dir=tmp_path / name
@@ -137,6 +156,15 @@ def test_silent_on_healthy_runs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", HEALTHY)
 def test_silent_on_long_healthy_runs(name: str, tmp_path: Path) -> None:
     assert findings_of(name, STEPS[name][1], tmp_path).findings == ()
+
+
+@pytest.mark.slow
+def test_an_exploited_reward_is_no_healthy_run(tmp_path: Path) -> None:
+    result = findings_of("groups", 24, tmp_path, kl_coef=0.04)
+    rows = read_metrics(tmp_path / "groups")
+    assert max(row["score/mean"] for row in rows) < rows[15]["score/mean"] + 0.1
+    assert rows[-1]["objective/kl"] > 1.2 * rows[15]["objective/kl"]
+    assert [(found.code, found.step > 16) for found in result.findings] == [("policy-collapse", True)]
 
 
 @pytest.mark.parametrize("case", ["full", "lora", "seq2seq"])
@@ -195,6 +223,37 @@ def test_what_can_never_train_ends_the_run_before_it_begins(tmp_path: Path) -> N
     assert "failed in step 1: UnfitRun" in events(tmp_path / "run")[-1]
     assert [finding.code for finding in read_findings(tmp_path / "run")] == ["learning-rate"]
     assert run(trainer, run_dir=tmp_path / "run", resume="auto", doctor=False, steps=1).findings == ()
+
+
+class Broken(DoctorWatch):
+    """Raises in one kind of look, or in all."""
+
+    def __init__(self, *looks: str) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("begin", "first_batch", "row") and name in object.__getattribute__(self, "looks"):
+            raise ZeroDivisionError(f"a defect of {name}; HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz1234567890")
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("looks", [("begin",), ("first_batch",), ("row",), ("begin", "first_batch", "row")])
+def test_a_defect_of_the_doctor_ends_no_run(
+    looks: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One warning with the reason; the numbers are those of a run without a doctor."""
+    run(fresh("full"), run_dir=tmp_path / "without", doctor=False)
+    monkeypatch.setattr("trl.trainer.resumable.DoctorWatch", partial(Broken, *looks))
+    with caplog.at_level("WARNING", logger="trl.runs.observer"):
+        result = run(fresh("full"), run_dir=tmp_path / "run")
+    assert result.steps == 3 and recorded(tmp_path / "run") == recorded(tmp_path / "without")
+    first, *rest = [text for text in caplog.messages if "the doctor failed" in text]
+    reason = f"the doctor failed (ZeroDivisionError: a defect of {looks[0]}"
+    assert first.startswith(reason) and "training goes on" in first and "hf_abc" not in caplog.text
+    failures = sum({"begin": 1, "first_batch": 1, "row": 3}[look] for look in looks)
+    assert rest == ([f"the doctor failed {failures} times in this run"] if failures > 1 else [])
+    assert sum(line.startswith("the doctor failed: ZeroDivisionError") for line in events(tmp_path / "run")) == 1
 
 
 def test_an_error_of_the_batch_is_seen_before_its_update() -> None:

@@ -33,6 +33,18 @@ QUICK: dict[str, Any] = {
     "dpo": {"max_steps": 2, "per_device_train_batch_size": 8, "save_steps": 1},
     "best_of_n": {"most": 4},
 }
+SUMMARIES: dict[str, Any] = {
+    "pipeline": "summaries",
+    "base": "tiny-gpt2-reviews",
+    "judge": "tiny-bert-sentiment",
+    "max_new_tokens": 4,
+    "lexicon": 12,
+    "most": 2,
+    "data": {"source": "reviews", "sft_rows": 60, "prompts": 40, "test_prompts": 8},
+    "model": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2},
+    "sft": QUICK["sft"],
+    "ppo": QUICK["ppo"],
+}
 
 
 @pytest.fixture
@@ -154,6 +166,55 @@ def test_endings_are_whole_sentences(tmp_path: Path, load: Any):
     assert text.prompt == "I would" and text.prompt + text.completion == end and text.positive
 
 
+def test_summaries_and_resume(tmp_path: Path, load: Any):
+    """The encoder-decoder's pipeline, through the same runner."""
+    main = load("run").main
+    said = ("great", "boring", "lovely", "dull", "moving", "stupid", "funny", "awful", "clever", "weak")
+    for name, offset in (("train", 0), ("test", 3)):
+        rows = [
+            {
+                "text": f"The {name} of number {i} was {said[i % 10]} and its actors were {said[(3 * i + offset) % 10]} in the end."
+            }
+            for i in range(60)
+        ]
+        lines = "".join(json.dumps(row | {"label": 1, "source": "imdb"}) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    settings = SUMMARIES | {"data": SUMMARIES["data"] | {"reviews": str(tmp_path)}}
+    arguments = [written(tmp_path / "quick.yaml", settings), "--out", str(tmp_path / "run")]
+    first = main(arguments)
+    root = tmp_path / "run"
+    table = (root / "results.md").read_text(encoding="utf-8")
+    assert (
+        "| overlap with the reference (the reward) |" in table
+        and "| tone kept |" in table
+        and "Texts: reviews" in table
+    )
+    assert first["judged"]["overlap"]["prompts"] == 8
+    assert "rows" not in json.loads((root / "results.json").read_text(encoding="utf-8"))["judged"]["tone"]
+    lexicon = set(first["data"]["lexicon"])
+    for line in (root / "data" / "sft.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        summary = row["completion"].split()
+        assert 1 <= len(summary) <= 2 and set(summary) <= lexicon
+        places = [load("summaries").words(row["prompt"]).index(word) for word in summary]
+        assert places == sorted(places)
+    # Interrupted after PPO's last checkpoint.
+    before = (root / "ppo" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(root / "ppo" / "model")
+    (root / "ppo" / "result.json").unlink()
+    assert main([*arguments, "--resume"])["ppo"]["steps"] == first["ppo"]["steps"] == 2
+    assert (root / "ppo" / "model" / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="pipeline: 'sumaries' must be one of reviews, summaries"):
+        main([written(tmp_path / "wrong.yaml", SUMMARIES | {"pipeline": "sumaries"}), "--out", str(tmp_path / "other")])
+
+
+def test_the_overlap_of_summaries(load: Any):
+    """F1 of the words, by hand."""
+    overlap = load("summaries").overlap
+    found = overlap([""] * 5, [" great, fun", "great", "fun great dull", "", "great great"], ["great fun"] * 5)
+    assert found == pytest.approx([1.0, 2 / 3, 4 / 5, 0.0, 1 / 2])
+
+
 @pytest.mark.slow
 def test_results(tmp_path: Path, load: Any):
     if not (ROOT / "data" / "reviews" / "train.jsonl").exists():
@@ -168,3 +229,15 @@ def test_results(tmp_path: Path, load: Any):
     assert 2 < judged["ppo"]["kl"]["value"] < 5
     for name in ("dpo", "best_of_n"):
         assert abs(judged[name]["kl"]["value"] - judged["ppo"]["kl"]["value"]) < 1
+
+
+@pytest.mark.slow
+def test_ppo_improves_summaries(tmp_path: Path, load: Any):
+    """On texts that the embedded model writes: nothing needs to be fetched."""
+    settings = yaml.safe_load((FOLDER / "summaries.yaml").read_text(encoding="utf-8"))
+    settings["data"] |= {"source": "sampled"}
+    judged = load("run").main([written(tmp_path / "summaries.yaml", settings), "--out", str(tmp_path / "run")])[
+        "judged"
+    ]
+    assert judged["overlap"]["difference"]["low"] > 0.03 and judged["overlap"]["win_rate"]["low"] > 0.5
+    assert judged["overlap"]["kl"]["value"] < 8

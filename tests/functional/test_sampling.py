@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers import assert_close
-from trl.functional.sampling import cut_logits, draw
+from trl.functional.sampling import _sum_by_products, cut_logits, draw
 
 INF = math.inf
 
@@ -143,3 +143,10 @@ def test_cuts_are_those_of_transformers(cut: dict[str, Any], words: int) -> None
 def test_settings_out_of_range(cut: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         cut_logits(torch.zeros(1, 3), **cut)
+
+
+@pytest.mark.parametrize("count", [1, 5, 512, 513, 300_000])
+def test_a_running_sum_by_products_is_a_running_sum(count: int) -> None:
+    """What draws use on a GPU in torch's deterministic mode."""
+    x = torch.rand(3, count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(_sum_by_products(x), x.cumsum(dim=-1), rtol=1e-12, atol=0)

@@ -463,3 +463,28 @@ def test_the_peak_of_memory_is_among_the_statistics(make_trainer: Any, make_batc
     after = trainer.step(*make_batch())["memory/peak_mb"]
     assert before > 50 and len(held) / 2**20 <= after < 2**20  # MiB: neither KiB nor bytes
     assert after >= before
+
+
+# Many parameters at once, as on a GPU --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+@pytest.mark.parametrize("group_size", [1, 40, 2**26])
+def test_parameters_together_are_parameters_one_by_one(
+    kind: type[Adam], group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_GPU_GROUP", group_size)
+    one, together = parameters(), parameters()
+    first, second = (kind(p, lr=0.01, weight_decay=0.1, fused=True) for p in (one, together))
+    for step in range(3):
+        mine, theirs = gradients(step), gradients(step)
+        adam_step(first, dict(zip(one, mine, strict=True)), 0.5)
+        group = second.param_groups[0]
+        updates = [(p, g, streaming._state(second, p, group)) for p, g in zip(together, theirs, strict=True)]
+        batches = list(streaming._batches(updates))
+        assert sum(len(batch) for batch in batches) == len(SHAPES)
+        for batch in batches:
+            streaming._step_together(batch, group, 0.5)
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one, together, strict=True))
+    assert equal(first, second)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.report.runs import make_run, row
+from trl.health import NOT_FINITE
 from trl.report.reading import Run, read_run
 from trl.report.verdict import duration, number, verdict
 
@@ -21,7 +23,7 @@ def judged(path: Path, **options: Any) -> tuple[Run, Any]:
 
 def test_a_healthy_run(tmp_path: Path) -> None:
     run, found = judged(tmp_path / "run")
-    assert (run.state, found.mood, found.departures) == ("finished", "good", [])
+    assert (run.ending.state, found.mood, found.departures) == ("finished", "good", [])
     assert found.headline == "Finished at step 20 of 20, 38 s of training"
     assert found.sentences[-1] == "All watched metrics stayed in their healthy bands."
 
@@ -47,9 +49,34 @@ def test_a_moment_out_of_the_band_and_the_first_steps_do_not_count(tmp_path: Pat
     assert found.departures == [] and found.mood == "good"
 
 
+def test_explained_variance_is_judged_where_scores_vary(tmp_path: Path) -> None:
+    bad = {"ppo/val/var_explained": -9.0}
+    for name, spread in (("solved", 0.0), ("varied", 0.4)):
+        rows = [row(s, 50, **({} if s < 30 else bad | {"score/std": spread})) for s in range(1, 51)]
+        _, found = judged(tmp_path / name, steps=50, rows=rows)
+        keys = [left.metric.key for left in found.departures]
+        assert ("ppo/val/var_explained" in keys) == (name == "varied")
+
+
 def test_a_negative_kl_is_too_low(tmp_path: Path) -> None:
     _, found = judged(tmp_path / "run", rows=[row(s, **{"objective/kl": -4.0}) for s in range(1, 21)])
     assert "clearly negative" in found.departures[0].symptom.symptom
+
+
+def test_a_metric_that_is_not_finite_is_outside_of_any_band(tmp_path: Path) -> None:
+    """Also one without a band, and within the grace of one; scores are missing where no sample has one."""
+    lost = {"ppo/policy/entropy": math.nan, "ppo/loss/value": math.inf, "score/mean": math.nan, "unknown": math.nan}
+    rows = [row(s, **(lost if s > 17 else {})) for s in range(1, 21)]
+    run, found = judged(tmp_path / "run", rows=rows)
+    assert run.rows[-1]["ppo/policy/entropy"] is None
+    assert {d.metric.key: (d.steps, d.first, d.last) for d in found.departures} == {
+        "ppo/policy/entropy": (3, 18, 20),
+        "ppo/loss/value": (3, 18, 20),
+    }
+    for left in found.departures:
+        assert left.symptom == NOT_FINITE
+    sentence = "Outside its healthy band (any finite number) in 3 steps, between steps 18 and 20."
+    assert sentence in [left.sentence for left in found.departures]
 
 
 @pytest.mark.parametrize(
@@ -58,25 +85,25 @@ def test_a_negative_kl_is_too_low(tmp_path: Path) -> None:
         ({"reason": "callback", "target": 50}, (), "finished", "good", "Finished at step 20 of 50, 38 s of training, ended by a callback"),
         ({"reason": "SIGINT", "target": 50}, (), "stopped", "good", "Stopped by SIGINT at step 20 of 50, 38 s of training; run it again with resume='auto' to go on"),
         ({}, ("failed in step 21: ValueError: no\x1b[31m",), "failed", "bad", "Failed in step 21: ValueError: no; the last complete step is 20 of 20, 38 s of training"),
-        ({}, ("failed in step 3: OSError: full", "run opened"), "stopped", "good", "Stopped without saying why at step 20 of 20, 38 s of training; run it again with resume='auto' to go on"),
+        ({}, ("failed in step 3: OSError: full", "run opened"), "killed", "good", "Stopped without saying why at step 20 of 20, 38 s of training; run it again with resume='auto' to go on"),
     ],
 )  # fmt: skip
 def test_how_a_run_ended(
     tmp_path: Path, summary: dict[str, Any], events: tuple[str, ...], state: str, mood: str, headline: str
 ) -> None:
     run, found = judged(tmp_path / "run", summary=summary, events=events)
-    assert (run.state, found.mood, found.headline) == (state, mood, headline)
+    assert (run.ending.state, found.mood, found.headline) == (state, mood, headline)
 
 
 def test_a_run_is_running_while_its_writer_lives(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", summary={})
     (path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}")
     run = read_run(path)
-    assert run.state == "running" and verdict(run).headline.startswith(
+    assert run.ending.state == "running" and verdict(run).headline.startswith(
         "Running: step 20 of 20, 38 s of training; last written"
     )
     (path / ".lock").write_text(f"process 999999999 on {socket.gethostname()}")
-    assert read_run(path).state == "stopped"
+    assert read_run(path).ending.state == "killed"
 
 
 def test_errors_of_the_doctor_make_a_run_bad(tmp_path: Path) -> None:

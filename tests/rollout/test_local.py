@@ -173,7 +173,7 @@ def responses_of(limits: list[int], batch_size: int = 5) -> list[Tensor]:
 
 
 def test_batch_size_changes_no_response(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl.rollout.local._FREE_MEMORY", 0)  # no more rows than were asked for
+    monkeypatch.setattr("trl.rollout.local._SPARE_MEMORY", 0)  # no more rows than were asked for
     runs = [responses_of([7] * 5, batch_size=size) for size in (1, 2, 5)]
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))

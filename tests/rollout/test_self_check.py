@@ -58,7 +58,7 @@ def test_a_loop_that_is_wrong_is_found_out(build: Any, broken: str, monkeypatch:
 def test_the_cache_goes_by_the_name_that_the_forward_has_for_it(keyword: str) -> None:
     model, seen = with_cache_called(keyword, tiny_gpt2())
     assert obstacle(model) is None
-    assert sum(cache is not None for cache in seen) == 4  # queries and three tokens; the plain passes have none
+    assert sum(cache is not None for cache in seen) == 5  # queries and four tokens; the plain passes have none
 
 
 def test_a_model_that_cannot_be_decoded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

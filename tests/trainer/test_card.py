@@ -134,11 +134,12 @@ def test_base_model_and_licence_of_a_hub_id(make_trainer: Any, tmp_path: Path, m
 
 def test_a_push_looks_the_licence_up(make_trainer: Any, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("trl.trainer.base.find_file", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr("trl.trainer.card.find_file", lambda *arguments: asked.append(arguments))
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
     model.config._name_or_path = "them/small"
     make_trainer(model=model).push_to_hub("model", token="t")
-    assert asked == [("them/small", "README.md", {"token": "t"})]
+    assert asked[0] == ("them/small", "README.md", {"token": "t"})
+    assert {hub["local_files_only"] for *_, hub in asked[1:]} == {True}
 
 
 def test_a_folders_own_card_says_what_it_was_made_from(make_trainer: Any, tmp_path: Path) -> None:

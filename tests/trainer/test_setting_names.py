@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from dataclasses import fields, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trl import PPOConfig
+from trl import OnlineTrainer, PPOConfig, PPOTrainer
 
 RELEASES = Path(__file__).parents[1] / "compat/data/releases"
 
@@ -75,3 +76,24 @@ def test_what_follows_from_other_settings() -> None:
 def test_new_settings_stand_behind_the_old_ones() -> None:
     names = [f.name for f in fields(PPOConfig)]
     assert names.index("compare_steps") < names.index("exp_name") < names.index("is_peft_model") == len(names) - 1
+
+
+@pytest.mark.parametrize("kind", [PPOTrainer, OnlineTrainer])
+def test_arguments_of_newer_trainers_are_named_as_they_are_here(kind: type) -> None:
+    with pytest.raises(TypeError) as caught:
+        kind(args=PPOConfig(), processing_class=None, model=None, train_dataset=[], value_model=None)
+    assert str(caught.value) == (
+        f"{kind.__name__} has no argument args: use config, a PPOConfig; no argument processing_class: use tokenizer; "
+        "no argument train_dataset: use train(prompts), which takes a datasets.Dataset; no argument value_model, and needs "
+        "none: values come from the value head of model (docs/migrate/trl-1.md)"
+    )
+    with pytest.raises(TypeError, match=rf"^{kind.__name__} has no argument tokeniser: did you mean tokenizer\?$"):
+        kind(PPOConfig(), tokeniser=None)
+
+
+def test_a_subclass_is_named_by_its_own_name_and_keeps_the_signature() -> None:
+    mine = type("Mine", (PPOTrainer,), {})
+    with pytest.raises(TypeError, match=r"^Mine has no argument xyzzy$"):
+        mine(PPOConfig(), xyzzy=1)
+    parameters = list(inspect.signature(mine).parameters)
+    assert parameters[:4] == ["config", "model", "ref_model", "tokenizer"] and "kwargs" not in parameters

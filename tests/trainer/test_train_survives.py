@@ -456,9 +456,9 @@ def refuses(folder: Path, trainer: Any, message: str, **arguments: Any) -> None:
 
 def test_r7_another_run_is_refused_with_every_difference_named_and_nothing_changed(tmp_path: Path) -> None:
     run(run_dir=tmp_path, steps=1)
-    refuses(tmp_path, fresh(batch_size=8), "batch_size was 4, is 8$")
-    refuses(tmp_path, fresh(seed=3), "seed was 0, is 3, which changes the order of the prompts$")
-    refuses(tmp_path, fresh(), "its prompts have other ids or tokens$", prompts=PROMPTS[1:])
+    refuses(tmp_path, fresh(batch_size=8), "batch_size was 4, is 8")
+    refuses(tmp_path, fresh(seed=3), "seed was 0, is 3, which changes the order of the prompts")
+    refuses(tmp_path, fresh(), "its prompts have other ids or tokens", prompts=PROMPTS[1:])
     several = "batch_size was 4, is 8; its prompts have other ids or tokens; seed was 0, is 3"
     refuses(tmp_path, fresh(batch_size=8, seed=3), several, prompts=PROMPTS[1:])
 

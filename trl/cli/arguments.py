@@ -59,6 +59,7 @@ def read(command: Command, words: Sequence[str]) -> Invocation:
     options: dict[str, tuple[str, ...]] = {}
     texts: dict[str, tuple[str, tuple[str, ...]]] = {}  # spelling and values, by the setting's path
     rest = list(words)
+    settings_of = _run_command(words) if command.name == "resume" else command.name
     while rest:
         word = rest.pop(0)
         if word == "--":
@@ -80,7 +81,7 @@ def read(command: Command, words: Sequence[str]) -> Invocation:
             before = options.get(name, ()) if option.repeated else ()
             options[name] = (*before, value)
             continue
-        path, value = _setting(command, spelling, name, value if equals else None, rest)
+        path, value = _setting(command, settings_of, spelling, name, value if equals else None, rest)
         repeated = path in ("reward.functions",)
         before = texts[path][1] if repeated and path in texts else ()
         texts[path] = (spelling, (*before, value))
@@ -90,27 +91,42 @@ def read(command: Command, words: Sequence[str]) -> Invocation:
         raise UsageError(
             [Problem(text=f"{count} given"), Problem(text=f"trl {command.name} {command.usage}", where="usage")]
         )
-    return Invocation(command=command, arguments=tuple(arguments), options=options, flags=_flags(texts))
+    return Invocation(command=command, arguments=tuple(arguments), options=options, flags=_flags(texts, settings_of))
 
 
-def _setting(command: Command, spelling: str, name: str, value: str | None, rest: list[str]) -> tuple[str, str]:
+def _run_command(words: Sequence[str]) -> str:
+    """The command that started the run which a word names; "ppo" if there is none."""
+    from trl.cli.launch import command_of_run
+
+    found = (command_of_run(word) for word in words if not word.startswith("-"))
+    return next((command for command in found if command is not None), "ppo")
+
+
+def _setting(
+    command: Command, settings_of: str, spelling: str, name: str, value: str | None, rest: list[str]
+) -> tuple[str, str]:
     """Path and value of a setting's flag; takes the value from `rest` if it is a word of its own."""
     if command.settings:
         from trl.cli import catalogue
 
         known = name.replace("-", "_")
-        setting = catalogue.find(known)
+        setting = catalogue.find(known, command=settings_of)
         if isinstance(setting, str) and known.startswith("no_"):
-            positive = catalogue.find(known.removeprefix("no_"))
+            positive = catalogue.find(known.removeprefix("no_"), command=settings_of)
             if not isinstance(positive, str) and _is_switch(positive.kind) and value is None:
                 return positive.path, "false"
         if not isinstance(setting, str):
             if value is None and _is_switch(setting.kind):
                 value = rest.pop(0) if rest and rest[0].lower() in _BOOLEANS else "true"
             return setting.path, _next_value(rest, spelling) if value is None else value
+        if (path := setting.removeprefix(": use ")) in catalogue.settings():
+            setting = f": use {catalogue.shortest_flag(path)}"
         if setting and "did you mean" not in setting:
             raise UsageError(f"{spelling} is no setting{setting}")
-        names = [*(option.name[2:] for option in command.options), *(n.replace("_", "-") for n in catalogue.flags())]
+        names = [
+            *(option.name[2:] for option in command.options),
+            *(n.replace("_", "-") for n in catalogue.flags(settings_of)),
+        ]
     else:
         names = [option.name[2:] for option in command.options]
     near = did_you_mean(name, names).replace("mean ", "mean --")
@@ -129,13 +145,13 @@ def _is_switch(kind: Any) -> bool:
     return bool in alternatives(kind)
 
 
-def _flags(texts: Mapping[str, tuple[str, tuple[str, ...]]]) -> tuple[Any, ...]:
+def _flags(texts: Mapping[str, tuple[str, tuple[str, ...]]], command: str) -> tuple[Any, ...]:
     if not texts:
         return ()
     from trl.cli import catalogue
     from trl.cli.resolve import Flag
 
     return tuple(
-        Flag(setting=catalogue.settings()[path], texts=values, spelling=spelling)
+        Flag(setting=catalogue.settings(command)[path], texts=values, spelling=spelling)
         for path, (spelling, values) in texts.items()
     )

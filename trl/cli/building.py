@@ -99,18 +99,23 @@ def wrapped(
     resolved: Resolved, source: Any, *, new_adapter: bool, setting: str = "model.name", **arguments: Any
 ) -> Any:
     """A folder, hub id or transformers model with a value head, and with the adapter of `lora` if `new_adapter`."""
-    adapter = resolved.section("lora")
     seq2seq = bool(getattr(model_config(resolved, setting), "is_encoder_decoder", False))
     wrapper = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
     if new_adapter:
-        arguments["peft_config"] = require_peft("lora.r").LoraConfig(
-            task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
-            r=adapter.r,
-            lora_alpha=adapter.alpha or 2 * adapter.r,
-            lora_dropout=adapter.dropout,
-            target_modules=adapter.target_modules,
-        )
+        arguments["peft_config"] = lora_config(resolved, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
     return wrapper.from_pretrained(source, **arguments)
+
+
+def lora_config(resolved: Resolved, task_type: str) -> Any:
+    """The adapter of the section `lora`, as peft takes it."""
+    adapter = resolved.section("lora")
+    return require_peft("lora.r").LoraConfig(
+        task_type=task_type,
+        r=adapter.r,
+        lora_alpha=adapter.alpha or 2 * adapter.r,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target_modules,
+    )
 
 
 def trainer(command: str, resolved: Resolved, steps: int) -> OnlineTrainer:
@@ -179,8 +184,14 @@ def prompts(resolved: Resolved) -> tuple[Any, Any]:
     rows = [row for _, row in read_rows(source, max_streamed=_MOST_PROMPTS)]
     if data.held_out >= len(rows):
         raise UsageError([resolved.problem(f"held_out={data.held_out} leaves none of {len(rows)} prompts", "data")])
-    random.Random(0).shuffle(rows)  # the same split whatever the seed, so that runs can be compared
-    return rows[data.held_out :], rows[: data.held_out]
+    return split_off(rows, data.held_out)
+
+
+def split_off(rows: list[Any], count: int) -> tuple[list[Any], list[Any]]:
+    """Rows to train on, and `count` drawn ones to hold out: the same whatever the seed, so that runs can be compared."""
+    rows = list(rows)
+    random.Random(0).shuffle(rows)
+    return rows[count:], rows[:count]
 
 
 def generation(resolved: Resolved) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def main(invocation: Invocation) -> int:
 
 def words_of(command: Command) -> list[str]:
     """Options and flags of a command."""
-    flags = [catalogue.shortest_flag(path) for path in catalogue.settings()] if command.settings else []
+    flags = list(catalogue.shortest_flags(command.name).values()) if command.settings else []
     return [*(option.name for option in command.options), *flags, "--help"]
 
 
@@ -78,8 +78,10 @@ def fish() -> str:
         lines.append(f"complete -c trl -n __fish_use_subcommand -f -a {name} -d {_single(command.summary)}")
         meanings = {option.name: option.meaning for option in command.options}
         if command.settings:
+            known = {} if name in catalogue.STAGES else catalogue.settings(name)
             meanings |= {
-                catalogue.shortest_flag(path): setting.meaning for path, setting in catalogue.settings().items()
+                flag: known[path].meaning if path in known else path
+                for path, flag in catalogue.shortest_flags(name).items()
             }
         for flag, meaning in meanings.items():
             lines.append(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trl.cli import catalogue, launch, places, reward_sources
+from trl.cli import catalogue, launch, places, reward_sources, stage_templates
 from trl.cli.arguments import Invocation
+from trl.cli.catalogue import STAGES
 from trl.cli.problems import Problem, UsageError, did_you_mean, shorten
 from trl.cli.resolve import DEFAULT, Collector, Resolved, resolve
 from trl.cli.run_table import existing_run
+from trl.cli.yaml_nodes import Document
 from trl.redaction import redact
 from trl.trackers.plain import plain
 
@@ -55,25 +58,48 @@ def main(invocation: Invocation) -> int:
 
 
 def _init(invocation: Invocation, arguments: list[str]) -> int:
+    command = arguments.pop(0) if arguments and arguments[0] in ("ppo", *STAGES) else "ppo"
     if len(arguments) > 1 or invocation.flags:
-        raise UsageError("trl config init takes one file name, run.yaml by default")
-    path = Path(arguments[0] if arguments else "run.yaml")
-    if path.exists() and not invocation.has("force"):
-        raise UsageError(f"{path} exists: choose another name, or overwrite it with --force")
-    try:
-        path.write_text(TEMPLATE.format(name=path.name), encoding="utf-8")
-    except OSError as error:
-        raise UsageError([Problem(text=error.strerror or str(error), where=str(path))]) from error
-    print(f"wrote {path}\nnext: trl ppo {path}")
+        near = did_you_mean(arguments[0], ("ppo", *STAGES)) if arguments else ""
+        raise UsageError(f"trl config init takes a command, ppo by default, and one file name{near}")
+    path = Path(arguments[0] if arguments else f"{'run' if command == 'ppo' else command}.yaml")
+    texts = {path: TEMPLATE.format(name=path.name)}
+    if command in STAGES:
+        rows = path.with_suffix(".jsonl")
+        texts = {
+            path: stage_templates.template(command, path.name, str(rows)),
+            rows: stage_templates.example_rows(command),
+        }
+    for target, text in texts.items():
+        if target.exists() and not invocation.has("force"):
+            raise UsageError(f"{target} exists: choose another name, or overwrite it with --force")
+        try:
+            target.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError([Problem(text=error.strerror or str(error), where=str(target))]) from error
+    print(f"wrote {' and '.join(map(str, texts))}\nnext: trl {command} {path}")
     return 0
+
+
+def command_of(files: Sequence[str]) -> str:
+    """The command that configurations are for: an offline stage if they have its section and none of PPO's, else "ppo"."""
+    names: set[str] = set()
+    for file in files:
+        with suppress(UsageError):  # which is reported when the file is read
+            names |= {key.value.strip().replace("-", "_") for key, _ in Document.load(file).pairs()}
+    if names & {"ppo", "grpo", "reward", "generation"}:
+        return "ppo"
+    return next((stage for stage, section in STAGES.items() if section in names), "ppo")
 
 
 def _check(invocation: Invocation, arguments: list[str]) -> int:
     if not arguments:
         raise UsageError("trl config check needs a file")
-    resolved = resolve("ppo", files=arguments, environment=invocation.environment, flags=invocation.flags)
+    command = command_of(arguments)
+    resolved = resolve(command, files=arguments, environment=invocation.environment, flags=invocation.flags)
     places.check(resolved)
-    reward_sources.check(resolved)
+    if command not in STAGES:
+        reward_sources.check(resolved)
     given = len(resolved.given)
     print(f"{', '.join(arguments)}: {given} settings given, all valid")
     return 0
@@ -101,9 +127,10 @@ def _diff(invocation: Invocation, arguments: list[str]) -> int:
 def _values(name: str) -> dict[str, Any]:
     """Settings of a file or a run, by path, with secrets redacted."""
     if Path(name).is_file():
-        collector = Collector()
+        command = command_of([name])
+        collector = Collector(command)
         collector.add_file(name)
-        return dict(redact(dict(collector.resolved("ppo").values)))
+        return dict(redact(dict(collector.resolved(command).values)))
     run = existing_run(name)
     stored = launch.stored_config(run)
     if "launch" in stored:
@@ -122,8 +149,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def shown(resolved: Resolved) -> str:
     """The settings as YAML, each with where it came from; sections of defaults alone are left out."""
     lines = []
-    for section in catalogue.SECTIONS:
-        settings = [setting for setting in catalogue.settings().values() if setting.section == section]
+    for section in catalogue.sections_of(resolved.command):
+        settings = [setting for setting in catalogue.settings(resolved.command).values() if setting.section == section]
         if all(resolved.sources[setting.path] == DEFAULT for setting in settings):
             continue
         lines.append(f"{section}:")

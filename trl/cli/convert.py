@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections.abc
 import re
 import types
+from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
 from trl.cli.problems import did_you_mean, shorten
@@ -17,6 +18,7 @@ _NULL = ("", "null", "none", "~")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _INTEGER = re.compile(r"[-+]?\d+(?:_\d+)*")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.?inf", re.IGNORECASE)
+_MOST_CHOICES = 12  # of a setting that are listed
 _LISTS = (list, tuple, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping)
 
@@ -99,8 +101,26 @@ def convert(document: Document, node: Any, kind: Any) -> Any:
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    """The members of a union, or the type itself; of an enum or its text, the enum alone."""
+    parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if any(_is_enum(part) for part in parts):
+        return tuple(part for part in parts if part is not str)
+    return parts
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
+
+
+def _choices(kind: Any) -> list[Any]:
+    """The values of a `Literal` or an enum; [] for any other type."""
+    return (
+        [entry.value for entry in kind]
+        if _is_enum(kind)
+        else list(get_args(kind))
+        if get_origin(kind) is Literal
+        else []
+    )
 
 
 def is_list(kind: Any) -> bool:
@@ -125,8 +145,10 @@ def expected(kind: Any) -> str:
 
 
 def _words(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(kind))
+    if choices := _choices(kind):
+        others = len(choices) - _MOST_CHOICES
+        more = f" and {others} others" if others > 0 else ""
+        return "one of " + ", ".join(map(str, choices[:_MOST_CHOICES])) + more
     if is_list(kind):
         return "a list"
     if is_mapping(kind):
@@ -136,14 +158,14 @@ def _words(kind: Any) -> str:
 
 
 def _nearest(node: Any, parts: tuple[Any, ...]) -> str:
-    choices = [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    choices = [str(choice) for part in parts for choice in _choices(part)]
     return did_you_mean(node.value, choices) if choices and node.id == "scalar" else ""
 
 
 def _scalar(node: Any, kind: Any) -> Any:
     text = node.value.strip()
-    if get_origin(kind) is Literal:
-        for choice in get_args(kind):
+    if choices := _choices(kind):
+        for choice in choices:
             if str(choice) == text:
                 return choice
     elif kind is bool and text.lower() in (*_TRUE, *_FALSE):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from trl.cli import building
+from trl.cli import building, reward_sources
 from trl.cli.resolve import Resolved
 from trl.data import load_prompts
 from trl.models import create_reference_model
@@ -49,8 +49,8 @@ def text(command: str, resolved: Resolved) -> str:
     batch, mini = resolved["ppo.batch_size"], resolved["ppo.mini_batch_size"]
     lines = [
         f"parameters      {found.parameters:,}, of which {found.trained:,} are trained",
-        f"memory          about {_size(found.total)}: weights {_size(found.weights)}, reference {_size(found.reference)}, "
-        f"gradients {_size(found.gradients)}, optimizer {_size(found.optimizer)}, activations {_size(found.activations)}",
+        f"memory          about {size(found.total)}: weights {size(found.weights)}, reference {size(found.reference)}, "
+        f"gradients {size(found.gradients)}, optimizer {size(found.optimizer)}, activations {size(found.activations)}",
         f"prompts         {found.prompts:,}, {found.prompt_tokens:.0f} tokens on average",
         f"a step          {batch} samples, at most {found.tokens_per_step:,} tokens, {found.optimizer_steps} optimizer steps",
         f"the run         {found.steps:,} steps, {found.samples:,} samples, {found.samples / resolved['ppo.group_size'] / found.prompts:.1f} passes over the prompts",
@@ -64,7 +64,7 @@ def text(command: str, resolved: Resolved) -> str:
 
 
 def estimate(command: str, resolved: Resolved) -> Estimate:
-    """Estimates a run without loading weights.
+    """Estimates a run without loading weights, and reads every prompt as the run would.
 
     Memory counts float32 weights, gradients and Adam's two moments. Activations follow Korthikanti et al. 2022
     (arXiv:2205.05198): 34 bytes per token, layer and hidden unit at two bytes a number, without the attention matrices,
@@ -76,9 +76,13 @@ def estimate(command: str, resolved: Resolved) -> Estimate:
     width = int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 0)
     layers = int(getattr(config, "num_hidden_layers", None) or 0)
     own = {id(p) for p in policy.parameters()}
-    trained = _count(p for p in policy.parameters() if p.requires_grad)
+    trained = count(p for p in policy.parameters() if p.requires_grad)
     source, held_out = building.prompts(resolved)
-    prompts = load_prompts(source, building.tokenizer(resolved))
+    tokenizer = building.tokenizer(resolved)
+    prompts = load_prompts(source, tokenizer)
+    reward_sources.check_columns(resolved, list(prompts[0].columns))
+    if held_out is not None:
+        load_prompts(held_out, tokenizer)  # an error names the row
     lengths = [len(prompt.tokens) for prompt in prompts]
     response = resolved["generation.max_new_tokens"]
     steps = TrainOptions(
@@ -93,10 +97,10 @@ def estimate(command: str, resolved: Resolved) -> Estimate:
     moments = 2 if ppo.optimizer_state_dtype == "bfloat16" else 4
     per_token = 4 * width if ppo.gradient_checkpointing else 68 * width
     return Estimate(
-        parameters=_count(policy.parameters()),
+        parameters=count(policy.parameters()),
         trained=trained,
-        weights=4 * _count(policy.parameters()),
-        reference=0 if reference is None else 4 * _count(p for p in reference.parameters() if id(p) not in own),
+        weights=4 * count(policy.parameters()),
+        reference=0 if reference is None else 4 * count(p for p in reference.parameters() if id(p) not in own),
         gradients=4 * trained,
         optimizer=2 * moments * trained,
         activations=micro * (layers * per_token + 4 * vocabulary),
@@ -132,9 +136,11 @@ def _empty(resolved: Resolved, setting: str) -> Any:
     return auto_class.from_config(config, trust_remote_code=resolved["model.trust_remote_code"])
 
 
-def _count(parameters: Iterable[Any]) -> int:
+def count(parameters: Iterable[Any]) -> int:
+    """Numbers in parameters."""
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _size(count: float) -> str:
-    return f"{count / _MEBIBYTE / 1024:.1f} GB" if count >= 1024 * _MEBIBYTE else f"{count / _MEBIBYTE:.0f} MB"
+def size(number: float) -> str:
+    """Bytes in MB or GB."""
+    return f"{number / _MEBIBYTE / 1024:.1f} GB" if number >= 1024 * _MEBIBYTE else f"{number / _MEBIBYTE:.0f} MB"

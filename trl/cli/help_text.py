@@ -46,12 +46,14 @@ def _settings(command: Command) -> Iterator[str]:
         _width(),
     )
     changed = COMMAND_DEFAULTS.get(command.name, {})
-    for section, cls in catalogue.SECTIONS.items():
+    flags = catalogue.shortest_flags(command.name)
+    for section in catalogue.sections_of(command.name):
         if section in ("ppo", "grpo") and section != command.name and section == "grpo":
             continue
         yield ""
-        yield f"{section}: {(cls.__doc__ or '').strip().splitlines()[0]}"
-        for path, setting in catalogue.settings().items():
+        about = catalogue.section_class(section, command.name).__doc__ or ""
+        yield from textwrap.wrap(f"{section}: {about.strip().splitlines()[0]}", _width())
+        for path, setting in catalogue.settings(command.name).items():
             if setting.section == section:
                 default = changed.get(path, setting.default)
                 shown = (
@@ -60,7 +62,7 @@ def _settings(command: Command) -> Iterator[str]:
                     else f" [{str(default).lower() if isinstance(default, bool) else default}]"
                 )
                 meaning = f"{setting.meaning} ({expected(setting.kind).removesuffix(' or null')}){shown}"
-                yield from _table([(catalogue.shortest_flag(path), meaning)])
+                yield from _table([(flags[path], meaning)])
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:

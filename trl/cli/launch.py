@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trl.cli import places
+from trl.cli.catalogue import STAGES
 from trl.cli.problems import Problem, UsageError
 from trl.cli.resolve import DEFAULT, Collector, Resolved
 from trl.cli.yaml_nodes import Document
@@ -23,9 +24,9 @@ def record(command: str, resolved: Resolved, files: Mapping[str, str]) -> dict[s
     """Builds the record that `trl resume` reads.
 
     Args:
-        command: "ppo" or "grpo".
+        command: "ppo", "grpo" or an offline stage.
         resolved: settings, with absolute paths.
-        files: SHA-256 of the files that hold rewards, by path.
+        files: SHA-256 of the files that hold rewards or rows, by path.
     """
     return {
         "command": command,
@@ -45,6 +46,15 @@ def stored_config(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def command_of_run(name: str) -> str | None:
+    """The command that started a run, given as a path or a name in `runs`; None if there is no such run."""
+    for folder in (Path(name), Path("runs") / name):
+        found = stored_config(folder).get(_KEY) if "\0" not in name else None
+        if isinstance(found, dict):
+            return str(found.get("command", "ppo"))
+    return None
+
+
 class Launch:
     """The start of a run, read back.
 
@@ -58,7 +68,8 @@ class Launch:
         if not isinstance(stored, dict):
             raise UsageError(
                 [Problem(
-                    text="it was started from Python: run its script again, with train(resume='auto')",
+                    text="it was started from Python: run its script again, with train(resume='auto'), or for an offline "
+                    "stage train(resume_from_checkpoint='auto')",
                     where=f"{run / CONFIG}",
                 )]
             )  # fmt: skip
@@ -66,7 +77,7 @@ class Launch:
         self.folder = str(stored.get("folder", "."))
         self.files: dict[str, str] = dict(stored.get("files") or {})
         self._sources: dict[str, str] = dict(stored.get("sources") or {})
-        self._collector = Collector()
+        self._collector = Collector(self.command)
         self._collector.add_document(_sections(run / CONFIG, stored))
 
     def resolved(self, environment: Mapping[str, str], flags: Any) -> Resolved:
@@ -97,26 +108,30 @@ class Launch:
         resolved = collector.resolved(self.command)
         # What was a default when the run began stays what it was, should a later version have another.
         values = {path: given.value for path, given in stored.items() if path not in collector.given}
-        return Resolved({**resolved.values, **values}, resolved.sources, resolved.given)
+        return Resolved({**resolved.values, **values}, resolved.sources, resolved.given, resolved.command)
 
-    def check_files(self, resolved: Resolved, given_reward: bool) -> None:
-        """Checks that the files of the run's rewards are those that it began with.
+    def check_files(self, resolved: Resolved, given_anew: bool) -> None:
+        """Checks that the files of the run's rewards, or of an offline stage's rows, are those that it began with.
 
         Args:
             resolved: settings to resume with.
-            given_reward: the reward was given anew, so it may have changed.
+            given_anew: the reward or the rows were given anew, so they may have changed.
 
         Raises:
             UsageError: if one is gone or has changed.
         """
-        for path, digest in {} if given_reward else self.files.items():
+        for path, digest in {} if given_anew else self.files.items():
             file = Path(path)
-            flag = " ".join(f"--reward {name}={source}" for name, source in resolved["reward.functions"].items())
+            if self.command in STAGES:
+                what, flag = "file of rows", f"--data {resolved['data.dataset']}"
+            else:
+                what = "reward's file"
+                flag = " ".join(f"--reward {name}={source}" for name, source in resolved["reward.functions"].items())
             if not file.is_file():
-                raise UsageError(f"the reward's file {path} is gone: put it back, or say where it is now, with {flag}")
-            if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                raise UsageError(f"the {what} {path} is gone: put it back, or say where it is now, with {flag}")
+            if places.digest(file) != digest:
                 raise UsageError(
-                    f"the reward's file {path} has changed since the run began: put it back, or go on with the changed one, "
+                    f"the {what} {path} has changed since the run began: put it back, or go on with the changed one, "
                     f"with {flag}"
                 )
 

@@ -13,6 +13,9 @@ from typing import Any
 from trl import startup
 from trl.cli import places, reward_sources
 from trl.cli.arguments import Invocation
+from trl.cli.catalogue import STAGES
+from trl.cli.configs import command_of
+from trl.cli.problems import UsageError
 from trl.cli.resolve import resolve
 from trl.cli.run_table import existing_run
 from trl.untrusted import visible
@@ -73,6 +76,10 @@ def doctor(invocation: Invocation) -> int:
 
 def _examine(invocation: Invocation) -> list[Any]:
     """Findings about a configuration, from a trainer that does not train."""
+    if (command := command_of(invocation.arguments)) in STAGES:
+        raise UsageError(
+            f"trl doctor examines configurations of trl ppo and grpo; trl {command} --dry-run checks this one"
+        )
     resolved = resolve("ppo", files=invocation.arguments, environment=invocation.environment, flags=invocation.flags)
     places.check(resolved, trains=False)
     reward_sources.check(resolved)

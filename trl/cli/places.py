@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import trl.assets
+from trl.cli.catalogue import STAGES
 from trl.cli.problems import Problem, UsageError, did_you_mean
 from trl.cli.resolve import Resolved
 from trl.trackers import RunDirectory, run_folder
 
+SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")  # `trl.data.readers` has them too, and imports torch
+
 EMBEDDED_PROMPTS = "review-openings"
 EMBEDDED_MODELS: tuple[str, ...] = get_args(trl.assets.Name)
+_MODEL = {"model.name": "a folder, a hub id or tiny-gpt2-reviews (--model)"}
+_STAGE_REQUIRED = {
+    **_MODEL,
+    "data.dataset": "a file of rows or a hub id (--data)",
+}
 _REQUIRED = {
-    "model.name": "a folder, a hub id or tiny-gpt2-reviews (--model)",
+    **_MODEL,
     "data.prompts": f"a file of prompts or {EMBEDDED_PROMPTS} (--prompts)",
     "reward.functions": "file.py:function, classifier:MODEL ... (--reward)",
 }
@@ -36,14 +45,16 @@ def check(resolved: Resolved, *, trains: bool = True) -> None:
     Raises:
         UsageError: names everything that is missing.
     """
-    problems = [Problem(text=f"{path} is missing: {what}") for path, what in _REQUIRED.items() if not resolved[path]]
-    if trains and resolved["train.steps"] is None and resolved["train.episodes"] is None:
+    stage = resolved.command in STAGES
+    required = _STAGE_REQUIRED if stage else _REQUIRED
+    problems = [Problem(text=f"{path} is missing: {what}") for path, what in required.items() if not resolved[path]]
+    if trains and not stage and resolved["train.steps"] is None and resolved["train.episodes"] is None:
         problems.append(Problem(text="train.steps is missing: the number of steps (--steps), or train.episodes"))
-    for path in ("data.prompts", "data.eval_prompts"):
+    for path in data_settings(resolved):
         name = resolved[path]
-        if name is not None and name != EMBEDDED_PROMPTS and not Path(name).is_file():
+        if name is not None and not _may_exist(name, stage=stage):
             problems.append(Problem(text=f"there is no file {name}{_near_file(name)}", where=resolved.place(path)))
-    for path in ("model.name", "model.reference", "model.tokenizer"):
+    for path in _model_settings(resolved):
         name = resolved[path]
         near = difflib.get_close_matches(name or "", EMBEDDED_MODELS, n=1, cutoff=0.8)
         if near and name not in EMBEDDED_MODELS and not Path(name).exists():
@@ -88,14 +99,48 @@ def with_run_folder(resolved: Resolved, default: str, *, free: bool = True) -> R
 def with_absolute_paths(resolved: Resolved) -> Resolved:
     """The settings with absolute paths of files, so that a run can be resumed from any folder."""
     changed = dict(resolved.values)
-    for path in ("data.prompts", "data.eval_prompts", "model.name", "model.reference", "model.tokenizer"):
+    for path in (*data_settings(resolved), *_model_settings(resolved)):
         name = changed[path]
         if name is not None and name not in (EMBEDDED_PROMPTS, *EMBEDDED_MODELS) and Path(name).exists():
             changed[path] = str(Path(name).resolve())
-    changed["reward.functions"] = {
-        name: _absolute_source(source) for name, source in changed["reward.functions"].items()
-    }
+    if "reward.functions" in changed:
+        changed["reward.functions"] = {
+            name: _absolute_source(source) for name, source in changed["reward.functions"].items()
+        }
     return replace(resolved, values=changed)
+
+
+def data_settings(resolved: Resolved) -> tuple[str, ...]:
+    """The settings that name files of prompts or rows."""
+    stage = resolved.command in STAGES
+    return ("data.dataset", "data.eval_dataset") if stage else ("data.prompts", "data.eval_prompts")
+
+
+def _model_settings(resolved: Resolved) -> list[str]:
+    return [path for path in ("model.name", "model.reference", "model.tokenizer") if path in resolved.values]
+
+
+def _may_exist(name: str, *, stage: bool) -> bool:
+    """Whether a name of data is a file or an embedded set; for an offline stage, or may be a folder or a hub id."""
+    if Path(name).is_file():
+        return True
+    return Path(name).suffix.lower() not in SUFFIXES if stage else name == EMBEDDED_PROMPTS
+
+
+def file_digests(resolved: Resolved) -> dict[str, str]:
+    """SHA-256 of the files of an offline stage's rows, by absolute path."""
+    names = [resolved[path] for path in data_settings(resolved)]
+    paths = [Path(name).resolve() for name in names if name is not None and Path(name).is_file()]
+    return {str(path): digest(path) for path in paths}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def shown_path(path: Path) -> str:

@@ -19,7 +19,10 @@ from trl.cli.yaml_nodes import Document
 DEFAULT = "default"
 _PREFIX = "TRL_"
 # Defaults of one command that differ from the dataclass's.
-COMMAND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"grpo": {"ppo.group_size": 8}}
+COMMAND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "grpo": {"ppo.group_size": 8},
+    **{stage: {f"{section}.save_total_limit": 2} for stage, section in catalogue.STAGES.items()},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,7 @@ class Resolved:
     values: Mapping[str, Any]  # by path
     sources: Mapping[str, str]  # by path
     given: Mapping[str, Given]  # those that are not defaults, by path
+    command: str = "ppo"
 
     def __getitem__(self, path: str) -> Any:
         """Value of a setting, by its path."""
@@ -61,10 +65,15 @@ class Resolved:
             UsageError: if its values contradict each other or are out of range; names the place of one that does.
         """
         values = {
-            setting.name: self.values[path] for path, setting in catalogue.settings().items() if setting.section == name
+            setting.name: self.values[path]
+            for path, setting in catalogue.settings(self.command).items()
+            if setting.section == name
         }
+        if name == catalogue.STAGES.get(self.command):
+            values["output_dir"] = str(self.values["train.run_dir"] or self.values["train.root"])
+            values["report_to"] = values["report_to"] or "none"  # which is null in our YAML
         try:
-            return catalogue.SECTIONS[name](**values)
+            return catalogue.section_class(name, self.command)(**values)
         except (ValueError, TypeError) as error:
             raise UsageError([self.problem(str(error), name)]) from error
 
@@ -103,9 +112,14 @@ class Resolved:
 
 
 class Collector:
-    """Collects values and problems, layer by layer."""
+    """Collects values and problems, layer by layer.
 
-    def __init__(self) -> None:
+    Args:
+        command: the command that reads them. Sections that only other commands read are checked and left out.
+    """
+
+    def __init__(self, command: str = "ppo") -> None:
+        self._command = command
         self.given: dict[str, Given] = {}
         self.problems: list[Problem] = []
 
@@ -124,12 +138,22 @@ class Collector:
                 name = key.value.strip().replace("-", "_")
                 is_section = name in catalogue.SECTIONS and (value.id == "mapping" or name not in catalogue.SHORTHAND)
                 if not is_section:
-                    self._add_value(document, key, catalogue.SHORTHAND.get(name, name), None, value, layer)
+                    self._add_plain(document, key, name, value, layer)
                 elif not is_null(value):
                     self._add_section(document, name, value, layer)
         except UsageError as error:
             self.problems += error.problems
-        self.given |= {path: given for path, (_, given) in layer.items()}
+        known = catalogue.sections_of(self._command)
+        self.given |= {path: given for path, (_, given) in layer.items() if given.setting.section in known}
+
+    def _add_plain(
+        self, document: Document, key: Any, name: str, node: Any, layer: dict[str, tuple[Any, Given]]
+    ) -> None:
+        """Adds a setting at the top level, or the value that is short for a section."""
+        section = None
+        if name in catalogue.SHORTHAND:
+            section, _, name = catalogue.shorthand(name, catalogue.owner(name, self._command)).partition(".")
+        self._add_value(document, key, name, section, node, layer)
 
     def _add_section(self, document: Document, name: str, node: Any, layer: dict[str, tuple[Any, Given]]) -> None:
         try:
@@ -147,7 +171,8 @@ class Collector:
         node: Any,
         layer: dict[str, tuple[Any, Given]],
     ) -> None:
-        setting = catalogue.find(name, section)
+        command = self._command if section is None else catalogue.owner(section, self._command)
+        setting = catalogue.find(name, section, command)
         if isinstance(setting, str):
             full = name if section is None else f"{section}.{name}"
             self.problems.append(document.problem(key, f"{full} is no setting{setting}"))
@@ -179,7 +204,9 @@ class Collector:
             where = f"environment {variable}"
             if not separator:
                 section, _, name = section.partition("_")
-                known = f"{section}.{name}" in catalogue.settings()
+                known = section in catalogue.sections_of(self._command) and f"{section}.{name}" in catalogue.settings(
+                    self._command
+                )
                 hint = f": write {_PREFIX}{section.upper()}__{name.upper()}" if known else ", and its name has no __"
                 self.problems.append(Problem(text=f"it sets nothing{hint}", where=where))
                 continue
@@ -187,7 +214,9 @@ class Collector:
                 near = did_you_mean(section, catalogue.SECTIONS)
                 self.problems.append(Problem(text=f"{section} is no section{near}", where=where))
                 continue
-            setting = catalogue.find(name, section)
+            if section not in catalogue.sections_of(self._command):
+                continue
+            setting = catalogue.find(name, section, self._command)
             if isinstance(setting, str):
                 self.problems.append(Problem(text=f"{section}.{name} is no setting{setting}", where=where))
             else:
@@ -195,8 +224,14 @@ class Collector:
 
     def add_flags(self, flags: Sequence[Flag]) -> None:
         """Adds flags."""
+        known = catalogue.settings(self._command)
         for flag in flags:
-            self._add_texts(flag.setting, flag.texts, flag.spelling)
+            if flag.setting.path in known:
+                self._add_texts(flag.setting, flag.texts, flag.spelling)
+            else:
+                self.problems.append(
+                    Problem(text=f"{flag.setting.path} is no setting of trl {self._command}", where=flag.spelling)
+                )
 
     def _add_texts(self, setting: Setting, texts: tuple[str, ...], where: str) -> None:
         text = texts[0] if len(texts) == 1 else f"[{', '.join(_quoted(text) for text in texts)}]"
@@ -220,14 +255,14 @@ class Collector:
             raise UsageError(self.problems)
         values, sources = {}, {}
         changed = COMMAND_DEFAULTS.get(command, {})
-        for path, setting in catalogue.settings().items():
+        for path, setting in catalogue.settings(command).items():
             given = self.given.get(path)
             values[path] = changed.get(path, setting.default) if given is None else given.value
             sources[path] = (
                 (f"default of trl {command}" if path in changed else DEFAULT) if given is None else given.source
             )
-        resolved = Resolved(values, sources, self.given)
-        for section in catalogue.SECTIONS:
+        resolved = Resolved(values, sources, self.given, command)
+        for section in catalogue.sections_of(command):
             try:
                 checked = resolved.section(section)
             except UsageError as error:
@@ -248,7 +283,7 @@ def resolve(
     Raises:
         UsageError: with every problem found.
     """
-    collector = Collector()
+    collector = Collector(command)
     for path in files:
         collector.add_file(path)
     collector.add_environment(environment)

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,32 @@ def build(resolved: Resolved, folder: str | None = None) -> Any:
         raise UsageError([resolved.problem(str(error), "reward")]) from error
 
 
+def check_columns(resolved: Resolved, columns: Collection[str]) -> None:
+    """Imports the reward's functions and checks that the prompts have the columns that they need.
+
+    Args:
+        resolved: settings that `check` has passed.
+        columns: columns of the prompts beside the prompt itself.
+
+    Raises:
+        UsageError: if a function cannot be imported, or needs a column that the prompts lack.
+    """
+    from trl.rewards.signature import Binding
+
+    problems = []
+    for name, source in resolved["reward.functions"].items():
+        function = _part(resolved, name, source, {}, None) if source.partition(":")[0] not in _BUILT_IN else None
+        if not inspect.isfunction(function):
+            continue
+        for column in Binding.of(function, name).required:
+            if column not in columns:
+                has = ", ".join(columns) or "none beside the prompt"
+                text = f"reward {name} needs the column {column}{did_you_mean(column, columns)}; the prompts have {has}"
+                problems.append(Problem(text=text, where=resolved.place("data.prompts")))
+    if problems:
+        raise UsageError(problems)
+
+
 def _part(resolved: Resolved, name: str, source: str, options: Mapping[str, Any], folder: str | None) -> Any:
     kind, _, argument = source.partition(":")
     try:
@@ -158,7 +184,7 @@ def _part(resolved: Resolved, name: str, source: str, options: Mapping[str, Any]
         if kind == "classifier":
             from trl.rewards import ClassifierReward
 
-            return ClassifierReward.from_pretrained(place_of(argument), **options)
+            return ClassifierReward.from_pretrained(place_of(argument), **_single_output(argument, options))
         if kind == "remote":
             from trl.rewards import RemoteReward
 
@@ -172,6 +198,15 @@ def _part(resolved: Resolved, name: str, source: str, options: Mapping[str, Any]
         raise UsageError(
             [Problem(text=f"reward {name}: {error}", where=resolved.place(f"reward.functions.{name}"))]
         ) from error
+
+
+def _single_output(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of a classifier; a reward model's only output needs no label."""
+    from trl.pretrained import load_config
+
+    trusted = bool(options.get("trust_remote_code", False))
+    config = load_config(place_of(name), revision=options.get("revision"), trust_remote_code=trusted)
+    return {"label": 0, **options} if config.num_labels == 1 else options
 
 
 def _function(source: str, folder: str | None) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Finds runs on disk and lists them: state, steps, score, KL, when, and where the model is."""
+"""Finds runs on disk and lists them: algorithm, state, steps, score, KL, loss, when, and where the model is."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 
 from trl.cli.arguments import Invocation
 from trl.cli.problems import Problem, UsageError, did_you_mean, shorten
-from trl.trackers import RunDirectory, read_metrics, run_folder
-from trl.trackers.lock import is_being_written
+from trl.trackers import Ending, RunDirectory, read_ending, read_metrics, read_summary, run_folder
 
 ROOT = "runs"
 _DEPTH = 3  # folders under the root in which runs are looked for
@@ -24,11 +23,13 @@ class Run:
     """A run in the table."""
 
     path: str
-    state: str  # "running", "finished", "stopped" (by a signal), "failed", "killed", "new"
+    algorithm: str  # "ppo", "grpo", "sft"; "" before the run has settings
+    state: str  # see `trl.trackers.Ending`
     step: int
     target: int | None
     score: float | None
     kl: float | None
+    loss: float | None  # of an offline stage, in its last row; in evaluation if there is one
     changed: float  # Unix time of the last record
     model: str | None  # folder of the final model
     note: str = ""  # the error of a failed run
@@ -67,39 +68,40 @@ def find_runs(root: Path) -> Iterator[Path]:
 
 def read_run(path: Path) -> Run:
     """A run's row of the table, from its files; a damaged file is noted and not fatal."""
-    note, rows, summary = "", [], {}
+    note, rows, summary, ending = "", [], {}, Ending(state="killed")
     try:
+        summary, ending = read_summary(path), read_ending(path)
         rows = read_metrics(path)
-        if (path / "summary.json").is_file():
-            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         note = str(error)
     row = rows[-1] if rows else {}
-    state = _state(path, summary, bool(rows))
-    if state == "failed":
-        note = note or _failure(path)
-    target = summary.get("target") or _planned(path)
+    target = summary.get("target") or _setting(path, "train", "steps")
     return Run(
         path=str(path),
-        state=state,
+        algorithm=str(_setting(path, "algorithm", "name") or ""),
+        state=ending.state,
         step=int(row.get("step", 0)),
         target=target if isinstance(target, int) else None,
         score=_number(row.get("eval/score_mean", row.get("score/mean"))),
         kl=_number(row.get("objective/kl")),
+        loss=_number(_last(rows, "eval_loss", _last(rows, "loss"))),
         changed=max(entry.stat().st_mtime for entry in (path / "events.log", path / "metrics.jsonl") if entry.exists()),
         model=str(path / "model") if (path / "model").is_dir() else None,
-        note=note,
+        note=note or ending.error,
     )
 
 
 def table(runs: Sequence[Run]) -> str:
     """The runs as text, a line each."""
-    head = ("run", "state", "steps", "score", "KL", "when", "model")
+    head = ("run", "algorithm", "state", "steps", "score", "KL", "loss", "when", "model")
     lines = [head]
     for run in runs:
         steps = f"{run.step}/{run.target}" if run.target else str(run.step)
         lines.append(
-            (shorten(run.path, 60), run.state, steps, _shown(run.score), _shown(run.kl), _when(run.changed), shorten(run.model or "-", 60))
+            (
+                shorten(run.path, 60), shorten(run.algorithm or "-", 20), run.state, steps, _shown(run.score), _shown(run.kl),
+                _shown(run.loss), _when(run.changed), shorten(run.model or "-", 60),
+            )
         )  # fmt: skip
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -129,37 +131,16 @@ def existing_run(name: str) -> Path:
     raise UsageError([Problem(text=f"there is no run{near or ': trl runs lists them'}", where=shorten(name, 120))])
 
 
-def _state(path: Path, summary: dict[str, Any], has_rows: bool) -> str:
-    if is_being_written(path):
-        return "running"
-    reason = summary.get("reason")
-    if reason in ("SIGINT", "SIGTERM"):
-        return "stopped"
-    if reason is not None:
-        return "finished"
-    if _failure(path):
-        return "failed"
-    return "killed" if has_rows else "new"
-
-
-def _failure(path: Path) -> str:
-    """The last event, if it is an error that ended the run."""
-    try:
-        with (path / "events.log").open("rb") as file:
-            file.seek(max(0, path.joinpath("events.log").stat().st_size - 65536))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return ""
-    text = lines[-1].partition(" ")[2] if lines else ""
-    return text if text.startswith("failed in step") else ""
-
-
-def _planned(path: Path) -> Any:
-    """Planned steps of a run that is not over."""
+def _setting(path: Path, section: str, name: str) -> Any:
+    """A stored setting of a run; None if there is none."""
     from trl.cli.launch import stored_config
 
-    train = stored_config(path).get("train")
-    return train.get("steps") if isinstance(train, dict) else None
+    found = stored_config(path).get(section)
+    return found.get(name) if isinstance(found, dict) else None
+
+
+def _last(rows: Sequence[dict[str, Any]], key: str, default: Any = None) -> Any:
+    return next((row[key] for row in reversed(rows) if key in row), default)
 
 
 def _number(value: Any) -> float | None:

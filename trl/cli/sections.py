@@ -152,6 +152,24 @@ class DataSettings:
 
 
 @dataclass(kw_only=True)
+class RowSettings:
+    """Rows that an offline stage learns from. `data: rows.jsonl` is short for `dataset`."""
+
+    dataset: str | None = None
+    """A .jsonl, .csv or .parquet file, or a hub id, whose split `train` is taken; docs/sft.md and docs/dpo.md have the columns."""
+    eval_dataset: str | None = None
+    """Rows to evaluate on, likewise."""
+    held_out: int = 0
+    """Rows to take out of `dataset` and evaluate on instead; the same ones in every run."""
+
+    def __post_init__(self) -> None:
+        if self.held_out < 0:
+            raise ValueError(f"held_out={self.held_out} must be at least 0")
+        if self.held_out and self.eval_dataset is not None:
+            raise ValueError(f"held_out={self.held_out} and eval_dataset={self.eval_dataset!r}: set one of them")
+
+
+@dataclass(kw_only=True)
 class TrainSettings:
     """The run: how long, where, and what it does about trouble."""
 

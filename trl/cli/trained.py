@@ -9,6 +9,7 @@ from typing import Any
 
 from trl.cli import launch, places, reward_sources
 from trl.cli.arguments import Invocation
+from trl.cli.catalogue import STAGES
 from trl.cli.problems import Problem, UsageError
 from trl.cli.run_table import existing_run
 from trl.trackers import RunDirectory
@@ -21,6 +22,11 @@ def evaluate(invocation: Invocation) -> int:
     """`trl eval RUN`: the newest checkpoint against the model that training began with."""
     run = existing_run(invocation.arguments[0])
     started = launch.Launch(run)
+    if started.command in STAGES:
+        raise UsageError(
+            f"{places.shown_path(run)} is a run of trl {started.command}, which has no reward to compare by; trl report shows its "
+            "evaluations"
+        )
     resolved = started.resolved(invocation.environment, invocation.flags)
     places.check(resolved)
     reward_sources.check(resolved)
@@ -119,6 +125,10 @@ class Speaker:
                 shown = places.shown_path(run)
                 raise UsageError(f"{shown} has no model yet: it is written at the end; trl resume {shown} trains on")
             stored = launch.stored_config(run)
+            if (stored.get("algorithm") or {}).get("name") == "reward":
+                raise UsageError(
+                    f"{places.shown_path(run)} is a run of trl reward: its model scores texts and writes none"
+                )
             new_tokens = int((stored.get("train") or {}).get("generation", {}).get("max_new_tokens", new_tokens))
             temperature = float((stored.get("ppo") or {}).get("temperature", temperature))
             name = str(model)

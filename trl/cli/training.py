@@ -1,4 +1,4 @@
-"""`trl ppo`, `trl grpo` and `trl resume`."""
+"""`trl ppo`, `trl grpo`, the offline stages `trl sft`, `reward`, `dpo` and `kto`, and `trl resume`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from trl import startup
-from trl.cli import launch, places, reward_sources
+from trl.cli import launch, places, reward_sources, stages
 from trl.cli.arguments import Invocation
+from trl.cli.catalogue import STAGES
 from trl.cli.problems import UsageError
 from trl.cli.resolve import Resolved, resolve
 from trl.cli.run_table import existing_run, read_run
 from trl.untrusted import visible
 
 _INTERRUPTED = 130
+_OUTCOMES = {
+    "eval/score_mean": "mean score on held-out prompts",
+    "score/mean": "mean score",
+    "eval_loss": "loss on held-out rows",
+    "loss": "loss",
+}
 
 
 def train(invocation: Invocation) -> int:
@@ -25,10 +32,12 @@ def train(invocation: Invocation) -> int:
     command = invocation.command.name
     resolved = resolve(command, files=invocation.arguments, environment=invocation.environment, flags=invocation.flags)
     places.check(resolved)
-    files = reward_sources.check(resolved)
+    files = _files(resolved)
     default = Path(invocation.arguments[0]).stem if invocation.arguments else command
     free = not invocation.has("dry-run")
     resolved = places.with_run_folder(places.with_absolute_paths(resolved), default, free=free)
+    if command in STAGES:
+        resolved = stages.with_evaluation(resolved)
     if invocation.has("dry-run"):
         return _dry_run(command, resolved)
     return _run(command, resolved, launch.record(command, resolved, files), folder=None, resume=False)
@@ -45,16 +54,23 @@ def resume(invocation: Invocation) -> int:
         raise UsageError(f"{sorted(moved)[0]} cannot be changed: the run is the folder {places.shown_path(run)}")
     resolved = resolved.with_value("train.run_dir", str(run), resolved.sources["train.run_dir"])
     places.check(resolved)
-    given_reward = any(flag.setting.path == "reward.functions" for flag in invocation.flags)
-    started.check_files(resolved, given_reward)
-    files = reward_sources.check(resolved)
+    given_anew = any(flag.setting.path in ("reward.functions", "data.dataset") for flag in invocation.flags)
+    if _saved_step(run) is None:
+        files_of = "rows" if started.command in STAGES else "reward"
+        _say(f"{places.shown_path(run)} has no checkpoint: it starts again, with the {files_of} as it is now")
+    else:
+        started.check_files(resolved, given_anew)
+    files = _files(resolved)
     resolved = places.with_absolute_paths(resolved)
-    for line in launch.changes(before.with_value("train.run_dir", str(run), ""), resolved):
+    changes = launch.changes(before.with_value("train.run_dir", str(run), ""), resolved)
+    for line in changes:
         _say(f"changed: {line}")
     if invocation.has("dry-run"):
         return _dry_run(started.command, resolved)
-    if _is_over(run, resolved):
-        _say(f"{places.shown_path(run)} is finished: --steps with a higher number trains on")
+    stage = started.command in STAGES
+    if _has_ended(run) and (not changes if stage else _has_all_steps(run, resolved)):
+        longer = "--max-steps or --num-train-epochs" if stage else "--steps"
+        _say(f"{places.shown_path(run)} is finished: {longer} with a higher number trains on")
         _say(_what_next(run))
         return 0
     kept = launch.record(started.command, resolved, files)
@@ -69,17 +85,23 @@ def _run(command: str, resolved: Resolved, kept: Mapping[str, Any], *, folder: s
         if (note := startup.busy_note()) is not None:
             _say(note)
         _say(f"loading {resolved['model.name']}")
-        trainer, arguments = _prepare(command, resolved, folder)
+        prepare = stages.prepare if command in STAGES else _prepare
+        trainer, arguments = prepare(command, resolved, folder)
         _say(f"{'going on with' if resume else 'training in'} {shown}; Ctrl-C saves and stops")
-        result = trainer.train(**arguments, resume="auto" if resume else False, launch=kept)
+        again = "resume_from_checkpoint" if command in STAGES else "resume"
+        result = trainer.train(**arguments, **{again: "auto" if resume else False}, launch=kept)
     except KeyboardInterrupt:
         startup.end_on_next_interrupt()
         _say(_interrupted(run, shown))
         return _INTERRUPTED
     report = _write_report(run)
-    if result.findings:
-        _say(f"trl doctor {shown} shows what the doctor found, and what to change")
-    _say(f"finished: {result.steps} steps, {result.episodes} samples in {_clock(result.seconds)}{_scores(run)}")
+    if command in STAGES:
+        seconds = _read_json(run / "summary.json").get("time/seconds", 0.0)
+        _say(f"finished: {result.global_step} steps in {_clock(seconds)}{_scores(run)}")
+    else:
+        if result.findings:
+            _say(f"trl doctor {shown} shows what the doctor found, and what to change")
+        _say(f"finished: {result.steps} steps, {result.episodes} samples in {_clock(result.seconds)}{_scores(run)}")
     _say(_what_next(run, report))
     return 0
 
@@ -118,15 +140,22 @@ def _dry_run(command: str, resolved: Resolved) -> int:
 
     print(configs.shown(resolved))
     print()
-    print(estimate.text(command, resolved))
+    print(stages.estimate(resolved) if command in STAGES else estimate.text(command, resolved))
     return 0
 
 
-def _is_over(run: Path, resolved: Resolved) -> bool:
-    """Whether a run has finished and is not asked for more steps."""
+def _files(resolved: Resolved) -> dict[str, str]:
+    """SHA-256 of the files that a resumed run must find unchanged, by path."""
+    return places.file_digests(resolved) if resolved.command in STAGES else reward_sources.check(resolved)
+
+
+def _has_ended(run: Path) -> bool:
+    return _read_json(run / "summary.json").get("reason") == "steps" and (run / "model").is_dir()
+
+
+def _has_all_steps(run: Path, resolved: Resolved) -> bool:
+    """Whether a run has all the steps that it is asked for."""
     summary = _read_json(run / "summary.json")
-    if summary.get("reason") != "steps" or not (run / "model").is_dir():
-        return False
     steps = resolved["train.steps"]
     episodes = resolved["train.episodes"]
     done = summary.get("steps", 0) if episodes is None else summary.get("episodes", 0)
@@ -158,14 +187,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _scores(run: Path) -> str:
-    """First and last mean score: on held-out prompts if they were evaluated twice, else of the batches."""
+    """First and last mean score or loss: on held-out data if they were evaluated twice, else of the batches."""
     from trl.trackers import read_metrics
 
     rows = read_metrics(run)
-    for key, where in (("eval/score_mean", " on held-out prompts"), ("score/mean", "")):
+    for key, what in _OUTCOMES.items():
         scores = [row[key] for row in rows if row.get(key) is not None]
         if len(scores) > 1:
-            return f"; mean score{where} {scores[0]:.3f} -> {scores[-1]:.3f}"
+            return f"; {what} {scores[0]:.3f} -> {scores[-1]:.3f}"
     return ""
 
 
@@ -187,11 +216,11 @@ def _what_next(run: Path, report: Path | None = None) -> str:
     if report is not None:
         lines.append(f"  report   {places.shown_path(report)}")
     lines += [f"  summary  {places.shown_path(run / 'summary.json')}", "next:"]
-    lines += [
-        f"  trl report {shown} --open",
-        f"  trl eval {shown}",
-        f"  trl generate {shown} --prompt TEXT",
-    ]
+    lines.append(f"  trl report {shown} --open")
+    if row.algorithm in STAGES:
+        lines += [f"  {line}" for line in stages.next_commands(row.algorithm, shown)]
+    else:
+        lines += [f"  trl eval {shown}", f"  trl generate {shown} --prompt TEXT"]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ A row is a mapping of columns. Its kind follows from the columns, and each kind 
 | prompt_completion | `prompt`, `completion` |
 | preference | `prompt`, `chosen`, `rejected`; the prompt may instead begin both `chosen` and `rejected` |
 | unpaired_preference | `prompt`, `completion`, `label` (True: a good completion) |
+| stepwise_supervision | `prompt`, `completions` (a list of steps), `labels` (a list: is the step right?); as text only |
 
 `prepare` reads, checks and renders a data set; TRL 1's helpers on single rows (`trl.data.row_helpers`) are here, too.
 """
@@ -69,6 +70,7 @@ _CONVERSIONS: dict[Kind, tuple[Kind, ...]] = {
     "prompt_completion": ("language_modeling", "prompt_only"),
     "preference": ("language_modeling", "prompt_only", "prompt_completion", "unpaired_preference"),
     "unpaired_preference": ("language_modeling", "prompt_only", "prompt_completion"),
+    "stepwise_supervision": ("prompt_only",),
 }
 _REMEDY = "correct the row or leave it out, for example with dataset.filter"
 MAX_STREAMED = 1_000_000  # rows of a stream that are held in memory
@@ -109,6 +111,8 @@ def detect_format(row: Row, *, text_field: str = "text", location: str = "the ro
     if {"chosen", "rejected"} <= row.keys():
         columns: tuple[str, ...] = ("prompt", "chosen", "rejected")
         kind: Kind = "preference"
+    elif {"prompt", "completions"} <= row.keys():
+        columns, kind = ("prompt",), "stepwise_supervision"
     elif {"prompt", "completion"} <= row.keys():
         columns, kind = ("prompt", "completion"), "unpaired_preference" if "label" in row else "prompt_completion"
     elif "messages" in row:
@@ -120,8 +124,8 @@ def detect_format(row: Row, *, text_field: str = "text", location: str = "the ro
     else:
         raise ValueError(
             f"{location} has the columns {', '.join(map(str, row)) or '(none)'}, which are no known format: expected "
-            f"{text_field} or messages; prompt; prompt and completion; prompt, chosen and rejected; or prompt, completion and "
-            "label. Rename the columns, for example with dataset.rename_column, or name the column of texts"
+            f"{text_field} or messages; prompt; prompt and completion; prompt, chosen and rejected; prompt, completion and label; "
+            "or prompt, completions and labels. Rename the columns, for example with dataset.rename_column, or name the column of texts"
         )
     return DataFormat(kind, is_conversational({name: row[name] for name in columns if name in row}))
 
@@ -294,7 +298,9 @@ def convert(row: Row, kind: Kind, to: Kind, *, location: str = "the row") -> lis
         raise ValueError(
             f"{location} is {kind}, which cannot be used as {to}: that needs data of kind {' or '.join(sources)}"
         )
-    rest = {name: value for name, value in row.items() if name not in (*CONTENT_COLUMNS, "label")}
+    rest = {
+        name: value for name, value in row.items() if name not in (*CONTENT_COLUMNS, "label", "completions", "labels")
+    }
     prompt = row["prompt"]
     if to == "prompt_only":
         return [{"prompt": prompt} | rest]
@@ -343,21 +349,24 @@ def content_columns(row_format: DataFormat, row: Row, text_field: str = "text") 
     """Returns the columns of a row that hold texts or messages."""
     if row_format.kind == "language_modeling":
         return ("messages",) if "messages" in row else (text_field,)
-    wanted = {"prompt_only": ("prompt",), "preference": ("prompt", "chosen", "rejected")}.get(
-        row_format.kind, ("prompt", "completion")
-    )
+    if row_format.kind in ("prompt_only", "stepwise_supervision"):
+        return ("prompt",)
+    wanted = ("prompt", "chosen", "rejected") if row_format.kind == "preference" else ("prompt", "completion")
     return tuple(name for name in wanted if name != "prompt" or row_format.kind != "preference" or "prompt" in row)
 
 
 def _check_columns(location: str, row: Row, expected: DataFormat, text_field: str, first: str) -> None:
     columns = content_columns(expected, row, text_field)
-    needed = (*columns, "label") if expected.kind == "unpaired_preference" else columns
+    labelled = {"unpaired_preference": ("label",), "stepwise_supervision": ("completions", "labels")}
+    needed = (*columns, *labelled.get(expected.kind, ()))
     if missing := [name for name in needed if name not in row]:
         reason = f", as {first} does" if first and first != location else ""
         raise ValueError(
             f"{location} has no column {' and no column '.join(missing)}, but the columns {', '.join(map(str, row)) or '(none)'}: "
             f"every row must be {expected}{reason}. Please {_REMEDY}"
         )
+    if expected.kind == "stepwise_supervision":
+        _check_steps(location, row)
     for column in columns:
         value = row[column]
         if expected.conversational and (
@@ -377,6 +386,37 @@ def _check_columns(location: str, row: Row, expected: DataFormat, text_field: st
             f"{location}, column 'label', is {_shown(row['label'])} ({type(row['label']).__name__}): expected True for a good "
             f"completion or False for a bad one. Please {_REMEDY}"
         )
+
+
+def _check_steps(location: str, row: Row) -> None:
+    steps, labels = row["completions"], row["labels"]
+    if not isinstance(row["prompt"], str):
+        raise ValueError(
+            f"{location}, column 'prompt', is {_shown(row['prompt'])} ({type(row['prompt']).__name__}): rows with labelled steps "
+            "are texts. Render a chat with tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+        )
+    for column, value in (("completions", steps), ("labels", labels)):
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ValueError(
+                f"{location}, column {column!r}, is {_shown(value)} ({type(value).__name__}): expected a list with an element "
+                f"for each step. Please {_REMEDY}"
+            )
+    if len(steps) != len(labels) or not steps:
+        raise ValueError(
+            f"{location} has {len(steps)} completions and {len(labels)} labels: expected one label per step, and at least one "
+            f"step. Please {_REMEDY}"
+        )
+    for number, (step, label) in enumerate(zip(steps, labels, strict=True)):
+        if not isinstance(step, str) or not step.strip():
+            raise ValueError(
+                f"{location}, column 'completions', step {number}, is {_shown(step)} ({type(step).__name__}): expected a text "
+                f"that is not empty. Please {_REMEDY}"
+            )
+        if not isinstance(label, int | float) or not 0 <= label <= 1:
+            raise ValueError(
+                f"{location}, column 'labels', step {number}, is {_shown(label)} ({type(label).__name__}): expected True for a "
+                f"right step, False for a wrong one, or a number from 0 to 1. Please {_REMEDY}"
+            )
 
 
 def check_messages(location: str, column: str, messages: Any) -> None:

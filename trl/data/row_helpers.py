@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
-Kind = Literal["language_modeling", "prompt_only", "prompt_completion", "preference", "unpaired_preference"]
+Kind = Literal[
+    "language_modeling", "prompt_only", "prompt_completion", "preference", "unpaired_preference", "stepwise_supervision"
+]
 Row = Mapping[str, Any]
 
 CONTENT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")

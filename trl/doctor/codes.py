@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from trl.health import METRICS, Symptom
+from trl.health import METRICS, NOT_FINITE, Symptom
 from trl.trackers.findings import Finding
 
 
@@ -101,6 +101,7 @@ CODES: Mapping[str, Code] = MappingProxyType(
             "higher temperature.",
         ),
         # Metrics of a run.
+        "not-finite": _of(NOT_FINITE),
         "truncated": _of(METRICS["tokens/truncated"].too_high),
         "kl-above-target": _of(METRICS["objective/kl"].too_high),
         "kl-negative": _of(METRICS["objective/kl"].too_low),

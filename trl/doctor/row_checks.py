@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from trl.doctor.codes import finding
-from trl.health import METRICS, Band, bands
+from trl.health import METRICS, Band, bands, catalogued, is_telling, measured
 from trl.trackers.findings import Finding
 
 _SAMPLES = 32  # samples to see before a share or a constant is judged
@@ -48,6 +48,7 @@ class RowChecks:
         self.first: Mapping[str, Any] | None = None
         self._streaks: Counter[str] = Counter()
         self._found: set[str] = set()
+        self._spread = 0.0  # largest standard deviation of a batch's scores
         self._varied = False  # whether the scores have differed from each other, or from batch to batch
         self._ended = False  # whether most responses of some batch ended by themselves
 
@@ -55,10 +56,11 @@ class RowChecks:
         """Judges the next row, which includes `step`; returns what it completes the evidence for."""
         if self.first is None and number(row, "score/mean") is not None:
             self.first, self.bands = row, bands(self.config, row)
+        self._spread = max(self._spread, number(row, "score/std") or 0.0)
         findings = []
         for rule in _RULES:
             code = rule.code
-            evidence = None if code in self._found or self.first is None else rule.broken(self, row)
+            evidence = None if code in self._found else rule.broken(self, row)
             self._streaks[code] = 0 if evidence is None else self._streaks[code] + 1
             enough = self._streaks[code] >= rule.rows and (number(row, "run/episodes") or 0) >= rule.samples
             if evidence is not None and enough:
@@ -84,9 +86,17 @@ class RowChecks:
 
 
 def number(row: Mapping[str, Any], key: str) -> float | None:
-    """A finite number of a row, else None, as which numbers that are not finite are also read back from a file."""
-    value = row.get(key)
-    return None if value is None or not math.isfinite(value) else float(value)
+    """A finite number of a row, else None."""
+    value = measured(row, key)
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _not_finite(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
+    """A metric of the catalogue is NaN or infinite, which is outside of every band."""
+    keys = [key for key in dict.fromkeys([*row, *row.get("nonfinite", ())]) if catalogued(key) is not None]
+    names = [key for key in keys if (value := measured(row, key)) is not None and not math.isfinite(value)]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"Not finite: {', '.join(names[:3])}{more}" if names else None
 
 
 def _length(row: Mapping[str, Any]) -> float:
@@ -144,9 +154,11 @@ def _entropy_high(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
 
 
 def _explained_variance(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
-    if int(row["step"]) <= METRICS["ppo/val/var_explained"].grace:
+    """A value head that has learnt the returns predicts them badly by this measure once they hardly vary any more."""
+    key = checks.key("val/var_explained")
+    if int(row["step"]) <= METRICS["ppo/val/var_explained"].grace or not is_telling(row, key, checks._spread):
         return None
-    return checks.outside(row, checks.key("val/var_explained"), "low")
+    return checks.outside(row, key, "low")
 
 
 def _values(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
@@ -161,6 +173,8 @@ def _values(checks: RowChecks, row: Mapping[str, Any]) -> str | None:
 
 
 _RULES = (
+    # In float16, the loss scale overflows for some steps before it has been lowered far enough.
+    _Rule("not-finite", 3, _not_finite),
     _Rule("constant-reward", 3, _constant_reward, _SAMPLES),
     _Rule("truncated", 3, _truncated, _SAMPLES),
     _Rule("kl-above-target", 10, _above_target),

@@ -228,7 +228,7 @@ class BestOfNSampler:
                 batch_size=self.sample_size,
                 limits_are_drawn=self.length_sampler is not None,
             )
-            seed = int(torch.randint(2**62, (), dtype=torch.int64))
+            seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
             return rollout_rows(choice.engine.generate(queries, replace(choice.request, seed=seed)))[1]
 
     def _reward(self, skip_special_tokens: bool) -> Reward:

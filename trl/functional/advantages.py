@@ -58,7 +58,10 @@ def gae(
     Returns:
         `[B, S]` advantages and `[B, S]` returns (advantages + values), detached, 0 off the mask.
     """
-    rewards, values = rewards.detach(), values.detach()
+    device = values.device
+    # A loop over columns of a few numbers: on a GPU it takes several times as long.
+    rewards, values, mask = rewards.detach().cpu(), values.detach().cpu(), mask.cpu()
+    bootstrap = None if bootstrap is None else bootstrap.cpu()
     next_value = values.new_zeros(len(values)) if bootstrap is None else bootstrap.detach().to(values.dtype)
     running = torch.zeros_like(next_value)
     advantages = torch.zeros_like(values)
@@ -69,4 +72,4 @@ def gae(
         next_value = torch.where(counted, values[:, s], next_value)
         advantages[:, s] = running
     advantages = advantages.masked_fill(~mask, 0.0)
-    return advantages, (advantages + values).masked_fill(~mask, 0.0)
+    return advantages.to(device), (advantages + values).masked_fill(~mask, 0.0).to(device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trl.functional.logprobs import BITS
@@ -78,7 +79,7 @@ def _nucleus_edge(logits: Tensor, top_p: float) -> Tensor:
 
     def likeliest(count: int) -> tuple[Tensor, Tensor]:
         ordered = logits.topk(count, dim=-1).values
-        return ordered, (ordered - total).exp().double().cumsum(dim=-1)
+        return ordered, _running_sum((ordered - total).exp().double())
 
     # Sorting the whole vocabulary is slow, and the nucleus rarely exceeds _HEAD words.
     ordered, reached = likeliest(min(_HEAD_WORDS, logits.shape[-1]))
@@ -111,14 +112,33 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     torch.sub(logits, largest, out=weights[:, :vocabulary]).mul_(BITS).exp2_()
     weights = weights.view(rows, blocks, _BLOCK_WORDS)
     sums = weights.sum(dim=-1).double()
-    reached = sums.cumsum(dim=-1)
+    reached = _running_sum(sums)
     total = reached[:, -1:]
     # Keep rounding from pushing the target past the last word with non-zero probability.
     target = torch.minimum(uniforms[:, None].double() * total, total * (1 - 1e-15))
     block = torch.searchsorted(reached, target, right=True).clamp(max=blocks - 1)
     remainder = target - (reached - sums).gather(-1, block)
-    within = weights.gather(1, block[..., None].expand(-1, -1, _BLOCK_WORDS)).squeeze(1).double().cumsum(dim=-1)
+    within = weights.gather(1, block[..., None].expand(-1, -1, _BLOCK_WORDS)).squeeze(1).double()
+    within = _running_sum(within)
     remainder = torch.minimum(remainder.clamp(min=0.0), within[:, -1:] * (1 - 1e-15))
     word = (block * _BLOCK_WORDS + torch.searchsorted(within, remainder, right=True)).clamp(max=vocabulary - 1)
     logprobs = logits.gather(-1, word) - largest - total.log().to(logits.dtype)
     return word.squeeze(-1), logprobs.squeeze(-1)
+
+
+def _running_sum(x: Tensor) -> Tensor:
+    """Cumulative sum of float64 `[..., n]`, also in torch's deterministic mode, which has no `cumsum` on a GPU."""
+    deterministic = x.is_cuda and torch.are_deterministic_algorithms_enabled()
+    return _sum_by_products(x) if deterministic else x.cumsum(dim=-1)
+
+
+def _sum_by_products(x: Tensor) -> Tensor:
+    """Cumulative sum of `[..., n]` as products with triangular matrices, block by block."""
+    count = x.shape[-1]
+    size = min(count, _BLOCK_WORDS)
+    blocks = F.pad(x, (0, -count % size)).unflatten(-1, (-1, size))
+    within = blocks @ torch.ones(size, size, dtype=x.dtype, device=x.device).triu()
+    if blocks.shape[-2] > 1:
+        sums = within[..., -1]
+        within = within + (_sum_by_products(sums) - sums)[..., None]
+    return within.flatten(-2)[..., :count]

@@ -17,22 +17,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trl.functional.logprobs import BITS, FLOOR, wide_dtype
+from trl.kernels import projection_on_gpu as on_gpu
 from trl.kernels.products import linear, summed_outer
 
 # Rows per block, and bytes of a block of float32 logits: on a CPU it fits the cache.
 _ROWS = {"cpu": 512, "other": 8192}
 _BLOCK_BYTES = {"cpu": 2 * 2**20, "other": 256 * 2**20}
+_ALIGNMENT = 128  # a GPU multiplies by a matrix whose rows have an odd length several times as slowly
 # Up to this size the logits of all blocks are saved for the backward pass instead of being recomputed.
-_SAVED_BYTES = 48 * 2**20
+_SAVED_BYTES = {"cpu": 48 * 2**20, "other": 2 * 2**30}
+
+
+def _kind(tensor: Tensor) -> str:
+    return "cpu" if tensor.device.type == "cpu" else "other"
 
 
 def _sizes(hidden: Tensor, words: int, block: tuple[int, int] | None) -> tuple[int, int]:
     """Returns the block size: rows and vocabulary entries."""
     if block is not None:
         return block
-    kind = hidden.device.type if hidden.device.type in _ROWS else "other"
+    kind = _kind(hidden)
     rows = max(1, min(_ROWS[kind], len(hidden)))
-    return rows, max(1, min(words, _BLOCK_BYTES[kind] // (4 * rows)))
+    columns = _BLOCK_BYTES[kind] // (4 * rows)
+    if kind != "cpu" and columns > _ALIGNMENT:
+        columns -= columns % _ALIGNMENT
+    return rows, max(1, min(words, columns))
 
 
 def _parts(count: int, size: int) -> Iterator[slice]:
@@ -45,6 +54,34 @@ def _minus(raw: Tensor, top: Tensor, *, keep: bool) -> Tensor:
     if raw.dtype == top.dtype and keep:
         return raw - top[:, None]
     return raw.to(top.dtype).sub_(top[:, None])
+
+
+def _logits_gradient(
+    x: Tensor, column: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, entropy: Tensor
+) -> Tensor:
+    """Computes the gradient with respect to a block of logits, in the wide dtype; overwrites `x`.
+
+    Args:
+        x: `[n, v]` log2-probabilities.
+        column: `[n]` each row's token as a column of the block, possibly outside it.
+        grad_logprobs: `[n]` gradient with respect to log p(token), or None.
+        grad_entropy: `[n]` gradient with respect to the entropy, or None.
+        entropy: `[n]` in nats.
+    """
+    if grad_entropy is not None:  # dH / dx = -p (log p + H)
+        p = torch.exp2(x)
+        grad_log_p = x.clamp_(min=FLOOR).div_(BITS).add_(entropy[:, None]).mul_(grad_entropy[:, None])
+        if grad_logprobs is not None:  # d log p_a / dx = onehot(a) - p
+            grad_log_p += grad_logprobs[:, None]
+        grad = p.mul_(grad_log_p).neg_()
+    else:
+        assert grad_logprobs is not None
+        grad = x.exp2_().mul_(-grad_logprobs[:, None])
+    if grad_logprobs is not None:
+        in_block = (column >= 0) & (column < x.shape[1])
+        inside = column.clamp(0, x.shape[1] - 1)
+        grad.scatter_add_(-1, inside[:, None], grad_logprobs.where(in_block, 0)[:, None].to(grad.dtype))
+    return grad
 
 
 class _Projected(torch.autograd.Function):
@@ -67,13 +104,26 @@ class _Projected(torch.autograd.Function):
         top = torch.full_like(token_logits, -torch.inf)
         total, weighted = torch.zeros_like(top), torch.zeros_like(top)  # sums of w and of w x, w = 2^x
         unit = BITS / temperature
-        save = any(ctx.needs_input_grad) and count * vocab_size * hidden.element_size() <= _SAVED_BYTES
+        fused = hidden.dtype != torch.float64 and on_gpu.usable(hidden.device)
+        save = any(ctx.needs_input_grad) and count * vocab_size * hidden.element_size() <= _SAVED_BYTES[_kind(hidden)]
         saved: list[Tensor] = []
         for vocab in _parts(vocab_size, vocab_block):
             for rows in _parts(count, row_block):
                 logits = linear(hidden[rows], weight[vocab], None if bias is None else bias[vocab])
                 if save:
                     saved.append(logits)
+                if fused:
+                    running = {"top": top[rows], "total": total[rows], "weighted": weighted[rows]}
+                    on_gpu.add_block(
+                        logits,
+                        tokens[rows],
+                        vocab.start,
+                        unit,
+                        **running,
+                        chosen=token_logits[rows],
+                        entropy=need_entropy,
+                    )
+                    continue
                 in_block = (tokens[rows] >= vocab.start) & (tokens[rows] < vocab.stop)
                 column = (tokens[rows] - vocab.start).clamp(0, vocab.stop - vocab.start - 1)
                 token_logits[rows] += logits.gather(-1, column[:, None]).squeeze(-1).where(in_block, 0)
@@ -93,7 +143,7 @@ class _Projected(torch.autograd.Function):
         logprobs = (token_logits - top) / temperature - log_total / BITS
         entropy = (log_total - weighted / total) / BITS if need_entropy else weighted
         ctx.save_for_backward(hidden, weight, bias, tokens, top, log_total, entropy, *saved)
-        ctx.temperature, ctx.block = temperature, (row_block, vocab_block)
+        ctx.temperature, ctx.block, ctx.fused = temperature, (row_block, vocab_block), fused
         ctx.set_materialize_grads(False)
         top1 = token_logits >= top
         ctx.mark_non_differentiable(top1, *(() if need_entropy else (entropy,)))
@@ -125,24 +175,29 @@ class _Projected(torch.autograd.Function):
                     logits = next(blocks)
                 else:
                     logits = linear(hidden[rows], weight[vocab], None if bias is None else bias[vocab])
-                x = _minus(logits, highest[rows], keep=bool(saved)).mul_(unit)
-                if grad_entropy is not None:  # dH / dx = -p (log p + H)
-                    p = torch.exp2(x)
-                    grad_log_p = x.clamp_(min=FLOOR).div_(BITS).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
-                    if grad_logprobs is not None:  # d log p_a / dx = onehot(a) - p
-                        grad_log_p += grad_logprobs[rows, None]
-                    grad = p.mul_(grad_log_p).neg_()
+                if ctx.fused:
+                    narrow = on_gpu.block_gradient(
+                        logits,
+                        tokens[rows],
+                        vocab.start,
+                        unit,
+                        highest=highest[rows],
+                        entropy=entropy[rows],
+                        grad_logprobs=None if grad_logprobs is None else grad_logprobs[rows],
+                        grad_entropy=None if grad_entropy is None else grad_entropy[rows],
+                    )
                 else:
-                    assert grad_logprobs is not None
-                    grad = x.exp2_().mul_(-grad_logprobs[rows, None])
-                if grad_logprobs is not None:
-                    in_block = (tokens[rows] >= vocab.start) & (tokens[rows] < vocab.stop)
-                    column = (tokens[rows] - vocab.start).clamp(0, vocab.stop - vocab.start - 1)
-                    grad.scatter_add_(-1, column[:, None], grad_logprobs[rows].where(in_block, 0)[:, None].to(wide))
+                    narrow = _logits_gradient(
+                        _minus(logits, highest[rows], keep=bool(saved)).mul_(unit),
+                        tokens[rows] - vocab.start,
+                        None if grad_logprobs is None else grad_logprobs[rows],
+                        None if grad_entropy is None else grad_entropy[rows],
+                        entropy[rows],
+                    )
                 if needs_bias:
-                    block_bias = grad.sum(dim=0)
+                    block_bias = narrow.sum(dim=0, dtype=wide)
                     sum_bias = block_bias if sum_bias is None else sum_bias.add_(block_bias)
-                narrow = grad.to(hidden.dtype)
+                narrow = narrow.to(hidden.dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] += linear(narrow, weight[vocab], transposed=True)
                 if needs_weight:

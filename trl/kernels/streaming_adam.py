@@ -4,13 +4,14 @@ Replaces torch's Adam step on float32 gradients after bfloat16 passes: each chun
 its gradient is cast to float32, torch's Adam kernel is applied and the weights are cast back to bfloat16. Gain for 135M
 parameters: 540 MB of gradients, and on two cores of a Zen 4 EPYC 34 instead of 41 ms for their norm
 (`python bench/compare.py --job main`, docs/performance.md); on an Intel Xeon with AMX it costs a twentieth of a cycle
-(`python bench/each_kernel.py`). Off with `TRL_KERNELS=off`, but for `NarrowAdam`, whose
+(`python bench/each_kernel.py`). On a GPU, where every operation on a small tensor costs a launch, norm and step run over
+many parameters at once (`python bench/gpu/micro.py`). Off with `TRL_KERNELS=off`, but for `NarrowAdam`, whose
 bfloat16 moments are a setting (`PPOConfig.optimizer_state_dtype`) and have no counterpart in torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from trl.kernels.door import kernels_enabled
 _DOT_SIZE = 2**18  # elements per dot product
 # Elements per chunk. A multiple of every vector width, so that chunks round as the whole tensor does.
 _CPU_CHUNK, _GPU_CHUNK = 2**19, 2**24
+_GPU_GROUP = 2**26  # elements whose gradients are in float32 at the same time in a GPU's step over many parameters
 
 
 class NarrowAdam(Adam):
@@ -77,7 +79,14 @@ def can_stream(optimizer: Any) -> bool:
 
 def total_norm(narrow: Iterable[Tensor], wide: Iterable[Tensor]) -> Tensor:
     """Returns the total norm of gradients of any dtypes, a float32 scalar; casts one chunk at a time to float32."""
-    squares = [_square(piece) for tensor in (*narrow, *wide) for (piece,) in _pieces(tensor.detach())]
+    tensors = [tensor.detach() for tensor in (*narrow, *wide)]
+    if tensors and all(tensor.is_cuda for tensor in tensors):
+        by_kind: dict[Any, list[Tensor]] = {}
+        for tensor in tensors:
+            by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        norms = [norm for kind in by_kind.values() for norm in torch._foreach_norm(kind, 2, dtype=torch.float32)]
+        return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+    squares = [_square(piece) for tensor in tensors for (piece,) in _pieces(tensor)]
     if not squares:
         return torch.zeros(())
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
@@ -104,12 +113,67 @@ def adam_step(optimizer: Adam, gradients: Mapping[Tensor, Tensor], scale: float 
     """
     updated = []
     for group in optimizer.param_groups:
+        rest = []
         for parameter in group["params"]:
             if parameter in gradients:
                 state = _state(optimizer, parameter, group)
-                _step(parameter, gradients[parameter], state, group, scale, write_back=True)
+                if parameter.is_cuda and state["exp_avg"].dtype == parameter.dtype and group["fused"]:
+                    rest.append((parameter, gradients[parameter], state))
+                else:
+                    _step(parameter, gradients[parameter], state, group, scale, write_back=True)
                 updated.append(parameter)
+        for batch in _batches(rest):
+            _step_together(batch, group, scale)
     return updated
+
+
+Update = tuple[Tensor, Tensor, dict[str, Tensor]]  # a parameter, its gradient, its optimizer state
+
+
+def _batches(updates: Sequence[Update]) -> Iterator[list[Update]]:
+    """Yields updates of parameters of one device and dtype, of at most `_GPU_GROUP` elements but for a larger parameter."""
+    by_kind: dict[Any, list[Update]] = {}
+    for update in updates:
+        by_kind.setdefault((update[0].device, update[0].dtype, update[1].dtype), []).append(update)
+    for kind in by_kind.values():
+        batch: list[Update] = []
+        size = 0
+        for update in kind:
+            if batch and size + update[0].numel() > _GPU_GROUP:
+                yield batch
+                batch, size = [], 0
+            batch.append(update)
+            size += update[0].numel()
+        yield batch
+
+
+def _step_together(updates: Sequence[Update], group: Mapping[str, Any], scale: float) -> None:
+    """Updates many parameters with one kernel per operation, and overwrites their gradients with the new weights."""
+    parameters, gradients, states = (list(column) for column in zip(*updates, strict=True))
+    parameters = [parameter.detach() for parameter in parameters]
+    wide = [torch.empty_like(parameter) for parameter in parameters]
+    torch._foreach_copy_(wide, gradients)
+    if scale != 1.0:
+        torch._foreach_mul_(wide, scale)
+    counts = [state["step"] for state in states]
+    torch._foreach_add_(counts, 1)
+    update = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    update(
+        parameters,
+        wide,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        counts,
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+    torch._foreach_copy_(gradients, parameters)
 
 
 def _state(optimizer: Adam, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -17,7 +17,16 @@ from trl.functional.logprobs import token_logprobs_and_entropy
 from trl.kernels.packed_attention import packed
 from trl.kernels.products import bucket_size
 from trl.models.frozen import RolloutAboveFrozen, first_layers_in_training, only_first_layers, skipping_first_layers
-from trl.models.padding import clean, forward_inputs, ignores_padding, left_aligning_order, reorder
+from trl.models.padding import (
+    clean,
+    forward_inputs,
+    ignores_padding,
+    join_parts,
+    left_aligning_order,
+    padding_mask,
+    reorder,
+    split_by_padding,
+)
 from trl.models.predictions import (
     PredictionRequest,
     abilities,
@@ -37,7 +46,7 @@ from trl.models.trunk import (
     without_head,
 )
 from trl.models.wrapper import PreTrainedModelWrapper
-from trl.types import Evaluation, Rollout, occupied, take
+from trl.types import Evaluation, Rollout
 
 _FIELDS = tuple(field.name for field in fields(Evaluation))
 # Logits per model that the exact KL holds in memory at a time.
@@ -79,7 +88,7 @@ def evaluate(
         ValueError: if an encoder-decoder gets no `encoder_tokens`, or a decoder-only model gets them.
     """
     _check_rollout(model, rollout)
-    if not ignores_padding(model) and bool(_padding(rollout).any()):
+    if not ignores_padding(model) and bool(padding_mask(rollout).any()):
         parts = [
             evaluate(
                 model,
@@ -92,12 +101,27 @@ def evaluate(
                 mean_logits=mean_logits,
                 top1=top1,
             )
-            for part in _without_padding(rollout)
+            for part in split_by_padding(rollout)
         ]
-        joined = {name: _joined(rollout, [getattr(part, name) for part in parts]) for name in _FIELDS}
+        joined = {name: join_parts(rollout, [getattr(part, name) for part in parts]) for name in _FIELDS}
         return Evaluation(**joined)  # type: ignore[arg-type]
     if not return_logits and abilities(model).projects:
         return _without_logits(model, rollout, temperature, entropy, values, response_only, mean_logits, top1)
+    return _with_logits(model, rollout, temperature, entropy, values, response_only, return_logits, mean_logits, top1)
+
+
+def _with_logits(
+    model: nn.Module,
+    rollout: Rollout,
+    temperature: float,
+    entropy: bool,
+    values: bool,
+    response_only: bool,
+    return_logits: bool,
+    mean_logits: bool,
+    top1: bool,
+) -> Evaluation:
+    """`evaluate` through the model's own logits."""
     # Left-align rows, so that positions count from column 0 for every position scheme and recurrent states start at the
     # first token; `place` undoes it.
     order = left_aligning_order(rollout.attention)
@@ -175,7 +199,8 @@ def _layout(model: nn.Module, rollout: Rollout, response_only: bool) -> _Layout:
         before[order[1:]] = lengths[order[:-1]].cumsum(dim=0)
         place = before[:, None] + count
         flat_index = place[attention]
-        flat = flat_index.new_zeros(bucket_size(len(flat_index)))
+        size = len(flat_index)
+        flat = flat_index.new_zeros(bucket_size(size) if flat_index.device.type == "cpu" else size)
         flat[flat_index] = tokens[attention]
         positions = torch.zeros_like(flat)
         positions[flat_index] = count[attention]
@@ -255,9 +280,9 @@ def evaluate_exact_kl(
     Returns:
         `[B, S]` float32 in nats; 0 where nothing is predicted.
     """
-    if not ignores_padding(policy) and bool(_padding(rollout).any()):
-        parts = _without_padding(rollout)
-        kl = _joined(rollout, [evaluate_exact_kl(policy, reference, p, temperature=temperature) for p in parts])
+    if not ignores_padding(policy) and bool(padding_mask(rollout).any()):
+        parts = split_by_padding(rollout)
+        kl = join_parts(rollout, [evaluate_exact_kl(policy, reference, p, temperature=temperature) for p in parts])
         assert kl is not None
         return kl
     with reference() as model:
@@ -327,35 +352,6 @@ def _check_rollout(model: nn.Module, rollout: Rollout) -> None:
         raise ValueError(f"{name} is an encoder-decoder and needs the rollout's encoder_tokens")
     if not is_encoder_decoder(model) and rollout.encoder_tokens is not None:
         raise ValueError(f"{name} is not an encoder-decoder, but the rollout has encoder_tokens")
-
-
-def _padding(rollout: Rollout) -> Tensor:
-    """Returns the padding mask: `[B, T]`, or `[B, T + encoder length]` for an encoder-decoder."""
-    both = [rollout.attention] if rollout.encoder_attention is None else [rollout.attention, rollout.encoder_attention]
-    return ~torch.cat(both, dim=1).bool()
-
-
-def _rows_by_padding(rollout: Rollout) -> list[Tensor]:
-    """Groups sequences by padding pattern; returns each group's row indices `[b]`."""
-    _, kinds = _padding(rollout).unique(dim=0, return_inverse=True)
-    return [(kinds == kind).nonzero().squeeze(1) for kind in range(int(kinds.max()) + 1)]
-
-
-def _without_padding(rollout: Rollout) -> list[Rollout]:
-    return [take(rollout, rows, occupied(rollout.attention[rows])) for rows in _rows_by_padding(rollout)]
-
-
-def _joined(rollout: Rollout, parts: list[Tensor | None]) -> Tensor | None:
-    """Reassembles results for the `_without_padding` parts into `[B, S, ...]`, 0 elsewhere."""
-    whole: Tensor | None = None
-    for rows, part in zip(_rows_by_padding(rollout), parts, strict=True):
-        if part is None:
-            return None
-        columns = occupied(rollout.attention[rows])
-        wide = F.pad(part, (*(0, 0) * (part.dim() - 2), columns.start, rollout.tokens.shape[1] - columns.stop))
-        whole = wide.new_zeros(len(rollout), *wide.shape[1:]) if whole is None else whole
-        whole = whole.index_copy(0, rows, wide)
-    return whole
 
 
 def _accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

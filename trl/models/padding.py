@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trl.functional.probes import logits_error, logits_tolerance
@@ -22,6 +23,7 @@ from trl.models.trunk import (
     pretrained_part,
     probe_sequences,
 )
+from trl.types import Rollout, occupied, take
 
 logger = logging.getLogger(__name__)
 
@@ -170,3 +172,33 @@ def left_aligning_order(attention: Tensor) -> Tensor:
 def reorder(x: Tensor, order: Tensor) -> Tensor:
     """Reorders the columns of `x` [B, T, ...] by `order` [B, T]."""
     return x.gather(1, order.reshape(order.shape + (1,) * (x.dim() - 2)).expand_as(x))
+
+
+def padding_mask(rollout: Rollout) -> Tensor:
+    """Returns the padding mask: `[B, T]`, or `[B, T + encoder length]` for an encoder-decoder."""
+    both = [rollout.attention] if rollout.encoder_attention is None else [rollout.attention, rollout.encoder_attention]
+    return ~torch.cat(both, dim=1).bool()
+
+
+def _rows_by_padding(rollout: Rollout) -> list[Tensor]:
+    """Groups sequences by padding pattern; returns each group's row indices `[b]`."""
+    _, kinds = padding_mask(rollout).unique(dim=0, return_inverse=True)
+    return [(kinds == kind).nonzero().squeeze(1) for kind in range(int(kinds.max()) + 1)]
+
+
+def split_by_padding(rollout: Rollout) -> list[Rollout]:
+    """Splits a rollout into parts whose sequences have the same padding, and trims it."""
+    return [take(rollout, rows, occupied(rollout.attention[rows])) for rows in _rows_by_padding(rollout)]
+
+
+def join_parts(rollout: Rollout, parts: list[Tensor | None]) -> Tensor | None:
+    """Reassembles results for the parts of `split_by_padding` into `[B, S, ...]`, 0 elsewhere."""
+    whole: Tensor | None = None
+    for rows, part in zip(_rows_by_padding(rollout), parts, strict=True):
+        if part is None:
+            return None
+        columns = occupied(rollout.attention[rows])
+        wide = F.pad(part, (*(0, 0) * (part.dim() - 2), columns.start, rollout.tokens.shape[1] - columns.stop))
+        whole = wide.new_zeros(len(rollout), *wide.shape[1:]) if whole is None else whole
+        whole = whole.index_copy(0, rows, wide)
+    return whole

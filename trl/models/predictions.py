@@ -31,6 +31,7 @@ from trl.models.trunk import (
 logger = logging.getLogger(__name__)
 
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # names in configurations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +52,7 @@ class Abilities:
     packs: bool  # several sequences can be packed into one row
 
 
-_CACHE: WeakKeyDictionary[nn.Module, tuple[Any, Abilities]] = (
-    WeakKeyDictionary()
-)  # with the `_cache_key` they were probed for
+_CACHE: WeakKeyDictionary[nn.Module, dict[Any, Abilities]] = WeakKeyDictionary()  # by model and `_cache_key`
 
 
 def predict(pretrained: nn.Module, inputs: dict[str, Any], request: PredictionRequest) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,23 +108,27 @@ def abilities(model: nn.Module) -> Abilities:
         return Abilities(projects=False, packs=False)
     base = base_language_model(model)
     key = _cache_key(base.get_output_embeddings())
-    if base not in _CACHE or _CACHE[base][0] != key:
+    probed = _CACHE.setdefault(base, {})
+    if key not in probed:
         pretrained = pretrained_part(model)
         with evaluation_mode(pretrained), torch.no_grad():
             projecting = _projection_obstacle(pretrained)
             packing = _packing_obstacle(pretrained) if projecting is None else projecting
-        _CACHE[base] = key, Abilities(projects=projecting is None, packs=packing is None)
+        probed[key] = Abilities(projects=projecting is None, packs=packing is None)
         name = type(base).__name__
         if projecting is not None:
             logger.info("%s: every pass computes the full logits: %s", name, projecting)
         elif packing is not None:
             logger.info("%s: sequences are padded, not packed: %s", name, packing)
-    return _CACHE[base][1]
+    return probed[key]
 
 
 def _cache_key(head: Any) -> tuple[Any, ...]:
-    """Cache key of an output embedding; changes when an adapter is injected or hooks are registered."""
-    return (type(head), id(head), *getattr(head, "_forward_hooks", ()), *getattr(head, "_forward_pre_hooks", ()))
+    """Cache key of an output embedding; changes with an adapter that is injected, with hooks, and a GPU's compute dtype."""
+    weight = getattr(head, "weight", None)
+    # On a GPU, what packs depends on the dtype of the pass.
+    kind = (weight.dtype, torch.is_autocast_enabled("cuda")) if isinstance(weight, Tensor) and weight.is_cuda else None
+    return (type(head), id(head), kind, *getattr(head, "_forward_hooks", ()), *getattr(head, "_forward_pre_hooks", ()))
 
 
 def may_pack(model: nn.Module) -> bool:
@@ -175,8 +178,10 @@ def _packing_obstacle(model: Any) -> str | None:
     base = base_language_model(model)
     if is_encoder_decoder(model):
         return "it is an encoder-decoder"
-    if base.device.type != "cpu":
-        return "packed attention supports CPUs only"
+    if base.device.type not in ("cpu", "cuda"):
+        return "packed attention supports CPUs and CUDA only"
+    if base.device.type == "cuda" and any(getattr(decoder_config(model), name, None) for name in _DROPOUT):
+        return "packed attention has no dropout on a GPU"
     if not accepts(model, "position_ids"):
         return "its forward takes no position_ids"
     if unknown := set(getattr(decoder_config(model), "layer_types", None) or ()) - _PACKABLE_LAYERS:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl.health import METRICS, catalogued
+from trl.health import catalogued
 from trl.report.reading import Run
 from trl.report.verdict import Departure, band_text, departure, number
 from trl.untrusted import one_line
@@ -41,7 +41,71 @@ class Chart:
         return self.shown or self.keys[0]
 
 
-_LOSSES = "Updates"
+_LOSSES, _PREFERENCES, _MODEL = "Updates", "Preferences", "Model"
+# Of the offline stages, whose runs have no keys of the others but those of the machine.
+_STAGE_CHARTS = (
+    Chart(id="loss", group="Loss", title="Loss", keys=("loss",), labels=("training",), points=("eval_loss",)),
+    Chart(
+        id="accuracy", group=_PREFERENCES, title="Accuracy", keys=("accuracy",), points=("eval_accuracy",), percent=True
+    ),
+    Chart(id="margin", group=_PREFERENCES, title="Margin", keys=("margin",), points=("eval_margin",)),
+    Chart(
+        id="stage-rewards",
+        group=_PREFERENCES,
+        title="Rewards",
+        keys=("mean_reward",),
+        ribbons=(("min_reward", "max_reward"),),
+    ),
+    Chart(
+        id="calibration",
+        group=_PREFERENCES,
+        title="Calibration error",
+        keys=("eval_expected_calibration_error",),
+        percent=True,
+    ),
+    Chart(
+        id="accuracies",
+        group=_PREFERENCES,
+        title="Accuracy",
+        keys=("rewards/accuracies",),
+        points=("eval_rewards/accuracies",),
+        percent=True,
+    ),
+    Chart(
+        id="margins",
+        group=_PREFERENCES,
+        title="Margin",
+        keys=("rewards/margins",),
+        points=("eval_rewards/margins",),
+    ),
+    Chart(
+        id="implicit-rewards",
+        group=_PREFERENCES,
+        title="Implicit rewards",
+        keys=("rewards/chosen", "rewards/rejected"),
+        labels=("chosen", "rejected"),
+    ),
+    Chart(
+        id="logps",
+        group=_PREFERENCES,
+        title="Log-probabilities of the responses",
+        keys=("logps/chosen", "logps/rejected"),
+        labels=("chosen", "rejected"),
+    ),
+    Chart(id="kto-kl", group=_PREFERENCES, title="KL estimate", keys=("kl",)),
+    Chart(
+        id="token-accuracy",
+        group=_MODEL,
+        title="Token accuracy",
+        keys=("mean_token_accuracy",),
+        points=("eval_mean_token_accuracy",),
+        percent=True,
+    ),
+    Chart(id="stage-entropy", group=_MODEL, title="Entropy", keys=("entropy",), points=("eval_entropy",)),
+    Chart(id="stage-gradient", group=_LOSSES, title="Gradient norm", keys=("grad_norm",)),
+    Chart(id="stage-rate", group=_LOSSES, title="Learning rate", keys=("learning_rate",)),
+    Chart(id="stage-speed", group="Machine", title="Throughput", keys=("time/train_tokens_per_second",)),
+)
 CHARTS = (
     Chart(
         id="score",
@@ -73,6 +137,7 @@ CHARTS = (
     Chart(id="explained", group=_LOSSES, title="Explained variance", keys=("ppo/val/var_explained",)),
     Chart(id="gradient", group=_LOSSES, title="Gradient norm", keys=("ppo/grad_norm",)),
     Chart(id="rate", group=_LOSSES, title="Learning rate", keys=("ppo/learning_rate",)),
+    *_STAGE_CHARTS,
     Chart(id="speed", group="Machine", title="Throughput", keys=("time/tokens_per_second",)),
     Chart(
         id="time",
@@ -113,7 +178,12 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     """The charts for which a run has data."""
     present = {key for run in runs for row in run.rows for key in row}
     charts = [*CHARTS[:1], *_component_charts(present), *CHARTS[1:]]
-    return [_figure(chart, runs) for chart in charts if any(run.keyed(chart.main) in present for run in runs)]
+    return [_figure(chart, runs) for chart in charts if _has_data(chart, runs, present)]
+
+
+def _has_data(chart: Chart, runs: Sequence[Run], present: set[str]) -> bool:
+    drawn = {run.keyed(key) for run in runs for key in chart.keys}
+    return bool(drawn & present) and any(run.keyed(chart.main) in present for run in runs)
 
 
 def series_of(run: Run, charts: Sequence[Chart]) -> dict[str, list[float | None]]:
@@ -149,9 +219,9 @@ def _is_component(key: str) -> bool:
 def _figure(chart: Chart, runs: Sequence[Run]) -> Figure:
     first = runs[0]
     judged = first.keyed(chart.judged or chart.keys[0])
-    metric = METRICS.get(chart.keys[0])
+    metric = catalogued(chart.keys[0])
     band = first.bands.get(judged)
-    shown = METRICS.get(chart.main)
+    shown = catalogued(chart.main)
     last = next((v for v in reversed(first.series(first.keyed(chart.main))) if v is not None), None)
     rows = first.rows
     picked = sorted({round(i * (len(rows) - 1) / (_TABLE_ROWS - 1)) for i in range(_TABLE_ROWS)}) if rows else []
@@ -191,7 +261,7 @@ def _labels(chart: Chart) -> list[str]:
     names = [*(chart.labels or (chart.title,))]
     for key in _all_keys(chart)[len(names) :]:
         metric = catalogued(key)
-        names.append(metric.title if metric else key)
+        names.append(metric.title if metric else "evaluation" if key.startswith("eval_") else key)
     return names
 
 

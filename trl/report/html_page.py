@@ -40,6 +40,7 @@ def page(runs: Sequence[Run], *, live: bool = False, folder_link: bool = False) 
         events=[[visible(line, MAX_TEXT) for line in run.events[-30:]] for run in runs],
         total=sum(len(run.steps_recorded) for run in runs),
         shown_steps=len({(number, s["step"]) for number, run in enumerate(runs) for s in run.completions}),
+        samples_completions=not all(run.offline for run in runs),
         folder_link=folder_link,
         live=live,
         policy=_policy(scripts, style, live=live),

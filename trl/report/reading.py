@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from trl.health import Band, bands
+from trl.health import Band, bands, is_offline
 from trl.trackers import (
+    Ending,
     Finding,
     completion_steps,
-    is_being_written,
     read_completions,
     read_config,
+    read_ending,
     read_findings,
     read_metrics,
+    read_summary,
 )
 from trl.untrusted import one_line
-
-State = Literal["finished", "running", "stopped", "failed"]
 
 _MAX_STEPS_READ = 240  # completion files that one run contributes
 _MAX_BYTES = 7_000_000  # of prompts and completions of one report
 _MAX_TOKEN_BYTES = 3_000_000  # of per-token records of one report
 MAX_TEXT = 4_000  # characters shown of a text
-_FAILED = re.compile(r"\S+ failed in step (\d+): (.*)")
-_OPENED = re.compile(r"\S+ run (?:created|opened)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +42,7 @@ class Run:
     events: Sequence[str]
     """The last lines of events.log."""
     findings: Sequence[Finding]
-    being_written: bool
+    ending: Ending
     steps_recorded: Sequence[int]
     """Steps with a file of completions."""
     completions: list[dict[str, Any]] = field(default_factory=list)
@@ -62,6 +58,11 @@ class Run:
         """Prefix of the algorithm's statistics."""
         return str((self.config.get("algorithm") or {}).get("name", "ppo"))
 
+    @property
+    def offline(self) -> bool:
+        """Whether this is a run of an offline stage, which samples no completions."""
+        return is_offline(self.config)
+
     @cached_property
     def bands(self) -> Mapping[str, Band]:
         """Healthy bands by key, for this run's settings."""
@@ -72,25 +73,6 @@ class Run:
         """Planned steps; None if unknown."""
         steps = self.summary.get("target") or (self.config.get("train") or {}).get("steps")
         return int(steps) if steps else None
-
-    @cached_property
-    def failure(self) -> str | None:
-        """Error that ended the run, if its last events say so."""
-        for line in reversed(self.events):
-            if match := _FAILED.match(line):
-                return f"failed in step {match[1]}: {match[2]}"
-            if _OPENED.match(line):
-                break
-        return None
-
-    @property
-    def state(self) -> State:
-        """Whether the run is going on, and how it ended if not."""
-        if self.summary.get("reason") in ("steps", "callback"):
-            return "finished"
-        if self.being_written:
-            return "running"
-        return "failed" if self.failure and not self.summary else "stopped"
 
     def series(self, key: str) -> list[float | None]:
         """Values of a key, one per row; None where it is missing or not finite."""
@@ -126,10 +108,10 @@ def read_run(folder: str | Path, share: int = 1) -> Run:
         path=path,
         rows=read_metrics(path),
         config=config if isinstance(config, dict) else {},
-        summary=_read_json(path / "summary.json"),
+        summary=read_summary(path),
         events=events_file.read_text(encoding="utf-8", errors="replace").splitlines()[-200:],
         findings=read_findings(path),
-        being_written=is_being_written(path),
+        ending=read_ending(path),
         steps_recorded=steps,
         completions=_read_samples(path, _spread(steps, _MAX_STEPS_READ // share), share),
     )
@@ -139,16 +121,6 @@ def age(run: Run) -> float:
     """Seconds since the run's last metrics row was written."""
     modified = (run.path / "metrics.jsonl").stat().st_mtime
     return max(0.0, datetime.now(timezone.utc).timestamp() - modified)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
 
 
 def _spread(steps: Sequence[int], count: int) -> list[int]:

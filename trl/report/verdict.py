@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trl.health import Band, Metric, Symptom, catalogued
+from trl.health import NOT_FINITE, Band, Metric, Symptom, catalogued, is_telling, measured
 from trl.report.reading import Run, age
 from trl.untrusted import one_line
 
-Mood = Literal["good", "watch", "bad", "empty"]
+Mood = Literal["good", "watch", "bad", "plain", "empty"]
 
 _RECENT = 20  # steps that "now" means
 _PATIENCE = 3  # steps out of its band before a metric is a problem
@@ -51,34 +51,40 @@ class Verdict:
 
 def verdict(run: Run) -> Verdict:
     """Judges a run by its state, its metrics and the doctor's findings."""
-    departures = [d for key in run.bands if (d := departure(run, key)) is not None]
+    not_finite = (key for row in run.rows for key in row.get("nonfinite", ()))
+    departures = [d for key in dict.fromkeys([*run.bands, *not_finite]) if (d := departure(run, key)) is not None]
     now = [d for d in departures if d.now and not d.metric.advisory]
     errors = [f for f in run.findings if f.severity == "error"]
-    if run.state == "failed" or errors:
+    if run.ending.state == "failed" or errors:
         mood: Mood = "bad"
     elif now or run.findings:
         mood = "watch"
     else:
-        mood = "good" if run.rows else "empty"
-    sentences = [s for s in (_score(run), _evaluation(run), _kl(run), _health(run, departures)) if s]
+        mood = "empty" if not run.rows else "plain" if run.offline else "good"
+    described = (_loss(run),) if run.offline else (_score(run), _evaluation(run), _kl(run), _health(run, departures))
+    sentences = [sentence for sentence in described if sentence]
     return Verdict(mood=mood, headline=_headline(run), sentences=sentences, departures=departures)
 
 
 def departure(run: Run, key: str) -> Departure | None:
-    """How a metric left its band, or None if it did so at most for a moment."""
-    band, metric = run.bands.get(key), catalogued(key)
-    if band is None or metric is None:
+    """How a metric left its band, or None if it did so at most for a moment. NaN and infinities are outside of any."""
+    band, metric = run.bands.get(key, Band()), catalogued(key)
+    if metric is None:
         return None
-    points = [
-        (int(row["step"]), value)
-        for row, value in zip(run.rows, run.series(key), strict=True)
-        if value is not None and row["step"] > metric.grace
-    ]
+    points, spread = list[tuple[int, float]](), 0.0
+    for row in run.rows:
+        value, spread = measured(row, key), max(spread, measured(row, "score/std") or 0.0)
+        judged = row["step"] > metric.grace and is_telling(row, key, spread)
+        if value is not None and (judged or math.isnan(value)):
+            points.append((int(row["step"]), value))
     outside = [(step, value) for step, value in points if not band.holds(value)]
     if len(outside) < min(_PATIENCE, max(1, len(points))):
         return None
     below = sum(band.low is not None and value < band.low for _, value in outside)
-    symptom = metric.too_low if 2 * below > len(outside) else metric.too_high
+    if 2 * sum(math.isnan(value) for _, value in outside) > len(outside):
+        symptom: Symptom | None = NOT_FINITE
+    else:
+        symptom = metric.too_low if 2 * below > len(outside) else metric.too_high
     if symptom is None:
         return None
     recent = points[-_RECENT:]
@@ -97,6 +103,8 @@ def band_text(band: Band) -> str:
     """A band in words: "at most 0.3", "0.8 to 1.25"."""
     if band.low is not None and band.high is not None:
         return f"{number(band.low)} to {number(band.high)}"
+    if band.low is None and band.high is None:
+        return "any finite number"
     return f"at least {number(band.low)}" if band.low is not None else f"at most {number(band.high)}"
 
 
@@ -123,21 +131,31 @@ def duration(seconds: float) -> str:
 def _headline(run: Run) -> str:
     step = int(run.rows[-1]["step"]) if run.rows else 0
     of = f" of {run.target:,}" if run.target else ""
-    took = f", {duration(sum(v for v in run.series('time/step') if v is not None))} of training" if run.rows else ""
+    took = f", {duration(_seconds(run))} of training" if run.rows else ""
     progress = f"step {step:,}{of}{took}"
-    if run.state == "finished":
-        return f"Finished at {progress}" + (", ended by a callback" if run.summary.get("reason") == "callback" else "")
-    if run.state == "running":
+    resume = "resume_from_checkpoint" if run.offline else "resume"
+    if run.ending.state == "finished":
+        return f"Finished at {progress}" + (", ended by a callback" if run.ending.reason == "callback" else "")
+    if run.ending.state == "running":
         return (
             f"Running: {progress}; last written {duration(age(run))} ago" if run.rows else "Running: no step done yet"
         )
-    if run.state == "failed":
-        return f"F{one_line(run.failure or 'failed')[1:]}; the last complete step is {progress.removeprefix('step ')}"
-    if run.summary.get("reason"):
-        return (
-            f"Stopped by {one_line(str(run.summary['reason']))} at {progress}; run it again with resume='auto' to go on"
-        )
-    return f"Stopped without saying why at {progress}; run it again with resume='auto' to go on"
+    if run.ending.state == "failed":
+        return f"F{one_line(run.ending.error)[1:]}; the last complete step is {progress.removeprefix('step ')}"
+    if run.ending.state == "stopped":
+        return f"Stopped by {one_line(run.ending.reason)} at {progress}; run it again with {resume}='auto' to go on"
+    return f"Stopped without saying why at {progress}; run it again with {resume}='auto' to go on"
+
+
+def _seconds(run: Run) -> float:
+    """Time of the steps so far; a row of an offline stage stands for several."""
+    steps = [0, *(int(row["step"]) for row in run.rows)]
+    times = run.series("time/step")
+    return sum(
+        seconds * (step - before if run.offline else 1)
+        for seconds, before, step in zip(times, steps, steps[1:], strict=False)
+        if seconds is not None
+    )
 
 
 def _ends(values: Sequence[float | None]) -> tuple[float, float, int] | None:
@@ -162,6 +180,17 @@ def _score(run: Run) -> str | None:
     if verb.startswith("stayed"):
         return f"The mean score {verb}: {joined}."
     return f"The mean score {verb} from {joined.replace(' and ', ' to ')}."
+
+
+def _loss(run: Run) -> str | None:
+    """First and last loss of an offline stage, in training and in evaluation."""
+    parts = []
+    for key, where in (("loss", ""), ("eval_loss", " on held-out rows")):
+        ends = _ends(run.series(key))
+        if ends is not None:
+            verb = "fell" if ends[1] < ends[0] else "rose" if ends[1] > ends[0] else "stayed"
+            parts.append(f"The loss{where} {verb} from {number(ends[0])} to {number(ends[1])}.")
+    return " ".join(parts) or None
 
 
 def _evaluation(run: Run) -> str | None:

@@ -19,6 +19,7 @@ _HOMES = {
     "trl.rewards.maths": ("math_reward",),
     "trl.rewards.parts": ("FormatReward", "LengthPenalty"),
     "trl.rewards.remote": ("RemoteReward",),
+    "trl.rewards.steps": ("StepReward",),
     "trl.rewards.unit_tests": ("UnitTestReward",),
     "trl.types": ("Sample", "Scored"),
 }
@@ -41,6 +42,7 @@ __all__ = [
     "Sample",
     "ScoreCache",
     "Scored",
+    "StepReward",
     "UnitTestReward",
     "as_reward",
     "math_reward",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from trl.rewards.maths import math_reward
     from trl.rewards.parts import FormatReward, LengthPenalty
     from trl.rewards.remote import RemoteReward
+    from trl.rewards.steps import StepReward
     from trl.rewards.unit_tests import UnitTestReward
     from trl.types import Sample, Scored
 

@@ -62,14 +62,14 @@ class ClassifierReward:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} is not positive")
         self.model = model.eval()
-        self.tokenizer = _load_matching_tokenizer(model) if tokenizer is None else tokenizer
-        _check_vocabulary(model, self.tokenizer)
+        self.tokenizer = load_matching_tokenizer(model) if tokenizer is None else tokenizer
+        check_vocabulary(model, self.tokenizer)
         self.label = _label_index(model, label)
         self.output = output
         self._is_multi_label = getattr(model.config, "problem_type", None) == "multi_label_classification"
         # Batching needs a padding token.
         self.batch_size = 1 if self.tokenizer.pad_token_id is None else batch_size
-        limit = _length_limit(model, self.tokenizer)
+        limit = length_limit(model, self.tokenizer)
         self.max_length = limit if max_length is None or (limit is not None and limit < max_length) else max_length
         self._padding_is_safe: bool | None = None  # None until tried
 
@@ -131,7 +131,7 @@ class ClassifierReward:
         Raises:
             ValueError: if the lengths differ, a prompt or completion is not a string, or a text has no tokens.
         """
-        texts = _joined(prompts, completions)
+        texts = joined_texts(prompts, completions)
         if not texts:
             return []
         encodings = self._encode(texts)
@@ -202,7 +202,8 @@ def _select_rows(encodings: _Encodings, rows: Sequence[int]) -> _Encodings:
     return {key: [values[row] for row in rows] for key, values in encodings.items()}
 
 
-def _joined(prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
+def joined_texts(prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
+    """Appends completions to their prompts; a wrong length, or a text that is no string, is a ValueError."""
     for name, texts in (("prompts", prompts), ("completions", completions)):
         if isinstance(texts, str):
             raise ValueError(f"{name} is a string; expected a list of strings")
@@ -217,7 +218,8 @@ def _joined(prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
     return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def _load_matching_tokenizer(model: Any) -> Any:
+def load_matching_tokenizer(model: Any) -> Any:
+    """Loads the tokenizer from where a model was loaded; a ValueError where that is unknown or has none."""
     source = getattr(model.config, "_name_or_path", "")
     if not source:
         raise ValueError(
@@ -229,7 +231,8 @@ def _load_matching_tokenizer(model: Any) -> Any:
         raise ValueError(f"the tokenizer of {source!r} could not be loaded; pass tokenizer=: {error}") from error
 
 
-def _check_vocabulary(model: Any, tokenizer: Any) -> None:
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raises a ValueError if a tokenizer has more tokens than the model has embeddings."""
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise ValueError(
@@ -251,7 +254,8 @@ def _label_index(model: Any, label: str | int) -> int:
     return label
 
 
-def _length_limit(model: Any, tokenizer: Any) -> int | None:
+def length_limit(model: Any, tokenizer: Any) -> int | None:
+    """Maximum tokens of a text that tokenizer and model allow; None if they set no limit."""
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
     finite_limits = [int(limit) for limit in limits if limit is not None and 0 < limit < _NO_LIMIT]
     return min(finite_limits, default=None)

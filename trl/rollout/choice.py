@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,11 +15,15 @@ from trl.protocols import RolloutEngine
 from trl.rollout.generation_settings import local_sampling
 from trl.rollout.hf import TransformersEngine
 from trl.rollout.local import Critic, LocalEngine
-from trl.rollout.self_check import obstacle
+from trl.rollout.self_check import fixed_steps_obstacle, obstacle
 from trl.types import Sampling
 
 # What `obstacle` says of each model: the check runs once.
 _SELF_CHECKS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+# Whether each model on a GPU decodes in steps of fixed shapes.
+_FIXED_STEPS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +65,9 @@ def choose_engine(
     reason = problem or (request if isinstance(request, str) else None)
     if isinstance(request, Sampling) and limits is not None and reason is None:
         critic = nullcontext if request.greedy else critic
-        engine = LocalEngine(bare, pad_token=pad_token, batch_size=batch_size, critic=critic)
+        engine = LocalEngine(
+            bare, pad_token=pad_token, batch_size=batch_size, critic=critic, fixed_steps=_takes_fixed_steps(bare)
+        )
         return Choice(engine=engine, request=replace(request, limits=tuple(limits)), reason=None)
     return Choice(
         engine=TransformersEngine(
@@ -81,3 +88,15 @@ def known_obstacle(model: nn.Module) -> str | None:
     if model not in _SELF_CHECKS:
         _SELF_CHECKS[model] = obstacle(model)
     return _SELF_CHECKS[model]
+
+
+def _takes_fixed_steps(model: nn.Module) -> bool:
+    """Whether a model is on a GPU and decodes there in steps of fixed shapes; each model is tried once."""
+    if next(model.parameters()).device.type != "cuda":
+        return False
+    if model not in _FIXED_STEPS:
+        problem = fixed_steps_obstacle(model)
+        _FIXED_STEPS[model] = problem is None
+        if problem is not None:
+            logger.info("sampling without CUDA graphs: %s", problem)
+    return _FIXED_STEPS[model]

@@ -18,6 +18,8 @@ from trl.kernels.kv_cache import growing_cache
 class Decoder:
     """Steps a model with a KV cache and returns the next-token logits of each row."""
 
+    least_dropped_rows = 1  # finished rows that make `keep` worth its cost
+
     def __init__(self, model: Any, queries: Sequence[Tensor], limits: Sequence[int]) -> None:
         self.model = model
         self.device = next(model.parameters()).device
@@ -170,9 +172,3 @@ def start_token(model: Any) -> int:
             if isinstance(token, int):
                 return token
     raise ValueError(f"{type(model).__name__} has no decoder_start_token_id")
-
-
-def decoder_for(model: Any, queries: Sequence[Tensor], limits: Sequence[int]) -> Decoder:
-    """Builds the decoder for the model's architecture."""
-    decoder = Seq2SeqDecoder if model.config.is_encoder_decoder else CausalDecoder
-    return decoder(model, queries, limits)

@@ -19,7 +19,8 @@ from trl.kernels.decode_attention import decoding
 from trl.kernels.packed_weights import packed_weights
 from trl.kernels.products import bucket_size
 from trl.rollout.assembly import Side, assemble
-from trl.rollout.decoders import decoder_for, start_token
+from trl.rollout.decoders import Decoder, start_token
+from trl.rollout.fixed_decoder import decoder_for
 from trl.types import Rollout, Sampling
 
 # Compact the batch once this fraction of its rows has finished: each compaction copies the KV cache of the others.
@@ -27,7 +28,7 @@ _COMPACT_SHARE = 0.25
 # Logits processed at once when sampling on a CPU.
 _CHUNK_LOGITS = 2**19
 # Memory budget in bytes for KV cache and logits, within which batches may exceed the requested batch size.
-_FREE_MEMORY = 512 * 2**20
+_SPARE_MEMORY = 512 * 2**20
 
 # A context manager that yields a function returning the values `[b, T]` of the latest forward pass.
 Critic = Callable[[], AbstractContextManager[Callable[[], Tensor] | None]]
@@ -42,16 +43,25 @@ class LocalEngine:
         side: side that the rollout is padded on.
         batch_size: queries decoded together; more where that costs little memory. Changes no response.
         critic: watches the critic's values during decoding; by default, the rollout has none.
+        fixed_steps: decode in steps of fixed shapes, for a model whose `fixed_steps_obstacle` is None.
     """
 
     def __init__(
-        self, model: Any, *, pad_token: int = 0, side: Side = "right", batch_size: int = 4, critic: Critic = nullcontext
+        self,
+        model: Any,
+        *,
+        pad_token: int = 0,
+        side: Side = "right",
+        batch_size: int = 4,
+        critic: Critic = nullcontext,
+        fixed_steps: bool = False,
     ) -> None:
         self.model = model
         self.pad_token = pad_token
         self.side: Side = side
         self.batch_size = batch_size
         self.critic = critic
+        self.fixed_steps = fixed_steps
         self.version = 0
 
     def update_weights(self, version: int) -> None:
@@ -77,7 +87,7 @@ class LocalEngine:
             raise ValueError(f"Sampling.limits contains {least}; every response needs at least 1 new token")
         generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
         # One row per token position, so that the draws do not depend on the largest limit.
-        uniforms = torch.rand(max(limits), count, dtype=torch.float64, generator=generator)
+        uniforms = torch.rand(max(limits), count, dtype=torch.float64, generator=generator, device="cpu")
         size = self._rows_at_once(max(len(query) for query in queries) + max(limits))
         order = sorted(range(count), key=lambda row: (len(queries[row]), limits[row]))
         sampled: dict[int, tuple[Tensor, ...]] = {}
@@ -91,6 +101,7 @@ class LocalEngine:
                     limits=[limits[row] for row in rows],
                     uniforms=uniforms[:, rows],
                     values=values,
+                    fixed_steps=self.fixed_steps,
                 )
                 columns = [part.responses, part.logprobs, *([] if part.values is None else [part.values])]
                 sampled |= zip(rows, zip(*columns, strict=True), strict=True)
@@ -116,7 +127,15 @@ class LocalEngine:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = self.model.get_input_embeddings().weight.element_size()
         per_row = 2 * size * heads * width * config.num_hidden_layers * tokens + 16 * config.vocab_size
-        return max(self.batch_size, _FREE_MEMORY // per_row)
+        return max(self.batch_size, self._spare_memory() // per_row)
+
+    def _spare_memory(self) -> int:
+        """Returns the bytes that a batch may take beyond the requested size: on a GPU, a quarter of what is free."""
+        device = next(self.model.parameters()).device
+        if device.type != "cuda":
+            return _SPARE_MEMORY
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(_SPARE_MEMORY, (torch.cuda.mem_get_info(device)[0] + unused) // 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +156,7 @@ def sample(
     limits: Sequence[int],
     uniforms: Tensor,
     values: Callable[[], Tensor] | None = None,
+    fixed_steps: bool = False,
 ) -> Sampled:
     """Samples one response per query, as one batch.
 
@@ -148,6 +168,7 @@ def sample(
         uniforms: `[max(limits), B]` float64 in [0, 1): token `t` of row `b` is drawn with `uniforms[t, b]`, so that a
             response depends neither on the rest of its batch nor on the other responses' lengths.
         values: returns the values `[b, T]` of the latest forward pass; None records no values.
+        fixed_steps: decode in steps of fixed shapes, as `LocalEngine` says.
 
     Returns:
         The sampled responses, without an encoder-decoder's start token.
@@ -156,20 +177,20 @@ def sample(
         RuntimeError: if logits are NaN or infinite.
     """
     with decoding(model), packed_weights(model, rows=len(queries), tokens=max(limits)):
-        return _sample(model, queries, sampling, limits, uniforms, values)
+        decoder = decoder_for(model, queries, limits, fixed_steps=fixed_steps)
+        return _sample(decoder, queries, sampling, limits, uniforms, values)
 
 
 def _sample(
-    model: Any,
+    decoder: Decoder,
     queries: Sequence[Tensor],
     sampling: Sampling,
     limits: Sequence[int],
     uniforms: Tensor,
     values: Callable[[], Tensor] | None,
 ) -> Sampled:
-    count, longest = len(queries), max(limits)
-    decoder = decoder_for(model, queries, limits)
-    device = decoder.device
+    count, longest, last_tokens = len(queries), max(limits), set(limits)
+    model, device = decoder.model, decoder.device
     stops = torch.tensor(sampling.stops, device=device)
     tokens = torch.zeros(longest, count, dtype=torch.int64, device=device)
     logprobs, critic = (torch.zeros(longest, count, device=device) for _ in range(2))
@@ -185,6 +206,9 @@ def _sample(
         if values is not None:
             value = values()[:, -1].float()
             critic[t, rows] = value if decoder.copies is None else value[decoder.copies]
+        if not sampling.stops and t + 1 not in last_tokens:  # no row ends here: do not wait for the device
+            raw = decoder.advance(chosen)
+            continue
         ended = limit <= t + 1
         if sampling.stops:
             ended |= torch.isin(chosen, stops)
@@ -196,7 +220,8 @@ def _sample(
             if remaining == 0:
                 break
             batch_rows = bucket_size(remaining, steps=4) if device.type == "cpu" else remaining
-            if batch_rows <= (1 - _COMPACT_SHARE) * len(limit):
+            dropped = len(limit) - batch_rows
+            if dropped >= max(decoder.least_dropped_rows, _COMPACT_SHARE * len(limit)):
                 # May include finished rows.
                 survivors = continuing.logical_not().argsort(stable=True)[:batch_rows].sort().values
                 decoder.keep(survivors)
@@ -222,14 +247,16 @@ def _choose(sampling: Sampling, raw: Tensor, length: int, uniforms: Tensor) -> t
     """Samples tokens `[b]` from raw logits `[b, V]` after `length` tokens; returns them and their logprobs `[b]`."""
     # On a CPU, in chunks that fit into its cache.
     chunk_rows = max(1, _CHUNK_LOGITS // raw.shape[1]) if raw.device.type == "cpu" else len(raw)
-    chunks: list[tuple[Tensor, Tensor]] = []
-    for logits, draws in zip(raw.split(chunk_rows), uniforms.split(chunk_rows), strict=True):
-        logits = sampling_logits(logits, sampling, length)
-        chunks.append(_most_likely(logits) if sampling.greedy else draw(logits, draws))
-    if len(chunks) == 1:
-        return chunks[0]
-    tokens, logprobs = zip(*chunks, strict=True)
+    if len(raw) <= chunk_rows:
+        return _drawn(sampling, raw, length, uniforms)
+    chunks = zip(raw.split(chunk_rows), uniforms.split(chunk_rows), strict=True)
+    tokens, logprobs = zip(*(_drawn(sampling, logits, length, draws) for logits, draws in chunks), strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _drawn(sampling: Sampling, raw: Tensor, length: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    logits = sampling_logits(raw, sampling, length)
+    return _most_likely(logits) if sampling.greedy else draw(logits, uniforms)
 
 
 def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:

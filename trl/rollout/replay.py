@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trl.kernels.decode_attention import decoding
 from trl.kernels.packed_weights import packed_weights
-from trl.rollout.decoders import decoder_for
+from trl.rollout.fixed_decoder import decoder_for
 
 
 @torch.no_grad()

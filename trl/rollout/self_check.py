@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trl.functional.probes import logits_error, logits_tolerance, probe_tokens
 from trl.kernels.decode_attention import decoding
+from trl.kernels.decode_graph import no_waiting
+from trl.kernels.door import SWITCH, kernels_enabled
 from trl.kernels.kv_cache import GrowingLayer, growing_cache
 from trl.kernels.packed_weights import LEAST_TOKENS, packed_weights
-from trl.rollout.decoders import decoder_for, start_token
+from trl.rollout.decoders import start_token
+from trl.rollout.fixed_decoder import decoder_for
 
 
 def obstacle(model: Any) -> str | None:
@@ -28,27 +32,51 @@ def obstacle(model: Any) -> str | None:
         kinds = {type(layer) for layer in growing_cache(model.config).layers}
         if unsupported := kinds - {GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer}:
             return f"{name} has unsupported cache layers: {', '.join(sorted(kind.__name__ for kind in unsupported))}"
+    return _failure(model, "step by step", fixed_steps=False)
+
+
+def fixed_steps_obstacle(model: Any) -> str | None:
+    """Returns why a model for which `obstacle` is None cannot decode in steps of fixed shapes, or None if it can.
+
+    Such steps are for GPUs (`trl.kernels.decode_graph`); the same trial as for `obstacle` decides.
+    """
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    if not kernels_enabled():
+        return f"{SWITCH} is off"
+    if model.config.is_encoder_decoder:
+        return f"{name} is an encoder-decoder"
+    if config._attn_implementation != "sdpa" or not getattr(model, "_supports_attention_backend", False):
+        return f"{name} runs attention {config._attn_implementation!r}"
+    return _failure(model, "in steps of fixed shapes", fixed_steps=True)
+
+
+def _failure(model: Any, how: str, *, fixed_steps: bool) -> str | None:
+    """Returns what is wrong with decoding, or None."""
+    name = type(model).__name__
     try:
-        difference = _decoding_error(model)
+        difference = _decoding_error(model, fixed_steps=fixed_steps)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        return f"{name} fails when decoded step by step: {type(error).__name__}: {error}"
+        return f"{name} fails when decoded {how}: {type(error).__name__}: {error}"
     if not difference <= logits_tolerance(model.get_input_embeddings().weight):
-        return f"{name}: logits decoded step by step differ from a forward pass by {difference:.1e} standard deviations"
+        return f"{name}: logits decoded {how} differ from a forward pass by {difference:.1e} standard deviations"
     return None
 
 
 @torch.no_grad()
-def _decoding_error(model: Any) -> float:
+def _decoding_error(model: Any, *, fixed_steps: bool) -> float:
     """Returns the `logits_error` of decoding against plain forward passes."""
     device = next(model.parameters()).device
     probes = torch.tensor(probe_tokens(len(model.get_input_embeddings().weight), 12), device=device)
     queries = [probes[:3], probes[3:8]]
-    appended = [probes[8:10], probes[10:], probes[[0, 5]]]  # one token per row and step
+    appended = [probes[8:10], probes[10:], probes[[0, 5]], probes[[1, 6]]]  # one token per row and step
     with decoding(model), packed_weights(model, rows=len(queries), tokens=LEAST_TOKENS):
-        decoder = decoder_for(model, queries, [4] * len(queries))
-        step_logits = [decoder.begin(), *(decoder.advance(tokens) for tokens in appended[:2])]
+        decoder = decoder_for(model, queries, [4] * len(queries), fixed_steps=fixed_steps)
+        step_logits = [decoder.begin()]
+        with no_waiting(device) if fixed_steps else nullcontext():  # before a capture would fail
+            step_logits.append(decoder.advance(appended[0]).clone())
+        step_logits += [decoder.advance(tokens).clone() for tokens in appended[1:-1]]
         decoder.keep(torch.tensor([1], device=device))
-        step_logits.append(decoder.advance(appended[2][1:]))
+        step_logits.append(decoder.advance(appended[-1][1:]))
     largest = 0.0
     for row, query in enumerate(queries):
         steps = len(appended) if row == 1 else len(appended) - 1

@@ -369,7 +369,7 @@ class _Run:
             "findings": [finding.code for finding in self.observer.findings],
             "time/seconds": time.monotonic() - self.started,
         }
-        self.keeper.finish(summary, model=model)
+        self.keeper.finish(summary, save_model=self.trainer.save_pretrained if model else None)
         self.keeper.insist_on_event(event)
         self.observer.end()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from trl.redaction import redact
 from trl.runs.inputs import RunInputs
 from trl.runs.keeper import Keeper
 from trl.runs.samples import Drawn, totals
@@ -20,10 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 class Observer:
-    """Lets a `Watch` look at the run and reports each of its findings once, on the main process."""
+    """Lets a `Watch` look at the run and reports each of its findings once, on the main process.
+
+    An exception in the `Watch` is logged once and costs that look alone: a run never ends over a defect of its doctor.
+    """
 
     def __init__(self, trainer: Learner, watch: Watch, keeper: Keeper) -> None:
         self._trainer, self._watch, self._keeper = trainer, watch, keeper
+        self._failures = 0
         self.findings: list[Finding] = []
         """Every finding of the run, including those before a resumption; [] on other processes than the main one."""
 
@@ -49,10 +55,12 @@ class Observer:
     def row(self, step: int, row: Mapping[str, Any]) -> None:
         """Looks at a step's metrics. No error: what has already been trained on may still be of use."""
         if self._trainer.accelerator.is_main_process:
-            self._record(self._watch.row({**row, "step": step}))
+            self._record(self._findings_of(lambda: self._watch.row({**row, "step": step})))
 
     def end(self) -> None:
-        """Logs a summary of all findings."""
+        """Logs a summary of all findings, and how often the doctor failed if it did so more than once."""
+        if self._failures > 1:
+            logger.warning("the doctor failed %d times in this run", self._failures)
         if self.findings:
             shown = "; ".join(f"{finding.code} in step {finding.step}: {finding.title}" for finding in self.findings)
             count = f"{len(self.findings)} finding{'s' if len(self.findings) > 1 else ''}"
@@ -62,13 +70,28 @@ class Observer:
         accelerator = self._trainer.accelerator
 
         def on_main() -> None:
-            findings = look()
+            findings = self._findings_of(look)
             self._record(findings)
             if errors := [finding for finding in findings if finding.severity == "error"]:
                 told = "\n".join(str(finding) for finding in errors)
                 raise UnfitRun(f"{told}\n(train(doctor=False) trains all the same)")
 
         run_together(accelerator, lambda: on_main() if accelerator.is_main_process else None, UnfitRun)
+
+    def _findings_of(self, look: Callable[[], list[Finding]]) -> list[Finding]:
+        """What a look finds; [] if it raises, which is logged the first time."""
+        try:
+            return look()
+        except Exception as error:
+            self._failures += 1
+            if self._failures == 1:
+                reason = redact(f"{type(error).__name__}: {error}")
+                logger.warning(
+                    "the doctor failed (%s); training goes on, and its further failures are only counted\n%s",
+                    reason, redact(traceback.format_exc().rstrip()),
+                )  # fmt: skip
+                self._keeper.event(f"the doctor failed: {reason}")
+            return []
 
     def _record(self, findings: Sequence[Finding]) -> None:
         """Reports those findings whose code is new."""

@@ -10,6 +10,15 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
 _LINE_INTERVAL = 10.0  # seconds between two plain lines
+_COLUMNS = {
+    "score/mean": "score",
+    "objective/kl": "KL",
+    "eval/score_mean": "eval",
+    "loss": "loss",
+    "eval_loss": "eval loss",
+    "accuracy": "accuracy",
+    "rewards/accuracies": "accuracy",
+}
 
 
 class Progress(Protocol):
@@ -101,11 +110,11 @@ class RichProgress:
 
 
 def numbers(row: Mapping[str, Any]) -> str:
-    """Formats a row's score, KL, evaluation score and speed."""
-    columns = {"score": "score/mean", "KL": "objective/kl", "eval": "eval/score_mean"}
-    words = [f"{word} {_number(row[key])}" for word, key in columns.items() if key in row]
-    if "time/tokens_per_second" in row:
-        words.append(f"{float(row['time/tokens_per_second']):.0f} tokens/s")
+    """Formats a row's score, KL, evaluation score and speed; of an offline stage, loss, accuracy and speed."""
+    words = [f"{word} {_number(row[key])}" for key, word in _COLUMNS.items() if key in row]
+    for key in ("time/tokens_per_second", "time/train_tokens_per_second"):
+        if key in row:
+            words.append(f"{float(row[key]):.0f} tokens/s")
     return "  ".join(words)
 
 

@@ -53,10 +53,10 @@ def clean_text(text: str) -> str:
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, Enum):  # before str: an enum of texts is its text, too
+        return _plain(value.value)
     if isinstance(value, str):
         return clean_text(str(value))
-    if isinstance(value, Enum):
-        return _plain(value.value)
     if isinstance(value, numbers.Integral | numbers.Real):
         return as_number(value)
     if isinstance(value, PurePath):

@@ -200,13 +200,14 @@ class RunDirectory:
 
     # Resuming and closing --------------------------------------------------------------------------------------------
 
-    def truncate_after(self, step: int) -> tuple[int, int]:
+    def truncate_after(self, step: int, last_row: int | None = None) -> tuple[int, int]:
         """Removes everything recorded after a step, so that a resumed run does not record it twice.
 
         Rows up to `step` stay byte-identical. The summary is removed as well, since the run is not over.
 
         Args:
             step: last step to keep, i.e. that of the checkpoint; -1 removes everything.
+            last_row: step of the last row that the checkpoint relies on; None: `step` itself.
 
         Returns:
             Numbers of metrics rows and completion files removed.
@@ -229,10 +230,12 @@ class RunDirectory:
         self._last_step = kept_rows[-1][0] if kept_rows else None
         removed = len(rows) - len(kept_rows)
         self.event(f"removed the records after step {step}: {removed} metrics rows, {len(files)} completion files")
-        if step > 0 and self._last_step != step:
+        expected = step if last_row is None else last_row
+        if expected > 0 and self._last_step != expected:
             last = "none" if self._last_step is None else str(self._last_step)
-            logger.warning("%s is incomplete: expected rows up to step %d; the last step in it is %s", path, step, last)
-            self.event(f"metrics.jsonl is incomplete: expected rows up to step {step}; the last step in it is {last}")
+            text = f"is incomplete: expected rows up to step {expected}; the last step in it is {last}"
+            logger.warning("%s %s", path, text)
+            self.event(f"metrics.jsonl {text}")
         return removed, len(files)
 
     def close(self) -> None:
@@ -350,7 +353,7 @@ class NullRunDirectory:
     def sync(self) -> None:
         """Does nothing."""
 
-    def truncate_after(self, step: int) -> tuple[int, int]:
+    def truncate_after(self, step: int, last_row: int | None = None) -> tuple[int, int]:
         """Removes nothing; returns (0, 0)."""
         return 0, 0
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl.models.saving import make_repository, upload_folder
-from trl.pretrained import find_file
-from trl.trainer.card import HUB_ID, base_model_of, model_card
+from trl.trainer.card import HUB_ID, base_model_of, fetch_base_card, model_card
 from trl.trainer.hooks import old_attribute
-
-logger = logging.getLogger(__name__)
 
 
 class BaseTrainer:
@@ -135,19 +131,10 @@ class BaseTrainer:
         if not self.accelerator.is_main_process:
             return None
         repo_id = make_repository(repo_id, private=private, token=token)
-        self._trl_fetch_card_of_base(token)
+        fetch_base_card(base_model_of(self.accelerator.unwrap_model(self.model)), token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             about: dict[str, Any] = {"data": data, "metrics": metrics}  # a subclass may not know them
             about = {name: value for name, value in about.items() if value is not None}
             self.create_model_card(folder, model_name=repo_id, **about)
             return upload_folder(folder, repo_id=repo_id, token=token, **kwargs)
-
-    def _trl_fetch_card_of_base(self, token: str | None) -> None:
-        """Tries to download the base model's card, which names the licence, into the local cache."""
-        source = base_model_of(self.accelerator.unwrap_model(self.model))
-        if HUB_ID.fullmatch(source):
-            try:
-                find_file(source, "README.md", {} if token is None else {"token": token})
-            except (OSError, ValueError) as error:
-                logger.info("the model card of %s could not be read; the new card names no licence: %s", source, error)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from trl.models import PreTrainedModelWrapper
 from trl.pretrained import find_file
 from trl.redaction import redact
 from trl.trackers.plain import plain
+
+logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 # Settings left out of the card: they describe the run rather than the algorithm, or may contain paths.
@@ -30,23 +33,14 @@ _CARD = """---
 
 # {title}
 
-{what}, fine-tuned with reinforcement learning{base}.
+{what}.
 
 ## Use
 
-As a language model{without_head}{needs}:
+{use}
+## Training
 
-```python
-from transformers import AutoTokenizer, {plain_class}
-
-source = {source}
-tokenizer = AutoTokenizer.from_pretrained(source)
-model = {plain_class}.from_pretrained(source)
-```
-
-{head_use}## Training
-
-{method}: {steps} steps of {samples} samples.{data}
+{training}
 
 | setting | value |
 | --- | --- |
@@ -54,6 +48,14 @@ model = {plain_class}.from_pretrained(source)
 
 All other settings are the defaults. Versions: {versions}.
 {results}"""
+_LOADING = """```python
+from transformers import AutoTokenizer, {plain_class}
+
+source = {source}
+tokenizer = AutoTokenizer.from_pretrained(source)
+model = {plain_class}.from_pretrained(source{options})
+```
+"""
 _RESULTS = """
 ## Results
 
@@ -61,14 +63,14 @@ _RESULTS = """
 | --- | --- |
 {rows}
 """
-_HEAD_USE = """With the value head, to continue training:
+_HEAD_USE = """
+With the value head, to continue training:
 
 ```python
 from trl import {wrapper_class}
 
 model = {wrapper_class}.from_pretrained(source)
 ```
-
 """
 _PPO = """PPO ([arXiv:1707.06347](https://arxiv.org/abs/1707.06347)) on scores of whole responses, with a penalty on the KL divergence from
 the initial model ([arXiv:1909.08593](https://arxiv.org/abs/1909.08593))"""
@@ -100,66 +102,145 @@ def model_card(
         data: what the prompts and the reward were, in words or Markdown; a Hub dataset id also goes to the metadata.
         metrics: results by name.
     """
+    with_head = algorithm["name"] == "ppo"  # others train no critic, and save none
+    task = None if model.is_encoder_decoder else "text-generation"
+    metadata = hub_metadata(
+        base_model_of(model),
+        is_peft_model=model.is_peft_model,
+        tags=[algorithm["name"], "reinforcement-learning"],
+        task=task,
+        dataset=data,
+    )
+    plain_class = model.transformers_parent_class.__name__
+    intro = f"As a language model{', without the value head' if with_head else ''}{needs_peft(model.is_peft_model)}:"
+    method = _PPO if with_head else _OTHER.format(name=algorithm["name"])
+    about_data = f" Data: {data.rstrip('.')}." if data else ""
+    return render(
+        title=title,
+        metadata=metadata,
+        what=kind_of_model("language model", model.is_peft_model)
+        + ((", with" if model.is_peft_model else " with") + " a value head" if with_head else "")
+        + ", fine-tuned with reinforcement learning"
+        + base_links(metadata),
+        use=f"{intro}\n\n{loading_code(plain_class, repo_id)}"
+        + (_HEAD_USE.format(wrapper_class=type(model).__name__) if with_head else ""),
+        training=f"{method}: {steps} steps of {samples} samples.{about_data}",
+        settings={name: value for name, value in algorithm.items() if name != "name"} | _settings(config),
+        metrics=metrics,
+    )
+
+
+def render(
+    *,
+    title: str | None,
+    metadata: Mapping[str, Any],
+    what: str,
+    use: str,
+    training: str,
+    settings: Mapping[str, Any],
+    metrics: Mapping[str, float] | None,
+) -> str:
+    """Renders a model card from its parts, secrets redacted.
+
+    Args:
+        title: title of the card.
+        metadata: of the Hub, from `hub_metadata`.
+        what: what kind of model it is, without the full stop.
+        use: Markdown that says how to load the model; ends with a newline.
+        training: Markdown that says how it was trained, on what.
+        settings: settings that differ from their defaults.
+        metrics: results by name; None or {} for no such section.
+    """
     import yaml
 
     from trl import __version__
 
-    with_head = algorithm["name"] == "ppo"  # others train no critic, and save none
-    metadata = _metadata(model, algorithm["name"])
-    if data is not None and "/" in data and HUB_ID.fullmatch(data):
-        metadata["datasets"] = [data]
-    base_model = metadata.get("base_model")
-    base_links = ", ".join(
-        f"[{name}](https://huggingface.co/{name})"
-        for name in ([base_model] if isinstance(base_model, str) else base_model or [])
-    )
     library_versions = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch")]
+    rows = "\n".join(f"| `{name}` | {value:.4g} |" for name, value in (metrics or {}).items())
     text = _CARD.format(
-        metadata=yaml.safe_dump(redact(metadata), sort_keys=False),
+        metadata=yaml.safe_dump(redact(dict(metadata)), sort_keys=False),
         title=title,
-        what=("A LoRA or other PEFT adapter of a language model" if model.is_peft_model else "A language model")
-        + (("," if model.is_peft_model else "") + " with a value head" if with_head else ""),
-        base=f" from {base_links}" if base_links else "",
-        needs=" (an adapter needs `pip install peft`)" if model.is_peft_model else "",
-        plain_class=model.transformers_parent_class.__name__,
-        head_use=_HEAD_USE.format(wrapper_class=type(model).__name__) if with_head else "",
-        without_head=", without the value head" if with_head else "",
-        method=_PPO if with_head else _OTHER.format(name=algorithm["name"]),
-        source=f'"{repo_id}"' if repo_id else '"."  # the folder of this file',
-        steps=steps,
-        samples=samples,
-        data=f" Data: {data.rstrip('.')}." if data else "",
-        results=_RESULTS.format(rows="\n".join(f"| `{name}` | {value:.4g} |" for name, value in metrics.items()))
-        if metrics
-        else "",
-        settings="\n".join(
-            f"| `{name}` | `{value}` |"
-            for name, value in ({k: v for k, v in algorithm.items() if k != "name"} | _settings(config)).items()
-        ),
+        what=what,
+        use=use,
+        training=training,
+        settings="\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items()),
         versions=", ".join([f"trl {__version__} ({_WHICH_TRL})", *library_versions]),
+        results=_RESULTS.format(rows=rows) if rows else "",
     )
     return str(redact(text))
 
 
-def base_model_of(model: PreTrainedModelWrapper) -> str:
-    """Folder or hub id that the wrapped language model was loaded from; "" if unknown."""
+def loading_code(plain_class: str, repo_id: str | None, options: str = "") -> str:
+    """Markdown of the code that loads tokenizer and model.
+
+    Args:
+        plain_class: name of transformers' auto class.
+        repo_id: hub id; None for the card's own folder.
+        options: further arguments of `from_pretrained`, as code that begins with a comma.
+    """
+    source = f'"{repo_id}"' if repo_id else '"."  # the folder of this file'
+    return _LOADING.format(plain_class=plain_class, source=source, options=options)
+
+
+def kind_of_model(kind: str, is_peft_model: bool) -> str:
+    """The first words of a card: "A language model", or "A LoRA or other PEFT adapter of a language model"."""
+    return f"A LoRA or other PEFT adapter of a {kind}" if is_peft_model else f"A {kind}"
+
+
+def needs_peft(is_peft_model: bool) -> str:
+    """A remark for the sentence before the code that loads the model."""
+    return " (an adapter needs `pip install peft`)" if is_peft_model else ""
+
+
+def base_links(metadata: Mapping[str, Any]) -> str:
+    """The words " from" and links to the base models; "" if they are unknown."""
+    base_model = metadata.get("base_model")
+    names = [base_model] if isinstance(base_model, str) else base_model or []
+    links = ", ".join(f"[{name}](https://huggingface.co/{name})" for name in names)
+    return f" from {links}" if links else ""
+
+
+def base_model_of(model: Any) -> str:
+    """Folder or hub id that a language model was loaded from; "" if unknown."""
     return str(getattr(model.config, "_name_or_path", "") or "")
 
 
-def _metadata(model: PreTrainedModelWrapper, algorithm: str) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"library_name": "peft" if model.is_peft_model else "transformers"}
-    source = base_model_of(model)
+def hub_metadata(
+    source: str, *, is_peft_model: bool, tags: Sequence[str], task: str | None, dataset: str | None = None
+) -> dict[str, Any]:
+    """Metadata of a card for the Hub, with licence and base model from the card of the model it was trained from.
+
+    Args:
+        source: folder or hub id of that model.
+        is_peft_model: the card is an adapter's.
+        tags: tags of the card.
+        task: the Hub's name of what the model does; None if it has none.
+        dataset: left out unless it is a hub id with a namespace.
+    """
+    metadata: dict[str, Any] = {"library_name": "peft" if is_peft_model else "transformers"}
     inherited = _front_matter(source)
     # A local path means nothing to others, so use the base model that the folder's own card names.
     base_model = source if HUB_ID.fullmatch(source) and not Path(source).exists() else inherited.get("base_model")
     names = [base_model] if isinstance(base_model, str) else base_model if isinstance(base_model, list) else []
     if names and all(isinstance(name, str) and HUB_ID.fullmatch(name) for name in names):
         metadata["base_model"] = base_model
-        metadata["base_model_relation"] = "adapter" if model.is_peft_model else "finetune"
+        metadata["base_model_relation"] = "adapter" if is_peft_model else "finetune"
     metadata |= {name: inherited[name] for name in _INHERITED if isinstance(inherited.get(name), str)}
-    if not model.is_encoder_decoder:
-        metadata["pipeline_tag"] = "text-generation"
-    return metadata | {"tags": [algorithm, "reinforcement-learning"]}
+    if task is not None:
+        metadata["pipeline_tag"] = task
+    metadata["tags"] = list(tags)
+    if dataset is not None and "/" in dataset and HUB_ID.fullmatch(dataset):
+        metadata["datasets"] = [dataset]
+    return metadata
+
+
+def fetch_base_card(source: str, token: str | None) -> None:
+    """Tries to download the card of a base model, which names the licence, into the local cache."""
+    if HUB_ID.fullmatch(source):
+        try:
+            find_file(source, "README.md", {} if token is None else {"token": token})
+        except (OSError, ValueError) as error:
+            logger.info("the model card of %s could not be read; the new card names no licence: %s", source, error)
 
 
 def _front_matter(source: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from functools import partial, wraps
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trl.models import reference_mode
 from trl.training.running_moments import RunningMoments
@@ -115,6 +115,20 @@ def in_either_order(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, *args, **kwargs)
 
     ordered.orders = (_OLD_ORDER[method.__name__], order)  # type: ignore[attr-defined]  # for docs/compat.md
+    return ordered
+
+
+def model_or_queries_first(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets the trainer's own `_generate_batched` be called as in TRL 0.7, with a model first, or without one, as before."""
+
+    @wraps(method)
+    def ordered(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "model" not in kwargs and not (args and isinstance(args[0], nn.Module)):
+            args = (self.model, *args)
+        return method(self, *args, **kwargs)
+
+    older = [name for name in inspect.signature(method).parameters if name not in ("self", "model")]
+    ordered.orders = (older, [name for name in older if name != "remove_padding"])  # type: ignore[attr-defined]
     return ordered
 
 

@@ -145,7 +145,7 @@ class PolicySampler:
                 watch=cache and not reshaping,
             )
             engine.update_weights(self.version)
-            with self.compute.fresh_passes():
+            with self.compute.fresh_passes(), self.accelerator.autocast():
                 rollout = engine.generate(queries, request)
         if rollout.values is not None:
             self._cache.add(self._state(policy, temperature), rollout)
@@ -162,7 +162,7 @@ class PolicySampler:
         with eval_mode(policy):
             if known_obstacle(policy.pretrained_model) is not None:
                 return None
-            with self.compute.fresh_passes():
+            with self.compute.fresh_passes(), self.accelerator.autocast():
                 return replayed_logprobs(policy.pretrained_model, queries, responses, temperature=temperature)
 
     def _limits(
@@ -250,7 +250,7 @@ class PolicySampler:
 
     def _seed(self) -> int:
         """Draws a seed from torch's global generator and adds the rank, since processes may share the generator's state."""
-        return int(torch.randint(2**62, (), dtype=torch.int64)) + self.accelerator.process_index
+        return int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")) + self.accelerator.process_index
 
     def _state(self, policy: PreTrainedModelWrapper, temperature: float) -> State:
         """Identifies everything that logprobs and values depend on besides the tokens, by torch's version counters."""

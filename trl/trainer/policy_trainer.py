@@ -30,12 +30,13 @@ from trl.trainer.construction import (
     make_reference,
     start_accelerator,
 )
-from trl.trainer.hooks import call_generate_batched, is_overridden
+from trl.trainer.hooks import call_generate_batched, is_overridden, model_or_queries_first
 from trl.trainer.kl_controllers import controller_for
 from trl.trainer.live_settings import LiveSettings
 from trl.trainer.policy_sampler import PolicySampler
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.resumable import ResumableTrainer
+from trl.trainer.setting_names import names_unknown_arguments
 from trl.trainer.tracking import check_trackers
 from trl.training.batch import Batch
 from trl.training.compute import Compute
@@ -55,6 +56,7 @@ class PolicyTrainer(ResumableTrainer):
     _trl_recipe: Recipe | None = None
     """The algorithm's choices; None if a subclass builds its own algorithm."""
 
+    @names_unknown_arguments
     def __init__(
         self,
         config: PPOConfig | None = None,
@@ -304,10 +306,11 @@ class PolicyTrainer(ResumableTrainer):
             cache=self.config.score_while_sampling and not self._trl_samples_reference,
         )
 
+    @model_or_queries_first
     def _generate_batched(
         self,
         model: Any,
-        query_tensors: Any = None,
+        query_tensors: Any,
         length_sampler: Callable[[], int] | None = None,
         batch_size: int = 4,
         return_prompt: bool = True,
@@ -319,10 +322,6 @@ class PolicyTrainer(ResumableTrainer):
 
         Arguments as for `generate`. `model` came with TRL 0.7: before, the queries were the first argument.
         """
-        if isinstance(model, list):
-            if isinstance(length_sampler, int):  # by position: every argument is one place further on
-                length_sampler, batch_size, return_prompt = query_tensors, length_sampler, bool(batch_size)
-            model, query_tensors = self.model, model
         return self._trl_sample(
             model,
             query_tensors,

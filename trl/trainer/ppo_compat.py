@@ -215,7 +215,7 @@ def _history(trainer: PPOTrainer, base: type, experience: ActorCritic, batch: Ba
         all_tokens = reduce(experience.rollout.mask.sum().float())
         batch_tokens = all_tokens * config.samples_per_update / len(experience)
     for _ in range(int(config.ppo_epochs or 1)):
-        order = torch.randperm(len(experience), generator=trainer._trl_generator)
+        order = torch.randperm(len(experience), generator=trainer._trl_generator, device="cpu")
         for rows in order.split(config.samples_per_update):
             part = take(experience, rows.to(trainer.current_device))
             mask = part.rollout.mask

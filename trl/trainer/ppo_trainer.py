@@ -32,6 +32,7 @@ from trl.trainer.ppo_compat import (
 )
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_settings import ppo_settings, reward_settings
+from trl.trainer.setting_names import names_unknown_arguments
 from trl.training.batch import Batch
 from trl.training.batched import evaluate_in_batches
 from trl.training.evaluator import Evaluated, Evaluator
@@ -67,6 +68,7 @@ class PPOTrainer(OnlineTrainer):
     _trl_exact_kl: Tensor | None = None  # [B, S], while an override of compute_rewards runs that does not take it
     _trl_returns_kl = False  # whether compute_rewards returns the KL as well, as in TRL 0.7 to 0.11
 
+    @names_unknown_arguments
     def __init__(
         self,
         config: PPOConfig | None = None,

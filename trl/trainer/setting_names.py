@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 # Defaults of PPOConfig that TRL 0.7 to 0.11 changed against 0.4.6, and those of the settings that they added.
@@ -89,6 +91,53 @@ EXPLAINED: dict[str, tuple[str, str]] = {
     "use_peft": ("lora.r, the rank of the adapter", "from_pretrained(peft_config=peft.LoraConfig(...))"),
     "use_vllm": ("nothing: the model samples in this process",) * 2,
 }
+
+
+# Arguments of the trainers of TRL 0.11 to 1, and what takes their place here.
+_ARGUMENTS = {
+    "args": "config, a PPOConfig",
+    "callbacks": "train(callbacks=[...]), which takes a TrainCallback",
+    "eval_dataset": "train(eval_prompts=...)",
+    "optimizers": "optimizer and lr_scheduler",
+    "peft_config": "from_pretrained(peft_config=...)",
+    "policy": "model",
+    "policy_model": "model",
+    "processing_class": "tokenizer",
+    "ref_policy": "ref_model",
+    "reward_funcs": "train(reward=...)",
+    "reward_model": "train(reward=trl.rewards.ClassifierReward.from_pretrained(...))",
+    "reward_processing_classes": "nothing: ClassifierReward.from_pretrained loads the tokenizer of its model",
+    "tools": "step(..., response_masks=...), which leaves out the tokens that a tool wrote",
+    "train_dataset": "train(prompts), which takes a datasets.Dataset",
+    "value_model": "nothing: values come from the value head of model",
+}
+
+
+def names_unknown_arguments(constructor: Callable[P, None]) -> Callable[P, None]:
+    """Makes a trainer's constructor answer an unknown keyword with the name that was probably meant.
+
+    Raises (in the constructor):
+        TypeError: for a keyword that is no argument; the message says what takes its place, or which argument is nearest.
+    """
+    known = list(inspect.signature(constructor).parameters)[1:]
+
+    @wraps(constructor)
+    def __init__(*args: P.args, **kwargs: P.kwargs) -> None:
+        if unknown := [name for name in kwargs if name not in known]:
+            kind = type(args[0]).__name__
+            told = "; ".join(_explain_argument(name, known) for name in unknown)
+            newer = " (docs/migrate/trl-1.md)" if set(unknown) & set(_ARGUMENTS) else ""
+            raise TypeError(f"{kind} has {told}{newer}")
+        constructor(*args, **kwargs)
+
+    return __init__
+
+
+def _explain_argument(name: str, known: Sequence[str]) -> str:
+    if name in _ARGUMENTS:
+        return f"no argument {name}{instead(_ARGUMENTS[name])}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"no argument {name}" + (f": did you mean {close[0]}?" if close else "")
 
 
 def names_unknown_settings(cls: type[T]) -> type[T]:

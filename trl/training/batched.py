@@ -13,7 +13,7 @@ from trl.models import RolloutAboveFrozen, abilities, evaluate, evaluate_exact_k
 from trl.types import Evaluation, Rollout, occupied, take
 
 # Tokens per forward pass without gradients, for models that can skip materialising their logits.
-_TOKENS_PER_PASS = 2048
+_TOKENS_PER_PASS = {"cpu": 2048, "other": 16384}
 
 
 def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, Callable[[Tensor], Tensor]]]:
@@ -33,7 +33,10 @@ def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, Callab
 
 def _rows_per_pass(model: nn.Module, rollout: Rollout, batch_size: int) -> int:
     """Sequences per forward pass: `batch_size`, or more for a model that can skip materialising its logits."""
-    return max(batch_size, _TOKENS_PER_PASS // rollout.tokens.shape[1]) if abilities(model).projects else batch_size
+    if not abilities(model).projects:
+        return batch_size
+    tokens = _TOKENS_PER_PASS["cpu" if rollout.tokens.device.type == "cpu" else "other"]
+    return max(batch_size, tokens // rollout.tokens.shape[1])
 
 
 def with_frozen_states(

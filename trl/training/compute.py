@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trl.kernels.linear import fast_linear_layers
+from trl.kernels.rms_norm import fused_norms
 from trl.models.precision import ComputeDtype, NarrowCopies, choose_dtype, narrow_base, narrow_for_good
 
 logger = logging.getLogger(__name__)
@@ -92,11 +93,14 @@ class Compute(Passes):
                 "weights under the adapter are stored in bfloat16, since they were frozen when the trainer was built: to "
                 "train them, set requires_grad before building it, or use PPOConfig.dtype='float32'"
             )
+        context: AbstractContextManager[Any] = nullcontext()
         if self._copies is not None:
-            return self._copies.stand_in(gradients_in_place=gradients_in_place)
-        if self.narrow:
-            return torch.autocast(self._device_type, torch.bfloat16)
-        return fast_linear_layers(*self._models) if self._device_type == "cpu" else nullcontext()
+            context = self._copies.stand_in(gradients_in_place=gradients_in_place)
+        elif self.narrow:
+            context = torch.autocast(self._device_type, torch.bfloat16)
+        elif self._device_type == "cpu":
+            context = fast_linear_layers(*self._models)
+        return _with_fused_norms(context, self._models) if self._device_type == "cuda" else context
 
     def fresh_passes(self) -> AbstractContextManager[Any]:
         """`passes` after refreshing the copies, for when other code may have changed the weights in any way."""
@@ -124,3 +128,9 @@ class Compute(Passes):
         self._models.append(reference)
         if self.narrow:
             narrow_for_good(reference, shared_with=policy)
+
+
+@contextmanager
+def _with_fused_norms(context: AbstractContextManager[Any], models: Iterable[nn.Module]) -> Iterator[None]:
+    with context, fused_norms(*models):
+        yield

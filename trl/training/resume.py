@@ -279,7 +279,10 @@ def restore(
 def _check_same_run(trainer: RunState, checkpoint: Checkpoint, more: Callable[[Checkpoint], Sequence[str]]) -> None:
     differences = [*_differences(trainer, checkpoint), *more(checkpoint)]
     if differences:
-        raise ValueError(f"{checkpoint.path} is a checkpoint of another run: {'; '.join(differences)}")
+        raise ValueError(
+            f"{checkpoint.path} is a checkpoint of another run: {'; '.join(differences)}. To go on with that run, start as it "
+            "was started; for a new run, choose another folder"
+        )
 
 
 def _differences(trainer: RunState, checkpoint: Checkpoint) -> Iterator[str]:

@@ -57,6 +57,6 @@ class Recipe(Protocol):
 def shuffled(experience: E, *, size: int, epochs: int, generator: torch.Generator) -> Iterator[E]:
     """Yields parts of `size` sequences, `epochs` times over the experience, each time in a new random order."""
     for _ in range(epochs):
-        order = torch.randperm(len(experience), generator=generator).to(experience.scores.device)
+        order = torch.randperm(len(experience), generator=generator, device="cpu").to(experience.scores.device)
         for rows in order.split(size):
             yield take(experience, rows)

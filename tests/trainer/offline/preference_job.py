@@ -43,6 +43,8 @@ def main() -> None:
         "eval_strategy": "no",
     }
     options |= {"save_strategy": "steps", "save_steps": 1} if job.get("save") else {}
+    if job.get("run"):
+        options |= {"save_steps": 2, "logging_steps": 3}
     common = {"train_dataset": rows, "processing_class": tiny_tokenizer()}
     if job.get("kill_at"):
         common["callbacks"] = [Killer(job["kill_at"])]
@@ -60,7 +62,10 @@ def main() -> None:
         )
     else:
         trainer = RewardTrainer(classifier(), args=settings(RewardConfig, folder, **options), **common)
-    trainer.train(resume_from_checkpoint=bool(job.get("resume")))
+    if job.get("run"):
+        trainer.train(run_dir=folder / "run", resume_from_checkpoint="auto")
+    else:
+        trainer.train(resume_from_checkpoint=bool(job.get("resume")))
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     row = [row for row in trainer.state.log_history if "loss" in row][-1]
     digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers import assert_close
 from tests.programs import run_program
+from trl.trackers import read_metrics, without_times
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,6 +36,25 @@ def test_killed_and_resumed_is_bit_equal(stage: str, tmp_path: Path) -> None:
     (resumed,) = run(broken | {"resume": True})
     assert resumed["digest"] == whole["digest"]
     assert resumed["loss"] == whole["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "processes"), [("dpo", 1), ("kto", 1), ("reward", 1), ("dpo", 2)])
+def test_a_killed_run_directory_is_that_of_a_whole_run(stage: str, processes: int, tmp_path: Path) -> None:
+    """A row that the checkpoint cut in two included; of several processes all die."""
+    job = {"stage": stage, "batch": 2, "loss_type": "kto", "save": True, "run": True}
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone") if processes > 1 else ()
+    whole = run(job | {"out": str(tmp_path / "whole")}, *launcher)
+    killed = 1 if processes > 1 else -signal.SIGKILL
+    assert run(job | {"out": str(tmp_path / "broken"), "kill_at": 3}, *launcher, code=killed) == []
+    resumed = run(job | {"out": str(tmp_path / "broken")}, *launcher)
+    assert len(resumed) == processes and {row["digest"] for row in resumed} == {whole[0]["digest"]}
+    rows = [[without_times(row) for row in read_metrics(tmp_path / name / "run")] for name in ("whole", "broken")]
+    assert [row["step"] for row in rows[0]] == [3]
+    if processes == 1:
+        assert rows[0] == rows[1]
+    for key, value in rows[0][0].items():  # sums over two processes are rounded when they are saved
+        assert_close(rows[1][0][key], value, 1e-6)
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ from tests.trainer.offline.data import model_folder, quiet, texts
 from trl.trainer.offline.sft_config import SFTConfig
 from trl.trainer.offline.sft_trainer import SFTTrainer
 from trl.trainer.offline.stage import (
-    last_whole_checkpoint,
     load_stage_model,
     name_of,
     set_eos_token,
@@ -27,6 +26,7 @@ from trl.trainer.offline.stage import (
     with_adapter,
 )
 from trl.trainer.offline.stage_config import StageConfig
+from trl.trainer.offline.stage_run import last_whole_checkpoint
 
 ROOT = Path(__file__).parents[3]
 

@@ -17,6 +17,7 @@ from trl.trainer.offline.preference_config import with_old_arguments, with_quant
 from trl.trainer.offline.preference_stage import PreparedRows, mean_of
 from trl.trainer.offline.referenced_stage import OLD_ARGUMENTS, ReferencedTrainer
 from trl.trainer.offline.stage import name_of
+from trl.trainer.offline.stage_card import StageKind
 from trl.types import Tally
 
 ANSWERS = ("chosen_ids", "rejected_ids")
@@ -53,6 +54,11 @@ class DPOTrainer(ReferencedTrainer):
         TypeError: for an unknown argument.
     """
 
+    stage_kind = StageKind(
+        tag="dpo",
+        summary="fine-tuned on preferences",
+        method="DPO ([arXiv:2305.18290](https://arxiv.org/abs/2305.18290)), on pairs of responses",
+    )
     row_columns: ClassVar[tuple[str, ...]] = ("prompt_ids", *ANSWERS, *REF_COLUMNS)
     answers = ANSWERS
 

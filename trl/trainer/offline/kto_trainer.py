@@ -19,6 +19,7 @@ from trl.trainer.offline.preference_config import with_old_arguments, with_quant
 from trl.trainer.offline.preference_stage import PreparedRows, mean_of
 from trl.trainer.offline.referenced_stage import OLD_ARGUMENTS, ReferencedTrainer
 from trl.trainer.offline.stage import name_of
+from trl.trainer.offline.stage_card import StageKind
 from trl.training.processes import sum_over_processes
 from trl.types import Tally
 
@@ -56,6 +57,11 @@ class KTOTrainer(ReferencedTrainer):
         TypeError: for an unknown argument.
     """
 
+    stage_kind = StageKind(
+        tag="kto",
+        summary="fine-tuned on labelled responses",
+        method="KTO ([arXiv:2402.01306](https://arxiv.org/abs/2402.01306)), on single responses that are labelled good or bad",
+    )
     row_columns: ClassVar[tuple[str, ...]] = ("prompt_ids", *ANSWERS, "label", *REF_COLUMNS)
 
     def __init__(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.trainer.offline.stage import StageTrainer
+from trl.trainer.offline.stage_card import source_name
 from trl.training.processes import sum_over_processes
 from trl.types import Tally
 
@@ -34,12 +35,14 @@ class PreferenceTrainer(StageTrainer):
 
     @abstractmethod
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Returns `[B]` losses and `[B, 2]` detached predictions of a batch, and tallies its metrics."""
+        """Returns `[n]` losses, one for each of `rows_of`, and detached predictions `[B, ...]`; tallies the batch's metrics."""
 
     # --- Data ---
 
     def tokenised(self, dataset: Any, name: str) -> Any:
         """`prepare_rows` of a data set, of each in a mapping of them, or of None."""
+        if name == "train_dataset":
+            self._trl_source = source_name(dataset)
         if dataset is None or isinstance(dataset, PreparedRows):
             return dataset
         if isinstance(dataset, Mapping):
@@ -71,7 +74,7 @@ class PreferenceTrainer(StageTrainer):
         return sum_over_processes(self.accelerator, torch.tensor([rows], device=device))
 
     def rows_of(self, batch: Mapping[str, Any]) -> int:
-        """Returns the number of rows of the data set in a collated batch."""
+        """Returns the number of losses of a collated batch: its rows of the data set."""
         return len(batch["label"]) if "label" in batch else len(batch["input_ids"]) // 2
 
     def compute_loss(
@@ -91,15 +94,27 @@ class PreferenceTrainer(StageTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns the loss, `[B, 2]` predictions and `[B]` labels: 0, since the first response is the better one."""
+        """Returns the loss, predictions and their labels."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self._trl_passes().passes():
             loss, predictions = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        return loss, predictions, predictions.new_zeros(len(predictions), dtype=torch.int64)
+        return loss, predictions, self.prediction_labels(inputs, predictions)
+
+    def prediction_labels(self, inputs: Mapping[str, Any], predictions: Tensor) -> Tensor:
+        """Returns the labels of predictions `[B, 2]`: 0, since the first response is the better one."""
+        return predictions.new_zeros(len(predictions), dtype=torch.int64)
 
 
 def mean_of(values: Tensor, mask: Tensor | None = None) -> Tally:
     """A metric that is the mean of `[B]` values, or of those where `mask` `[B]` is True."""
     return Tally.of(values.detach().float(), torch.ones_like(values, dtype=torch.bool) if mask is None else mask)
+
+
+def columns_of(dataset: Any) -> set[str] | None:
+    """Returns the names of a data set's columns; None for a file, or where they are unknown."""
+    if isinstance(dataset, list):
+        return set(dataset[0]) if dataset and isinstance(dataset[0], Mapping) else None
+    names = getattr(dataset, "column_names", None)
+    return None if names is None else set(names)

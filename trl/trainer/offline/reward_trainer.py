@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +16,16 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments, 
 
 from trl.data.formats import Prepared, prepare
 from trl.data.pairs import PairCollator, dropped, token_ids
+from trl.data.tokenized import IGNORED
 from trl.functional.preferences import Reliability, pairwise_loss, preference_reliability
 from trl.models.adapters import is_peft_model
 from trl.models.padding import left_aligning_order, reorder
 from trl.models.trunk import base_language_model
 from trl.trainer.offline.preference_config import with_old_arguments, with_quantization
-from trl.trainer.offline.preference_stage import PreferenceTrainer, PreparedRows, mean_of
+from trl.trainer.offline.preference_stage import PreferenceTrainer, PreparedRows, columns_of, mean_of
 from trl.trainer.offline.reward_config import RewardConfig
 from trl.trainer.offline.stage import load_stage_model, name_of, stage_tokenizer, with_adapter
+from trl.trainer.offline.stage_card import StageKind
 from trl.trainer.utils import disable_dropout_in_model
 from trl.types import Tally
 
@@ -33,12 +36,15 @@ _OLD_COLUMNS = ("input_ids_chosen", "attention_mask_chosen", "input_ids_rejected
 
 
 def compute_accuracy(eval_pred: Any) -> dict[str, float]:
-    """Returns the share of rows whose largest prediction is the label's; a tie is wrong.
+    """Returns the share of rows, or of steps, whose largest prediction is the label's; a tie is wrong.
 
     Args:
-        eval_pred: `[N, 2]` predictions and `[N]` labels, as a pair or a `transformers.EvalPrediction`.
+        eval_pred: `[N, 2]` predictions and `[N]` labels, or `[N, K, 2]` and `[N, K]` of which -100 does not count, as a pair or a
+            `transformers.EvalPrediction`.
     """
     predictions, labels = (np.asarray(part) for part in (eval_pred[0], eval_pred[1]))
+    if predictions.ndim == 3:
+        predictions, labels = predictions[labels != IGNORED], labels[labels != IGNORED] > 0.5
     best = predictions.max(axis=1, keepdims=True)
     right = (predictions.argmax(axis=1) == labels) & ((predictions == best).sum(axis=1) == 1)
     return {"accuracy": float(right.mean())}
@@ -133,6 +139,13 @@ class RewardTrainer(PreferenceTrainer):
         ValueError: if an argument is not supported, or a row is not sound: see `trl.data.formats`.
     """
 
+    stage_kind = StageKind(
+        tag="reward-trainer",
+        summary="trained on preferences",
+        method="On pairs of responses, by the likelihood of the preference "
+        "([arXiv:2203.02155](https://arxiv.org/abs/2203.02155), eq. 1)",
+        reward="ClassifierReward",
+    )
     row_columns: ClassVar[tuple[str, ...]] = ("chosen_ids", "rejected_ids", "margin", *_OLD_COLUMNS)
 
     def __init__(
@@ -199,7 +212,7 @@ class RewardTrainer(PreferenceTrainer):
 
     def prepare_rows(self, dataset: Any, name: str) -> Any:
         """Tokenises preference rows; rows that are no texts or chats are left as they are, for the collator."""
-        columns = _columns(dataset)
+        columns = columns_of(dataset)
         if columns is not None and not {"chosen", "rejected"} & columns:
             if {"chosen_ids", "rejected_ids"} <= columns:
                 return self._trl_within(PreparedRows(dict(row) for row in dataset), name)
@@ -338,15 +351,7 @@ def _from_old_columns(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _has_old_columns(dataset: Any) -> bool:
-    return set(_OLD_COLUMNS) <= (_columns(dataset) or set())
-
-
-def _columns(dataset: Any) -> set[str] | None:
-    """Returns the names of a data set's columns; None for a file, or where they are unknown."""
-    if isinstance(dataset, list):
-        return set(dataset[0]) if dataset and isinstance(dataset[0], Mapping) else None
-    names = getattr(dataset, "column_names", None)
-    return None if names is None else set(names)
+    return set(_OLD_COLUMNS) <= (columns_of(dataset) or set())
 
 
 def _load_classifier(model: Any, args: RewardConfig) -> Any:
@@ -356,7 +361,8 @@ def _load_classifier(model: Any, args: RewardConfig) -> Any:
         ValueError: if it is no sequence classifier.
     """
     if isinstance(model, str):
-        args.model_init_kwargs = {"num_labels": 1, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
+        args = copy.copy(args)
+        args.model_init_kwargs = {"num_labels": 1, **args.init_kwargs}
     model = load_stage_model(model, AutoModelForSequenceClassification, args)
     base = base_language_model(model)
     if not type(base).__name__.endswith("ForSequenceClassification"):

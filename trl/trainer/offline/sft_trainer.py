@@ -27,6 +27,7 @@ from trl.pretrained import load_tokenizer
 from trl.rollout.decoders import start_token
 from trl.trainer.offline.sft_config import SFTConfig
 from trl.trainer.offline.stage import StageTrainer, load_stage_model, name_of, stage_tokenizer, with_adapter
+from trl.trainer.offline.stage_card import StageKind, source_name
 from trl.types import Rollout, Tally
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,12 @@ class SFTTrainer(StageTrainer):
     Raises:
         ValueError: if arguments contradict each other, or a row is not sound.
     """
+
+    stage_kind = StageKind(
+        tag="sft",
+        summary="fine-tuned on examples",
+        method="Supervised fine-tuning, on the mean loss over the tokens that count",
+    )
 
     def __init__(
         self,
@@ -134,6 +141,7 @@ class SFTTrainer(StageTrainer):
             raise ValueError("packing and padding_free are for decoder-only models, and this is an encoder-decoder")
         if flat and data_collator is not None:
             raise ValueError("packing=True and padding_free=True need their own collator: drop data_collator")
+        self._trl_source = source_name(train_dataset)
         train_rows = self._trl_prepare(train_dataset, "train_dataset", settings, settings.packing)
         self._trl_eval_packing = settings.packing if settings.eval_packing is None else settings.eval_packing
         super().__init__(
@@ -363,7 +371,7 @@ class _Located:
 
 
 def _shuffled(rows: Sequence[Located], seed: int) -> list[Located]:
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
     return [rows[index] for index in order.tolist()]
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from trl.kernels.allocator import keep_freed_memory
 from trl.kernels.streaming_adam import adam_step, can_stream, total_norm
@@ -19,7 +19,9 @@ from trl.models.adapters import attach_adapter, is_peft_model
 from trl.models.recompute import recompute_activations
 from trl.models.trunk import base_language_model
 from trl.pretrained import load_model, load_tokenizer
+from trl.trainer.offline.stage_card import CardTrainer
 from trl.trainer.offline.stage_config import StageConfig
+from trl.trainer.offline.stage_run import NoRun, RunIsDone, StageRun, last_whole_checkpoint
 from trl.training.compute import Compute
 from trl.training.optimizers import inner
 from trl.training.processes import sum_over_processes
@@ -28,7 +30,7 @@ from trl.types import Tally
 logger = logging.getLogger(__name__)
 
 
-class StageTrainer(Trainer):
+class StageTrainer(CardTrainer):
     """`transformers.Trainer` with this library's passes, gradients and metrics; a stage adds `compute_loss`.
 
     The loop, checkpoints, callbacks and resuming are transformers'. Passes run in bfloat16 on float32 weights where
@@ -51,6 +53,7 @@ class StageTrainer(Trainer):
         self._trl_stale = True  # weights may have changed since the bfloat16 copies were made
         self._trl_scale = 1.0  # of the gradients that are still in bfloat16 when the optimizer steps
         self._trl_hooked: Any = None  # the optimizer that has `_trl_step_narrow` as its hook
+        self._trl_run: StageRun | NoRun = NoRun()
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = True  # counts the tokens of an optimizer step for compute_loss
         if self.args.n_gpu > 1:
@@ -123,19 +126,39 @@ class StageTrainer(Trainer):
         self._trl_passes().weights_changed()
         self._trl_stale = False
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        run_dir: str | Path | None = None,
+        progress: bool | None = None,
+        launch: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Trains; as `transformers.Trainer.train`.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in `args.output_dir`: a run that was
                 killed in the middle of a save leaves one that is not. "auto" takes that one too, and begins anew without it.
+                With `run_dir`: None for a new run, True to go on with the run in the folder, "auto" for either.
             *args: passed on.
+            run_dir: folder that records the training as a run of `PPOTrainer.train` (docs/runs.md): settings, metrics,
+                events, checkpoints, and at the end the model.
+            progress: with `run_dir`: show progress; None: unless `args.disable_tqdm`.
+            launch: with `run_dir`: how the run was started, kept in its settings.
             **kwargs: passed on.
 
         Raises:
-            ValueError: if there is no whole checkpoint for True.
+            ValueError: if there is no whole checkpoint for True, or `run_dir` does not fit the other arguments.
+            KeyboardInterrupt: with `run_dir`, after SIGINT, once the step is saved.
+            SystemExit: with `run_dir`, after SIGTERM, likewise.
         """
         self._trl_stale = True
+        if run_dir is not None:
+            run = StageRun(self, run_dir, resume=resume_from_checkpoint, launch=launch, progress=progress)
+            return self._trl_train_in(run, *args, **kwargs)
+        if progress is not None or launch is not None:
+            raise ValueError("progress and launch are for a run: pass run_dir, too")
         if resume_from_checkpoint is True or resume_from_checkpoint == "auto":
             checkpoint = last_whole_checkpoint(self.args.output_dir)
             if checkpoint is None and resume_from_checkpoint is True:
@@ -145,6 +168,52 @@ class StageTrainer(Trainer):
                 )
             resume_from_checkpoint = checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _trl_train_in(self, run: StageRun, *args: Any, **kwargs: Any) -> Any:
+        self._trl_run = run
+        try:
+            with run:
+                try:
+                    output = super().train(None if run.checkpoint is None else str(run.checkpoint), *args, **kwargs)
+                except RunIsDone:
+                    self.is_in_train = False
+                    if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                        self._load_best_model()
+                    output = TrainOutput(self.state.global_step, math.nan, {})
+                run.end()
+        finally:
+            self._trl_run = NoRun()
+        return output
+
+    def _get_output_dir(self, trial: Any) -> str:
+        checkpoints = self._trl_run.checkpoints
+        return super()._get_output_dir(trial) if checkpoints is None else str(checkpoints)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._trl_run.before_save()
+        super()._save_checkpoint(model, trial)
+
+    def _trl_log_sums(self) -> dict[str, Any]:
+        """The sums of a log row that is not complete yet, over all processes, as JSON. Every process must call this."""
+        loss = sum_over_processes(self.accelerator, self._tr_loss.detach().clone()) / self.accelerator.num_processes
+        tallies = {}
+        for name, tally in sorted(self._trl_tallies["train"].items()):
+            parts = [sum_over_processes(self.accelerator, part.clone()) for part in (tally.sum, tally.count)]
+            tallies[name] = [[float(part), str(part.dtype).removeprefix("torch.")] for part in parts]
+        return {"loss": float(loss), "logged": self._globalstep_last_logged, "tallies": tallies}
+
+    def _trl_restore_log_sums(self, sums: Mapping[str, Any]) -> None:
+        """Goes on with the sums of `_trl_log_sums`."""
+        self._tr_loss = torch.tensor(sums["loss"], device=self.args.device)
+        self._globalstep_last_logged = sums["logged"]
+        mine = self.accelerator.is_main_process  # the sums are those of all processes
+
+        def part(value: float, dtype: str) -> Tensor:
+            return torch.tensor(value if mine else 0, dtype=getattr(torch, dtype), device=self.args.device)
+
+        self._trl_tallies["train"] = {
+            name: Tally(*(part(value, dtype) for value, dtype in parts)) for name, parts in sums["tallies"].items()
+        }
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of one batch."""
@@ -192,23 +261,6 @@ class StageTrainer(Trainer):
         self._trl_scale = 1.0
         # Weights with float32 gradients change in the optimizer's own step, so their copies are made again.
         self._trl_stale = not narrow or any(p.grad is not None for p in self.model.parameters())
-
-
-def last_whole_checkpoint(folder: str) -> str | None:
-    """Returns the latest checkpoint in `folder` that was saved to its end; None if there is no such checkpoint."""
-    steps = {
-        int(path.name.rpartition("-")[2]): path
-        for path in Path(folder).glob("checkpoint-*")
-        if path.name[11:].isdigit()
-    }
-    for _, path in sorted(steps.items(), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # transformers writes it last
-        except (OSError, ValueError):
-            logger.warning("%s was not saved to its end: going on from the checkpoint before it", path)
-            continue
-        return str(path)
-    return None
 
 
 # --- Arguments of the constructors ---
