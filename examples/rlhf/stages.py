@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -29,9 +30,11 @@ from trl.files import write_atomic
 from trl.functional.best_of_n import best_of_n_kl
 from trl.functional.intervals import mean_estimate, proportion_estimate
 from trl.pretrained import load_model, load_tokenizer
-from trl.rewards import ClassifierReward
+from trl.rewards import ClassifierReward, as_reward
+from trl.runs.comparison import Comparison
 
 BUNDLED = ("tiny-gpt2-reviews", "tiny-bert-sentiment")
+KL_PROMPTS = 128  # on which the KLs of DPO's checkpoints and of PPO are compared
 DEFAULTS = {"report_to": "none", "save_total_limit": 2, "gradient_checkpointing": False, "disable_tqdm": True}
 
 
@@ -136,7 +139,8 @@ class Pipeline(Stages):
 
     @property
     def dpo_config(self) -> DPOConfig:
-        return DPOConfig(str(self.root / "dpo"), seed=self.seed, **DEFAULTS | self.settings.dpo)
+        every = {"save_total_limit": None}  # the judged checkpoint is chosen from all of them
+        return DPOConfig(str(self.root / "dpo"), seed=self.seed, **DEFAULTS | every | self.settings.dpo)
 
     @property
     def data(self) -> Data:
@@ -188,22 +192,49 @@ class Pipeline(Stages):
     # --- Judging ---
 
     def judge(self) -> dict[str, Any]:
-        """Compares PPO, DPO and best-of-n with the SFT model on held-out prompts, by a classifier that was not the reward."""
+        """Compares PPO, DPO and best-of-n with the SFT model on held-out prompts, by a classifier that was not the reward.
+
+        DPO and best-of-n are judged at PPO's KL, as nearly as DPO's checkpoints and whole n allow.
+        """
         judge = ClassifierReward.from_pretrained(named(self.settings.judge))
-        compared = {}
-        for stage in ("ppo", "dpo"):
-            trainer = self.ppo_trainer(self.model(stage))
-            compared[stage] = trainer.evaluate(
-                self.data.test_prompts, judge, generation=self.generation, seed=self.seed
-            )
-        base = {row.prompt: row.base_score for row in compared["ppo"].rows}
-        result: dict[str, Any] = {stage: c.to_dict() for stage, c in compared.items()}
-        return result | {"best_of_n": self.best_of_n(judge, base, result["ppo"]["kl"]["value"])}
+        ppo = self.compare(self.model("ppo"), self.data.test_prompts, judge)
+        matched = self.dpo_at_kl_of_ppo()
+        dpo = self.compare(str(self.root / "dpo" / f"checkpoint-{matched['step']}"), self.data.test_prompts, judge)
+        base = {row.prompt: row.base_score for row in ppo.rows}
+        return {
+            "ppo": ppo.to_dict(),
+            "dpo": dpo.to_dict() | matched,
+            "best_of_n": self.best_of_n(judge, base, ppo.kl.value),
+        }
+
+    def compare(self, folder: str, prompts: Any, reward: Any) -> Comparison:
+        """Compares a model with the SFT model."""
+        return self.ppo_trainer(folder).evaluate(prompts, reward, generation=self.generation, seed=self.seed)
+
+    def dpo_at_kl_of_ppo(self) -> dict[str, Any]:
+        """Chooses the DPO checkpoint whose KL is nearest to PPO's, on prompts of the training and without any reward.
+
+        Bisects, since the KL grows with the steps.
+        """
+        lines = Path(self.data.prompts).read_text(encoding="utf-8").splitlines()[:KL_PROMPTS]
+        prompts = [json.loads(line)["prompt"] for line in lines]
+        zeros = as_reward(lambda completions: [0.0] * len(completions))
+        kls: dict[int, float] = {}
+
+        def kl(step: int) -> float:
+            if step not in kls:
+                kls[step] = self.compare(str(self.root / "dpo" / f"checkpoint-{step}"), prompts, zeros).kl.value
+            return kls[step]
+
+        goal = self.compare(self.model("ppo"), prompts, zeros).kl.value
+        steps = sorted(int(path.name.split("-")[1]) for path in (self.root / "dpo").glob("checkpoint-*"))
+        above = bisect_left(steps, goal, key=kl)
+        step = min(steps[max(above - 1, 0) : above + 1], key=lambda step: abs(kl(step) - goal))
+        return {"step": step, "kls": kls, "kl_of_ppo": goal}
 
     def best_of_n(self, judge: ClassifierReward, base: dict[str, float], kl: float) -> dict[str, Any]:
         """Judges the best of n responses of the SFT model by the reward model, at about the given KL."""
-        n = min((2**power for power in range(1, 11)), key=lambda n: abs(best_of_n_kl(n) - kl))
-        n = min(n, self.settings.best_of_n["most"])
+        n = min(range(1, self.settings.best_of_n["most"] + 1), key=lambda n: abs(best_of_n_kl(n) - kl))
         set_seed(self.seed)
         tokenizer = load_tokenizer(self.model("sft"))
         sampler = BestOfNSampler(
@@ -239,7 +270,11 @@ class Pipeline(Stages):
             "| against the SFT model | win rate | judge's score, difference | KL, nats per response |",
             "| --- | --- | --- | --- |",
         ]
-        names = {"ppo": "PPO", "dpo": "DPO", "best_of_n": f"best of {judged['best_of_n']['n']}"}
+        names = {
+            "ppo": "PPO",
+            "dpo": f"DPO, step {judged['dpo']['step']}",
+            "best_of_n": f"best of {judged['best_of_n']['n']}",
+        }
         for key, name in names.items():
             row = judged[key]
             kl = interval(row["kl"], ".2f") if "low" in row["kl"] else f"≤ {row['kl']['value']:.2f}"

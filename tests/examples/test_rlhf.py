@@ -73,10 +73,12 @@ def test_pipeline_and_resume(tmp_path: Path, load: Any, capsys: pytest.CaptureFi
     first = main(arguments)
     root = tmp_path / "run"
     table = (root / "results.md").read_text(encoding="utf-8")
-    assert "Texts: sampled." in table and "| PPO |" in table and "| DPO |" in table and "| best of " in table
+    assert "Texts: sampled." in table and "| PPO |" in table and "| DPO, step " in table and "| best of " in table
     stored = json.loads((root / "results.json").read_text(encoding="utf-8"))
     assert stored["reward"]["accuracy"] == first["reward"]["accuracy"]
     assert stored["judged"]["ppo"]["prompts"] == 8 and "rows" not in stored["judged"]["ppo"]
+    kls, goal = stored["judged"]["dpo"]["kls"], stored["judged"]["dpo"]["kl_of_ppo"]
+    assert abs(kls[str(stored["judged"]["dpo"]["step"])] - goal) == min(abs(kl - goal) for kl in kls.values())
     assert (root / "ppo" / "metrics.jsonl").exists()
     held_out = prompts_of(root / "data" / "test_prompts.jsonl")
     assert len(held_out) == 8 and not held_out & prompts_of(root / "data" / "prompts.jsonl")
@@ -85,6 +87,11 @@ def test_pipeline_and_resume(tmp_path: Path, load: Any, capsys: pytest.CaptureFi
         main(arguments)
     with pytest.raises(SystemExit, match="other settings of seed"):
         main([*arguments, "--resume", "--seed", "4"])
+
+    report = load("report").main([str(root), "--responses", "2"])
+    accuracy, row = first["reward"]["accuracy"], stored["judged"]["ppo"]
+    assert f"| 3 | {accuracy:.1%} | {row['win_rate']['value']:.1%} |" in report and f"{accuracy:.1%} ± 0.0%" in report
+    assert report.count("| SFT |") == report.count("| PPO |") == report.count("| DPO |") == 2
 
     # Interrupted in the reward model's second step, after its first checkpoint.
     before = (root / "reward" / "model" / "model.safetensors").read_bytes()
@@ -217,9 +224,11 @@ def test_results(tmp_path: Path, load: Any):
     result = load("run").main([written(tmp_path / "reviews.yaml", settings), "--out", str(tmp_path / "run")])
     judged = result["judged"]
     assert result["reward"]["accuracy"] > 0.85
-    assert judged["ppo"]["win_rate"]["value"] > 0.7 and judged["ppo"]["kl"]["value"] < 8
-    assert judged["ppo"]["win_rate"]["low"] > 0.6
-    assert judged["best_of_n"]["win_rate"]["low"] > 0.5 and judged["dpo"]["win_rate"]["low"] > 0.5
+    assert judged["ppo"]["win_rate"]["value"] > 0.68 and judged["ppo"]["win_rate"]["low"] > 0.6
+    assert judged["dpo"]["win_rate"]["low"] > 0.5 and judged["best_of_n"]["win_rate"]["low"] > 0.5
+    assert 2 < judged["ppo"]["kl"]["value"] < 5
+    for name in ("dpo", "best_of_n"):
+        assert abs(judged[name]["kl"]["value"] - judged["ppo"]["kl"]["value"]) < 1
 
 
 @pytest.mark.slow

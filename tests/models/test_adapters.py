@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("peft")
 import transformers
@@ -414,3 +415,19 @@ def test_a_policy_adapter_of_another_name_is_saved_and_loaded(base: Path, tmp_pa
     loaded = Causal.from_pretrained(tmp_path / "out" / "policy").eval()
     assert_close(loaded(TOKENS)[0], model(TOKENS)[0])
     assert_close(loaded(TOKENS)[2], model(TOKENS)[2])
+
+
+def test_scoring_never_copies_the_language_model_head(base: Path, reward_folder: Path) -> None:
+    """Torch's product of a slice of hidden states repeats the head's weights for every row."""
+    model = Causal.from_pretrained(base, peft_config=lora_config(), reward_adapter=reward_folder)
+    rows, (vocabulary, width) = len(TOKENS), model.pretrained_model.get_output_embeddings().weight.shape
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            sizes.extend(arg.numel() for arg in args if isinstance(arg, torch.Tensor))
+            return func(*args, **kwargs or {})
+
+    with Sizes():
+        model.compute_reward_score(TOKENS, torch.ones_like(TOKENS))
+    assert max(sizes) < rows * vocabulary * width

@@ -213,8 +213,11 @@ class PreTrainedModelWrapper(nn.Module):
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if attention_mask is not None and not self.is_encoder_decoder:
             inputs = forward_inputs(self, input_ids, attention_mask)
-        if "logits_to_keep" in forward_parameters(self):  # none are needed
-            inputs["logits_to_keep"] = 1
+        keep = forward_parameters(self).get("logits_to_keep")
+        if keep is not None:  # none are needed
+            # Prefer an index: a slice is non-contiguous, and torch then multiplies each row with a copy of the weights.
+            by_index = "Tensor" in str(keep.annotation)
+            inputs["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=input_ids.device) if by_index else 1
         with evaluation_mode(self.pretrained_model), torch.no_grad():
             with adapters.adapter_mode(self, self.reward_adapter_name):
                 with watch_last_hidden_state(self.pretrained_model) as captured:
