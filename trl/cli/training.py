@@ -140,7 +140,11 @@ def _dry_run(command: str, resolved: Resolved) -> int:
 
     print(configs.shown(resolved))
     print()
-    print(stages.estimate(resolved) if command in STAGES else estimate.text(command, resolved))
+    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # beside a reward's file, which it imports
+    try:
+        print(stages.estimate(resolved) if command in STAGES else estimate.text(command, resolved))
+    finally:
+        sys.dont_write_bytecode = writes_bytecode
     return 0
 
 
