@@ -176,7 +176,9 @@ def sample(
     Raises:
         RuntimeError: if logits are NaN or infinite.
     """
-    with decoding(model), packed_weights(model, rows=len(queries), tokens=max(limits)):
+    # For a single row, the attention kernel costs more than it saves.
+    attention = decoding(model) if len(queries) > 1 else nullcontext()
+    with attention, packed_weights(model, rows=len(queries), tokens=max(limits)):
         decoder = decoder_for(model, queries, limits, fixed_steps=fixed_steps)
         return _sample(decoder, queries, sampling, limits, uniforms, values)
 
