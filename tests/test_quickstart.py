@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from trl import assets
+from trl.cli.app import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", README, re.DOTALL | re.MULTILINE)
@@ -36,7 +37,21 @@ def run(heading: str, *changes: tuple[str, str]) -> dict[str, Any]:
 
 def test_every_snippet_is_run_here() -> None:
     assert README.count("```python") == len(SNIPPETS)
-    assert [heading for heading, _ in SNIPPETS] == ["First run", "Your model, your reward", "Your own loop"]
+    assert [heading for heading, _ in SNIPPETS] == [
+        "First run",
+        "Your model, your reward",
+        "Your own loop",
+        "Command line",
+    ]
+
+
+def test_the_file_of_settings_has_the_reward_that_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("Command line")["short"](["a"], ["four"]) == [-0.04]
+    (tmp_path / "rewards.py").write_text(dict(SNIPPETS)["Command line"], encoding="utf-8")
+    (settings,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(settings, encoding="utf-8")
+    assert main(["ppo", "run.yaml", "--dry-run"]) == 0
+    assert "prompts         165" in capsys.readouterr().out
 
 
 def test_the_first_run_is_offline_and_quiet(
