@@ -95,7 +95,7 @@ def read(command: Command, words: Sequence[str]) -> Invocation:
 
 
 def _run_command(words: Sequence[str]) -> str:
-    """The command that started the run which a word names; "ppo" if there is none."""
+    """Returns the command that started the run named by a word; "ppo" if no word names a run."""
     from trl.cli.launch import command_of_run
 
     found = (command_of_run(word) for word in words if not word.startswith("-"))

@@ -132,7 +132,7 @@ def existing_run(name: str) -> Path:
 
 
 def _setting(path: Path, section: str, name: str) -> Any:
-    """A stored setting of a run; None if there is none."""
+    """Returns a stored setting of a run, or None if it is missing."""
     from trl.cli.launch import stored_config
 
     found = stored_config(path).get(section)

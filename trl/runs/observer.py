@@ -79,7 +79,7 @@ class Observer:
         run_together(accelerator, lambda: on_main() if accelerator.is_main_process else None, UnfitRun)
 
     def _findings_of(self, look: Callable[[], list[Finding]]) -> list[Finding]:
-        """What a look finds; [] if it raises, which is logged the first time."""
+        """Returns the findings of one look; [] if the doctor raises, which is logged the first time."""
         try:
             return look()
         except Exception as error:
