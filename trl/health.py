@@ -100,6 +100,13 @@ _ROWS = (
         meaning="Mean score on held-out prompts, sampled with the same random numbers each time.",
     ),
     Metric(
+        key="eval_before/score_mean",
+        title="Evaluation score before training",
+        unit="",
+        meaning="Mean score on held-out prompts before the first step, in the first row alone. `eval/score_mean` of the same row "
+        "comes after that step's update.",
+    ),
+    Metric(
         key="eval/kl",
         title="Evaluation KL",
         unit="nats/response",
@@ -334,7 +341,7 @@ _ROWS = (
         key="memory/peak_mb",
         title="Peak memory",
         unit="MiB",
-        meaning="Most memory that the main process has held so far. It should level off after a few steps.",
+        meaning="Most memory that the main process has held since it started. Levels off after a few steps, and starts anew when a run resumes.",
     ),
 )
 

@@ -37,11 +37,37 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_in_use(seconds: float = 0.3) -> float:
+    """Number of cores that all programs use together, measured for so long."""
+    import psutil
+
+    return float(psutil.cpu_percent(interval=seconds)) / 100 * (psutil.cpu_count() or 1)
+
+
 def busy_note() -> str | None:
     """A sentence if other programs use the machine, else None; call it before starting work of one's own."""
-    if not hasattr(os, "getloadavg"):
+    available = cores()
+    # The load is free to ask for, but an average over a minute: it still counts programs that have just ended.
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.5 * available:
         return None
-    load, available = os.getloadavg()[0], cores()
-    if load < 0.5 * available:
+    used = cores_in_use()
+    if used < 0.25 * available:
         return None
-    return f"The machine is busy (load {load:.1f} on {available} cores): expect it to take up to {1 + load / available:.1f} times as long."
+    return (
+        f"The machine is busy: other programs use {used:.1f} of its {available} cores. Expect it to take up to "
+        f"{1 + used / available:.1f} times as long."
+    )
+
+
+def spinning_note(threads: int) -> str | None:
+    """A sentence if OpenMP's threads spin beside other programs, which slows a script down by far more than its share.
+
+    Args:
+        threads: number of threads that torch uses.
+    """
+    if threads < 2 or any(name in os.environ for name in WAITING_CHOICES) or busy_note() is None:
+        return None
+    return (
+        "other programs use this machine, and OpenMP's threads spin while they wait for work: this run may take several times as "
+        "long as it has to. Start Python with OMP_WAIT_POLICY=passive in the environment (docs/how-to/command-line.md, Threads)"
+    )

@@ -21,10 +21,13 @@ def test_report_of_runs(
     monkeypatch.setattr(webbrowser, "open", opened.append)
     run = str(finished_run / "runs" / "run")
     assert main(["report", run, run, "--out", "both.html", "--open"]) == 0
-    assert capsys.readouterr().out == "both.html\n"
+    told = capsys.readouterr()
+    assert told.out == "both.html\n" and told.err.count("run: Finished at step 2 of 2") == 2
     assert opened == [(tmp_path / "both.html").as_uri()]
     assert main(["report", run]) == 0
-    assert capsys.readouterr().out == f"{run}/report.html\n"
+    told = capsys.readouterr()
+    assert told.out == f"{run}/report.html\n"
+    assert told.err.startswith("Finished at step 2 of 2") and "On held-out prompts the score went from" in told.err
 
 
 def test_watch_serves_on_this_machine_until_ctrl_c(

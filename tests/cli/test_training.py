@@ -71,7 +71,10 @@ def test_ctrl_c_and_resume_go_on_to_the_same_numbers(
     (elsewhere / "interrupted").touch()
     assert main(["resume", str(tmp_path / "runs" / "run")]) == 0
     message = capsys.readouterr().err
-    assert "finished: 2 steps, 8 samples" in message
+    assert "finished: 2 steps, 8 samples; the last 1 in 0:0" in message
+    first, last = rows(tmp_path / "runs" / "run")
+    before, after = first["eval_before/score_mean"], last["eval/score_mean"]
+    assert f"mean score on held-out prompts {before:.3f} -> {after:.3f}" in message
     for part in ("model    ", "report   ", "summary  ", "trl eval ", "trl report "):
         assert part in message
     assert rows(tmp_path / "runs" / "run") == rows(finished_run / "runs" / "run")

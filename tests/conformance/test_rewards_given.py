@@ -188,7 +188,7 @@ def test_52_sampling_does_not_depend_on_what_a_reward_draws_or_seeds(tmp_path: P
     assert completions == same
     assert noisy[1] == quiet[1]
     assert len({str(some) for some in completions}) == 4  # each step samples anew
-    assert len(reward.drawn) == 4 + 2
+    assert len(reward.drawn) == 4 + 3
     assert seed == 0 or len({number for numbers in reward.drawn for number in numbers}) == 3 * 5  # evaluations alike
 
 

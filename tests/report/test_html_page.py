@@ -151,7 +151,7 @@ def test_a_page_says_how_the_run_went(tmp_path: Path) -> None:
         "Needs a look Finished at step 20 of 20",
         "The mean score rose from 0.15 (first 2 steps) to 1.95 (last 2).",
         "On held-out prompts the score went from 0.1 at step 1 to 2 at step 20.",
-        "The policy is 5.85 nats per response away from the reference, with a target of 6.",
+        "The policy is 5.85 nats per response away from the reference, on average over the last 2 steps, with a target of 6.",
         "Outside the healthy band now: Clip fraction.",
         "Dropout is on step 7",
         "What to do: Turn it off.",

@@ -47,6 +47,38 @@ def test_a_moment_out_of_the_band_and_the_first_steps_do_not_count(tmp_path: Pat
     ]
     _, found = judged(tmp_path / "run", steps=30, rows=rows)
     assert found.departures == [] and found.mood == "good"
+    said = "All watched metrics are in their healthy bands now; outside for a moment: Clip fraction (2 steps)."
+    assert found.sentences[-1] == said
+
+
+def test_a_moment_is_told_beside_what_lasted_and_what_may_be_intended(tmp_path: Path) -> None:
+    rows = [
+        row(s, **{
+            "tokens/truncated": 1.0,
+            "ppo/policy/clipfrac": 0.9 if s == 1 else 0.1,
+            "ppo/policy/approxkl": 0.9 if s < 6 else 0.01,
+        })
+        for s in range(1, 31)
+    ]  # fmt: skip
+    _, found = judged(tmp_path / "run", steps=30, rows=rows)
+    assert found.mood == "good" and found.sentences[-1] == (
+        "All watched metrics are in their healthy bands now, except for what may be intended: Truncated responses; outside for a "
+        "while: KL of the update; outside for a moment: Clip fraction (step 1)."
+    )
+
+
+def test_now_is_the_last_quarter_of_a_short_run(tmp_path: Path) -> None:
+    rows = [row(s, **{"ppo/policy/clipfrac": 0.4 if s > 15 else 0.1}) for s in range(1, 21)]
+    _, found = judged(tmp_path / "run", rows=rows)
+    assert found.mood == "watch" and found.sentences[-1] == "Outside the healthy band now: Clip fraction."
+
+
+def test_the_score_before_training_is_where_evaluations_start(tmp_path: Path) -> None:
+    rows = [row(s, **{"eval/score_mean": float(s)}) for s in range(1, 21)]
+    sentence = "On held-out prompts the score went from {} to 20 at step 20."
+    assert sentence.format("1 at step 1") in judged(tmp_path / "older", rows=rows)[1].sentences
+    rows[0]["eval_before/score_mean"] = 0.25
+    assert sentence.format("0.25 before training") in judged(tmp_path / "run", rows=rows)[1].sentences
 
 
 def test_explained_variance_is_judged_where_scores_vary(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from typing import Any
 
@@ -14,7 +15,10 @@ from tests.helpers import assert_close, tiny_gpt2, tiny_tokenizer
 from tests.trainer.managed import GENERATION, HELD_OUT, PROMPTS, bits, fresh, run, words
 from trl import PPOConfig
 from trl.algorithms import grpo
+from trl.functional.intervals import Estimate
 from trl.rewards import as_reward
+from trl.runs.comparison import _compared, _shown
+from trl.runs.evaluation import Judged
 from trl.runs.samples import NothingScored
 from trl.trainer import OnlineTrainer
 
@@ -111,8 +115,29 @@ def test_the_table_and_the_json() -> None:
     lines = str(result).splitlines()
     assert lines[0] == "1 prompts; intervals of 95% confidence"
     assert [line.split()[0] for line in lines[1:5]] == ["trained", "score", "tokens", "truncated"]
-    assert lines[5].startswith("win rate 50% [") and lines[5].endswith("0 wins, 0 losses, 1 ties")
+    assert lines[5].startswith("win rate 50% [") and lines[5].endswith("0 wins, 0 losses, 1 ties, counted half")
     assert lines[6].startswith("KL to the base ")
+
+
+def test_numbers_have_as_many_digits_as_their_intervals_are_worth() -> None:
+    def shown(value: float, low: float, high: float, sign: str = "") -> str:
+        return _shown(Estimate(value=value, low=low, high=high), sign)
+
+    assert shown(0.99431, 0.81702, 1.17161) == "0.994 [0.817, 1.172]"
+    assert shown(0.125, 0.003855, 0.24612) == "0.125 [0.004, 0.246]"
+    assert shown(1.1869, 0.9308, 1.4431, "+") == "+1.187 [+0.931, +1.443]"
+    assert shown(4321.9, 4105.3, 4538.5) == "4322 [4105, 4538]"
+    assert shown(1.0, 1.0, 1.0) == "1 [1, 1]" and shown(0.5, math.nan, math.nan) == "0.5 [nan, nan]"
+
+
+def test_a_difference_that_may_be_chance_is_called_so() -> None:
+    def judged(score: float) -> Judged:
+        return Judged(score=score, kl=0.0, length=1, finished=True)
+
+    base = [judged(score) for score in (0.0, 1.0, 0.0, 1.0)]
+    chance = str(_compared([judged(score) for score in (1.0, 0.0, 0.1, 1.0)], base, 0.95))
+    clear = str(_compared([judged(score) for score in (3.0, 4.1, 3.0, 4.0)], base, 0.95))
+    assert "it may be chance" in chance and "chance" not in clear
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_an_evaluation_draws_nothing_from_the_run(tmp_path: Path) -> None:
     assert ends[0] == ends[1]
     without, _ = recorded(tmp_path / "without")
     rows, _ = recorded(tmp_path / "with")
-    assert [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows] == without
+    assert [{k: v for k, v in row.items() if not k.startswith("eval")} for row in rows] == without
 
 
 def test_an_evaluation_of_the_same_weights_is_the_same(tmp_path: Path) -> None:
@@ -256,10 +256,13 @@ def test_an_evaluation_of_the_same_weights_is_the_same(tmp_path: Path) -> None:
         group["lr"] = 0.0
     trainer.lr_scheduler = None
     run(trainer, run_dir=tmp_path / "run", eval_prompts=HELD_OUT, eval_every=2, steps=5)
-    rows = [row for row in recorded(tmp_path / "run")[0] if "eval/score_mean" in row]
+    every = recorded(tmp_path / "run")[0]
+    rows = [row for row in every if "eval/score_mean" in row]
     assert [row["step"] for row in rows] == [2, 4, 5]
     found = [{k: v for k, v in row.items() if k.startswith("eval/")} for row in rows]
     assert found[0] == found[1] == found[2]
+    before = {k.replace("eval_before/", "eval/"): v for k, v in every[0].items() if k.startswith("eval_before/")}
+    assert before == found[0] and not any(k.startswith("eval_before/") for row in every[1:] for k in row)
     assert abs(found[0]["eval/kl"]) < 1e-5  # policy and reference are the same
     assert 0 < found[0]["eval/score_mean"] < 1 and 1 <= found[0]["eval/length"] <= 5
     assert found[0]["eval/excluded"] == 0.0
@@ -279,7 +282,7 @@ def test_an_evaluation_counts_every_prompt_once(monkeypatch: pytest.MonkeyPatch)
     result = run(reward=counted, eval_prompts=prompts, steps=1)
     assert result.metrics["eval/score_mean"] == 43.0
     assert result.metrics["eval/score_std"] == 2.0
-    assert sorted(seen[4:]) == prompts
+    assert sorted(seen[:7]) == sorted(seen[11:]) == prompts  # before the step and after it
 
     trainer = fresh()
     loaded, told = load_prompts(prompts[:4], trainer.tokenizer), []

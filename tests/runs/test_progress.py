@@ -31,9 +31,24 @@ def test_lines_come_at_the_start_for_evaluations_and_at_the_end(monkeypatch: pyt
     shown.close()
     lines = stream.getvalue().splitlines()
     assert lines[0] == "step 3/12  score 0.500  KL -  1234 tokens/s  ETA 0:27"
-    assert lines[1] == "step 4/12  score 0.500  KL -  eval 2.000  1234 tokens/s  ETA 0:24"
+    assert lines[1] == "step 4/12  score 0.500  KL -  held-out score 2.000  1234 tokens/s  ETA 0:24"
     assert [line.split()[1] for line in lines] == ["3/12", "4/12", "8/12", "12/12"]
     assert "\x1b" not in stream.getvalue()
+
+
+def test_what_comes_before_the_first_step_has_a_line_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    shown = progress_for(None, done=0, target=3, stream=stream)
+    now[0] += 50
+    shown.update(0, {"eval/score_mean": 0.125})
+    now[0] += 3
+    shown.update(1, ROW)
+    assert stream.getvalue().splitlines() == [
+        "before training: held-out score 0.125",
+        "step 1/3  score 0.500  KL -  1234 tokens/s  ETA 0:06",
+    ]
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,9 @@ def test_saves_by_the_clock_cost_less_than_a_hundredth_of_an_hour(
 
 
 def test_the_best_evaluation_is_saved_where_the_clock_decides(tmp_path: Path) -> None:
-    quality = iter([0.0, 1.0, 9.0, 4.0, 0.0, 2.0, 0.0, 3.0])  # a step, its evaluation, a step ...
+    quality = iter(
+        [99.0, 0.0, 1.0, 9.0, 4.0, 0.0, 2.0, 0.0, 3.0]
+    )  # before training, a step, its evaluation, a step ...
 
     def scored(prompts: Any, completions: Any) -> Any:
         return [next(quality)] * len(prompts)

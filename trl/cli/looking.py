@@ -38,7 +38,7 @@ def report(invocation: Invocation) -> int:
     """`trl report RUN ...`."""
     import webbrowser
 
-    from trl.report import serve, write_report
+    from trl.report import serve, summary_of, write_report
 
     runs = [existing_run(name) for name in invocation.arguments]
     if invocation.has("watch"):
@@ -50,6 +50,9 @@ def report(invocation: Invocation) -> int:
         return 0
     out = invocation.option("out")
     path = write_report(runs, None if out is None else Path(out))
+    for run in runs:
+        head = f"{places.shown_path(run)}: " if len(runs) > 1 else ""
+        sys.stderr.write(visible(head + "\n".join(summary_of(run))) + "\n")
     print(path)
     if invocation.has("open"):
         webbrowser.open(path.resolve().as_uri())

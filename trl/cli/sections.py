@@ -188,7 +188,8 @@ class TrainSettings:
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     eval_every: int | None = None
-    """Steps between evaluations on held-out prompts; by default 20 evaluations per run."""
+    """Steps between evaluations on held-out prompts, beside those before the first step and after the last; by default 20
+    evaluations per run."""
     save_every: int | None = None
     """Steps between checkpoints; by default as often as costs under 1% of the time."""
     keep_last: int = 2

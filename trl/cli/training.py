@@ -26,6 +26,8 @@ _OUTCOMES = {
     "loss": "loss",
 }
 
+_BEFORE = {"eval/score_mean": "eval_before/score_mean"}  # before the first step
+
 
 def train(invocation: Invocation) -> int:
     """`trl ppo CONFIG.yaml ...`, and the other algorithms."""
@@ -80,7 +82,7 @@ def resume(invocation: Invocation) -> int:
 
 def _run(command: str, resolved: Resolved, kept: Mapping[str, Any], *, folder: str | None, resume: bool) -> int:
     run = Path(resolved["train.run_dir"])
-    shown = places.shown_path(run)
+    shown, done = places.shown_path(run), (_saved_step(run) or 0) if resume else 0
     try:
         if (note := startup.busy_note()) is not None:
             _say(note)
@@ -97,11 +99,12 @@ def _run(command: str, resolved: Resolved, kept: Mapping[str, Any], *, folder: s
     report = _write_report(run)
     if command in STAGES:
         seconds = _read_json(run / "summary.json").get("time/seconds", 0.0)
-        _say(f"finished: {result.global_step} steps in {_clock(seconds)}{_scores(run)}")
+        _say(f"finished: {result.global_step} steps{_took(result.global_step, done, seconds)}{_scores(run)}")
     else:
         if result.findings:
             _say(f"trl doctor {shown} shows what the doctor found, and what to change")
-        _say(f"finished: {result.steps} steps, {result.episodes} samples in {_clock(result.seconds)}{_scores(run)}")
+        took = _took(result.steps, done, result.seconds)
+        _say(f"finished: {result.steps} steps, {result.episodes} samples{took}{_scores(run)}")
     _say(_what_next(run, report))
     return 0
 
@@ -190,13 +193,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _took(steps: int, before: int, seconds: float) -> str:
+    """How long the steps of this process took, after those that an earlier one had done."""
+    which = f"; the last {steps - before}" if 0 < before < steps else ""
+    return f"{which} in {_clock(seconds)}"
+
+
 def _scores(run: Path) -> str:
     """First and last mean score or loss: on held-out data if they were evaluated twice, else of the batches."""
     from trl.trackers import read_metrics
 
     rows = read_metrics(run)
     for key, what in _OUTCOMES.items():
-        scores = [row[key] for row in rows if row.get(key) is not None]
+        before = [rows[0].get(_BEFORE.get(key, ""))] if rows else []
+        scores = [value for value in (*before, *(row.get(key) for row in rows)) if value is not None]
         if len(scores) > 1:
             return f"; {what} {scores[0]:.3f} -> {scores[-1]:.3f}"
     return ""

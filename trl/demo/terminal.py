@@ -30,6 +30,6 @@ def verdict(result: DemoResult) -> str:
     return (
         f"Mean P(POSITIVE) of {len(before.reviews)} responses to held-out prompts: {before.positive:.2f} before, {after.positive:.2f} "
         f"after {result.steps} steps; KL {after.kl:.1f} nats per review.\n"
-        f"Readability: perplexity under the reference {before.perplexity:.0f} -> {after.perplexity:.0f}, different word pairs "
+        f"Language: perplexity under the reference {before.perplexity:.0f} -> {after.perplexity:.0f}, different word pairs "
         f"{before.distinct_2:.0%} -> {after.distinct_2:.0%}."
     )

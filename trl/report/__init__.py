@@ -9,8 +9,21 @@ from trl.files import write_atomic
 from trl.report.html_page import page
 from trl.report.live import serve
 from trl.report.reading import read_run
+from trl.report.verdict import verdict
 
-__all__ = ["serve", "write_report"]
+__all__ = ["serve", "summary_of", "write_report"]
+
+
+def summary_of(run: str | Path) -> list[str]:
+    """The head of a run's report as plain sentences: how it ended, what training achieved, which metrics left their bands.
+
+    Raises:
+        ValueError: as `write_report`.
+    """
+    read = read_run(run, completions=False)
+    judged = verdict(read)
+    found = (f"{finding.severity.capitalize()}: {finding.title}" for finding in read.findings)
+    return [f"{judged.headline}.", *judged.sentences, *found]
 
 
 def write_report(runs: Sequence[str | Path] | str | Path, out: str | Path | None = None) -> Path:

@@ -32,6 +32,8 @@ class Chart:
     """Key whose band is shaded; by default the first."""
     shown: str | None = None
     """Key of the number beside the title, which several runs are compared by; by default the first."""
+    meaning: str = ""
+    """What the chart says about its series; by default, the meaning of the first."""
     stacked: bool = False
     percent: bool = False
 
@@ -146,6 +148,7 @@ CHARTS = (
         keys=("time/sample", "time/score", "time/learn", "time/eval"),
         labels=("sampling", "scoring", "learning", "evaluation"),
         shown="time/step",
+        meaning="Seconds of a step by what they were spent on.",
         stacked=True,
     ),
     Chart(id="memory", group="Machine", title="Peak memory", keys=("memory/peak_mb",)),
@@ -209,7 +212,12 @@ def _component_charts(present: set[str]) -> list[Chart]:
         return []
     labels = tuple(one_line(name) for name in names)
     keys = tuple(f"reward/{name}/mean" for name in names)
-    return [Chart(id="components", group="Reward", title="Reward components, mean", keys=keys, labels=labels)]
+    meaning = "Mean of each component of the reward, unweighted."
+    return [
+        Chart(
+            id="components", group="Reward", title="Reward components, mean", keys=keys, labels=labels, meaning=meaning
+        )
+    ]
 
 
 def _is_component(key: str) -> bool:
@@ -232,7 +240,7 @@ def _figure(chart: Chart, runs: Sequence[Run]) -> Figure:
     names = ["" if len(runs) == 1 else f"{run.name}: " for run in runs]
     return Figure(
         chart=chart,
-        meaning=metric.meaning if metric else "Mean of each component of the reward, unweighted.",
+        meaning=chart.meaning or (metric.meaning if metric else ""),
         unit=metric.unit if metric and metric.unit != "share" else "",
         now=_with_unit(last, chart, shown.unit if shown else ""),
         band="" if band is None else band_text(band),

@@ -88,12 +88,13 @@ def finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def read_run(folder: str | Path, share: int = 1) -> Run:
+def read_run(folder: str | Path, share: int = 1, *, completions: bool = True) -> Run:
     """Reads a run, also one that is being written.
 
     Args:
         folder: run directory.
         share: number of runs in the report, among which the room for completions is divided.
+        completions: whether to read any.
 
     Raises:
         ValueError: if the folder is not a run directory, or a file in it is damaged; names the file.
@@ -113,7 +114,7 @@ def read_run(folder: str | Path, share: int = 1) -> Run:
         findings=read_findings(path),
         ending=read_ending(path),
         steps_recorded=steps,
-        completions=_read_samples(path, _spread(steps, _MAX_STEPS_READ // share), share),
+        completions=_read_samples(path, _spread(steps, _MAX_STEPS_READ // share), share) if completions else [],
     )
 
 

@@ -13,7 +13,7 @@ from trl.untrusted import one_line
 
 Mood = Literal["good", "watch", "bad", "plain", "empty"]
 
-_RECENT = 20  # steps that "now" means
+_RECENT = 20  # steps that "now" means, in a short run a quarter of them
 _PATIENCE = 3  # steps out of its band before a metric is a problem
 
 
@@ -30,13 +30,21 @@ class Departure:
     last: int
     now: bool
     """Whether it is outside in most of the last steps."""
+    brief: bool = False
+    """Whether it was outside in too few steps to matter."""
 
     @property
     def sentence(self) -> str:
         """When and how often the metric was outside."""
-        when = f"at step {self.first}" if self.first == self.last else f"between steps {self.first} and {self.last}"
-        number = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        return f"Outside its healthy band ({band_text(self.band)}) in {number}, {when}."
+        if self.steps == 1:
+            return f"Outside its healthy band ({band_text(self.band)}) at {self.when}."
+        when = f"between steps {self.first} and {self.last}"
+        return f"Outside its healthy band ({band_text(self.band)}) in {self.when}, {when}."
+
+    @property
+    def when(self) -> str:
+        """The step, or the number of steps."""
+        return f"step {self.first}" if self.steps == 1 else f"{self.steps} steps"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +55,14 @@ class Verdict:
     headline: str
     sentences: Sequence[str]
     departures: Sequence[Departure]
+    """Those that lasted."""
 
 
 def verdict(run: Run) -> Verdict:
     """Judges a run by its state, its metrics and the doctor's findings."""
     not_finite = (key for row in run.rows for key in row.get("nonfinite", ()))
-    departures = [d for key in dict.fromkeys([*run.bands, *not_finite]) if (d := departure(run, key)) is not None]
+    every = [d for key in dict.fromkeys([*run.bands, *not_finite]) if (d := departure(run, key)) is not None]
+    departures = [d for d in every if not d.brief]
     now = [d for d in departures if d.now and not d.metric.advisory]
     errors = [f for f in run.findings if f.severity == "error"]
     if run.ending.state == "failed" or errors:
@@ -61,13 +71,13 @@ def verdict(run: Run) -> Verdict:
         mood = "watch"
     else:
         mood = "empty" if not run.rows else "plain" if run.offline else "good"
-    described = (_loss(run),) if run.offline else (_score(run), _evaluation(run), _kl(run), _health(run, departures))
+    described = (_loss(run),) if run.offline else (_score(run), _evaluation(run), _kl(run), _health(run, every))
     sentences = [sentence for sentence in described if sentence]
     return Verdict(mood=mood, headline=_headline(run), sentences=sentences, departures=departures)
 
 
 def departure(run: Run, key: str) -> Departure | None:
-    """How a metric left its band, or None if it did so at most for a moment. NaN and infinities are outside of any."""
+    """How a metric left its band, or None if it did not. NaN and infinities are outside of any."""
     band, metric = run.bands.get(key, Band()), catalogued(key)
     if metric is None:
         return None
@@ -78,8 +88,9 @@ def departure(run: Run, key: str) -> Departure | None:
         if value is not None and (judged or math.isnan(value)):
             points.append((int(row["step"]), value))
     outside = [(step, value) for step, value in points if not band.holds(value)]
-    if len(outside) < min(_PATIENCE, max(1, len(points))):
+    if not outside:
         return None
+    brief = len(outside) < min(_PATIENCE, len(points))
     below = sum(band.low is not None and value < band.low for _, value in outside)
     if 2 * sum(math.isnan(value) for _, value in outside) > len(outside):
         symptom: Symptom | None = NOT_FINITE
@@ -87,7 +98,7 @@ def departure(run: Run, key: str) -> Departure | None:
         symptom = metric.too_low if 2 * below > len(outside) else metric.too_high
     if symptom is None:
         return None
-    recent = points[-_RECENT:]
+    recent = points[-min(_RECENT, max(_PATIENCE, len(points) // 4)) :]
     return Departure(
         metric=metric,
         band=band,
@@ -95,7 +106,8 @@ def departure(run: Run, key: str) -> Departure | None:
         steps=len(outside),
         first=outside[0][0],
         last=outside[-1][0],
-        now=2 * sum(not band.holds(value) for _, value in recent) > len(recent),
+        now=not brief and 2 * sum(not band.holds(value) for _, value in recent) > len(recent),
+        brief=brief,
     )
 
 
@@ -197,10 +209,12 @@ def _evaluation(run: Run) -> str | None:
     scores = [(row["step"], v) for row, v in zip(run.rows, run.series("eval/score_mean"), strict=True) if v is not None]
     if not scores:
         return None
-    start, end = scores[0], scores[-1]
-    if len(scores) == 1:
-        return f"On held-out prompts the score was {number(start[1])} at step {start[0]}."
-    return f"On held-out prompts the score went from {number(start[1])} at step {start[0]} to {number(end[1])} at step {end[0]}."
+    last, end = scores[-1]
+    before = next((value for value in run.series("eval_before/score_mean") if value is not None), None)
+    if before is None and len(scores) == 1:
+        return f"On held-out prompts the score was {number(end)} at step {last}."
+    start = f"{number(scores[0][1])} at step {scores[0][0]}" if before is None else f"{number(before)} before training"
+    return f"On held-out prompts the score went from {start} to {number(end)} at step {last}."
 
 
 def _kl(run: Run) -> str | None:
@@ -210,20 +224,21 @@ def _kl(run: Run) -> str | None:
     settings = run.config.get("ppo") or {}
     target = settings.get("target") if settings.get("adap_kl_ctrl") and run.algorithm == "ppo" else None
     aim = f", with a target of {number(target)}" if target else ""
-    return f"The policy is {number(ends[1])} nats per response away from the reference{aim}."
+    over = "the last step" if ends[2] == 1 else f"the last {ends[2]} steps"
+    return f"The policy is {number(ends[1])} nats per response away from the reference, on average over {over}{aim}."
 
 
 def _health(run: Run, departures: Sequence[Departure]) -> str | None:
     if not run.rows:
         return None
-    now = [d.metric.title for d in departures if d.now and not d.metric.advisory]
-    past = [d.metric.title for d in departures if not d.now and not d.metric.advisory]
-    if now:
+    telling = [d for d in departures if not d.metric.advisory]
+    if now := [d.metric.title for d in telling if d.now]:
         return f"Outside the healthy band now: {', '.join(now)}."
-    if past:
-        return f"All watched metrics are in their healthy bands now; outside for a while: {', '.join(past)}."
-    if notes := [d.metric.title for d in departures]:
-        return (
-            f"All watched metrics stayed in their healthy bands, except for what may be intended: {', '.join(notes)}."
-        )
-    return "All watched metrics stayed in their healthy bands."
+    intended = [d.metric.title for d in departures if d.metric.advisory and not d.brief]
+    lasting = [d.metric.title for d in telling if not d.brief]
+    brief = [f"{d.metric.title} ({d.when})" for d in telling if d.brief]
+    sentence = f"All watched metrics {'are' if lasting or brief else 'stayed'} in their healthy bands"
+    sentence += " now" if lasting or brief else ""
+    sentence += f", except for what may be intended: {', '.join(intended)}" if intended else ""
+    sentence += f"; outside for a while: {', '.join(lasting)}" if lasting else ""
+    return sentence + (f"; outside for a moment: {', '.join(brief)}." if brief else ".")

@@ -90,13 +90,17 @@ class Comparison:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in table
         ]
         if self.win_rate is not None:
-            counts = f"{self.wins} wins, {self.losses} losses, {self.ties} ties"
+            counts = f"{self.wins} wins, {self.losses} losses, {self.ties} ties" + (
+                ", counted half" if self.ties else ""
+            )
             low, high = self.win_rate.low, self.win_rate.high
             lines.append(f"win rate {self.win_rate.value:.0%} [{low:.0%}, {high:.0%}]: {counts}")
         else:
             lines.append("no reference model, so the trained policy alone")
         if self.kl is not None and self.kl_per_token is not None:
             lines.append(f"KL to the base {_shown(self.kl)} nats per response, {self.kl_per_token:.3f} per token")
+        if self.difference is not None and self.difference.low <= 0 <= self.difference.high:
+            lines.append("The interval of the difference includes 0: it may be chance. More prompts make it narrower.")
         return "\n".join(lines)
 
 
@@ -189,7 +193,14 @@ def _side(judged: Sequence[Judged], scores: Sequence[float], confidence: float) 
 def _shown(estimate: Estimate | None, sign: str = "") -> str:
     if estimate is None:
         return ""
-    return f"{estimate.value:{sign}.4g} [{estimate.low:{sign}.4g}, {estimate.high:{sign}.4g}]"
+    half = (estimate.high - estimate.low) / 2
+    # Three significant digits of the uncertainty.
+    form = (
+        f"{sign}.{min(6, max(0, 2 - math.floor(math.log10(half))))}f"
+        if math.isfinite(half) and half > 0
+        else f"{sign}.4g"
+    )
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trl import startup
 from trl.data import PromptSampler
 from trl.functional import masked_mean
 from trl.protocols import Reward
@@ -133,6 +134,9 @@ class _Run:
                 self.keeper.path, state.step, {"algorithm": config["algorithm"], "train": train_options}
             )
             self.progress = progress_for(self.options.progress, done=state.step, target=self.inputs.target)
+            on_cpu = self.accelerator.device.type == "cpu"
+            if on_cpu and (note := startup.spinning_note(torch.get_num_threads())) is not None:
+                logger.warning("%s", note)
         for tracker in (*self.trackers, *self.named_trackers):
             self.stack.callback(tracker.close)
         self.stack.callback(self.progress.close)
@@ -159,6 +163,8 @@ class _Run:
     def take_step(self) -> None:
         """Processes one batch of prompts, from sampling to the checkpoint that may follow."""
         clock, inputs, state = Clock(), self.inputs, self.state
+        untrained = self._evaluate_untrained() if state.step == 0 else {}
+        clock.lap("eval")
         prompts = [inputs.prompts[index] for index in state.sampler.next() for _ in range(inputs.group_size)]
         drawn = draw(self.trainer, prompts, inputs.generation, inputs.length_sampler)
         clock.lap("sample")
@@ -171,7 +177,7 @@ class _Run:
         records = self._records(
             drawn, scored, experience, trained=f"{self.trainer._trl_stats_prefix}/loss/total" in stats
         )
-        evaluation = self._evaluate()
+        evaluation = untrained | self._evaluate()
         clock.lap("eval")
         self.row = scalars_of(stats, all_scored, records) | self._counts() | evaluation | clock.times(records)
         self.keeper.record(state.step, self.row, records)
@@ -265,6 +271,15 @@ class _Run:
         if inputs.eval_every is None or (step % inputs.eval_every and step != inputs.target):
             return {}
         return evaluate_prompts(self.trainer, inputs.eval_prompts, self.reward, inputs.generation)
+
+    def _evaluate_untrained(self) -> dict[str, float]:
+        """An evaluation before the first step, under keys of its own: what the later ones are compared with."""
+        inputs = self.inputs
+        if inputs.eval_every is None:
+            return {}
+        result = evaluate_prompts(self.trainer, inputs.eval_prompts, self.reward, inputs.generation)
+        self.progress.update(0, result)
+        return {key.replace("eval/", "eval_before/", 1): value for key, value in result.items()}
 
     def _call_back(self, name: str, *arguments: Any) -> list[Any]:
         """Calls a method of every callback, isolated from the run's random generators.

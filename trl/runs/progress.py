@@ -13,7 +13,7 @@ _LINE_INTERVAL = 10.0  # seconds between two plain lines
 _COLUMNS = {
     "score/mean": "score",
     "objective/kl": "KL",
-    "eval/score_mean": "eval",
+    "eval/score_mean": "held-out score",
     "loss": "loss",
     "eval_loss": "eval loss",
     "accuracy": "accuracy",
@@ -71,6 +71,11 @@ class PlainProgress:
     def update(self, step: int, row: Mapping[str, Any]) -> None:
         """Prints a line if one is due."""
         now = time.monotonic()
+        if step == 0:  # the evaluation before the first step, which says nothing about the time of the others
+            self._started = now
+            self._stream.write(f"before training: {numbers(row)}\n")
+            self._stream.flush()
+            return
         too_soon = self._last_line is not None and now - self._last_line < _LINE_INTERVAL
         if too_soon and step < self._target and "eval/score_mean" not in row:
             return
@@ -91,8 +96,9 @@ class RichProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            BarColumn(bar_width=None),
+            TextColumn("step"),
             MofNCompleteColumn(),
+            BarColumn(bar_width=None),
             TimeRemainingColumn(),
             TextColumn("{task.description}", markup=False),
             console=Console(file=stream),

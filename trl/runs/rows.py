@@ -68,9 +68,10 @@ class Clock:
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """Ends the part `name` and records its duration."""
+        """Ends the part `name` and adds its duration to what the part has taken so far."""
         now = time.perf_counter()
-        self._laps[f"time/{name}"], self._last = now - self._last, now
+        key = f"time/{name}"
+        self._laps[key], self._last = self._laps.get(key, 0.0) + now - self._last, now
 
     def times(self, records: Sequence[CompletionRecord]) -> dict[str, float]:
         """Seconds of the parts and of the step so far, and its speed over the samples of all processes."""

@@ -97,7 +97,8 @@ class ResumableTrainer(ReportingTrainer):
                 scores.
             length_sampler: draws `max_new_tokens`, as in `generate`.
             eval_prompts: held-out prompts, sampled and scored like the others, with the same random numbers each time.
-            eval_every: steps between evaluations; by default 20 evaluations per run. The last step is always evaluated.
+            eval_every: steps between evaluations; by default 20 evaluations per run. The model before the first step and the
+                last one are always evaluated.
             save_every: steps between checkpoints. None saves as often as keeps the cost below 1% of the run time, at
                 least every half hour, and after each new best evaluation. The last step is always saved.
             keep_last: number of recent checkpoints to keep.

@@ -66,7 +66,7 @@ function draw(holder, chart) {
     readout.replaceChildren(...parts, ...lines.map((line, i) => {
       if (line.kind === "edge") return null;
       const value = at === null || at === undefined ? null : values[i + 1][at];
-      const key = el("span", {class: "key"}, line.label + (value === null || value === undefined ? "" : " " + show_(value)));
+      const key = el("span", {class: line.kind === "dot" ? "key dot" : "key"}, line.label + (value === null || value === undefined ? "" : " " + show_(value)));
       key.style.setProperty("--c", line.colour);
       return key;
     }).filter(Boolean));
@@ -113,7 +113,7 @@ function draw(holder, chart) {
     width: Math.max(160, holder.clientWidth), height: 190, padding: [8, 16, 0, 0], legend: {show: false},
     cursor: {y: false, drag: {x: true, y: false}, points: {size: 6}},
     scales: {x: {time: false}, y: {range}},
-    axes: [{...axis, space: 60, size: 30, incrs: [1, 2, 5].flatMap(n => [n, n * 10, n * 100, n * 1e3, n * 1e4, n * 1e5]).sort((a, b) => a - b), values: (u, ticks) => ticks.map(String)}, {...axis, size: 56, values: (u, ticks) => ticks.map(t => show_(t, 6))}],
+    axes: [{...axis, space: 60, size: 30, incrs: [1, 2, 5].flatMap(n => [n, n * 10, n * 100, n * 1e3, n * 1e4, n * 1e5]).sort((a, b) => a - b), values: (u, ticks) => ticks.map(String)}, {...axis, size: (u, ticks) => 18 + 7 * Math.max(5, ...(ticks || []).map(t => t.length)), values: (u, ticks) => ticks.map(t => show_(t, 6))}],
     series: [{}, ...series], bands,
     hooks: {drawClear: [shade], setCursor: [u => say(u.cursor.idx)]},
   }, drawn, holder);
@@ -171,9 +171,10 @@ function list() {
     ...COLUMNS.slice(0, -1).map(([key, label]) => el("td", {"data-label": label}, typeof row[key] === "number" ? (key === "step" || key === "length" ? String(row[key]) : show(row[key])) : row[key] || "–")),
     el("td", {class: "text"},
       several ? el("span", {class: "run run" + row.run % 6}, data.runs[row.run].name) : null,
-      el("div", {class: "clip", dir: "auto"}, el("span", {class: "prompt"}, row.prompt.slice(-120)), " ", row.text.slice(0, 400)),
-      row.error ? el("div", {class: "error clip"}, row.error) : null,
-      el("button", {type: "button", onclick: () => open_(row)}, row.tokens ? "Open, with token details" : "Open")))));
+      el("div", {class: "line"},
+        el("div", {class: "clip", dir: "auto"}, el("span", {class: "prompt"}, row.prompt.slice(-120)), " ", row.text.slice(0, 400)),
+        el("button", {type: "button", onclick: () => open_(row)}, row.tokens ? "Open tokens" : "Open")),
+      row.error ? el("div", {class: "error clip"}, row.error) : null))));
   $("count").textContent = chosen.length === data.samples.length ? `${chosen.length} samples` : `${chosen.length} of ${data.samples.length} samples`;
   $("position").textContent = chosen.length ? `${first + 1}–${Math.min(first + PAGE, chosen.length)} of ${chosen.length}` : data.samples.length ? "nothing matches" : "no samples";
   $("before").disabled = first === 0; $("after").disabled = first + PAGE >= chosen.length;
