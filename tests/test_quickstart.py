@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.cli.conftest import forget_modules
 from trl import assets
 from trl.cli.app import main
 
@@ -19,9 +22,12 @@ SNIPPETS = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", READM
 
 
 @pytest.fixture(autouse=True)
-def folder_named_gpt2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def folder_named_gpt2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     shutil.copytree(assets.path("tiny-gpt2-reviews"), tmp_path / "gpt2")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command line adds the folder of a reward
+    yield
+    forget_modules(tmp_path)
 
 
 def run(heading: str, *changes: tuple[str, str]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def short() -> tuple[Any, Any, dict[str, Any]]:
     )  # fmt: skip
 
     def tens(prompts: Any, completions: Any) -> list[float]:
-        return [float(completion.split().count("w10")) for completion in completions]
+        return [float(sum(word in ("w10", "w11") for word in completion.split())) for completion in completions]
 
     return PPOTrainer(config, model, tokenizer=tiny_tokenizer()), tens, {"max_new_tokens": 2}
 
