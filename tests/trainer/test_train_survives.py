@@ -29,7 +29,7 @@ from trl.runs.keeper import Keeper
 from trl.runs.options import TrainOptions
 from trl.runs.spikes import SpikeDetector
 from trl.state.checkpoints import load_checkpoint
-from trl.trackers import read_completions, read_metrics
+from trl.trackers import read_completions, read_ending, read_metrics
 from trl.types import Loss
 
 
@@ -479,6 +479,13 @@ def test_r7_another_run_is_refused_with_every_difference_named_and_nothing_chang
     refuses(tmp_path, fresh(), "its prompts have other ids or tokens", prompts=PROMPTS[1:])
     several = "batch_size was 4, is 8; its prompts have other ids or tokens; seed was 0, is 3"
     refuses(tmp_path, fresh(batch_size=8, seed=3), several, prompts=PROMPTS[1:])
+
+
+def test_an_attempt_to_resume_that_is_refused_is_no_failure_of_the_run(tmp_path: Path) -> None:
+    run(run_dir=tmp_path, steps=2)
+    (tmp_path / "summary.json").unlink()  # as after a kill
+    refuses(tmp_path, fresh(batch_size=8), "batch_size was 4, is 8")
+    assert events(tmp_path)[-1].startswith("could not begin: ") and read_ending(tmp_path).state == "killed"
 
 
 def test_r7_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

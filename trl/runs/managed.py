@@ -391,5 +391,5 @@ class _Run:
     def _record_failure(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         """Logs the exception that ended the run to the events."""
         if isinstance(error, Exception):
-            self.keeper.event(f"failed in step {self.state.step + 1}: {type(error).__name__}: {error}")
+            self.keeper.failed(self.state.step + 1, error)
         return False

@@ -66,6 +66,7 @@ class Recorder:
         self.disk_errors = 0
         self.last_step: int | None = None
         """Step of the newest checkpoint."""
+        self._begun = False
         self._pending_rows: list[tuple[int, Mapping[str, Any], Sequence[CompletionRecord]]] = []
         self._pending_lines: list[Callable[[], None]] = []
         self._run: RunDirectory | NullRunDirectory = run_together(accelerator, self._open, ValueError)
@@ -120,6 +121,7 @@ class Recorder:
             run.write_config(config)
 
         run_together(self._accelerator, write, OSError)
+        self._begun = True
 
     def _check_nothing_is_lost(self) -> None:
         """Refuses to start a run over if that would delete records that belong to a lost checkpoint."""
@@ -168,6 +170,11 @@ class Recorder:
     def event(self, text: str) -> None:
         """Appends a line to events.log; if the disk fails, it is written with the next records."""
         self._append(lambda: self._run.event(text))
+
+    def failed(self, step: int, error: Exception) -> None:
+        """Notes the exception that ended the run in a step, or kept it from beginning, which leaves the run as it was."""
+        what = f"failed in step {step}" if self._begun else "could not begin"
+        self.event(f"{what}: {type(error).__name__}: {error}")
 
     def finding(self, finding: Finding) -> None:
         """Appends a line to findings.jsonl, like `event`."""

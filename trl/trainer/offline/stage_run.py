@@ -255,8 +255,7 @@ class StageRun(TrainerCallback):
     def _record_failure(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         """Logs the exception that ended the run to the events."""
         if isinstance(error, Exception):
-            step = self._trainer.state.global_step + 1
-            self.recorder.event(f"failed in step {step}: {type(error).__name__}: {error}")
+            self.recorder.failed(self._trainer.state.global_step + 1, error)
         return False
 
     # Rows ------------------------------------------------------------------------------------------------------------
