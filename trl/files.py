@@ -75,6 +75,17 @@ def sync_folder(path: str | Path) -> None:
             os.close(file)
 
 
+def sync_tree(path: str | Path) -> None:
+    """Syncs all files and folders below a folder, and the folder itself, to disk."""
+    for entry in sorted(Path(path).iterdir()):
+        if entry.is_dir():
+            sync_tree(entry)
+        else:
+            with entry.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(path)
+
+
 def make_folder(path: str | Path) -> None:
     """Creates a folder and any missing parents, durably."""
     path = Path(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -148,6 +149,21 @@ def test_equal_scores_leave_the_kl_alone() -> None:
     loss = algorithm.loss(algorithm.experience(rollout(), scored([2.0] * B)))
     assert_close(loss.metrics["loss/policy"].mean(), 0.0)
     assert_close(loss.metrics["loss/kl"].mean(), 0.5 * k3(torch.zeros(()), torch.tensor(0.1)))
+
+
+@pytest.mark.parametrize("scores", [[1.0, *[None] * (B - 1)], [1.0, None, None, 2.0, None, None]], ids=["one", "two"])
+def test_a_response_without_others_to_its_prompt_teaches_nothing_and_that_is_said(scores: list[float | None]) -> None:
+    with pytest.warns(UserWarning, match="every response is the only one to its prompt"):
+        experience = grpo().bind(setup(tiny_gpt2())).experience(rollout(), scored(scores))
+    assert not experience.advantages.any()
+
+
+def test_a_description_has_every_argument_that_a_choice_is_bound_to() -> None:
+    described = [
+        policy_gradient(advantages=partial(group_normalised, *bound)).settings["advantages"]
+        for bound in ((), (1,), (2,))
+    ]
+    assert len(set(described)) == 3
 
 
 def test_another_sampler_s_tokens_are_weighted() -> None:

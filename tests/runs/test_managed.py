@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from tests.helpers import assert_close
 from tests.trainer.managed import HELD_OUT, PROMPTS, bits, events, fresh, recorded, run, words
@@ -229,6 +230,7 @@ def test_a_reward_that_must_not_fail_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(RewardFailed, match="nothing here"):
         run(reward=broken, run_dir=tmp_path / "run")
     assert events(tmp_path / "run")[-1].startswith("failed in step 1: RewardFailed")
+    assert not any("removed" in line for line in events(tmp_path / "run"))  # there was nothing to remove
     run(run_dir=tmp_path / "run", resume="auto", steps=1)  # nobody holds the run any more
 
 
@@ -350,10 +352,6 @@ def test_callbacks_see_everything_and_can_end_the_run(tmp_path: Path) -> None:
         ({"length_sampler": LengthSampler(2, 65)}, "max_new_tokens=64 leaves no room for a prompt"),
         ({"length_sampler": LengthSampler(2, 63)}, "more than max_tokens=2"),
         ({"length_sampler": lambda: 3, "generation": {"max_new_tokens": 62}}, "more than max_tokens=2"),
-        (
-            {"length_sampler": LengthSampler(2, 4), "generation": {}, "eval_prompts": HELD_OUT},
-            "max_new_tokens=64 leaves",
-        ),
         ({"prompts": []}, "there are no prompts"),
         ({"reward": 3}, "expected a function"),
     ],
@@ -403,6 +401,36 @@ def test_a_length_sampler_of_known_range_leaves_room() -> None:
     assert set(lengths) <= {2, 3, 4, 5} and max(lengths) == 5
     with pytest.raises(ValueError, match="more than max_tokens=59"):
         run(prompts=[*prompts, " ".join(["w50"] * 60)], length_sampler=LengthSampler(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "given", "length"), [(LengthSampler(2, 4), {}, 3.0), (LengthSampler(2, 4), {"max_new_tokens": 6}, 6.0), (lambda: 2, {"max_new_tokens": 5}, 5.0)]
+)  # fmt: skip
+def test_held_out_responses_may_be_as_long_as_those_of_training(
+    sampler: Any, given: dict[str, Any], length: float
+) -> None:
+    generation = given | {"eos_token_id": None}
+    result = run(length_sampler=sampler, generation=generation, eval_prompts=HELD_OUT, steps=1)
+    assert result.metrics["eval/length"] == result.metrics["eval_before/length"] == length
+
+
+def test_chat_templates_in_folders_of_their_own_are_written_with_the_model(tmp_path: Path) -> None:
+    trainer = fresh()
+    trainer.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}!"}
+    run(trainer, run_dir=tmp_path / "run", steps=1)
+    assert (tmp_path / "run/model/additional_chat_templates/tool_use.jinja").is_file()
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_it_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = fresh()
+    before = bits(trainer)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.accelerator), "distributed_type", property(lambda self: DistributedType.FSDP))
+        with pytest.raises(ValueError, match="sharded over processes by FSDP cannot be checkpointed"):
+            run(trainer, run_dir=tmp_path / "run")
+    assert bits(trainer) == before and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\nb", "x" * 300])

@@ -160,8 +160,8 @@ def stop(*args: Any) -> None:
         (1, {}, {}, 0, "keep_last=0"),
         (-1, {}, {}, 1, "step=-1"),
         (1, {"../x": {}}, {}, 1, "'../x'"),
-        (1, {}, {"x": float("nan")}, 1, "JSON"),
-        (1, {}, {"x": torch.zeros(1)}, 1, "the state is not JSON-serializable"),
+        (1, {}, {"x": float("nan")}, 1, "the state cannot be written as JSON: Out of range"),
+        (1, {}, {"x": torch.zeros(1)}, 1, "the state cannot be written as JSON: Object of type Tensor"),
         (1, {"x": {"y": torch.zeros(1, dtype=torch.complex64)}}, {}, 1, "complex64"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,6 +150,14 @@ def test_whitened_rewards_have_unit_variance_and_the_mean_they_had(make_trainer:
     assert abs(plain.std(ddof=1) - 1) > 0.1
 
 
+def test_a_rollout_keeps_the_version_of_its_weights(make_trainer: Any, make_batch: Any) -> None:
+    trainer = make_trainer()
+    trainer.step(*make_batch())
+    old = dataclasses.replace(trainer.last_experience.rollout, policy_version=7)
+    trainer.step(scores=make_batch()[2], rollout=old)
+    assert trainer.last_experience.rollout.policy_version == 7
+
+
 def test_a_batch_that_is_prepared_and_not_learnt_from_changes_nothing(make_trainer: Any, make_batch: Any) -> None:
     """`step` is `learn(prepare(...))`: a batch that is dropped between the two leaves no trace in those after it."""
     results = []
@@ -226,8 +235,11 @@ def test_train_refuses_a_step_that_it_would_not_call(make_trainer: Any) -> None:
         def step(self, *args: Any, **kwargs: Any) -> Any:
             raise AssertionError
 
-    with pytest.raises(ValueError, match="Own overrides step, which train does not call"):
-        make_trainer(trainer_class=Own).train(["a"], reward=lambda prompts, completions: [1.0], steps=1)
+    of_the_instance = make_trainer()
+    of_the_instance.step = lambda *args, **kwargs: None
+    for trainer in (make_trainer(trainer_class=Own), of_the_instance):
+        with pytest.raises(ValueError, match=r"overrides step, which train does not call: write your own loop"):
+            trainer.train(["a"], reward=lambda prompts, completions: [1.0], steps=1)
 
 
 def test_only_the_value_head_learns_during_warm_up(make_trainer: Any, make_batch: Any) -> None:
@@ -527,6 +539,28 @@ def test_the_best_model_is_pushed(make_trainer: Any, make_batch: Any, monkeypatc
     for mean in (0.0, 9.0, 1.0, 9.0, 0.5, 9.0):  # looked at: 0.0, 1.0, 0.5
         trainer.step(queries, responses, [torch.tensor(mean)] * 4)
     assert pushed == [{"repo_id": "me/best"}] * 2
+
+
+def test_a_hub_that_is_not_reached_costs_no_update(
+    make_trainer: Any, make_batch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(push_to_hub_if_best_kwargs={"repo_id": "me/best"})
+    answers = iter([ConnectionError("no route to hf_abcdefghijklmnopqrstuvwxyzabcdef"), None, None])
+    pushed: list[Any] = []
+
+    def push(**kwargs: Any) -> None:
+        if (error := next(answers)) is not None:
+            raise error
+        pushed.append(kwargs)
+
+    monkeypatch.setattr(trainer, "push_to_hub", push)
+    queries, responses, _ = make_batch()
+    before = weights_of(trainer)
+    for mean in (2.0, 1.0, 0.5):  # the first is not uploaded, so that the second is the best one that can be
+        trainer.step(queries, responses, [torch.tensor(mean)] * 4)
+    assert len(pushed) == 1 and trainer._trl_steps_done == 3
+    assert any(not torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
+    assert "the model of mean score 2 was not uploaded" in caplog.text and "hf_abc" not in caplog.text
 
 
 def test_the_best_model_is_that_of_all_processes(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,6 +290,16 @@ class Losses:
         return of
 
 
+def test_skipped_minibatches_of_one_step_do_not_overwrite_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a good one between them, each is the first in a row."""
+    Losses(monkeypatch, {1: math.nan, 3: math.nan})
+    with pytest.warns(UserWarning, match="the loss is not finite|gradient norm is nan"):
+        run(fresh(), run_dir=tmp_path / "run", steps=2)
+    assert len(list((tmp_path / "run/dumps").iterdir())) == 2
+
+
 def test_a_minibatch_that_is_not_finite_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Losses(monkeypatch, {5: math.nan, 6: math.nan})
     trainer = fresh()

@@ -63,6 +63,16 @@ def test_processes_on_cpus_are_joined_whoever_started_them(name: str, monkeypatc
     assert asked(monkeypatch, cpu=False) == {"cpu": False}
 
 
+def test_apples_gpu_is_left_alone_for_want_of_float64(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert asked(monkeypatch)["cpu"] is True and "Apple's GPU has no float64" in caplog.text
+    caplog.clear()
+    assert asked(monkeypatch, cpu=False)["cpu"] is False and not caplog.text
+
+
 def test_with_a_gpu_accelerate_is_asked_for_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)

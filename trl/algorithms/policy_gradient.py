@@ -114,7 +114,7 @@ class CriticFree:
         evaluated = self.setup.evaluate(rollout)
         counted = rollout.mask.any(dim=1)
         advantages = self.choices.advantages(scores, rollout.group, counted)  # [B]
-        alone = len(rollout.group[counted].unique()) == int(counted.sum()) > 1
+        alone = len(rollout.group[counted].unique()) == int(counted.sum()) > 0
         if alone and not bool(advantages[counted].any()):
             warnings.warn(
                 f"every response is the only one to its prompt, and {self.choices.name} gives it an advantage of 0: the policy learns "
@@ -198,7 +198,8 @@ class CriticFree:
 def _described(choice: Any) -> str:
     """A function by its name, with the arguments that it is bound to."""
     if isinstance(choice, partial):
-        return f"{_described(choice.func)}({', '.join(f'{name}={value!r}' for name, value in choice.keywords.items())})"
+        arguments = [*map(repr, choice.args), *(f"{name}={value!r}" for name, value in choice.keywords.items())]
+        return f"{_described(choice.func)}({', '.join(arguments)})"
     if isinstance(choice, KLPenalty):
         return f"{choice.coef:g} * {_described(choice.estimator)}"
     return getattr(choice, "__name__", None) or repr(choice)

@@ -27,7 +27,8 @@ class RunInputs:
 
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
-    generation: Mapping[str, Any]  # arguments of `PPOTrainer.generate`
+    generation: Mapping[str, Any]  # arguments of `generate`
+    eval_generation: Mapping[str, Any]  # the same for held-out prompts: as long as a training response may become
     length_sampler: LengthSampler | None
     batch_size: int  # samples per step, over all processes
     group_size: int  # samples per prompt
@@ -44,12 +45,14 @@ class RunInputs:
         """
         batch_size = int(trainer.config.batch_size) * trainer.accelerator.num_processes
         prompts = load_run_prompts(trainer, options.prompts, _max_response(options, generation))
-        eval_prompts = load_run_prompts(trainer, options.eval_prompts, int(generation["max_new_tokens"]))
+        eval_generation = {**generation, "max_new_tokens": _eval_length(options, generation)}
+        eval_prompts = load_run_prompts(trainer, options.eval_prompts, eval_generation["max_new_tokens"])
         check_same_prompts(trainer, [*prompts, *eval_prompts])
         return cls(
             prompts=prompts,
             eval_prompts=eval_prompts,
             generation=generation,
+            eval_generation=eval_generation,
             length_sampler=_capped(options.length_sampler, trainer, prompts),
             batch_size=batch_size,
             group_size=int(trainer.config.group_size),
@@ -161,6 +164,13 @@ def _max_response(options: TrainOptions, generation: Mapping[str, Any]) -> int:
         return int(generation["max_new_tokens"])
     # The range of a custom sampler is unknown; only require that prompts leave room for some response.
     return int((options.generation or {}).get("max_new_tokens", 1))
+
+
+def _eval_length(options: TrainOptions, generation: Mapping[str, Any]) -> int:
+    """New tokens per response to a held-out prompt: as given, else the most that a length sampler lists."""
+    default = int(generation["max_new_tokens"])
+    given = "max_new_tokens" in (options.generation or {})
+    return default if given else max(_values_of(options.length_sampler), default=default)
 
 
 def _capped(sampler: LengthSampler | None, trainer: Learner, prompts: list[Prompt]) -> LengthSampler | None:

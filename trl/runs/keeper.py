@@ -18,7 +18,7 @@ from trl.state.checkpoints import CheckpointError, best_name
 from trl.state.tensorfile import safetensors_pieces
 from trl.training.guards import SkippedUpdate
 from trl.training.processes import share_json
-from trl.training.resume import save_training
+from trl.training.resume import check_can_be_saved, save_training
 from trl.training.run_state import Learner
 from trl.types import Experience, Rollout
 
@@ -37,6 +37,8 @@ class Keeper(Recorder):
     """
 
     def __init__(self, trainer: Learner, options: TrainOptions, save_every: int | None) -> None:
+        if options.run_dir is not None:
+            check_can_be_saved(trainer)
         self._trainer = trainer
         self._options = options
         self._save_every = save_every
@@ -110,7 +112,7 @@ class Keeper(Recorder):
         if self.path is None or number >= _MAX_DUMPS:
             return
         self._dump_count += 1
-        name = f"step-{step:08d}-process-{rank}-{skipped.in_a_row}.safetensors"
+        name = f"step-{step:08d}-process-{rank}-{number + 1}.safetensors"
         text = f"step {step}: optimizer step skipped ({skipped.in_a_row} in a row), gradient norm {skipped.grad_norm}"
         if skipped.experience is not None:
             try:

@@ -270,14 +270,14 @@ class _Run:
         inputs, step = self.inputs, self.state.step
         if inputs.eval_every is None or (step % inputs.eval_every and step != inputs.target):
             return {}
-        return evaluate_prompts(self.trainer, inputs.eval_prompts, self.reward, inputs.generation)
+        return evaluate_prompts(self.trainer, inputs.eval_prompts, self.reward, inputs.eval_generation)
 
     def _evaluate_untrained(self) -> dict[str, float]:
         """An evaluation before the first step, under keys of its own: what the later ones are compared with."""
         inputs = self.inputs
         if inputs.eval_every is None:
             return {}
-        result = evaluate_prompts(self.trainer, inputs.eval_prompts, self.reward, inputs.generation)
+        result = evaluate_prompts(self.trainer, inputs.eval_prompts, self.reward, inputs.eval_generation)
         self.progress.update(0, result)
         return {key.replace("eval/", "eval_before/", 1): value for key, value in result.items()}
 
@@ -391,5 +391,5 @@ class _Run:
     def _record_failure(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         """Logs the exception that ended the run to the events."""
         if isinstance(error, Exception):
-            self.keeper.failed(self.state.step + 1, error)
+            self.keeper.failed(self.state.step + 1, error, target=self.inputs.target)
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -171,9 +170,16 @@ class Recorder:
         """Appends a line to events.log; if the disk fails, it is written with the next records."""
         self._append(lambda: self._run.event(text))
 
-    def failed(self, step: int, error: Exception) -> None:
-        """Notes the exception that ended the run in a step, or kept it from beginning, which leaves the run as it was."""
-        what = f"failed in step {step}" if self._begun else "could not begin"
+    def failed(self, step: int, error: Exception, *, target: int) -> None:
+        """Notes the exception that ended the run in a step, or kept it from beginning, which leaves the run as it was.
+
+        Args:
+            step: step that was under way; of a run that has all its steps, the one after them.
+            error: the exception.
+            target: steps of the run.
+        """
+        during = f"in step {step}" if step <= target else f"after step {target}"
+        what = f"failed {during}" if self._begun else "could not begin"
         self.event(f"{what}: {type(error).__name__}: {error}")
 
     def finding(self, finding: Finding) -> None:
@@ -318,9 +324,7 @@ def _write_model(folder: Path, save: Callable[[Path], Any]) -> None:
         if staging.exists():
             files.remove(staging)
         raise
-    for path in (staging / "model").iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    files.sync_tree(staging / "model")
     if target.exists():
         files.move(target, staging / "before")
     files.move(staging / "model", target)

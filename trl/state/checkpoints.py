@@ -118,8 +118,8 @@ def save_checkpoint(
             raise ValueError(f"invalid name {name!r} of a tensor file: expected letters, digits, '_', '-' and '.'")
     try:
         text = json.dumps(dict(state), allow_nan=False).encode()
-    except TypeError as error:
-        raise ValueError(f"the state is not JSON-serializable: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the state cannot be written as JSON: {error}") from error
     size = len(text) + sum(safetensors_size(group) for group in tensors.values())
     with _checkpoint_errors(folder, step, size):
         files.make_folder(folder)

@@ -14,7 +14,7 @@ State = Literal["new", "running", "finished", "stopped", "failed", "killed"]
 
 _SIGNALS = ("SIGINT", "SIGTERM")
 _TAIL = 65536  # bytes of events.log that are read: more than the longest event
-_FAILED = re.compile(r"\S+ (failed in step \d+: .*)")
+_FAILED = re.compile(r"\S+ (failed (?:in|after) step \d+: .*)")
 _OPENED = re.compile(r"\S+ run (?:created|opened)")
 
 

@@ -229,7 +229,8 @@ class RunDirectory:
         self._truncate_findings(step)
         self._last_step = kept_rows[-1][0] if kept_rows else None
         removed = len(rows) - len(kept_rows)
-        self.event(f"removed the records after step {step}: {removed} metrics rows, {len(files)} completion files")
+        if removed or files:
+            self.event(f"removed the records after step {step}: {removed} metrics rows, {len(files)} completion files")
         expected = step if last_row is None else last_row
         if expected > 0 and self._last_step != expected:
             last = "none" if self._last_step is None else str(self._last_step)

@@ -16,7 +16,7 @@ from trl.core import PPODecorators
 from trl.functional import masked_sum
 from trl.models import RolloutAboveFrozen
 from trl.protocols import Algorithm
-from trl.trainer.hooks import UNSET, call_safety_checker
+from trl.trainer.hooks import UNSET, call_safety_checker, is_overridden
 from trl.trainer.policy_trainer import PolicyTrainer
 from trl.trainer.step_arguments import check_batch, check_extras, split_rollout, to_scored
 from trl.training.batch import Batch
@@ -149,7 +149,9 @@ class OnlineTrainer(PolicyTrainer):
         self._trl_begin_call()
         started = time.perf_counter()
         timing: dict[str, float] = {}
+        version = self._trl_steps_done
         if rollout is not None:
+            version = rollout.policy_version
             if not (queries is None and responses is None and sampler_logprobs is None):
                 raise ValueError("pass either rollout, or queries and responses")
             queries, responses, sampler_logprobs = split_rollout(rollout)
@@ -165,7 +167,7 @@ class OnlineTrainer(PolicyTrainer):
         with _timed(timing, "forward_pass"):
             batch = replace(self._trl_batch(queries, responses), response_masks=response_masks)
             rollout = batch.rollout(
-                policy_version=self._trl_steps_done,
+                policy_version=version,
                 group=None if group is None else torch.tensor(group),
                 response_masks=response_masks,
                 sampler_logprobs=sampler_logprobs,
@@ -315,10 +317,9 @@ class OnlineTrainer(PolicyTrainer):
         """Called on every process after the update, with the step's statistics and its number of counted samples."""
 
     def _trl_check_trainable(self) -> None:
-        if type(self).step is not OnlineTrainer.step:
+        if is_overridden(self, OnlineTrainer, "step"):
             raise ValueError(
-                f"{type(self).__name__} overrides step, which train does not call: it calls the two halves of step, prepare "
-                "and learn. Override those, or write your own loop around generate and step"
+                f"{type(self).__name__} overrides step, which train does not call: write your own loop around generate and step"
             )
 
     # Parts of a step ---------------------------------------------------------------------------------------

@@ -127,6 +127,8 @@ class PolicySampler:
             ValueError: as `PPOTrainer.generate`.
         """
         check_lists(None, query_tensor=queries)
+        if not queries:
+            raise ValueError("query_tensor is empty; expected at least one query")
         check_tokens("query_tensor", queries, vocabulary=vocabulary_sizes(model)[0])
         check_room([len(query) for query in queries], context_length(model, encoder=True), "the query")
         policy = self._unwrap(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from trl.core import convert_to_scalar, stats_to_np
 from trl.functional import masked_sum
+from trl.redaction import redact
 from trl.trackers import completions_table
 from trl.trainer.base import BaseTrainer
 from trl.training.batch import Batch
 from trl.training.processes import gather_over_processes, sum_over_processes
 from trl.training.statistics import pooled_mean, step_statistics
 from trl.types import ActorCritic, Experience, Tally
+
+logger = logging.getLogger(__name__)
 
 
 class ReportingTrainer(BaseTrainer):
@@ -155,6 +159,12 @@ class ReportingTrainer(BaseTrainer):
             scores = experience.scores.double()  # the sum of finite float32 scores may overflow float32
             mean = float(pooled_mean(Tally.of(scores, experience.counted), self._trl_reduce))
             if mean > self._trl_highest_score:
-                self._trl_highest_score = mean
-                self.push_to_hub(**kwargs)
+                try:
+                    self.push_to_hub(**kwargs)
+                    self._trl_highest_score = mean
+                except Exception as error:  # a hub that cannot be reached costs no update
+                    logger.warning(
+                        "push_to_hub_if_best: the model of mean score %.4g was not uploaded and will be at the next better one: %s",
+                        mean, redact(f"{type(error).__name__}: {error}"),
+                    )  # fmt: skip
         self._trl_compared += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _ACCELERATE_VARIABLES = {
@@ -31,6 +34,13 @@ def make_accelerator(**settings: Any) -> Accelerator:
         ValueError: if several processes were started or requested but accelerate sees only one.
     """
     on_cpu = not torch.accelerator.is_available()
+    device = None if on_cpu else torch.accelerator.current_accelerator()
+    if device is not None and device.type == "mps" and "cpu" not in settings:
+        logger.warning(
+            "training on the CPU: Apple's GPU has no float64, which sampling and statistics use "
+            "(PPOConfig(accelerator_kwargs={'cpu': False}) tries it all the same)"
+        )
+        settings, on_cpu = {"cpu": True} | settings, True
     sizes = ("WORLD_SIZE", *_MPI_SIZES) if on_cpu else ("WORLD_SIZE",)
     started = max(int(os.environ.get(name) or 1) for name in sizes)
     if on_cpu and started > 1:

@@ -136,7 +136,7 @@ def capture(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
         ValueError: if the model is sharded over processes, or the optimizer or scheduler holds values that JSON and
             safetensors cannot store.
     """
-    _check_whole(trainer)
+    check_can_be_saved(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     stored, frozen = _split(model)
     entries: dict[str, Tensor] = {}
@@ -162,7 +162,12 @@ def capture(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
     return {POLICY: stored, OPTIMIZER: entries}, state
 
 
-def _check_whole(trainer: RunState) -> None:
+def check_can_be_saved(trainer: RunState) -> None:
+    """Checks that one process holds the whole model.
+
+    Raises:
+        ValueError: if it is sharded over processes.
+    """
     distribution = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
     if distribution in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
@@ -244,7 +249,7 @@ def restore(
     Raises:
         ValueError: if the checkpoint belongs to another run, naming each difference; the trainer is then unchanged.
     """
-    _check_whole(trainer)
+    check_can_be_saved(trainer)
     run_together(trainer.accelerator, lambda: _check_same_run(trainer, checkpoint, differences), ValueError)
     state, model = checkpoint.state, trainer.accelerator.unwrap_model(trainer.model)
     stored, _ = _split(model)

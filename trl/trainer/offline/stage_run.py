@@ -255,7 +255,8 @@ class StageRun(TrainerCallback):
     def _record_failure(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         """Logs the exception that ended the run to the events."""
         if isinstance(error, Exception):
-            self.recorder.failed(self._trainer.state.global_step + 1, error)
+            state = self._trainer.state
+            self.recorder.failed(state.global_step + 1, error, target=state.max_steps or state.global_step + 1)
         return False
 
     # Rows ------------------------------------------------------------------------------------------------------------
