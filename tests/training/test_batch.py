@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from trl.training.batch import Batch
@@ -17,6 +19,8 @@ def test_rows_in_any_order_and_more_than_once() -> None:
     assert [response.tolist() for response in rows.responses] == [[5], [4], [5]]
     assert rows.inputs["input_ids"].tolist() == [[2, 3, 5], [0, 1, 4], [2, 3, 5]]
     assert rows.inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1], [1, 1, 1]]
+    masked = replace(batch, response_masks=[torch.tensor([0]), torch.tensor([1])]).rows(torch.tensor([1, 0, 1]))
+    assert masked.rollout().mask.tolist() == [[False, True], [False, False], [False, True]]
 
 
 def test_a_rollout_knows_where_responses_are_and_who_shares_a_query() -> None:
@@ -25,7 +29,8 @@ def test_a_rollout_knows_where_responses_are_and_who_shares_a_query() -> None:
     tokens = torch.tensor([[1, 4, 6], [2, 3, 5], [1, 7, 0]])
     inputs = {"input_ids": tokens, "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0]])}
     batch = Batch(queries=queries, responses=responses, inputs=inputs, is_encoder_decoder=False)
-    rollout = batch.rollout(response_masks=[torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([1])])
+    batch = replace(batch, response_masks=[torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([1])])
+    rollout = batch.rollout()
     assert rollout.mask.tolist() == [[False, True], [False, True], [True, False]]
     group = rollout.group.tolist()
     assert group[0] == group[2] != group[1]

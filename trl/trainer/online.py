@@ -169,7 +169,6 @@ class OnlineTrainer(PolicyTrainer):
             rollout = batch.rollout(
                 policy_version=version,
                 group=None if group is None else torch.tensor(group),
-                response_masks=response_masks,
                 sampler_logprobs=sampler_logprobs,
             )
         rows = self._trl_count_rows(rollout)

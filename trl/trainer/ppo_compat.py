@@ -54,7 +54,8 @@ class MethodEvaluator:
             with evaluator.reference() as reference:
                 ref_logprobs = self._passes(reference)[0]
             exact = evaluator.kl_over_vocabulary(rollout)
-        masked_out = self._batch.rollout().mask & ~rollout.mask  # by response_masks, or for lack of a score
+        unmasked = replace(self._batch, response_masks=None).rollout().mask
+        masked_out = unmasked & ~rollout.mask  # by response_masks, or for lack of a score
         return Evaluated(
             rollout=replace(rollout, mask=mask & ~masked_out),
             policy=Evaluation(logprobs=logprobs, values=values, entropy=None),

@@ -168,8 +168,12 @@ class PPOTrainer(OnlineTrainer):
             1 where a response token is predicted.
         """
         rollout = Batch(
-            queries=queries, responses=responses, inputs=model_inputs, is_encoder_decoder=self.is_encoder_decoder
-        ).rollout(response_masks=response_masks)
+            queries=queries,
+            responses=responses,
+            inputs=model_inputs,
+            is_encoder_decoder=self.is_encoder_decoder,
+            response_masks=response_masks,
+        ).rollout()
         evaluation = evaluate_in_batches(
             model,
             rollout,

@@ -31,6 +31,7 @@ class Batch:
             queries=[self.queries[i] for i in indices],
             responses=[self.responses[i] for i in indices],
             inputs={name: tensor[rows.to(tensor.device)] for name, tensor in self.inputs.items()},
+            response_masks=None if self.response_masks is None else [self.response_masks[i] for i in indices],
         )
 
     @property
@@ -53,15 +54,13 @@ class Batch:
         *,
         policy_version: int = 0,
         group: Tensor | None = None,
-        response_masks: Sequence[Tensor] | None = None,
         sampler_logprobs: Sequence[Tensor] | None = None,
     ) -> Rollout:
-        """Converts the batch to a `Rollout`; its mask comes from the lengths.
+        """Converts the batch to a `Rollout`; its mask comes from the lengths and from `response_masks`.
 
         Args:
             policy_version: version of the weights that sampled the responses.
             group: `[B]` int64, equal for responses to one prompt; by default, equal for equal queries.
-            response_masks: one number per response token, 0 where it does not count.
             sampler_logprobs: log-probability of each response token under the distribution that sampled it.
 
         Raises:
@@ -77,7 +76,8 @@ class Batch:
                     f"row {i} of the model inputs has {attended} tokens, but its query and response give {length}: "
                     "prepare_model_inputs may pad, but not add or remove tokens"
                 )
-        counts = [torch.ones(len(r)) for r in self.responses] if response_masks is None else response_masks
+        masks = self.response_masks
+        counts = [torch.ones(len(response)) for response in self.responses] if masks is None else masks
         tokens = self.inputs["decoder_input_ids" if self.is_encoder_decoder else "input_ids"]
         return Rollout(
             tokens=tokens,
