@@ -188,7 +188,7 @@ def metrics_section() -> str:
         for side, symptom in (("too low", metric.too_low), ("too high", metric.too_high)):
             if symptom is not None:
                 parts += [
-                    f"#### {metric.title} is {side}",
+                    f"#### {metric.title}: {side}",
                     "",
                     f"`{key}`. {symptom.symptom}",
                     "",

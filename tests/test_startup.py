@@ -41,7 +41,11 @@ def test_busy_is_what_others_use_now(
     monkeypatch.setattr(startup, "cores_in_use", lambda: used)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     note = startup.busy_note()
-    assert note is None if said is None else note is not None and said in note and f"use {used} of its 2 cores" in note
+    assert (
+        note is None
+        if said is None
+        else note is not None and said in note and f"use {used} of this machine's 2 cores" in note
+    )
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ _ROWS = (
         key="reward/errors",
         title="Reward errors",
         unit="share",
-        meaning="Share of samples whose reward raised an error or timed out.",
+        meaning="Share of samples whose reward raised an error, timed out or returned no number.",
         high=0.0,
         too_high=Symptom(
             "The reward failed on some samples.",

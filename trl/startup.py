@@ -53,10 +53,7 @@ def busy_note() -> str | None:
     used = cores_in_use()
     if used < 0.25 * available:
         return None
-    return (
-        f"The machine is busy: other programs use {used:.1f} of its {available} cores. Expect it to take up to "
-        f"{1 + used / available:.1f} times as long."
-    )
+    return f"Other programs use {used:.1f} of this machine's {available} cores: this may take up to {1 + used / available:.1f} times as long."
 
 
 def spinning_note(threads: int) -> str | None:

@@ -43,6 +43,9 @@ class Estimate:
         return self.weights + self.reference + self.gradients + self.optimizer + self.activations
 
 
+_PROCESS = 450  # MB of a process that has imported torch and transformers, on a CPU
+
+
 def text(command: str, resolved: Resolved) -> str:
     """The estimate as text, with a remark where a setting is unusual."""
     found = estimate(command, resolved)
@@ -50,7 +53,8 @@ def text(command: str, resolved: Resolved) -> str:
     lines = [
         f"parameters      {found.parameters:,}, of which {found.trained:,} are trained",
         f"memory          about {size(found.total)}: weights {size(found.weights)}, reference {size(found.reference)}, "
-        f"gradients {size(found.gradients)}, optimizer {size(found.optimizer)}, activations {size(found.activations)}",
+        f"gradients {size(found.gradients)}, optimizer {size(found.optimizer)}, activations {size(found.activations)}; Python, torch and "
+        f"transformers take about {_PROCESS} MB besides",
         f"prompts         {found.prompts:,}, {found.prompt_tokens:.0f} tokens on average",
         f"a step          {batch} samples, at most {found.tokens_per_step:,} tokens, {found.optimizer_steps} optimizer steps",
         f"the run         {found.steps:,} steps, {found.samples:,} samples, {found.samples / resolved['ppo.group_size'] / found.prompts:.1f} passes over the prompts",

@@ -64,7 +64,8 @@ def doctor(invocation: Invocation) -> int:
     if not invocation.arguments and not invocation.flags:
         print("\n".join(_environment()))
         return 0
-    if invocation.arguments and not Path(invocation.arguments[0]).is_file():
+    run = bool(invocation.arguments) and not Path(invocation.arguments[0]).is_file()
+    if run:
         from trl.doctor import examine_run
 
         findings = examine_run(existing_run(invocation.arguments[0]))
@@ -73,7 +74,7 @@ def doctor(invocation: Invocation) -> int:
     for finding in findings:
         print(visible(str(finding)))
     if not findings:
-        print("nothing found")
+        print("no lasting trouble found; trl report shows every metric" if run else "nothing found")
     return int(any(finding.severity == "error" for finding in findings))
 
 

@@ -124,6 +124,7 @@ CHARTS = (
         group="Reward",
         title="Samples without a score",
         keys=("reward/errors", "reward/excluded"),
+        meaning="Share of samples without a score: the reward failed, or returned None.",
         labels=("with an error", "left out"),
         percent=True,
     ),
