@@ -31,7 +31,7 @@ _COMPACT_SHARE = 0.25
 _CHUNK_LOGITS = 2**19
 # Memory budget in bytes for KV cache and logits, within which batches may exceed the requested batch size.
 _SPARE_MEMORY = 512 * 2**20
-# Numbers that each model's KV cache holds per token, measured once: a config has no common name for what decides it.
+# Numbers that each model's KV cache holds per token, measured once: configs have no common names for heads and widths.
 _CACHED_PER_TOKEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 # A context manager that yields a function returning the values `[b, T]` of the latest forward pass.
