@@ -77,7 +77,7 @@ def _failure(model: Any, how: str, *, fixed_steps: bool) -> str | None:
             raise
         reason = f"{name} fails when decoded {how}: {type(error).__name__}: {error}"
         if not fixed_steps:  # a model without fixed steps is common, and the same loop then decodes it step by step
-            logger.warning("our decoding loop cannot sample from this model, transformers' generate does: %s", reason)
+            logger.warning("our decoding loop failed and is not used: %s", reason)
         return reason
     return None
 
