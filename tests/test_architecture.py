@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "trl"
 # Ground first. A room imports from the floors below it; rooms of one floor are strangers to each other.
 FLOORS = (
     {"legacy"},
-    {"types", "files", "redaction", "import_utils", "assets", "pretrained", "health", "untrusted", "startup"},
+    {"types", "files", "redaction", "import_utils", "assets", "pretrained", "health", "untrusted", "startup", "errors"},
     {"protocols", "functional"},
     {"kernels"},
     {"models", "rollout", "rewards", "data", "trackers", "state"},

@@ -23,6 +23,16 @@ _LLAMA = {
     "max_position_embeddings": 64,
 }
 _LLAMA_8 = _LLAMA | {"head_dim": 8}
+# Heads and their width differ between layers.
+_GEMMA_4: dict[str, Any] = _LLAMA_8 | {
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 6,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+}
 _GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _BART = {
     "d_model": 16,
@@ -102,6 +112,13 @@ ZOO = (
     _decoder("Qwen3", "Qwen3", _LLAMA_8),
     _decoder("Gemma 2", "Gemma2", _LLAMA_8 | {"query_pre_attn_scalar": 8, "sliding_window": 6}),
     _decoder("Gemma 3 (text)", "Gemma3Text", _LLAMA_8 | {"sliding_window": 6}, "Gemma3ForCausalLM"),
+    _decoder("Gemma 4 (text)", "Gemma4Text", _GEMMA_4, "Gemma4ForCausalLM"),
+    _decoder(
+        "Gemma 4 E (text)",
+        "Gemma4Text",
+        _GEMMA_4 | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _GEMMA_4["layer_types"] * 2},
+        "Gemma4ForCausalLM",
+    ),
     _decoder("Phi-3", "Phi3", _LLAMA | {"original_max_position_embeddings": 64}),
     _decoder("OLMo 2", "Olmo2", _LLAMA),
     _decoder("Falcon", "Falcon", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}),
@@ -115,6 +132,14 @@ ZOO = (
     ),
     _decoder("Cohere", "Cohere", _LLAMA),
     _decoder("Granite", "Granite", _LLAMA | {"logits_scaling": 8.0}),
+    _decoder(
+        "Laguna",
+        "Laguna",
+        _LLAMA_8
+        | {"num_attention_heads_per_layer": [2, 4], "layer_types": ["full_attention", "sliding_attention"]}
+        | {"sliding_window": 6, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"shared_expert_intermediate_size": 16},
+    ),
     _decoder("MPT", "Mpt", {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64}),
     _decoder(
         "Llama 4 (text)",
@@ -197,8 +222,8 @@ DRIVEN = [a for a in ZOO if "Mamba" not in a.name and a.name != "ProphetNet"]
 
 # The most used ones, and one for each way of building a model that no other has: they run in `make test`.
 EVERYDAY = {
-    "GPT-2", "GPT-NeoX", "OPT", "BLOOM", "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma 3 (text)", "Phi-3", "Mixtral",
-    "DeepSeek-V2", "Mamba", "T5", "BART",
+    "GPT-2", "GPT-NeoX", "OPT", "BLOOM", "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma 3 (text)", "Gemma 4 (text)", "Phi-3",
+    "Mixtral", "DeepSeek-V2", "Mamba", "T5", "BART",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import assert_close, tiny_gpt2, tiny_llama, tiny_t5
-from tests.models.zoo import DRIVEN, Architecture, everyday, sharp
+from tests.models.zoo import DRIVEN, ZOO, Architecture, everyday, sharp
 from trl.kernels.products import bucket_size
 from trl.models import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, evaluate
 from trl.rollout import LocalEngine, decoders, rollout_rows, sample
@@ -177,6 +178,51 @@ def test_batch_size_changes_no_response(monkeypatch: pytest.MonkeyPatch) -> None
     runs = [responses_of([7] * 5, batch_size=size) for size in (1, 2, 5)]
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def from_zoo(name: str) -> Callable[[], Any]:
+    return next(architecture for architecture in ZOO if architecture.name == name).build
+
+
+@pytest.mark.parametrize(
+    ("build", "per_token", "vocabulary"),
+    [
+        # Bytes: keys and values of 2 layers x heads x their width x the size of a number.
+        pytest.param(tiny_gpt2, 2 * 2 * 2 * 8 * 4, 61, id="GPT-2"),
+        pytest.param(lambda: tiny_gpt2().bfloat16(), 2 * 2 * 2 * 8 * 2, 61, id="GPT-2 in bfloat16"),
+        pytest.param(tiny_llama, 2 * 2 * 1 * 8 * 4, 61, id="Llama: 2 heads share keys"),
+        pytest.param(tiny_t5, 2 * 2 * 2 * 8 * 4, 61, id="T5"),
+        pytest.param(lambda: tiny_t5(num_decoder_layers=1), 2 * 1 * 2 * 8 * 4, 61, id="T5 with 1 decoder layer"),
+        pytest.param(from_zoo("Gemma 4 (text)"), 2 * (1 * 8 + 2 * 16) * 4, 64, id="Gemma 4: layers differ"),
+        pytest.param(from_zoo("Gemma 4 E (text)"), 2 * (1 * 8 + 2 * 16) * 4, 64, id="Gemma 4 E: 2 of 4 layers cache"),
+        pytest.param(from_zoo("Laguna"), 2 * 2 * 1 * 8 * 4, 64, id="Laguna: query heads differ"),
+    ],
+)
+def test_batches_grow_to_the_spare_memory(
+    build: Callable[[], Any], per_token: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = per_token * (5 + 7) + 16 * vocabulary  # the longest query and 7 new tokens; logits
+    sizes: list[int] = []
+    monkeypatch.setattr(
+        "trl.rollout.local.sample",
+        lambda model, queries, **more: sizes.append(len(queries)) or sample(model, queries, **more),
+    )
+    engine = LocalEngine(build(), batch_size=1)
+    for spare in (3 * row - 1, 3 * row):
+        monkeypatch.setattr("trl.rollout.local._SPARE_MEMORY", spare)
+        engine.generate(QUERIES, Sampling(limits=(7,) * 5, seed=0))
+    assert sizes == [2, 2, 1, 3, 2]
+
+
+def test_the_size_of_a_row_is_measured_once() -> None:
+    model, passes = tiny_gpt2(), []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    counts = []
+    for _ in range(2):
+        passes.clear()
+        LocalEngine(model).generate(QUERIES, Sampling(limits=(3,) * 5))
+        counts.append(len(passes))
+    assert counts == [4, 3]
 
 
 def test_a_longer_limit_changes_no_token_before_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from tests.helpers import tiny_gpt2, tiny_llama, with_cache_called
 from tests.models.zoo import DRIVEN, ZOO, Architecture, sharp
-from trl.rollout import obstacle
+from trl.rollout import known_obstacle, obstacle
+from trl.rollout.self_check import fixed_steps_obstacle
 
 QUERIES = [torch.tensor(ids) for ids in ([5, 6, 7], [8, 9, 10, 11, 12])]
 
@@ -58,7 +60,9 @@ def test_a_loop_that_is_wrong_is_found_out(build: Any, broken: str, monkeypatch:
 def test_the_cache_goes_by_the_name_that_the_forward_has_for_it(keyword: str) -> None:
     model, seen = with_cache_called(keyword, tiny_gpt2())
     assert obstacle(model) is None
-    assert sum(cache is not None for cache in seen) == 5  # queries and four tokens; the plain passes have none
+    assert (
+        sum(cache is not None for cache in seen) == 8
+    )  # the trial: queries and four tokens; a row's size: one; the engine: two
 
 
 def test_a_model_that_cannot_be_decoded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +73,53 @@ def test_a_model_that_cannot_be_decoded_says_why(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(model, "forward", fails)
     assert "RuntimeError: no cache here" in (obstacle(model) or "")
+
+
+def test_a_model_that_the_engine_cannot_sample_from_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check runs the engine itself, not only the forward passes below it."""
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise AttributeError("no such name in this config")
+
+    monkeypatch.setattr("trl.rollout.local.LocalEngine._rows_at_once", fails)
+    assert "AttributeError: no such name in this config" in (obstacle(tiny_gpt2()) or "")
+
+
+@pytest.mark.parametrize("check", [known_obstacle, fixed_steps_obstacle])
+def test_running_out_of_memory_says_nothing_about_the_model(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_gpt2()
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            check(model)
+    assert check(model) is None  # tried again
+
+
+def test_an_error_is_a_warning_in_the_log_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_gpt2()
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no cache here")
+
+    monkeypatch.setattr(model, "forward", fails)
+    for _ in range(2):
+        known_obstacle(model)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "RuntimeError: no cache here" in record.getMessage()
+
+
+def test_an_ordinary_reason_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    stateful, not_causal = (next(a for a in ZOO if a.name == name) for name in ("Mamba", "ProphetNet"))
+    assert known_obstacle(stateful.build()) and known_obstacle(sharp(not_causal))
+    assert not [
+        record for record in caplog.records if record.name.startswith("trl") and record.levelno >= logging.WARNING
+    ]
 
 
 def test_a_model_in_bfloat16_is_driven() -> None:

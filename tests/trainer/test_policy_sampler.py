@@ -220,6 +220,8 @@ def test_rollouts_name_the_version_of_the_policy(
     make_trainer: Any, make_batch: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     versions: list[int] = []
+    trainer, asked = make_trainer(), {"do_sample": False, "max_new_tokens": 2}
+    trainer.generate(QUERIES, **asked)  # the model's trial samples, too
     for kind in (LocalEngine, TransformersEngine):
         generate = kind.generate
 
@@ -229,8 +231,6 @@ def test_rollouts_name_the_version_of_the_policy(
             return rollout
 
         monkeypatch.setattr(kind, "generate", noted)
-    trainer = make_trainer()
-    asked = {"do_sample": False, "max_new_tokens": 2}
     trainer.generate(QUERIES, **asked)
     trainer.generate(QUERIES, num_beams=2, **asked)
     trainer.step(*make_batch())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests.functional.oracles import Ranks
 from tests.helpers import assert_close, tiny_gpt2, tiny_tokenizer
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from trl.training.guards import NonFiniteError, SkippedUpdate, UpdateGuards, is_out_of_memory
+from trl.training.guards import NonFiniteError, SkippedUpdate, UpdateGuards
 from trl.training.loop import Minibatch, Updater, optimize
 from trl.types import ActorCritic, Loss, Rollout, Tally, identity
 
@@ -374,17 +374,3 @@ def test_r15_through_the_trainer_and_its_checkpoint(
     other = trainer(max_grad_norm=0.5)
     other.load_checkpoint(tmp_path)
     assert other.guards.largest_microbatch == 2  # another cut would round differently
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("x"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"), True),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("shapes differ"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_which_errors_say_that_memory_is_used_up(error: Exception, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from trl.kernels.door import kernels_enabled
 
@@ -73,6 +73,15 @@ def _view(buffer: Tensor, tokens: int) -> Tensor:
 def full_buffer(states: Tensor) -> Tensor:
     """Returns the buffer behind a `GrowingLayer`'s `states`, whose tail is zeros or stale entries; else `states`."""
     return getattr(states, "_trl_buffer", states)
+
+
+def numbers_per_token(cache: Cache) -> int:
+    """Returns how many numbers each token of a row takes in a cache that a forward pass filled: keys and values of all layers.
+
+    Layers that have other layers' keys and values hold none.
+    """
+    states = [states for layer in cache.layers if layer.keys is not None for states in (layer.keys, layer.values)]
+    return sum(tensor.shape[1] * tensor.shape[3] for tensor in states)
 
 
 def growing_cache(config: Any) -> DynamicCache:

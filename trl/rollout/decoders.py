@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from trl.import_utils import cache_keyword
-from trl.kernels.kv_cache import growing_cache
+from trl.kernels.kv_cache import growing_cache, numbers_per_token
 
 
 class Decoder:
@@ -39,6 +39,10 @@ class Decoder:
     def keep(self, rows: Tensor) -> None:
         """Keeps only the batch rows with indices `rows` `[b]`."""
         self.cache.batch_select_indices(rows)
+
+    def cached_per_token(self) -> int:
+        """Returns how many numbers the cache holds per token of a row; needs a filled cache, so call `begin` first."""
+        return numbers_per_token(self.cache)
 
 
 @cache
@@ -158,6 +162,10 @@ class Seq2SeqDecoder(Decoder):
         super().keep(rows)
         self.attention = self.attention[rows]
         self.encoded = type(self.encoded)(last_hidden_state=self.encoded.last_hidden_state[rows])
+
+    def cached_per_token(self) -> int:
+        """Returns how many numbers the cache holds per token of a query or of a response, whichever takes more."""
+        return max(map(numbers_per_token, (self.cache.self_attention_cache, self.cache.cross_attention_cache)))
 
 
 def start_token(model: Any) -> int:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trl.functional.probes import probe_tokens
 from trl.functional.sampling import draw, sampling_logits
 from trl.kernels.decode_attention import decoding
 from trl.kernels.packed_weights import packed_weights
@@ -29,6 +31,8 @@ _COMPACT_SHARE = 0.25
 _CHUNK_LOGITS = 2**19
 # Memory budget in bytes for KV cache and logits, within which batches may exceed the requested batch size.
 _SPARE_MEMORY = 512 * 2**20
+# Numbers that each model's KV cache holds per token, measured once: configs have no common names for heads and widths.
+_CACHED_PER_TOKEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 # A context manager that yields a function returning the values `[b, T]` of the latest forward pass.
 Critic = Callable[[], AbstractContextManager[Callable[[], Tensor] | None]]
@@ -122,11 +126,8 @@ class LocalEngine:
 
     def _rows_at_once(self, tokens: int) -> int:
         """Returns how many sequences of up to `tokens` tokens to decode as one batch."""
-        config = self.model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        size = self.model.get_input_embeddings().weight.element_size()
-        per_row = 2 * size * heads * width * config.num_hidden_layers * tokens + 16 * config.vocab_size
+        embeddings = self.model.get_input_embeddings().weight
+        per_row = embeddings.element_size() * _cached_per_token(self.model) * tokens + 16 * len(embeddings)
         return max(self.batch_size, self._spare_memory() // per_row)
 
     def _spare_memory(self) -> int:
@@ -136,6 +137,16 @@ class LocalEngine:
             return _SPARE_MEMORY
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return max(_SPARE_MEMORY, (torch.cuda.mem_get_info(device)[0] + unused) // 4)
+
+
+@torch.no_grad()
+def _cached_per_token(model: Any) -> int:
+    """Returns how many numbers a model's KV cache holds per token; its first call decodes one token."""
+    if model not in _CACHED_PER_TOKEN:
+        decoder = decoder_for(model, [torch.tensor(probe_tokens(len(model.get_input_embeddings().weight), 1))], [1])
+        decoder.begin()
+        _CACHED_PER_TOKEN[model] = decoder.cached_per_token()
+    return _CACHED_PER_TOKEN[model]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from trl.types import Experience
 
 logger = logging.getLogger(__name__)
@@ -88,11 +86,3 @@ class UpdateGuards:
             size,
             size // 2,
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error reports that device or host memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

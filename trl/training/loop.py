@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from trl.errors import is_out_of_memory
 from trl.kernels.streaming_adam import adam_step, can_stream, total_norm
 from trl.protocols import LossFn, Reduce
 from trl.training.compute import Passes
-from trl.training.guards import UpdateGuards, is_out_of_memory
+from trl.training.guards import UpdateGuards
 from trl.training.optimizers import inner
 from trl.types import E, Experience, Minibatch, Tally, identity, occupied, take
 
