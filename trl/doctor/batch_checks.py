@@ -17,7 +17,7 @@ from trl.health import METRICS
 from trl.models import evaluate
 from trl.models.trunk import base_language_model
 from trl.rollout.assembly import assemble
-from trl.state.rng import kept_generators
+from trl.state.rng import preserved_generators
 from trl.trackers.findings import Finding
 from trl.training.modes import eval_mode
 from trl.training.run_state import Learner
@@ -177,7 +177,7 @@ def _dropout(trainer: Learner, look: Look) -> Iterator[Finding]:
     if not rows or not any(module.training for module in trunk.modules()):
         return
     queries, responses = [look.queries[row] for row in rows], [look.responses[row] for row in rows]
-    with kept_generators(trainer.accelerator.device, trainer._trl_generator), torch.no_grad():
+    with preserved_generators(trainer.accelerator.device, trainer._trl_generator), torch.no_grad():
         training = [_alone(trainer, q, r) for q, r in zip(queries, responses, strict=True)]
         with eval_mode(policy):
             plain = [_alone(trainer, q, r) for q, r in zip(queries, responses, strict=True)]

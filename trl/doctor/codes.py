@@ -16,7 +16,7 @@ class Code(NamedTuple):
     title: str
     remedy: str
     severity: Literal["warning", "error"] = "warning"
-    """"error": the run can never train rightly."""
+    """"error": the run cannot train correctly."""
 
 
 def _of(symptom: Symptom | None) -> Code:

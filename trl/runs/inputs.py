@@ -27,7 +27,7 @@ class RunInputs:
 
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
-    generation: Mapping[str, Any]  # arguments of `PPOTrainer.generate`
+    generation: Mapping[str, Any]  # arguments of the trainer's `generate`
     length_sampler: LengthSampler | None
     batch_size: int  # samples per step, over all processes
     group_size: int  # samples per prompt

@@ -23,7 +23,7 @@ class Finding:
     code: str
     """Its name, such as "constant-reward"."""
     severity: Literal["warning", "error"]
-    """"error": the run can never train rightly."""
+    """"error": the run cannot train correctly."""
     title: str
     evidence: str
     """The numbers that it was concluded from."""

@@ -51,7 +51,9 @@ _TRAINER_COLUMNS = ("label", "query", "response")
 class PolicyTrainer(ResumableTrainer):
     """A trainer's models, optimizer, data and sampling. `OnlineTrainer` documents the arguments."""
 
-    _trl_samples_reference = False  # in `generate(generate_ref_response=True)`, whose numbers are not the policy's
+    _trl_samples_reference = (
+        False  # True while sampling the reference, whose logprobs must not be cached as the policy's
+    )
     _trl_dataloader: Any = None
     _trl_recipe: Recipe | None = None
     """The algorithm's choices; None if a subclass builds its own algorithm."""

@@ -167,7 +167,7 @@ def take_step(
         refused = trainer._trl_refuse({"policy/mean_ratio": float(mean_ratio)})
     with whole_gradients(trainer.accelerator):
         updater.clear()
-        updater.accumulate(objective, last=True)
+        updater.accumulate(objective)
         return stats | update_statistics(*updater.step(refused=refused))
 
 

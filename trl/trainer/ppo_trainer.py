@@ -269,7 +269,7 @@ class PPOTrainer(OnlineTrainer):
         Args:
             policykl: mean KL of the policy to the one before the update, in nats per token, over all processes.
         """
-        return float(policykl) > 1.5 * float(self.config.target_kl or 0)
+        return super()._trl_kl_is_too_high(float(policykl))
 
     def _trl_kl_is_too_high(self, policy_kl: float) -> bool:
         return bool(self._early_stop(torch.tensor(policy_kl)))

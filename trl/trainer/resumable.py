@@ -121,7 +121,7 @@ class ResumableTrainer(ReportingTrainer):
             ValueError: if an argument is invalid, or `run_dir` holds a different run.
             CheckpointError: if no checkpoint can be read, or one cannot be written.
             OSError: if a record cannot be written.
-            UnfitRun: before the first update, if the doctor finds that the run can never train rightly.
+            UnfitRun: before the first update, if the doctor finds that the run cannot train correctly.
             NonFiniteError: after `max_skipped_updates` consecutive non-finite optimizer steps.
             SpikeError: if spikes persist after three consecutive batches were skipped or rolled back.
             KeyboardInterrupt: on SIGINT, after the current step is finished and saved; a second SIGINT raises at once.
