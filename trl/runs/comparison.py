@@ -22,7 +22,7 @@ class ComparedPrompt:
     prompt: str
     trained: str
     trained_score: float | None
-    base: str | None = None  # None without a reference
+    base: str | None = None  # None if the trainer has no reference
     base_score: float | None = None
     error: str | None = None  # first error of the reward on the two responses
 
@@ -128,7 +128,7 @@ def compare(
 
 
 def _excluding_failures(reward: Any) -> Reward:
-    """The reward of functions, which exclude what they fail on; rewards that are already built keep their settings."""
+    """Builds the reward: functions exclude samples on which they fail, ready-made rewards keep their settings."""
     members = (
         reward.values() if isinstance(reward, Mapping) else reward if isinstance(reward, list | tuple) else [reward]
     )

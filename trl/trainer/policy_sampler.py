@@ -77,7 +77,7 @@ class PolicySampler:
         temperature: float,
         cache: bool,
     ) -> Tensor | list[Tensor]:
-        """Implements `PPOTrainer.generate`: the responses of `sample`'s rollout, in the form that was asked for.
+        """Implements `PPOTrainer.generate`: the responses of `sample`'s rollout, in the requested form.
 
         Args:
             model: the policy, wrapped for its processes.
@@ -94,7 +94,7 @@ class PolicySampler:
         kwargs = dict(generation_kwargs)
         if single and (mask := kwargs.get("attention_mask")) is not None:
             mask = torch.as_tensor(mask)
-            if mask.numel() == queries[0].numel() and bool(mask.all()):  # says nothing that the query does not
+            if mask.numel() == queries[0].numel() and bool(mask.all()):  # an all-ones mask is the default
                 del kwargs["attention_mask"]
         rollout = self.sample(
             model,

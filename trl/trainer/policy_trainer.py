@@ -51,9 +51,7 @@ _TRAINER_COLUMNS = ("label", "query", "response")
 class PolicyTrainer(ResumableTrainer):
     """A trainer's models, optimizer, data and sampling. `OnlineTrainer` documents the arguments."""
 
-    _trl_samples_reference = (
-        False  # True while sampling the reference, whose logprobs must not be cached as the policy's
-    )
+    _trl_samples_reference = False  # True while sampling the reference: do not cache its logprobs
     _trl_dataloader: Any = None
     _trl_recipe: Recipe | None = None
     """The algorithm's choices; None if a subclass builds its own algorithm."""
@@ -268,7 +266,7 @@ class PolicyTrainer(ResumableTrainer):
     def _trl_generate_from_reference(
         self, query_tensor: Any, length_sampler: Callable[[], int] | None = None, **generation_kwargs: Any
     ) -> Any:
-        """As `generate`, from the reference, with the next random numbers.
+        """Samples from the reference as `generate` does from the policy, with the next random numbers.
 
         Raises:
             ValueError: if the algorithm uses no reference.
@@ -357,7 +355,7 @@ class PolicyTrainer(ResumableTrainer):
     def _trl_begin_call(self) -> None:
         """Applies changed settings and checks that the model can be trained in its current state."""
         self.config.validate()
-        if self.ref_model is self.model:  # set after the trainer was made, which refuses it
+        if self.ref_model is self.model:  # assigned later: the constructor rejects it
             raise ValueError(
                 "trainer.ref_model is trainer.model, so that the KL is always 0: set it to create_reference_model(model). See "
                 "docs/doctor.md#reference-is-policy"

@@ -70,14 +70,14 @@ class MethodEvaluator:
 
 @dataclass(kw_only=True)
 class MinibatchContext:
-    """Properties of the current minibatch that the signatures of `loss` and `train_minibatch` have no room for."""
+    """Properties of the current minibatch that `loss` and `train_minibatch` have no arguments for."""
 
     # Scalar: mean tokens per minibatch over all processes, for loss_denominator="batch".
     batch_tokens: Tensor | None = None
     weights: Tensor | None = None  # [b, S] importance weights of the policy loss, if sampler_logprobs were given
     weighted: bool = False  # whether `loss` has applied the weights
-    advantages: Tensor | None = None  # [b, S] final ones, from compute_advantages; None: `loss` makes its own
-    returns: Tensor | None = None  # [b, S] along with them
+    advantages: Tensor | None = None  # [b, S] from compute_advantages; None: `loss` computes them
+    returns: Tensor | None = None  # [b, S] likewise
 
     def weights_for(self, counted: Tensor) -> Tensor | None:
         """The importance weights `[b, S]`, or None.

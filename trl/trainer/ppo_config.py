@@ -163,7 +163,7 @@ class PPOConfig:
     ratio_threshold: float | None = None
     """Skip an optimizer step if the mean probability ratio of its minibatch is above this. TRL 0.5 to 0.11 had 10."""
     backward_batch_size: int | None = None
-    """Samples per optimizer step, as `samples_per_update`: follows from the settings above, whatever is given."""
+    """Samples per optimizer step, as `samples_per_update`; computed from the settings above, so that a given value is ignored."""
     world_size: int | None = None
     """Number of processes; written by the trainer, like those below."""
     global_batch_size: int | None = None
@@ -334,5 +334,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
-if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+if not TYPE_CHECKING:  # type checkers still report unknown names
     __getattr__ = legacy.lookup(__name__)

@@ -42,7 +42,7 @@ from trl.types import ActorCritic, Experience, Rollout
 _INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"}
 _KL_OF_TOKEN = {"kl": k1, "abs": k1_abs, "mse": k2, "k3": k3}
 
-if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+if not TYPE_CHECKING:  # type checkers still report unknown names
     __getattr__ = legacy.lookup(__name__)
 
 
@@ -102,7 +102,7 @@ class PPOTrainer(OnlineTrainer):
 
     def _trl_evaluation(self, batch: Batch, evaluator: Evaluator) -> Callable[[Rollout], Evaluated]:
         evaluator = replace(evaluator, exact_kl=self.config.kl_penalty == "full")
-        if self._trl_updates_by_methods():  # on the weights as stored, so evaluate on those, too
+        if self._trl_updates_by_methods():  # the update uses the weights as stored, so evaluation must, too
             evaluator = replace(evaluator, compute=None, known=None)
         if is_overridden(self, PPOTrainer, "batched_forward_pass"):
             return MethodEvaluator(self.batched_forward_pass, batch, evaluator)

@@ -165,7 +165,7 @@ class ResumableTrainer(ReportingTrainer):
             NothingScored: if no prompt has a score.
         """
         check_generation(generation)
-        mean_estimate([], confidence)  # refuses a wrong confidence before anything is sampled
+        mean_estimate([], confidence)  # rejects an invalid confidence before sampling
         trainer: Any = self  # a Learner, by its subclasses
         arguments = generation_for(generation, self.config.temperature, trainer._trl_stop_tokens())
         loaded = load_run_prompts(trainer, prompts, int(arguments["max_new_tokens"]))

@@ -80,13 +80,13 @@ def _is_installed(name: str) -> bool:
 
 
 def _check_wandb_login(options: Mapping[str, Any]) -> None:
-    """Logs in to wandb here, where it may ask for a key, since the tracker's thread must not. Sends no request."""
+    """Logs in to wandb on the calling thread, where it may prompt for a key. Sends no request."""
     mode = options.get("mode") or os.environ.get("WANDB_MODE", "online")
     if mode in _OFFLINE:
         return
     import wandb
 
-    if wandb.run is not None:  # the script has started one
+    if wandb.run is not None:  # the script has started a run
         return
     try:
         wandb.login(verify=False)
