@@ -1,12 +1,12 @@
 """Old module paths and names of TRL 0.4 to 0.11: where each lives here, or what to use instead.
 
-`lookup(__name__)` is the `__getattr__` of every module that TRL had, too: it returns our object (the same one, never a copy) or
-raises an `ImportError` that says which releases had the name and what to use. An `ImportError`, since Python replaces the text of
-an `AttributeError` in `from trl import name` with its own.
+`lookup(__name__)` is the `__getattr__` of every module that TRL had, too: it returns our object (the same one, never a
+copy) or raises an `ImportError` that says which releases had the name and what to use. An `ImportError`, since Python
+replaces the text of an `AttributeError` in `from trl import name` with its own.
 
-Modules that have no file here are served by one finder at the end of `sys.meta_path`, which Python asks only about names that no
-file answers. Files of three lines would be visible to editors, but fifty of them would say nothing but "use something else",
-and `trl/models/utils.py` and `trl/trainer/utils.py` would share a file name.
+Modules that have no file here are served by one finder at the end of `sys.meta_path`, which Python asks only about
+names that no file answers. Files of three lines would be visible to editors, but fifty of them would say nothing but
+"use something else", and `trl/models/utils.py` and `trl/trainer/utils.py` would share a file name.
 """
 
 from __future__ import annotations
@@ -203,8 +203,8 @@ def lookup(module: str) -> Callable[[str], Any]:
         module: full name, such as "trl.trainer.utils".
 
     Returns:
-        A function of a name. It raises ImportError for names of TRL 0.4 to 0.11 that are not here, and AttributeError for
-        names that TRL did not have either.
+        A function of a name. It raises ImportError for names of TRL 0.4 to 0.11 that are not here, and AttributeError
+        for names that TRL did not have either.
     """
 
     def __getattr__(name: str) -> Any:

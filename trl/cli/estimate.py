@@ -52,13 +52,15 @@ def text(command: str, resolved: Resolved) -> str:
         f"memory          about {size(found.total)}: weights {size(found.weights)}, reference {size(found.reference)}, "
         f"gradients {size(found.gradients)}, optimizer {size(found.optimizer)}, activations {size(found.activations)}",
         f"prompts         {found.prompts:,}, {found.prompt_tokens:.0f} tokens on average",
-        f"a step          {batch} samples, at most {found.tokens_per_step:,} tokens, {found.optimizer_steps} optimizer steps",
-        f"the run         {found.steps:,} steps, {found.samples:,} samples, {found.samples / resolved['ppo.group_size'] / found.prompts:.1f} passes over the prompts",
+        f"a step          {batch} samples, at most {found.tokens_per_step:,} tokens, {found.optimizer_steps} optimizer "
+        "steps",
+        f"the run         {found.steps:,} steps, {found.samples:,} samples, "
+        f"{found.samples / resolved['ppo.group_size'] / found.prompts:.1f} passes over the prompts",
     ]
     if found.optimizer_steps > 64:
         lines.append(
-            f"remark          {found.optimizer_steps} optimizer steps on one batch are many: mini_batch_size={mini} samples each; "
-            f"{max(1, batch // 4)} would make {4 * resolved['ppo.ppo_epochs']}"
+            f"remark          {found.optimizer_steps} optimizer steps on one batch are many: mini_batch_size={mini} "
+            f"samples each; {max(1, batch // 4)} would make {4 * resolved['ppo.ppo_epochs']}"
         )
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Rewards by their text in a configuration: `rewards.py:polite`, `classifier:MODEL`, `length-penalty` ...
 
-A reward is code of the operator's choice: its name comes from configuration or flags, never from prompts or checkpoints.
+A reward is code of the operator's choice: its name comes from configuration or flags, never from prompts or
+checkpoints.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ def next_commands(stage: str, run: str) -> list[str]:
 def estimate(resolved: Resolved) -> str:
     """The cost of a stage, from the model's configuration and the rows alone.
 
-    Memory counts float32 weights, gradients and Adam's two moments. Activations are those of `trl.cli.estimate`, without
-    logits, which no stage makes.
+    Memory counts float32 weights, gradients and Adam's two moments. Activations are those of `trl.cli.estimate`,
+    without logits, which no stage makes.
 
     Raises:
         UsageError: if a row is not sound.

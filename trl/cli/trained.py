@@ -24,8 +24,8 @@ def evaluate(invocation: Invocation) -> int:
     started = launch.Launch(run)
     if started.command in STAGES:
         raise UsageError(
-            f"{places.shown_path(run)} is a run of trl {started.command}, which has no reward to compare by; trl report shows its "
-            "evaluations"
+            f"{places.shown_path(run)} is a run of trl {started.command}, which has no reward to compare by; trl "
+            "report shows its evaluations"
         )
     resolved = started.resolved(invocation.environment, invocation.flags)
     places.check(resolved)

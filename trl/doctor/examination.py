@@ -39,9 +39,9 @@ def examine(
 ) -> list[Finding]:
     """Looks at a trainer's models and settings and at one batch of responses, before training.
 
-    Changes nothing: neither weights, nor random generators, nor modes. With several processes, every process must call it.
-    Managed runs are examined without asking (`train(doctor=True)`); for a loop of your own around `step`, call this once
-    with the first batch:
+    Changes nothing: neither weights, nor random generators, nor modes. With several processes, every process must call
+    it. Managed runs are examined without asking (`train(doctor=True)`); for a loop of your own around `step`, call this
+    once with the first batch:
 
         for finding in trl.doctor.examine(trainer, queries, responses=responses, scores=scores):
             print(finding)

@@ -1,10 +1,10 @@
 """Decoding steps of fixed shapes, which a CUDA graph replays: keys and values in place, and attention over all of them.
 
-Replaces, while responses are sampled on a GPU, a forward pass whose thousand small kernels the processor launches one by
-one: a step of a model below a few billion parameters takes the GPU less time than it takes Python to ask for it. Once
-captured, a step is one launch. The weights are read where they are, so that optimizer steps need no new capture. Gain on
-an H200, 64 rows of a model of Qwen2.5-0.5B's shape: 3.0 ms a token instead of 20 (`bench/gpu/bench.py`). Off with
-`TRL_KERNELS=off`.
+Replaces, while responses are sampled on a GPU, a forward pass whose thousand small kernels the processor launches one
+by one: a step of a model below a few billion parameters takes the GPU less time than it takes Python to ask for it.
+Once captured, a step is one launch. The weights are read where they are, so that optimizer steps need no new capture.
+Gain on an H200, 64 rows of a model of Qwen2.5-0.5B's shape: 3.0 ms a token instead of 20 (`bench/gpu/bench.py`). Off
+with `TRL_KERNELS=off`.
 """
 
 from __future__ import annotations

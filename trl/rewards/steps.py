@@ -19,23 +19,26 @@ DEFAULT_SEPARATOR = "\n"
 class StepReward:
     """Scores the steps of a completion with a token classifier, such as one that `PRMTrainer` trained.
 
-    A completion's steps are what `separator` separates; a last step without one gets it. The score of a step is that of its
-    last token, the separator's. Where `reduce` is None, PPO gets it as the reward of the policy's token at which the step ends,
-    so that credit goes to the step. Parts of white space alone are no steps; a completion without any is a single one.
+    A completion's steps are what `separator` separates; a last step without one gets it. The score of a step is that of
+    its last token, the separator's. Where `reduce` is None, PPO gets it as the reward of the policy's token at which
+    the step ends, so that credit goes to the step. Parts of white space alone are no steps; a completion without any is
+    a single one.
 
     Args:
         model: a transformers token classifier with 1 or 2 outputs.
         tokenizer: the classifier's tokenizer; None loads it from where the model was loaded.
-        separator: ends a step; None takes that of the training, which `model.config.step_separator` has, else a line break.
+        separator: ends a step; None takes that of the training, which `model.config.step_separator` has, else a line
+            break.
         output: "probability" that a step is right, or its "logit", which is below 0 for a step that is rather wrong.
         reduce: makes one score of a completion's, such as `min`; None gives rewards per token.
         policy_tokenizer: the policy's tokenizer, to find the tokens at which steps end; None takes `tokenizer`.
         batch_size: completions per forward pass; > 0.
-        max_length: maximum tokens of prompt and completion; a prompt loses its beginning, and a completion that is too long
-            has no score. None uses the limit of the tokenizer and model.
+        max_length: maximum tokens of prompt and completion; a prompt loses its beginning, and a completion that is too
+            long has no score. None uses the limit of the tokenizer and model.
 
     Raises:
-        ValueError: if an argument is out of range, no tokenizer can be loaded, or the tokenizer belongs to another model.
+        ValueError: if an argument is out of range, no tokenizer can be loaded, or the tokenizer belongs to another
+            model.
     """
 
     def __init__(
@@ -118,7 +121,8 @@ class StepReward:
             `ValueError` where a text is longer than the model reads.
 
         Raises:
-            ValueError: if the lengths differ, a text is no string, or the tokens of a completion are not those of its text.
+            ValueError: if the lengths differ, a text is no string, or the tokens of a completion are not those of its
+                text.
         """
         joined_texts(prompts, completions)
         parts = [split_steps(completion, self.separator) for completion in completions]
@@ -203,8 +207,9 @@ class StepReward:
 
         if not ids or self.policy_tokenizer.decode(list(ids), skip_special_tokens=True) != completion:
             raise ValueError(
-                f"the {len(ids)} tokens of a completion are not those of its text {completion[:60]!r} by the tokenizer that "
-                "should find where steps end: pass the policy's as policy_tokenizer, or one score per completion with reduce"
+                f"the {len(ids)} tokens of a completion are not those of its text {completion[:60]!r} by the tokenizer "
+                "that should find where steps end: pass the policy's as policy_tokenizer, or one score per completion "
+                "with reduce"
             )
         places = []
         for end in ends:

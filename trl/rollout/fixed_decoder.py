@@ -17,8 +17,8 @@ _COLUMNS = 64  # the cache's capacity is a multiple of this
 class FixedDecoder(CausalDecoder):
     """`CausalDecoder` whose steps after the prefill are `ReplayedStep`s over a cache of fixed capacity."""
 
-    # Each time rows are dropped, the step is captured again, which takes as long as some twenty steps; and a step's time
-    # hardly depends on a few dozen rows.
+    # Each time rows are dropped, the step is captured again, which takes as long as some twenty steps; and a step's
+    # time hardly depends on a few dozen rows.
     least_dropped_rows = 128
 
     def __init__(self, model: Any, queries: Sequence[Tensor], limits: Sequence[int]) -> None:

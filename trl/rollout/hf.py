@@ -37,8 +37,8 @@ class TransformersEngine:
         pad_token: pads queries and the rollout's tokens.
         side: side that the rollout is padded on.
         batch_size: queries per `generate` call.
-        pads: whether queries of different lengths may share a call. Models that our own loop supports are known to ignore
-            padding; others may feed it into a recurrent state, or count positions from the first column.
+        pads: whether queries of different lengths may share a call. Models that our own loop supports are known to
+            ignore padding; others may feed it into a recurrent state, or count positions from the first column.
         arguments: arguments of `generate`, for what a `Sampling` cannot express. They override the request, except its
             limits and seed.
     """

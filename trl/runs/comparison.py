@@ -59,7 +59,8 @@ class Comparison:
     losses: int
     ties: int
     kl: Estimate | None
-    """KL of the trained policy to the reference on its own responses, in nats per response, with Student's t interval."""
+    """KL of the trained policy to the reference on its own responses, in nats per response, with Student's t
+    interval."""
     kl_per_token: float | None
     """The same in nats per token: the sum over all responses by the number of their tokens."""
     rows: tuple[ComparedPrompt, ...]

@@ -97,8 +97,8 @@ def evaluate_prompts(
     Returns:
         Metrics, identical on every process. Over the prompts with a score: `eval/score_mean` and `eval/score_std`
         (population standard deviation), NaN if no prompt has a score. Over all prompts: `eval/kl` (nats per response;
-        NaN without a reference), `eval/length` (tokens), `eval/finished` (fraction ended by a stop token or stop string)
-        and `eval/excluded` (fraction without a score).
+        NaN without a reference), `eval/length` (tokens), `eval/finished` (fraction ended by a stop token or stop
+        string) and `eval/excluded` (fraction without a score).
     """
     rows = respond_and_score(trainer, prompts, reward, generation, seed=int(trainer.config.seed or 0))
     known = [row.score for row in rows if row.score is not None]

@@ -40,7 +40,8 @@ class RunInputs:
         """Loads the prompts of a run. Every process must call this.
 
         Raises:
-            ValueError: if prompts and responses do not fit into the model's context, or processes hold different prompts.
+            ValueError: if prompts and responses do not fit into the model's context, or processes hold different
+                prompts.
         """
         batch_size = int(trainer.config.batch_size) * trainer.accelerator.num_processes
         prompts = load_run_prompts(trainer, options.prompts, _max_response(options, generation))

@@ -27,8 +27,8 @@ def token_records(tokenizer: Any, experience: Experience, scores: Sequence[float
         scores: `B` totals; a sample without one is not recorded.
 
     Returns:
-        For each chosen row the lists `text`, `reward`, `kl`, `advantage` and `value`, one entry per counted response token,
-        up to `MAX_TOKENS`. A list is missing where the algorithm does not compute it.
+        For each chosen row the lists `text`, `reward`, `kl`, `advantage` and `value`, one entry per counted response
+        token, up to `MAX_TOKENS`. A list is missing where the algorithm does not compute it.
     """
     arrays: dict[str, Tensor] = {"advantage": experience.advantages}
     if isinstance(experience, ActorCritic):

@@ -1,6 +1,7 @@
 """Adapters from `Tracker` to TensorBoard, Weights & Biases, trackio, MLflow and accelerate's other trackers.
 
-Each starts in its constructor, so construct it on the thread of a `SafeTracker` (see `Late`): clients ask servers, wait and fail.
+Each starts in its constructor, so construct it on the thread of a `SafeTracker` (see `Late`): clients ask servers, wait
+and fail.
 """
 
 from __future__ import annotations

@@ -135,8 +135,8 @@ def model_or_queries_first(method: Callable[..., Any]) -> Callable[..., Any]:
 def is_newer(trainer: Any, base: type, name: str) -> bool:
     """Whether an override of `loss` or `train_minibatch` takes advantages and returns, as from TRL 0.5 on.
 
-    It does if it has a parameter `advantages`, if its third one is not the rewards, or if it needs eight. An override of
-    `*args` alone, or one that only passes on what the trainer's own takes, is called in the order of TRL 0.4.6.
+    It does if it has a parameter `advantages`, if its third one is not the rewards, or if it needs eight. An override
+    of `*args` alone, or one that only passes on what the trainer's own takes, is called in the order of TRL 0.4.6.
     """
     method = getattr(trainer, name)
     own = inspect.unwrap(getattr(base, name))

@@ -192,15 +192,15 @@ class PolicySampler:
     ) -> tuple[list[Tensor], list[Tensor]] | None:
         """Logprobs and values of the sampled tokens, as the engine computed them in `generate`.
 
-        None, on every process, unless every process has them for its whole batch, from the current policy. Every process
-        must call this.
+        None, on every process, unless every process has them for its whole batch, from the current policy. Every
+        process must call this.
         """
         cached = self._cache.find(self._state(self._unwrap(model), temperature), queries, responses)
         missing = torch.tensor(float(cached is None), device=self.accelerator.device)
         if float(sum_over_processes(self.accelerator, missing)) > 0:
             self._log_once(
-                "score_while_sampling: running the scoring pass, since generate did not sample every response of the batch "
-                "from the current policy's unmodified distribution"
+                "score_while_sampling: running the scoring pass, since generate did not sample every response of the "
+                "batch from the current policy's unmodified distribution"
             )
             return None
         return cached

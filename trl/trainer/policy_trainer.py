@@ -357,8 +357,8 @@ class PolicyTrainer(ResumableTrainer):
         self.config.validate()
         if self.ref_model is self.model:  # assigned later: the constructor rejects it
             raise ValueError(
-                "trainer.ref_model is trainer.model, so that the KL is always 0: set it to create_reference_model(model). See "
-                "docs/doctor.md#reference-is-policy"
+                "trainer.ref_model is trainer.model, so that the KL is always 0: set it to "
+                "create_reference_model(model). See docs/doctor.md#reference-is-policy"
             )
         self.kl_ctl = self._trl_live_settings.follow(self.config, self.optimizer, self.kl_ctl)
         self._trl_warn_of_missing_parameters()
@@ -370,8 +370,9 @@ class PolicyTrainer(ResumableTrainer):
         missing = missing_parameters(self.optimizer, self.model)
         if new := [name for name, p in missing.items() if self._trl_missing.get(name) is not p]:
             warnings.warn(
-                f"{len(new)} parameters, such as {new[0]}, became trainable after the trainer was built, but its optimizer "
-                "does not hold them and will not update them: build a new trainer, or call trainer.optimizer.add_param_group",
+                f"{len(new)} parameters, such as {new[0]}, became trainable after the trainer was built, but its "
+                "optimizer does not hold them and will not update them: build a new trainer, or call "
+                "trainer.optimizer.add_param_group",
                 stacklevel=4,
             )
         self._trl_missing = missing

@@ -1,8 +1,9 @@
 """PPO by the overridden methods of a subclass, as TRL called them.
 
 `step` always calls `prepare_model_inputs`, `compute_rewards`, `record_step_stats` and `gather_stats`. It calls
-`batched_forward_pass`, `loss` and `train_minibatch` if a subclass or the instance overrides them: evaluation and update then
-run through the functions here, which need more memory and do not trim padding. `trl.trainer.hooks` knows their signatures.
+`batched_forward_pass`, `loss` and `train_minibatch` if a subclass or the instance overrides them: evaluation and update
+then run through the functions here, which need more memory and do not trim padding. `trl.trainer.hooks` knows their
+signatures.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ class MinibatchContext:
             return None
         if self.weights.shape != counted.shape:
             raise RuntimeError(
-                f"loss was given a mask of shape {tuple(counted.shape)}, but the minibatch's sampler_logprobs have shape "
-                f"{tuple(self.weights.shape)}"
+                f"loss was given a mask of shape {tuple(counted.shape)}, but the minibatch's sampler_logprobs have "
+                f"shape {tuple(self.weights.shape)}"
             )
         self.weighted = True
         return self.weights
@@ -99,8 +100,8 @@ class MinibatchContext:
         """Raises RuntimeError if there are importance weights and `loss` has not applied them."""
         if self.weights is not None and not self.weighted:
             raise RuntimeError(
-                f"step was given sampler_logprobs, but the loss of {trainer} ignores them: call super().loss, which weights "
-                "the policy loss by them, or do not pass them"
+                f"step was given sampler_logprobs, but the loss of {trainer} ignores them: call super().loss, which "
+                "weights the policy loss by them, or do not pass them"
             )
 
 

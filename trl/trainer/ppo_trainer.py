@@ -1,7 +1,7 @@
 """PPO behind one call: `stats = ppo_trainer.step(queries, responses, scores)`.
 
-`PPOTrainer` has the names and contracts of TRL 0.4.6. Its step is that of `OnlineTrainer`; the methods here are the pieces
-of PPO that a subclass or a script may call or override (`trl.trainer.ppo_compat`).
+`PPOTrainer` has the names and contracts of TRL 0.4.6. Its step is that of `OnlineTrainer`; the methods here are the
+pieces of PPO that a subclass or a script may call or override (`trl.trainer.ppo_compat`).
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class PPOTrainer(OnlineTrainer):
     Args:
         config: settings.
         model: policy with a value head. For a PEFT model, only the adapter and the value head are trained.
-        ref_model: frozen reference model, also with a value head. If None: for a PEFT model whose adapter starts at zero,
-            the model with the adapter disabled; otherwise a frozen copy of `model`.
-        training_data_collator: pads a list of `input_ids` and `attention_mask` into the inputs of a step; by default, on
-            the tokenizer's padding side.
+        ref_model: frozen reference model, also with a value head. If None: for a PEFT model whose adapter starts at
+            zero, the model with the adapter disabled; otherwise a frozen copy of `model`.
+        training_data_collator: pads a list of `input_ids` and `attention_mask` into the inputs of a step; by default,
+            on the tokenizer's padding side.
 
-    `OnlineTrainer` describes the other arguments and the errors. A TypeError says that a subclass overrides a method of TRL
-    that is never called here.
+    `OnlineTrainer` describes the other arguments and the errors. A TypeError says that a subclass overrides a method of
+    TRL that is never called here.
     """
 
     _trl_minibatch_context = MinibatchContext()
@@ -121,8 +121,8 @@ class PPOTrainer(OnlineTrainer):
         single_sample = self.config.samples_per_update == 1 < len(experience) and not self.is_distributed
         if single_sample and int(experience.rollout.mask.sum(dim=1).max()) == 1:
             warnings.warn(
-                "every optimizer step trains on a single token, whose whitened advantage is 0: the policy learns nothing. Set "
-                "mini_batch_size * gradient_accumulation_steps above 1",
+                "every optimizer step trains on a single token, whose whitened advantage is 0: the policy learns "
+                "nothing. Set mini_batch_size * gradient_accumulation_steps above 1",
                 stacklevel=4,
             )
         if self._trl_updates_by_methods():
@@ -142,7 +142,8 @@ class PPOTrainer(OnlineTrainer):
     def _trl_after_update(self, stats: Mapping[str, Any], rows: int) -> None:
         self.kl_ctl.update(stats["objective/kl"], rows)
 
-    # Pieces of a step ------------------------------------------------------------------------------------------------------
+    # Pieces of a step
+    # ------------------------------------------------------------------------------------------------------
 
     def batched_forward_pass(
         self,
@@ -289,7 +290,8 @@ class PPOTrainer(OnlineTrainer):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """PPO loss of one minibatch; computes and whitens the advantages itself, unless they are given.
 
-        It may also be called in the order of TRL 0.5 to 0.11: without `rewards`, with `advantages` and `returns` at the end.
+        It may also be called in the order of TRL 0.5 to 0.11: without `rewards`, with `advantages` and `returns` at the
+        end.
 
         Args:
             old_logprobs: `[B, S]` log-probabilities before the update.

@@ -99,8 +99,8 @@ def _check_wandb_login(options: Mapping[str, Any]) -> None:
 class NamedTracker(GeneralTracker):
     """One tracker of `log_with`, as accelerate's list of trackers holds it: `accelerator.log` reaches it.
 
-    It starts with its first row, on a thread of its own, and writes to the folder of a managed run between `begin_run` and
-    `finish`; outside, to `logging_dir` of `PPOConfig.project_kwargs`, or a new folder `runs/PROJECT/TIME`.
+    It starts with its first row, on a thread of its own, and writes to the folder of a managed run between `begin_run`
+    and `finish`; outside, to `logging_dir` of `PPOConfig.project_kwargs`, or a new folder `runs/PROJECT/TIME`.
 
     Args:
         tracker: its name, or an object of accelerate's.

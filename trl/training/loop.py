@@ -104,7 +104,8 @@ class Updater:
         failed, without_loss = self.reduce(failures).tolist()
         if failed == 0 and refused is None:
             if narrow:
-                # As a closure of the optimizer's own step, which updates the rest, so that hooks and schedulers see one step.
+                # As a closure of the optimizer's own step, which updates the rest, so that hooks and schedulers see one
+                # step.
                 self.optimizer.step(lambda: self._step_narrow(narrow, scale))
             else:
                 self.optimizer.step()

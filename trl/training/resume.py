@@ -166,7 +166,8 @@ def _check_whole(trainer: RunState) -> None:
     distribution = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
     if distribution in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
-            f"a model sharded over processes by {distribution} cannot be checkpointed: use one process or data parallelism"
+            f"a model sharded over processes by {distribution} cannot be checkpointed: use one process or data "
+            "parallelism"
         )
 
 
@@ -281,8 +282,8 @@ def _check_same_run(trainer: RunState, checkpoint: Checkpoint, more: Callable[[C
     differences = [*_differences(trainer, checkpoint), *more(checkpoint)]
     if differences:
         raise ValueError(
-            f"{checkpoint.path} is a checkpoint of another run: {'; '.join(differences)}. To go on with that run, start as it "
-            "was started; for a new run, choose another folder"
+            f"{checkpoint.path} is a checkpoint of another run: {'; '.join(differences)}. To go on with that run, "
+            "start as it was started; for a new run, choose another folder"
         )
 
 

@@ -92,7 +92,8 @@ def score_answers(model: nn.Module, rollout: Rollout, *, details: bool = True) -
 def make_reference(policy: nn.Module, ref_model: nn.Module | None) -> tuple[ReferenceModel, nn.Module | None]:
     """Chooses what serves as the policy before training: the cheapest model that gives its numbers.
 
-    That is `ref_model` if given, else the policy with its adapter switched off where that changes nothing, else a frozen copy.
+    That is `ref_model` if given, else the policy with its adapter switched off where that changes nothing, else a
+    frozen copy.
 
     Returns:
         A function whose context manager yields the model, and that model if it is another than the policy.

@@ -22,8 +22,8 @@ class PreparedRows(list[dict[str, Any]]):
 class PreferenceTrainer(StageTrainer):
     """A stage whose data set is tokenised into `PreparedRows`, and whose loss is a mean over rows.
 
-    The mean is taken over all rows of an optimizer step, on all processes and in all accumulated batches, so that how a step is
-    cut into batches does not change its gradient.
+    The mean is taken over all rows of an optimizer step, on all processes and in all accumulated batches, so that how a
+    step is cut into batches does not change its gradient.
     """
 
     # The columns of a row that the collator reads.

@@ -31,7 +31,8 @@ class RewardConfig(PreferenceConfig):
     append_eos: bool = field(
         default=False,
         metadata={
-            "help": "End each plain text with the tokenizer's eos token. trl.rewards.ClassifierReward scores texts without one."
+            "help": "End each plain text with the tokenizer's eos token. trl.rewards.ClassifierReward scores texts "
+            "without one."
         },
     )
     eos_token: str | None = field(
