@@ -1,4 +1,4 @@
-"""Loading through transformers' auto classes with safe defaults: no pickles, no code from the checkpoint, no long retries."""
+"""Loads through transformers' auto classes with safe defaults: no pickles, no checkpoint code, no long retries."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _not_cached(source: str, kwargs: Mapping[str, Any]) -> OSError | None:
-    """Error for a missing folder, or a hub id that can be neither downloaded nor found in the cache; None for another problem."""
+    """Error for a missing folder, or a hub id neither downloadable nor in the cache; None for other problems."""
     if _HUB_ID.fullmatch(source) is None and not Path(source).is_dir():
         return OSError(f"{source!r} is not a folder, nor the form of a hub id, name or user/name")
     if not _is_hub_id(source) or (problem := _known_problem()) is None:
@@ -105,8 +105,8 @@ def _not_cached(source: str, kwargs: Mapping[str, Any]) -> OSError | None:
     return OSError(
         f"{source!r} is neither a local folder nor completely in the cache "
         f"{kwargs.get('cache_dir') or constants.HF_HUB_CACHE}, and it cannot be downloaded: {problem}. Pass a local "
-        "folder, use a model of this package "
-        '(trl.assets.path("tiny-gpt2-reviews"), trl.assets.path("tiny-bert-sentiment")), or load it once with a connection: '
+        'folder, use a model of this package (trl.assets.path("tiny-gpt2-reviews"), '
+        'trl.assets.path("tiny-bert-sentiment")), or load it once with a connection: '
         "then HF_HUB_OFFLINE=1 reads it from the cache"
     )
 

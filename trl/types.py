@@ -43,7 +43,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """A request to a rollout engine: the distribution of the next token, where responses end, and the random numbers."""
+    """A request to a rollout engine: next-token distribution, where responses end, and the random numbers."""
 
     greedy: bool = False  # take the most likely token; ignores temperature, top_k, top_p and min_p
     temperature: float = 1.0

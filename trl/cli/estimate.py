@@ -116,7 +116,7 @@ def estimate(command: str, resolved: Resolved) -> Estimate:
 
 
 def _without_weights(command: str, resolved: Resolved) -> tuple[Any, Any]:
-    """Policy and reference as the trainer makes them, on the meta device; None for a reference that is not a model of its own."""
+    """The trainer's policy and reference on the meta device; None for a reference that shares the policy."""
     settings, adapter = resolved.section("model"), resolved.section("lora")
     with torch.device("meta"):
         policy = building.wrapped(resolved, _empty(resolved, "model.name"), new_adapter=adapter.r is not None)

@@ -14,7 +14,12 @@ from trl.cli.resolve import DEFAULT, Resolved
 if TYPE_CHECKING:
     from trl.data.formats import Kind
 
-_KINDS: dict[str, Kind] = {"sft": "language_modeling", "reward": "preference", "dpo": "preference", "kto": "unpaired_preference"}  # fmt: skip
+_KINDS: dict[str, Kind] = {
+    "sft": "language_modeling",
+    "reward": "preference",
+    "dpo": "preference",
+    "kto": "unpaired_preference",
+}
 _HELD_OUT = "held-out rows"  # source of what follows from them
 
 

@@ -32,7 +32,7 @@ class LengthLimits:
     mode: Truncation = "keep_start"  # the end that is kept of a prompt, and of prompt and answer together
 
     def cut(self, prompt: Sequence[int], answer: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-        """Returns the kept part of a prompt and of its answer; that of the answer is empty if the prompt fills `total`."""
+        """Cuts a prompt and its answer to their limits; the answer is empty if the prompt fills `total`."""
         if self.prompt is not None:
             prompt = prompt[: self.prompt] if self.mode == "keep_start" else prompt[max(0, len(prompt) - self.prompt) :]
         if self.answer is not None:

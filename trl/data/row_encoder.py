@@ -159,7 +159,7 @@ class RowEncoder:
         )
 
     def _from_chat(self, location: str, row: Row, row_format: DataFormat) -> Tokens:
-        """Encodes a chat and counts the assistant's messages, by the template's marks or by rendering what precedes them."""
+        """Encodes a chat and counts the assistant's messages, by the template's marks or by rendering prefixes."""
         paired = row_format.kind == "prompt_completion"
         messages = [*row["prompt"], *row["completion"]] if paired else row.get("messages", row.get(self.text_field))
         assert messages is not None

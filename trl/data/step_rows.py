@@ -61,7 +61,7 @@ class StepCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Collates `B` rows to `input_ids` and `attention_mask` `[B, T]`, and float32 `labels` `[B, T]`, -100 where none is.
+        """Collates `B` rows to `input_ids`, `attention_mask` and float32 `labels`, all `[B, T]`; -100 marks no label.
 
         Raises:
             ValueError: if a row lacks a column.

@@ -1,4 +1,4 @@
-"""Losses on preferences: Bradley-Terry reward models, DPO and its variants, KTO; and how well probabilities are calibrated.
+"""Losses on preferences (Bradley-Terry reward models, DPO and its variants, KTO) and calibration of probabilities.
 
 A DPO loss is a function of the margin m = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l) of the chosen response y_w over
 the rejected y_l. Without a reference, the margin is that of the log-probabilities alone.
@@ -66,7 +66,7 @@ def robust_loss(margin: Tensor, *, beta: float, smoothing: float) -> Tensor:
 
 
 def hinge_loss(margin: Tensor, *, beta: float) -> Tensor:
-    """max(0, 1 − β m), as SLiC (Zhao et al. 2023, arXiv:2305.10425) and RSO (Liu et al. 2023, arXiv:2309.06657, eq. 11)."""
+    """max(0, 1 − β m): SLiC (Zhao et al. 2023, arXiv:2305.10425), RSO (Liu et al. 2023, arXiv:2309.06657, eq. 11)."""
     return relu(1 - beta * margin)
 
 

@@ -193,7 +193,7 @@ def _captured(graph: torch.cuda.CUDAGraph, step: Callable[[], Tensor]) -> Tensor
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keeps Python from collecting cycles inside the `with` block: destroying a CUDA graph there would end a capture."""
+    """Turns off cycle collection in the `with` block, where destroying a CUDA graph would end a capture."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -85,7 +85,7 @@ def _logits_gradient(
 
 
 class _Projected(torch.autograd.Function):
-    """[N, H] hidden states, [V, H] weights, [V] bias -> [N] logprobs of tokens, [N] entropies, [N] whether most likely."""
+    """[N, H] hidden states, [V, H] weights, [V] bias -> [N] logprobs, [N] entropies, [N] whether most likely."""
 
     @staticmethod
     def forward(

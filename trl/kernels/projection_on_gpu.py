@@ -111,7 +111,8 @@ def usable(device: torch.device) -> bool:
     try:
         with torch.cuda.device(device):
             add_block(
-                logits, tokens, 0, 1.0, top=zero.clone(), total=zero.clone(), weighted=zero.clone(), chosen=zero.clone(), entropy=True
+                logits, tokens, 0, 1.0, top=zero.clone(), total=zero.clone(), weighted=zero.clone(),
+                chosen=zero.clone(), entropy=True,
             )  # fmt: skip
             block_gradient(logits, tokens, 0, 1.0, highest=zero, entropy=zero, grad_logprobs=zero, grad_entropy=zero)
     except (TritonError, RuntimeError, OSError, ValueError) as error:  # Triton builds its launcher with a C compiler

@@ -131,7 +131,7 @@ Update = tuple[Tensor, Tensor, dict[str, Tensor]]  # a parameter, its gradient, 
 
 
 def _batches(updates: Sequence[Update]) -> Iterator[list[Update]]:
-    """Yields updates of parameters of one device and dtype, of at most `_GPU_GROUP` elements but for a larger parameter."""
+    """Yields groups of updates of one device and dtype, with at most `_GPU_GROUP` elements or one parameter."""
     by_kind: dict[Any, list[Update]] = {}
     for update in updates:
         by_kind.setdefault((update[0].device, update[0].dtype, update[1].dtype), []).append(update)

@@ -98,7 +98,8 @@ def _shared_parameters(base: nn.Module, num_shared_layers: int, pattern: str | N
     head, tail = pattern.split("{layer}")
     stack = head.rstrip(".")
     first = tuple(f"{head}{layer}{tail}." for layer in range(num_shared_layers))
-    encoder = base.get_encoder() if getattr(base.config, "is_encoder_decoder", False) else None  # type: ignore[operator]
+    is_encoder_decoder = getattr(base.config, "is_encoder_decoder", False)
+    encoder = base.get_encoder() if is_encoder_decoder else None  # type: ignore[operator]
     encoder_ids = {id(p) for p in encoder.parameters()} if encoder is not None else set()
     for name, parameter in base.named_parameters():
         embeds = not name.startswith(f"{stack}.") and any(

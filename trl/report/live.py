@@ -242,7 +242,7 @@ def serve(
 
 
 def _session_in(cookies: str) -> str:
-    """The session in a Cookie header. Not by `SimpleCookie`, which stops at a cookie it cannot read of another program."""
+    """The session in a Cookie header. `SimpleCookie` would stop at another program's malformed cookie."""
     pairs = (cookie.strip().partition("=") for cookie in cookies.split(";"))
     return next((value for name, _, value in pairs if name == _COOKIE), "")
 

@@ -86,7 +86,7 @@ class StepReward:
         allow_pickle: bool = False,
         **model_options: Any,
     ) -> StepReward:
-        """Loads a token classifier and its tokenizer; arguments as of the class and of `ClassifierReward.from_pretrained`."""
+        """Loads a token classifier and its tokenizer; see the class and `ClassifierReward.from_pretrained`."""
         model = load_model(AutoModelForTokenClassification, name_or_folder, allow_pickle=allow_pickle, **model_options)
         code = {key: model_options[key] for key in ("trust_remote_code", "code_revision") if key in model_options}
         tokenizer = load_tokenizer(name_or_folder, **hub_arguments(model_options), **code)
@@ -171,8 +171,12 @@ class StepReward:
         for prompt, parts in zip(*step_tokens(self.tokenizer, prompts, steps, self.separator), strict=True):
             ids = [token for part in parts for token in part]
             if self.max_length is not None and len(ids) > self.max_length:
-                found = f"steps of {len(ids)} tokens, but the reward model reads at most {self.max_length}: limit max_new_tokens"
-                scores.append(ValueError(found))
+                scores.append(
+                    ValueError(
+                        f"steps of {len(ids)} tokens, but the reward model reads at most {self.max_length}: limit "
+                        "max_new_tokens"
+                    )
+                )
                 continue
             kept = prompt if self.max_length is None else prompt[max(0, len(prompt) + len(ids) - self.max_length) :]
             ends = torch.tensor([len(part) for part in parts]).cumsum(0) + len(kept) - 1
@@ -200,7 +204,7 @@ class StepReward:
         return [scores[row, ends].tolist() for row, (_, ends) in enumerate(texts)]
 
     def _last_tokens(self, ids: Sequence[int], completion: str, ends: Sequence[int]) -> list[int]:
-        """Finds the token at which the text of `completion` reaches each of the offsets `ends`, by decoding beginnings."""
+        """Finds the token at which the text of `completion` reaches each offset in `ends`, by decoding prefixes."""
 
         def length(count: int) -> int:
             return len(self.policy_tokenizer.decode(list(ids[:count]), skip_special_tokens=True))

@@ -72,7 +72,7 @@ class FixedDecoder(CausalDecoder):
 
 
 def decoder_for(model: Any, queries: Sequence[Tensor], limits: Sequence[int], *, fixed_steps: bool = False) -> Decoder:
-    """Builds the decoder for the model's architecture; `fixed_steps` prefers a `FixedDecoder` for a decoder-only model."""
+    """Builds the decoder for the model's architecture; with `fixed_steps`, a `FixedDecoder` if it is decoder-only."""
     if model.config.is_encoder_decoder:
         return Seq2SeqDecoder(model, queries, limits)
     return (FixedDecoder if fixed_steps else CausalDecoder)(model, queries, limits)

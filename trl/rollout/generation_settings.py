@@ -1,4 +1,4 @@
-"""Interprets the arguments of a `generate` call: checks them, and decides whether our own decoding loop supports them."""
+"""Checks the arguments of a `generate` call and decides whether our own decoding loop supports them."""
 
 from __future__ import annotations
 

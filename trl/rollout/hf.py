@@ -1,4 +1,4 @@
-"""Samples with transformers' `generate`: beam search, penalties, speculation, and models that our own loop does not support."""
+"""Samples with transformers' `generate`: beams, penalties, speculation, and models that our own loop cannot decode."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class TransformersEngine:
 
 
 def _generate_arguments(sampling: Sampling, pad_token: int) -> dict[str, Any]:
-    """Returns the request as arguments of `generate`, switching off all other settings of the model's generation config."""
+    """Returns the request as arguments of `generate`, which override the model's whole generation config."""
     arguments: dict[str, Any] = dict.fromkeys(RESHAPING) | {
         "do_sample": not sampling.greedy,
         "num_beams": 1,

@@ -89,7 +89,7 @@ class RunInputs:
 
 @contextmanager
 def run_settings(trainer: Learner, options: TrainOptions, generation: Mapping[str, Any]) -> Iterator[None]:
-    """Sets `max_skipped_updates` and `stop_token_ids` for the duration of a run, where the configuration leaves them unset.
+    """Sets `max_skipped_updates` and `stop_token_ids` during a run, where the configuration leaves them unset.
 
     Without the latter, a response ended by a stop token of `generation` would get the missing-EOS penalty.
 

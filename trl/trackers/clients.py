@@ -30,7 +30,7 @@ _MLFLOW_BATCH = 100  # maximum number of parameters per request to an MLflow ser
 
 
 class TrackerIds:
-    """Ids under which trackers know a run, kept in `trackers.json` of the run folder, so that a resumed run goes on there.
+    """Trackers' ids of a run, kept in `trackers.json` of its folder, so that a resumed run continues there.
 
     Args:
         folder: run folder; None forgets the ids at the end of the process.
@@ -276,7 +276,7 @@ class MlflowTracker:
         return 1 + max((metric.step for metric in history), default=-1)
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Logs a row: numbers as metrics, tables as JSON artifacts. Steps that the resumed run has already are left out."""
+        """Logs a row: numbers as metrics, tables as JSON artifacts. Skips steps that the resumed run already has."""
         if step < self._first_step:
             return
         now = int(time.time() * 1000)

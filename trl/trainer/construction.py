@@ -38,8 +38,8 @@ _MAY_DIFFER = ("seed", "task_name", "model_name", "tracker_project_name")
 # Settings that only PPO reads.
 _PPO_SETTINGS = (
     "adap_kl_ctrl", "init_kl_coef", "target", "horizon", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef",
-    "kl_penalty", "whiten_rewards", "use_score_scaling", "use_score_norm", "score_clip", "missing_eos_penalty", "dual_clip",
-    "value_warmup_steps", "loss_denominator", "importance_cap",
+    "kl_penalty", "whiten_rewards", "use_score_scaling", "use_score_norm", "score_clip", "missing_eos_penalty",
+    "dual_clip", "value_warmup_steps", "loss_denominator", "importance_cap",
 )  # fmt: skip
 
 

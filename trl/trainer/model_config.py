@@ -1,4 +1,4 @@
-"""`ModelConfig`: a script's model, adapter and quantization settings, and their conversion for peft and transformers."""
+"""`ModelConfig`: a script's model, adapter and quantization settings, converted for peft and transformers."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ class PolicySampler:
     def replay(
         self, model: nn.Module, queries: Sequence[Tensor], responses: Sequence[Tensor], temperature: float
     ) -> list[Tensor] | None:
-        """Log-probabilities of given responses as our own decoding loop computes them; None if it cannot decode the model.
+        """Log-probabilities of given responses as our own decoding loop computes them; None if it does not apply.
 
         Takes the unwrapped policy alone, so that one process may call it.
         """
@@ -221,7 +221,7 @@ class PolicySampler:
         limits_are_drawn: bool,
         watch: bool,
     ) -> tuple[RolloutEngine, Sampling]:
-        """Returns our own decoding loop, or transformers' `generate` with the reason logged once, and the request to it.
+        """Returns the engine (for transformers' `generate`, the reason is logged once) and the request to it.
 
         Args:
             policy: the unwrapped policy, in evaluation mode.
@@ -249,7 +249,7 @@ class PolicySampler:
         return choice.engine, replace(choice.request, seed=seed)
 
     def _seed(self) -> int:
-        """Draws a seed from torch's global generator and adds the rank, since processes may share the generator's state."""
+        """Draws a seed from torch's global generator and adds the rank, since processes may share its state."""
         return int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")) + self.accelerator.process_index
 
     def _state(self, policy: PreTrainedModelWrapper, temperature: float) -> State:

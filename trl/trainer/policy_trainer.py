@@ -339,7 +339,7 @@ class PolicyTrainer(ResumableTrainer):
         return self._trl_sampler.replay(self.model, queries, sampled, self.config.temperature)
 
     def _trl_recalled(self, batch: Batch) -> Evaluation | None:
-        """Evaluation cached by `generate`, which saves the scoring pass; None unless every process has its whole batch."""
+        """Evaluation cached by `generate`, to skip the scoring pass; None unless every process has its whole batch."""
         if not self.config.score_while_sampling:
             return None
         cached = self._trl_sampler.recall(self.model, batch.queries, batch.responses, self.config.temperature)

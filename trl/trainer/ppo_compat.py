@@ -201,7 +201,7 @@ def uses_final_advantages(trainer: Any, base: type) -> bool:
 
 
 def update_by_methods(trainer: PPOTrainer, base: type, experience: ActorCritic, batch: Batch) -> dict[str, Tensor]:
-    """Runs the update through the methods of `trainer`, a `base`; returns their statistics, a row per optimizer step."""
+    """Runs the update through the methods of `trainer`, a `base`; returns statistics, a row per optimizer step."""
     try:
         return stack_statistics(_history(trainer, base, experience, batch))
     finally:

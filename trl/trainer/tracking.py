@@ -140,7 +140,7 @@ class NamedTracker(GeneralTracker):
 
     @property
     def tracker(self) -> Any:
-        """The client's object, such as wandb's run; waits for its start. None if that fails or takes over 30 seconds."""
+        """The client's object, such as wandb's run, once it has started; None if it fails or takes over 30 seconds."""
         if self._safe is None or self._safe.closed or self._late is None:
             self._open(None, 0, {})
         assert self._late is not None

@@ -45,7 +45,7 @@ class Answers:
 
 
 def answer_rollout(batch: Mapping[str, Tensor], rows: slice = slice(None)) -> Rollout:
-    """Turns rows of a batch of `AnswerCollator`, padded on either side, into a rollout whose mask covers the answers."""
+    """Turns rows of an `AnswerCollator` batch, padded on either side, into a rollout whose mask covers the answers."""
     names = ("decoder_input_ids", "decoder_attention_mask") if "decoder_input_ids" in batch else _DECODER_ONLY
     tokens, attention = batch[names[0]][rows], batch[names[1]][rows].bool()
     encoder: dict[str, Any] = {}

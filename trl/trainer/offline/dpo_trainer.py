@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a policy learns from pairs of responses, without a reward model and without sampling."""
+"""Direct preference optimisation: a policy learns from pairs of responses, without reward model or sampling."""
 
 from __future__ import annotations
 

@@ -119,5 +119,6 @@ def with_quantization(args: P, model: Any, quantization_config: Any) -> P:
             "it to its from_pretrained"
         )
     changed = copy.copy(args)
-    changed.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": quantization_config}  # type: ignore[dict-item]
+    given: Any = args.model_init_kwargs or {}
+    changed.model_init_kwargs = {**given, "quantization_config": quantization_config}
     return changed

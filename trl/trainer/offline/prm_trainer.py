@@ -158,7 +158,7 @@ class PRMTrainer(PreferenceTrainer):
         return int((batch["labels"] != IGNORED).sum())
 
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Returns the losses of all `n` steps of a batch `[n]`, and `[B, K, 2]` probabilities of each to be wrong and right."""
+        """Returns `[n]` losses of a batch's steps, and `[B, K, 2]` probabilities that each is wrong and right."""
         attention = inputs["attention_mask"].bool()
         order = left_aligning_order(attention)
         pad = self.processing_class.pad_token_id

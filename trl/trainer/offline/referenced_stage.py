@@ -1,4 +1,4 @@
-"""What DPO and KTO share: a policy, its reference, and the reference's log-probabilities, computed once where that pays."""
+"""Common base of DPO and KTO: a policy and its reference, whose log-probabilities may be computed once."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from trl.trainer.offline.preference_config import PreferenceConfig
 
 @dataclass
 class RewardConfig(PreferenceConfig):
-    """Settings of `RewardTrainer`: those of `transformers.TrainingArguments` and `PreferenceConfig`, and the following."""
+    """Settings of `RewardTrainer`, beside those of `transformers.TrainingArguments` and `PreferenceConfig`."""
 
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         **PreferenceConfig.unsupported,

@@ -252,7 +252,7 @@ class RewardTrainer(PreferenceTrainer):
         return len(batch["input_ids_chosen"]) if "input_ids_chosen" in batch else len(batch["input_ids"]) // 2
 
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Returns `[B]` losses, and `[B, 2]` probabilities that the chosen and the rejected response is the better one."""
+        """Returns `[B]` losses, and `[B, 2]` probabilities that the chosen and the rejected response is better."""
         tokens, attention = _joined(inputs)
         rewards = score_texts(model, tokens, attention)  # [2·B, labels]
         chosen, rejected = rewards.chunk(2)

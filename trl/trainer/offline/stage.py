@@ -301,7 +301,7 @@ def load_stage_model(model: Any, parent: Any, args: StageConfig) -> Any:
 
 
 def set_recomputation(model: Any, args: StageConfig) -> None:
-    """Turns on recomputed activations, which last as long as the model, unless `args` or the architecture rule them out.
+    """Turns on activation checkpointing for the model's lifetime, unless `args` or the architecture rule it out.
 
     Raises:
         ValueError: if `args` ask for them, and transformers does not support them for this architecture.

@@ -58,7 +58,7 @@ class NoRun:
 
 
 class RunIsDone(Exception):
-    """Raised in place of the first step of a run that is resumed after its last one: transformers would take one more."""
+    """Raised before the first step if a resumed run is already over: transformers would take one more step."""
 
 
 class StageRun(TrainerCallback):
