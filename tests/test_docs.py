@@ -112,6 +112,19 @@ def test_every_departure_names_a_test():
         assert TEST_NAME.search(row.rstrip(" |").rsplit("|", 1)[-1]), f"no test in: {row}"
 
 
+def test_files_that_the_architecture_names_exist():
+    """Each is a path, or a folder and a name, or a name alone: all end the path of some file."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w/]+\.py\b", text))
+    files = [
+        "/" + path.relative_to(ROOT).as_posix()
+        for folder in ("trl", "tests", "bench")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not any(file.endswith("/" + name) for file in files)] == []
+
+
 def documented_statistics() -> set[str]:
     text = (ROOT / "docs/ppo.md").read_text(encoding="utf-8")
     return set(re.findall(r"`((?:objective|ppo|tokens|time|memory)/[\w/]+)`", text.split("## Statistics")[1]))

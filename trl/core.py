@@ -328,7 +328,8 @@ class PPODecorators:
         """Collects garbage and empties the cache of CUDA, XPU or NPU on exit; a context manager and decorator.
 
         Args:
-            enabled: False does nothing; None uses the class attributes `optimize_device_cache` and `optimize_cuda_cache`.
+            enabled: False does nothing; None uses the class attributes `optimize_device_cache` and
+                `optimize_cuda_cache`.
         """
         try:
             yield

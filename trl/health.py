@@ -103,8 +103,8 @@ _ROWS = (
         key="eval_before/score_mean",
         title="Evaluation score before training",
         unit="",
-        meaning="Mean score on held-out prompts before the first step, in the first row alone. `eval/score_mean` of the same row "
-        "comes after that step's update.",
+        meaning="Mean score on held-out prompts before the first step, in the first row alone. `eval/score_mean` of "
+        "the same row comes after that step's update.",
     ),
     Metric(
         key="eval/kl",
@@ -125,7 +125,8 @@ _ROWS = (
             "Sample with the defaults of `generation`, and set the temperature in `PPOConfig.temperature` only.",
         ),
         too_high=Symptom(
-            "The KL to the reference is far above its target: the policy has drifted away from the model it started from.",
+            "The KL to the reference is far above its target: the policy has drifted away from the model it started "
+            "from.",
             "The updates outrun the KL penalty, and the reward may be exploited.",
             "Lower `learning_rate` or `ppo_epochs`, raise `init_kl_coef`, or shorten `horizon` so that the coefficient "
             "follows faster. Read the best-scoring completions.",
@@ -136,7 +137,8 @@ _ROWS = (
         key="objective/kl_coef",
         title="KL coefficient",
         unit="",
-        meaning="Weight of the KL penalty in the rewards; the adaptive controller raises it while the KL is above target.",
+        meaning="Weight of the KL penalty in the rewards; the adaptive controller raises it while the KL is above "
+        "target.",
     ),
     Metric(
         key="ppo/policy/entropy",
@@ -178,12 +180,14 @@ _ROWS = (
         high=1.25,
         too_low=Symptom(
             "The probability ratio is well below 1: the update makes its own samples unlikely.",
-            "Updates are too large, or log-probabilities before and during the update differ (dropout, numeric precision).",
+            "Updates are too large, or log-probabilities before and during the update differ (dropout, numeric "
+            "precision).",
             "Lower `learning_rate`; run `trl doctor` to compare the log-probabilities.",
         ),
         too_high=Symptom(
             "The probability ratio is well above 1: the update has left the region that its samples describe.",
-            "Updates are too large, or log-probabilities before and during the update differ (dropout, numeric precision).",
+            "Updates are too large, or log-probabilities before and during the update differ (dropout, numeric "
+            "precision).",
             "Lower `learning_rate` or `ppo_epochs`; `ratio_threshold` skips such optimizer steps.",
         ),
         reason="the expectation of π/π_old under π_old is 1",
@@ -197,7 +201,8 @@ _ROWS = (
         too_high=Symptom(
             "A single step moves the policy far.",
             "The learning rate is too high or a batch is reused for too many passes.",
-            "Lower `learning_rate` or `ppo_epochs`, or set `early_stopping=True`, which ends the passes at 1.5 · `target_kl`.",
+            "Lower `learning_rate` or `ppo_epochs`, or set `early_stopping=True`, which ends the passes at 1.5 · "
+            "`target_kl`.",
         ),
         reason="the default `target_kl` of early stopping, 0.1 nats per token",
     ),
@@ -225,7 +230,8 @@ _ROWS = (
             "Give it time: `value_warmup_steps`, a higher `vf_coef`, a larger `cliprange_value`, or scores scaled to "
             "about ±1 (`use_score_scaling`).",
         ),
-        reason="below 0 is worse than a constant; -0.5 allows for noise in small batches. Judged where scores still vary",
+        reason="below 0 is worse than a constant; -0.5 allows for noise in small batches. Judged where scores still "
+        "vary",
         grace=20,
     ),
     Metric(
@@ -341,7 +347,8 @@ _ROWS = (
         key="memory/peak_mb",
         title="Peak memory",
         unit="MiB",
-        meaning="Most memory that the main process has held since it started. Levels off after a few steps, and starts anew when a run resumes.",
+        meaning="Most memory that the main process has held since it started. Levels off after a few steps, and starts "
+        "anew when a run resumes.",
     ),
 )
 
@@ -376,8 +383,9 @@ def measured(row: Mapping[str, Any], key: str) -> float | None:
 def is_telling(row: Mapping[str, Any], key: str, largest_spread: float) -> bool:
     """Whether a metric can be judged in a row, by its band.
 
-    Explained variance divides the value head's error by the variance of the returns. Once the scores of a batch are alike,
-    as when the policy has solved its task, that variance is next to 0, and the ratio far below -1 however small the error.
+    Explained variance divides the value head's error by the variance of the returns. Once the scores of a batch are
+    alike, as when the policy has solved its task, that variance is next to 0, and the ratio far below -1 however small
+    the error.
 
     Args:
         row: metrics row.
@@ -402,14 +410,15 @@ _STAGE_ROWS = (
         key="loss",
         title="Loss",
         unit="",
-        meaning="What the stage minimises, averaged since the row before. Falls; a rising evaluation loss is overfitting.",
+        meaning="What the stage minimises, averaged since the row before. Falls; a rising evaluation loss is "
+        "overfitting.",
     ),
     Metric(
         key="accuracy",
         title="Accuracy",
         unit="share",
-        meaning="Share of pairs whose chosen response gets the higher reward. 1 in training and far less in evaluation is "
-        "overfitting.",
+        meaning="Share of pairs whose chosen response gets the higher reward. 1 in training and far less in evaluation "
+        "is overfitting.",
     ),
     Metric(
         key="margin",
@@ -451,7 +460,8 @@ _STAGE_ROWS = (
         key="logps/chosen",
         title="Log-probabilities",
         unit="nats/response",
-        meaning="log π of the responses, summed over tokens. That of the chosen ones should not fall by more than a few tens.",
+        meaning="log π of the responses, summed over tokens. That of the chosen ones should not fall by more than a "
+        "few tens.",
     ),
     Metric(
         key="kl",
@@ -506,8 +516,8 @@ def bands(config: Mapping[str, Any], first_row: Mapping[str, Any] | None = None)
     """Healthy bands by key of `metrics.jsonl`, for a run's settings; metrics without a band are absent.
 
     Args:
-        config: contents of `config.resolved.yaml`, such as settings of PPO under "ppo". {} gives the bands that depend on
-            no setting.
+        config: contents of `config.resolved.yaml`, such as settings of PPO under "ppo". {} gives the bands that depend
+            on no setting.
         first_row: first metrics row of the run, which the entropy's band is relative to.
 
     Returns:

@@ -1,12 +1,12 @@
 """Old module paths and names of TRL 0.4 to 0.11: where each lives here, or what to use instead.
 
-`lookup(__name__)` is the `__getattr__` of every module that TRL had, too: it returns our object (the same one, never a copy) or
-raises an `ImportError` that says which releases had the name and what to use. An `ImportError`, since Python replaces the text of
-an `AttributeError` in `from trl import name` with its own.
+`lookup(__name__)` is the `__getattr__` of every module that TRL had, too: it returns our object (the same one, never a
+copy) or raises an `ImportError` that says which releases had the name and what to use. An `ImportError`, since Python
+replaces the text of an `AttributeError` in `from trl import name` with its own.
 
-Modules that have no file here are served by one finder at the end of `sys.meta_path`, which Python asks only about names that no
-file answers. Files of three lines would be visible to editors, but fifty of them would say nothing but "use something else",
-and `trl/models/utils.py` and `trl/trainer/utils.py` would share a file name.
+Modules that have no file here are served by one finder at the end of `sys.meta_path`, which Python asks only about
+names that no file answers. Files of three lines would be visible to editors, but fifty of them would say nothing but
+"use something else", and `trl/models/utils.py` and `trl/trainer/utils.py` would share a file name.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _HOMES = {
     "trl.core": """PPODecorators WANDB_PADDING clip_by_value convert_to_scalar entropy_from_logits flatten_dict
         logprobs_from_logits masked_mean masked_var masked_whiten set_seed stack_dicts stats_to_np""",
     "trl.data.constant_length": "ConstantLengthDataset",
-    "trl.data.formats": """apply_chat_template extract_prompt is_conversational maybe_apply_chat_template maybe_extract_prompt
-        maybe_unpair_preference_dataset unpair_preference_dataset""",
+    "trl.data.formats": """apply_chat_template extract_prompt is_conversational maybe_apply_chat_template
+        maybe_extract_prompt maybe_unpair_preference_dataset unpair_preference_dataset""",
     "trl.data.sequence_collators": "DataCollatorForCompletionOnlyLM",
-    "trl.import_utils": """is_bitsandbytes_available is_diffusers_available is_liger_kernel_available is_llmblender_available
-        is_npu_available is_openai_available is_peft_available is_pil_available is_torch_greater_2_0
-        is_transformers_greater_than is_unsloth_available is_wandb_available is_xpu_available""",
+    "trl.import_utils": """is_bitsandbytes_available is_diffusers_available is_liger_kernel_available
+        is_llmblender_available is_npu_available is_openai_available is_peft_available is_pil_available
+        is_torch_greater_2_0 is_transformers_greater_than is_unsloth_available is_wandb_available is_xpu_available""",
     "trl.models": """AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead PreTrainedModelWrapper
         SUPPORTED_ARCHITECTURES ValueHead create_reference_model setup_chat_format unwrap_model_for_generation""",
     "trl.models.chat_format": "ChatMlSpecialTokens FORMAT_MAPPING",
@@ -50,8 +50,8 @@ _HOMES = {
 _PLACES = {
     "trl": """is_bitsandbytes_available is_diffusers_available is_liger_kernel_available is_llmblender_available
         is_npu_available is_openai_available is_pil_available is_wandb_available is_xpu_available""",
-    "trl.data_utils": """apply_chat_template extract_prompt is_conversational maybe_apply_chat_template maybe_extract_prompt
-        maybe_unpair_preference_dataset unpair_preference_dataset""",
+    "trl.data_utils": """apply_chat_template extract_prompt is_conversational maybe_apply_chat_template
+        maybe_extract_prompt maybe_unpair_preference_dataset unpair_preference_dataset""",
     "trl.extras.best_of_n_sampler": "SUPPORTED_ARCHITECTURES",
     "trl.models": "is_diffusers_available",
     "trl.models.modeling_base": """LAYER_PATTERNS PreTrainedModelWrapper create_reference_model is_npu_available
@@ -60,8 +60,8 @@ _PLACES = {
         PreTrainedModelWrapper ValueHead is_npu_available is_xpu_available""",
     "trl.models.utils": """AutoModelForCausalLMWithValueHead AutoModelForSeq2SeqLMWithValueHead ChatMlSpecialTokens
         FORMAT_MAPPING PreTrainedModelWrapper SUPPORTED_ARCHITECTURES setup_chat_format unwrap_model_for_generation""",
-    "trl.trainer": """ConstantLengthDataset DPOConfig DPOTrainer DataCollatorForCompletionOnlyLM KTOConfig KTOTrainer RewardConfig
-        RewardTrainer SFTConfig SFTTrainer compute_accuracy is_diffusers_available""",
+    "trl.trainer": """ConstantLengthDataset DPOConfig DPOTrainer DataCollatorForCompletionOnlyLM KTOConfig KTOTrainer
+        RewardConfig RewardTrainer SFTConfig SFTTrainer compute_accuracy is_diffusers_available""",
     "trl.trainer.dpo_config": "DPOConfig",
     "trl.trainer.dpo_trainer": "DPOConfig DPOTrainer",
     "trl.trainer.kto_config": "KTOConfig",
@@ -76,10 +76,10 @@ _PLACES = {
         logprobs_from_logits masked_mean masked_var masked_whiten set_seed stack_dicts stats_to_np
         unwrap_model_for_generation""",
     "trl.trainer.sft_config": "SFTConfig",
-    "trl.trainer.sft_trainer": """ConstantLengthDataset DataCollatorForCompletionOnlyLM PeftSavingCallback SFTConfig SFTTrainer
-        is_peft_available""",
-    "trl.trainer.utils": """AdaptiveKLController ConstantLengthDataset DataCollatorForCompletionOnlyLM FixedKLController ModelConfig
-        PeftSavingCallback RewardDataCollatorWithPadding RunningMoments compute_accuracy
+    "trl.trainer.sft_trainer": """ConstantLengthDataset DataCollatorForCompletionOnlyLM PeftSavingCallback SFTConfig
+        SFTTrainer is_peft_available""",
+    "trl.trainer.utils": """AdaptiveKLController ConstantLengthDataset DataCollatorForCompletionOnlyLM FixedKLController
+        ModelConfig PeftSavingCallback RewardDataCollatorWithPadding RunningMoments compute_accuracy
         get_kbit_device_map get_peft_config get_quantization_config is_peft_available is_unsloth_available
         is_xpu_available""",
 }
@@ -95,17 +95,17 @@ _NEVER: Mapping[str, Mapping[str, str]] = {
         "0.7-0.11": "IterativeSFTTrainer trl.trainer.iterative_sft_trainer trl.trainer.utils.neftune_post_forward_hook",
         "0.8-0.11": "CPOConfig CPOTrainer ORPOConfig ORPOTrainer trl.commands init_zero_verbose trl.trainer.cpo_config "
         "trl.trainer.cpo_trainer trl.trainer.orpo_config trl.trainer.orpo_trainer",
-        "0.10-0.11": """BCOConfig BCOTrainer OnlineDPOConfig OnlineDPOTrainer trl.trainer.bco_config trl.trainer.bco_trainer
-            trl.trainer.online_dpo_config trl.trainer.online_dpo_trainer trl.trainer.utils.add_bos_token_if_needed
-            trl.trainer.utils.add_eos_token_if_needed""",
+        "0.10-0.11": """BCOConfig BCOTrainer OnlineDPOConfig OnlineDPOTrainer trl.trainer.bco_config
+            trl.trainer.bco_trainer trl.trainer.online_dpo_config trl.trainer.online_dpo_trainer
+            trl.trainer.utils.add_bos_token_if_needed trl.trainer.utils.add_eos_token_if_needed""",
         "0.11": """GKDConfig GKDTrainer GeometricMixtureWrapper NashMDConfig NashMDTrainer XPOConfig XPOTrainer
             trl.trainer.gkd_config trl.trainer.gkd_trainer trl.trainer.nash_md_config trl.trainer.nash_md_trainer
             trl.trainer.utils.DataCollatorForChatML trl.trainer.xpo_config trl.trainer.xpo_trainer""",
     },
     _OLD_TRL + " (this library trains language models only)": {
         "0.6-0.11": """DDPOConfig DDPOPipelineOutput DDPOSchedulerOutput DDPOStableDiffusionPipeline DDPOTrainer
-            DefaultDDPOStableDiffusionPipeline trl.models.modeling_sd_base trl.trainer.ddpo_config trl.trainer.ddpo_trainer
-            trl.trainer.utils.PerPromptStatTracker""",
+            DefaultDDPOStableDiffusionPipeline trl.models.modeling_sd_base trl.trainer.ddpo_config
+            trl.trainer.ddpo_trainer trl.trainer.utils.PerPromptStatTracker""",
         "0.7-0.11": "trl.models.sd_utils",
         "0.9-0.11": """AlignPropConfig AlignPropTrainer trl.models.auxiliary_modules trl.trainer.alignprop_config
             trl.trainer.alignprop_trainer""",
@@ -156,7 +156,8 @@ _NEVER: Mapping[str, Mapping[str, str]] = {
     "a test of os.environ": {"0.9-0.11": "trl.env_utils"},
     "deepspeed's own functions": {
         "0.8-0.11": "trl.models.utils.add_hooks trl.models.utils.remove_hooks",
-        "0.9-0.11": "trl.models.utils.get_all_parameters trl.models.utils.iter_params trl.trainer.utils.prepare_deepspeed",
+        "0.9-0.11": """trl.models.utils.get_all_parameters trl.models.utils.iter_params
+            trl.trainer.utils.prepare_deepspeed""",
     },
     "torch.exp and torch.clamp": {"0.9-0.11": "trl.trainer.utils.cap_exp trl.trainer.utils.get_exp_cap"},
     "torch.argmax on the last dimension of the mask": {"0.9-0.11": "trl.trainer.utils.first_true_indices"},
@@ -203,8 +204,8 @@ def lookup(module: str) -> Callable[[str], Any]:
         module: full name, such as "trl.trainer.utils".
 
     Returns:
-        A function of a name. It raises ImportError for names of TRL 0.4 to 0.11 that are not here, and AttributeError for
-        names that TRL did not have either.
+        A function of a name. It raises ImportError for names of TRL 0.4 to 0.11 that are not here, and AttributeError
+        for names that TRL did not have either.
     """
 
     def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Loading through transformers' auto classes with safe defaults: no pickles, no code from the checkpoint, no long retries."""
+"""Loads through transformers' auto classes with safe defaults: no pickles, no checkpoint code, no long retries."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _answers: dict[str, tuple[float, str | None]] = {}  # by endpoint: when it was a
 def hub_problem() -> str | None:
     """Why the model hub cannot be used: offline mode, or no answer to one request; None if it answers.
 
-    Without this check, each of the dozen files that are looked up is requested six times with growing pauses, which takes
-    minutes. The answer is remembered for a minute. `HF_HUB_ETAG_TIMEOUT` (10 seconds) limits the wait for it.
+    Without this check, each of the dozen files that are looked up is requested six times with growing pauses, which
+    takes minutes. The answer is remembered for a minute. `HF_HUB_ETAG_TIMEOUT` (10 seconds) limits the wait for it.
     """
     from huggingface_hub import constants
 
@@ -95,7 +95,7 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _not_cached(source: str, kwargs: Mapping[str, Any]) -> OSError | None:
-    """Error for a missing folder, or a hub id that can be neither downloaded nor found in the cache; None for another problem."""
+    """Error for a missing folder, or a hub id neither downloadable nor in the cache; None for other problems."""
     if _HUB_ID.fullmatch(source) is None and not Path(source).is_dir():
         return OSError(f"{source!r} is not a folder, nor the form of a hub id, name or user/name")
     if not _is_hub_id(source) or (problem := _known_problem()) is None:
@@ -103,9 +103,10 @@ def _not_cached(source: str, kwargs: Mapping[str, Any]) -> OSError | None:
     from huggingface_hub import constants
 
     return OSError(
-        f"{source!r} is neither a local folder nor completely in the cache {kwargs.get('cache_dir') or constants.HF_HUB_CACHE}, "
-        f"and it cannot be downloaded: {problem}. Pass a local folder, use a model of this package "
-        '(trl.assets.path("tiny-gpt2-reviews"), trl.assets.path("tiny-bert-sentiment")), or load it once with a connection: '
+        f"{source!r} is neither a local folder nor completely in the cache "
+        f"{kwargs.get('cache_dir') or constants.HF_HUB_CACHE}, and it cannot be downloaded: {problem}. Pass a local "
+        'folder, use a model of this package (trl.assets.path("tiny-gpt2-reviews"), '
+        'trl.assets.path("tiny-bert-sentiment")), or load it once with a connection: '
         "then HF_HUB_OFFLINE=1 reads it from the cache"
     )
 
@@ -193,7 +194,8 @@ def check_adapter_format(source: str, hub: Mapping[str, Any], *, allow_pickle: b
     config = find_file(source, ADAPTER_CONFIG, hub)
     if config is not None and json.loads(Path(config).read_text(encoding="utf-8")).get("megatron_config"):
         raise ValueError(
-            f"the PEFT adapter {source!r} has a megatron_config, which makes peft import a module of its choice: remove it"
+            f"the PEFT adapter {source!r} has a megatron_config, which makes peft import a module of its choice: "
+            "remove it"
         )
     if find_file(source, ADAPTER_SAFE_FILE, hub) is not None:
         return

@@ -19,8 +19,8 @@ class RolloutEngine(Protocol):
     def generate(self, queries: Sequence[Tensor], sampling: Sampling) -> Rollout:
         """Samples one response to each of `B` 1-D queries, in order.
 
-        The rollout's mask covers every response token. It includes what the engine computed: `sampler_logprobs` under the
-        sampling distribution, the critic's `values` if the engine has a critic, and the `policy_version`.
+        The rollout's mask covers every response token. It includes what the engine computed: `sampler_logprobs` under
+        the sampling distribution, the critic's `values` if the engine has a critic, and the `policy_version`.
         """
         ...
 
@@ -81,7 +81,8 @@ class Algorithm(Protocol):
     def loss(self, experience: Any) -> Loss:
         """The loss of one microbatch: a forward pass of the policy, and sums over the counted tokens.
 
-        Managed runs read its metric `loss/total`, early stopping `policy/policykl`, ratio_threshold `policy/mean_ratio`.
+        Managed runs read its metric `loss/total`, early stopping `policy/policykl`, ratio_threshold
+        `policy/mean_ratio`.
         """
         ...
 

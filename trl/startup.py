@@ -10,9 +10,10 @@ import signal
 import threading
 
 WAITING = {"OMP_WAIT_POLICY": "passive"}
-"""How OpenMP's threads wait for work. By default GNU's runtime spins for milliseconds before a thread sleeps, which takes the
-core from whatever else runs. Fewer spins (`GOMP_SPINCOUNT`) change nothing beside a busy process; never to spin costs about a
-tenth of a step of many small operations on an idle machine (`bench/under_load.py`, docs/performance.md)."""
+"""How OpenMP's threads wait for work. By default GNU's runtime spins for milliseconds before a thread sleeps, which
+takes the core from whatever else runs. Fewer spins (`GOMP_SPINCOUNT`) change nothing beside a busy process; never to
+spin costs about a tenth of a step of many small operations on an idle machine (`bench/under_load.py`,
+docs/performance.md)."""
 
 WAITING_CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _OTHER_DEFAULTS = {"TOKENIZERS_PARALLELISM": "false"}
@@ -65,6 +66,7 @@ def spinning_note(threads: int) -> str | None:
     if threads < 2 or any(name in os.environ for name in WAITING_CHOICES) or busy_note() is None:
         return None
     return (
-        "other programs use this machine, and OpenMP's threads spin while they wait for work: this run may take several times as "
-        "long as it has to. Start Python with OMP_WAIT_POLICY=passive in the environment (docs/how-to/command-line.md, Threads)"
+        "other programs use this machine, and OpenMP's threads spin while they wait for work: this run may take "
+        "several times as long as it has to. Start Python with OMP_WAIT_POLICY=passive in the environment "
+        "(docs/how-to/command-line.md, Threads)"
     )

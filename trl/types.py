@@ -9,14 +9,14 @@ Values outside the mask are unspecified and never read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-Batch = TypeVar("Batch", bound="Rollout | Experience")
+Rows = TypeVar("Rows", bound="Rollout | Experience")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """A request to a rollout engine: the distribution of the next token, where responses end, and the random numbers."""
+    """A request to a rollout engine: next-token distribution, where responses end, and the random numbers."""
 
     greedy: bool = False  # take the most likely token; ignores temperature, top_k, top_p and min_p
     temperature: float = 1.0
@@ -180,9 +180,8 @@ class Scored:
         result: dict[str, float] = {}
         for name, values in self.components.items():
             known = [value for value in values if value is not None]
-            mean = math.fsum(known) / len(known) if known else math.nan
-            spread = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / len(known)) if known else math.nan
-            result |= {f"reward/{name}/mean": mean, f"reward/{name}/std": spread}
+            mean, std = mean_and_std(known)
+            result |= {f"reward/{name}/mean": mean, f"reward/{name}/std": std}
             result |= {f"reward/{name}/min": min(known, default=math.nan)}
             result |= {f"reward/{name}/max": max(known, default=math.nan)}
             result |= {f"reward/{name}/none": values.count(None) / count}
@@ -224,7 +223,7 @@ class Loss:
     arrays: Mapping[str, Tensor] = field(default_factory=dict)  # [B, S], detached, by statistics key
 
 
-def take(batch: Batch, rows: Tensor | slice, columns: slice | None = None) -> Batch:
+def take(batch: Rows, rows: Tensor | slice, columns: slice | None = None) -> Rows:
     """Selects rows of a batch and, given `columns`, trims its padding.
 
     Args:
@@ -260,6 +259,30 @@ def occupied(attention: Tensor) -> slice:
     if columns.numel() == 0:
         return slice(0, attention.shape[1])
     return slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def widen(array: Tensor, columns: slice, width: int) -> Tensor:
+    """Undoes the trimming of `take`: pads a per-token array of the tokens in `columns` back to `width` with zeros.
+
+    Args:
+        array: `[b, s, ...]`.
+        columns: the slice of the token dimension that `take` was given.
+        width: `S`, predictions before trimming.
+
+    Returns:
+        `[b, S, ...]`.
+    """
+    wide = array.new_zeros(array.shape[0], width, *array.shape[2:])
+    wide[:, columns.start : columns.stop - 1] = array
+    return wide
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and population standard deviation; NaN without values."""
+    if not values:
+        return math.nan, math.nan
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
 
 
 def identity(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def visible(text: str, limit: int | None = None) -> str:
 
 
 def one_line(text: str) -> str:
-    """Returns the first characters of `text` on one line, without escape sequences, control characters and bidi marks."""
+    """The first characters of `text` on one line, without escape sequences, control characters and bidi marks."""
     text = ESCAPE_SEQUENCES.sub("", text[:_LONGEST_LINE])
     text = " ".join(text.split())
     return (

@@ -188,7 +188,10 @@ def test_a_finding_is_told_once_and_again_at_the_end(tmp_path: Path, caplog: pyt
     assert read_findings(tmp_path / "run") == [finding]
     assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.WARNING]
     assert caplog.messages[0] == f"doctor: {finding}"
-    assert caplog.messages[1].startswith("the doctor made 1 finding in this run: constant-reward in step 8: ")
+    title = finding.title.rstrip(".")
+    assert caplog.messages[1] == (
+        f"the doctor made 1 finding in this run: constant-reward in step 8: {title}. See docs/doctor.md"
+    )
     assert '"findings": [\n    "constant-reward"\n  ]' in (tmp_path / "run/summary.json").read_text()
 
 
@@ -215,9 +218,7 @@ def test_what_can_never_train_ends_the_run_before_it_begins(tmp_path: Path) -> N
     trainer = fresh("narrow moments", learning_rate=1.0)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     for _ in range(2):  # also where the finding is already on disk
-        with pytest.raises(
-            UnfitRun, match=r"(?s)error learning-rate \(step 0\).*train\(doctor=False\) trains all the same"
-        ):
+        with pytest.raises(UnfitRun, match=r"(?s)error learning-rate \(step 0\).*Pass doctor=False to train anyway\."):
             run(trainer, run_dir=tmp_path / "run", resume="auto")
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
     assert "failed in step 1: UnfitRun" in events(tmp_path / "run")[-1]

@@ -138,9 +138,9 @@ def _count_updates(events: Events) -> None:
 
     accumulate = Updater.accumulate
 
-    def accumulated(self: Any, loss: Any, *, last: bool) -> None:
+    def accumulated(self: Any, loss: Any) -> None:
         events("before backward")
-        accumulate(self, loss, last=last)
+        accumulate(self, loss)
         events("after backward")
 
     patch.object(Updater, "accumulate", accumulated).start()

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from tests.helpers import assert_close
-from trl.types import ActorCritic, Loss, Rollout, Tally, identity, occupied, take
+from trl.types import ActorCritic, Loss, Rollout, Tally, identity, mean_and_std, occupied, take, widen
 
 
 def rollout(**changes: torch.Tensor | None) -> Rollout:
@@ -114,6 +115,17 @@ def test_occupied() -> None:
     assert occupied(rollout().attention) == slice(1, 5)
     assert occupied(torch.ones(2, 3, dtype=torch.bool)) == slice(0, 3)
     assert occupied(torch.zeros(2, 3, dtype=torch.bool)) == slice(0, 3)
+
+
+def test_widen_puts_trimmed_columns_back() -> None:
+    array = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert widen(array, slice(2, 5), 5).tolist() == [[0.0, 0.0, 1.0, 2.0, 0.0], [0.0, 0.0, 3.0, 4.0, 0.0]]
+    assert widen(array[..., None], slice(0, 3), 3).tolist() == [[[1.0], [2.0], [0.0]], [[3.0], [4.0], [0.0]]]
+
+
+def test_mean_and_std_are_of_the_population() -> None:
+    assert mean_and_std([1.0, 5.0]) == (3.0, 2.0)
+    assert all(math.isnan(number) for number in mean_and_std([]))
 
 
 def test_identity_is_the_sum_over_one_process() -> None:

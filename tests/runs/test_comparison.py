@@ -18,8 +18,7 @@ from trl.algorithms import grpo
 from trl.functional.intervals import Estimate
 from trl.rewards import as_reward
 from trl.runs.comparison import _compared, _shown
-from trl.runs.evaluation import Judged
-from trl.runs.samples import NothingScored
+from trl.runs.evaluation import NothingScored, ScoredResponse
 from trl.trainer import OnlineTrainer
 
 
@@ -131,12 +130,12 @@ def test_numbers_have_as_many_digits_as_their_intervals_are_worth() -> None:
 
 
 def test_a_difference_that_may_be_chance_is_called_so() -> None:
-    def judged(score: float) -> Judged:
-        return Judged(score=score, kl=0.0, length=1, finished=True)
+    def response(score: float) -> ScoredResponse:
+        return ScoredResponse(score=score, kl=0.0, length=1, finished=True)
 
-    base = [judged(score) for score in (0.0, 1.0, 0.0, 1.0)]
-    chance = str(_compared([judged(score) for score in (1.0, 0.0, 0.1, 1.0)], base, 0.95))
-    clear = str(_compared([judged(score) for score in (3.0, 4.1, 3.0, 4.0)], base, 0.95))
+    base = [response(score) for score in (0.0, 1.0, 0.0, 1.0)]
+    chance = str(_compared([response(score) for score in (1.0, 0.0, 0.1, 1.0)], base, 0.95))
+    clear = str(_compared([response(score) for score in (3.0, 4.1, 3.0, 4.0)], base, 0.95))
     assert "it may be chance" in chance and "chance" not in clear
 
 

@@ -292,7 +292,9 @@ def test_an_evaluation_counts_every_prompt_once(monkeypatch: pytest.MonkeyPatch)
     passes, one = [], {"score": 1.0, "kl": 0.0, "length": 1, "finished": True}
     for rank in range(3):
         monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda self, rank=rank: rank))
-        monkeypatch.setattr(evaluation, "judge", lambda t, r, drawn, _: passes.append(len(drawn.samples)) or r(drawn))
+        monkeypatch.setattr(
+            evaluation, "score_samples", lambda t, r, drawn, _: passes.append(len(drawn.samples)) or r(drawn)
+        )
         monkeypatch.setattr(evaluation, "share_json", lambda _, rows: told.append(rows) or [[one]])
         by_word = lambda drawn: as_reward(counted).score(drawn.samples)  # noqa: E731
         evaluation.evaluate_prompts(trainer, loaded, by_word, {"max_new_tokens": 2})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl.state.rng import generators_state, kept_generators, own_numbers, set_generators
+from trl.state.rng import generators_state, preserved_generators, seeded_generators, set_generators
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def test_generators_are_kept_even_if_the_block_raises() -> None:
         torch.manual_seed(0)
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), kept_generators(CPU, order):
+    with pytest.raises(ZeroDivisionError), preserved_generators(CPU, order):
         draw_and_fail()
     assert drawn(order) == first
 
@@ -85,7 +85,7 @@ def test_numbers_inside_depend_on_the_seed_alone_and_those_after_on_nothing_insi
     torch.manual_seed(large)
     expected = [random.random(), float(np.random.rand()), float(torch.rand(()))]
     set_generators(state, CPU, order)
-    with own_numbers(large, CPU, order):
+    with seeded_generators(large, CPU, order):
         assert [random.random(), float(np.random.rand()), float(torch.rand(()))] == expected
     assert drawn(order) == after
 

@@ -131,7 +131,7 @@ def test_a_checkpoint_of_ones_own_loop_is_told_from_one_of_this(tmp_path: Path) 
     RunDirectory.create(tmp_path / "run").close()
     trainer = fresh()
     trainer.save_checkpoint(tmp_path / "run/checkpoints")
-    with pytest.raises(ValueError, match=r"was not saved by this version's PPOTrainer\.train"):
+    with pytest.raises(ValueError, match=r"was not saved by `train` of this version"):
         run(run_dir=tmp_path / "run", resume="auto")
 
 

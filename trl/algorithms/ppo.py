@@ -44,8 +44,8 @@ class RewardSettings:
 class PPO:
     """Proximal policy optimisation (Schulman et al. 2017) on one score per response and a KL penalty.
 
-    `rewards` maps shaped scores `[B]`, the log-probabilities of policy and reference and the mask (int64), all `[B, S]`,
-    and the keywords `kl` and `token_rewards` to per-token rewards and their KL penalty, both `[B, S]`.
+    `rewards` maps shaped scores `[B]`, the log-probabilities of policy and reference and the mask (int64), all
+    `[B, S]`, and the keywords `kl` and `token_rewards` to per-token rewards and their KL penalty, both `[B, S]`.
     """
 
     setup: Setup

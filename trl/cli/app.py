@@ -96,8 +96,12 @@ def _is_expected(error: Exception) -> bool:
 
     if isinstance(error, RewardFailed | RewardErrors | SpikeError | RunLocked):
         return True
-    # Those of modules that import torch: raised only if these are loaded.
-    names = {"trl.runs.samples": "NothingScored", "trl.state.checkpoints": "CheckpointError", "trl.training.guards": "NonFiniteError"}  # fmt: skip
+    # Errors of modules that import torch, which can be raised only if these are loaded.
+    names = {
+        "trl.runs.evaluation": "NothingScored",
+        "trl.state.checkpoints": "CheckpointError",
+        "trl.training.guards": "NonFiniteError",
+    }
     kinds = [getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules]
     return isinstance(error, tuple(kinds))
 

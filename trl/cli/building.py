@@ -83,7 +83,7 @@ def _at(resolved: Resolved, setting: str) -> Iterator[None]:
 
 
 def model(resolved: Resolved, setting: str = "model.name") -> Any:
-    """A language model with a value head; that of `model.name` has its revision, and a new adapter if there is `lora.r`."""
+    """Loads a model with a value head; `model.name` at its revision, with a new adapter if `lora.r` is set."""
     settings, policy = resolved.section("model"), setting == "model.name"
     arguments: dict[str, Any] = {
         "trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle,
@@ -188,7 +188,7 @@ def prompts(resolved: Resolved) -> tuple[Any, Any]:
 
 
 def split_off(rows: list[Any], count: int) -> tuple[list[Any], list[Any]]:
-    """Rows to train on, and `count` drawn ones to hold out: the same whatever the seed, so that runs can be compared."""
+    """Rows to train on and `count` to hold out, drawn alike for every seed so that runs can be compared."""
     rows = list(rows)
     random.Random(0).shuffle(rows)
     return rows[count:], rows[:count]

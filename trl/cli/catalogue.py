@@ -60,7 +60,8 @@ NOT_STAGE_SETTINGS = (
     "local_rank", "log_on_each_node", "log_level", "log_level_replica", "save_on_each_node", "label_names",
     "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object", "dataset_kwargs",
     "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
-    "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "debug", "trackio_static_space_id", "ref_model_init_kwargs",
+    "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "debug", "trackio_static_space_id",
+    "ref_model_init_kwargs",
 )  # fmt: skip
 _SHORT_HELP = 140  # characters of a setting's help that is shown in full
 # Of the shared sections, what an offline stage reads.
@@ -81,8 +82,9 @@ _STAGE_NAMES = {
 }  # fmt: skip
 _STAGE_HINTS = {
     "output_dir": "train.run_dir", "prompts": "data.dataset", "eval_prompts": "data.eval_dataset",
-    "dataset_name": "data.dataset", "trust_remote_code": "model.trust_remote_code", "hub_model_id": "trainer.push_to_hub "
-    "in Python", "push_to_hub": "trainer.push_to_hub in Python", "use_peft": "lora.r, the rank of the adapter",
+    "dataset_name": "data.dataset", "trust_remote_code": "model.trust_remote_code",
+    "hub_model_id": "trainer.push_to_hub in Python", "push_to_hub": "trainer.push_to_hub in Python",
+    "use_peft": "lora.r, the rank of the adapter",
 }  # fmt: skip
 
 
@@ -175,7 +177,7 @@ def _is_setting(section: str, name: str, command: str) -> bool:
 
 
 def _helped(cls: Any) -> dict[str, str]:
-    """Each field's help, which is where transformers' classes describe their fields; of a long one the first sentence."""
+    """Each field's help, as transformers' classes hold it; the first sentence if it is long."""
     found = {}
     for field in dataclasses.fields(cls):
         text = " ".join(str(field.metadata.get("help") or "").replace("%%", "%").split())
@@ -185,7 +187,7 @@ def _helped(cls: Any) -> dict[str, str]:
 
 
 def setting_names(command: str) -> list[str]:
-    """Paths of a command's settings; those of an offline stage from the text of its classes, without importing torch."""
+    """Paths of a command's settings; an offline stage's are parsed from source, without importing torch."""
     if command not in STAGES:
         return list(settings(command))
     found = importlib.util.find_spec("transformers")
@@ -233,7 +235,7 @@ def _short_flags(command: str, paths: Sequence[str]) -> dict[str, str]:
 
 
 def shortest_flags(command: str = "ppo") -> dict[str, str]:
-    """The flag of each setting that help and messages show, by path: `--learning-rate`, or `--lora.r`. Imports no torch."""
+    """Flag shown for each setting, by path: `--learning-rate`, or `--lora.r`. Does not import torch."""
     paths = setting_names(command)
     short: dict[str, str] = {}
     for name, path in _short_flags(family(command), paths).items():

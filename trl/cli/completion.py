@@ -85,7 +85,8 @@ def fish() -> str:
             }
         for flag, meaning in meanings.items():
             lines.append(
-                f"complete -c trl -n '__fish_seen_subcommand_from {name}' -l {flag.removeprefix('--')} -d {_single(meaning)}"
+                f"complete -c trl -n '__fish_seen_subcommand_from {name}' -l {flag.removeprefix('--')} -d "
+                f"{_single(meaning)}"
             )
     return "\n".join(lines) + "\n"
 

@@ -82,7 +82,7 @@ def _init(invocation: Invocation, arguments: list[str]) -> int:
 
 
 def command_of(files: Sequence[str]) -> str:
-    """The command that configurations are for: an offline stage if they have its section and none of PPO's, else "ppo"."""
+    """The command of configurations: an offline stage if they have its section and none of PPO's, else "ppo"."""
     names: set[str] = set()
     for file in files:
         with suppress(UsageError):  # which is reported when the file is read

@@ -56,13 +56,15 @@ def text(command: str, resolved: Resolved) -> str:
         f"gradients {size(found.gradients)}, optimizer {size(found.optimizer)}, activations {size(found.activations)}; Python, torch and "
         f"transformers take about {_PROCESS} MB besides",
         f"prompts         {found.prompts:,}, {found.prompt_tokens:.0f} tokens on average",
-        f"a step          {batch} samples, at most {found.tokens_per_step:,} tokens, {found.optimizer_steps} optimizer steps",
-        f"the run         {found.steps:,} steps, {found.samples:,} samples, {found.samples / resolved['ppo.group_size'] / found.prompts:.1f} passes over the prompts",
+        f"a step          {batch} samples, at most {found.tokens_per_step:,} tokens, {found.optimizer_steps} optimizer "
+        "steps",
+        f"the run         {found.steps:,} steps, {found.samples:,} samples, "
+        f"{found.samples / resolved['ppo.group_size'] / found.prompts:.1f} passes over the prompts",
     ]
     if found.optimizer_steps > 64:
         lines.append(
-            f"remark          {found.optimizer_steps} optimizer steps on one batch are many: mini_batch_size={mini} samples each; "
-            f"{max(1, batch // 4)} would make {4 * resolved['ppo.ppo_epochs']}"
+            f"remark          {found.optimizer_steps} optimizer steps on one batch are many: mini_batch_size={mini} "
+            f"samples each; {max(1, batch // 4)} would make {4 * resolved['ppo.ppo_epochs']}"
         )
     return "\n".join(lines)
 
@@ -118,7 +120,7 @@ def estimate(command: str, resolved: Resolved) -> Estimate:
 
 
 def _without_weights(command: str, resolved: Resolved) -> tuple[Any, Any]:
-    """Policy and reference as the trainer makes them, on the meta device; None for a reference that is not a model of its own."""
+    """The trainer's policy and reference on the meta device; None for a reference that shares the policy."""
     settings, adapter = resolved.section("model"), resolved.section("lora")
     with torch.device("meta"):
         policy = building.wrapped(resolved, _empty(resolved, "model.name"), new_adapter=adapter.r is not None)

@@ -40,9 +40,9 @@ def _settings(command: Command) -> Iterator[str]:
 
     yield ""
     yield from textwrap.wrap(
-        "Settings stand in YAML files, by section; in environment variables, such as TRL_PPO__LEARNING_RATE; and in flags, "
-        "such as --learning-rate or --ppo.learning-rate. Later files count over earlier ones, variables over files, and "
-        "flags over all.",
+        "Settings stand in YAML files, by section; in environment variables, such as TRL_PPO__LEARNING_RATE; and in "
+        "flags, such as --learning-rate or --ppo.learning-rate. Later files count over earlier ones, variables over "
+        "files, and flags over all.",
         _width(),
     )
     changed = COMMAND_DEFAULTS.get(command.name, {})

@@ -68,8 +68,8 @@ class Launch:
         if not isinstance(stored, dict):
             raise UsageError(
                 [Problem(
-                    text="it was started from Python: run its script again, with train(resume='auto'), or for an offline "
-                    "stage train(resume_from_checkpoint='auto')",
+                    text="it was started from Python: run its script again, with train(resume='auto'), or for an "
+                    "offline stage train(resume_from_checkpoint='auto')",
                     where=f"{run / CONFIG}",
                 )]
             )  # fmt: skip

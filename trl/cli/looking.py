@@ -20,7 +20,10 @@ from trl.cli.resolve import resolve
 from trl.cli.run_table import existing_run
 from trl.untrusted import visible
 
-_PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "pyarrow", "rich", "tensorboard", "wandb", "trackio", "mlflow")  # fmt: skip
+_PACKAGES = (
+    "torch", "transformers", "accelerate", "peft", "datasets", "pyarrow", "rich", "tensorboard", "wandb", "trackio",
+    "mlflow",
+)  # fmt: skip
 
 
 def demo(invocation: Invocation) -> int:

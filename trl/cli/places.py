@@ -87,7 +87,8 @@ def with_run_folder(resolved: Resolved, default: str, *, free: bool = True) -> R
     shown = shown_path(folder)
     if free and is_run:
         raise UsageError(
-            f"{shown} already holds a run: trl resume {shown} goes on with it; --run-dir or --run-name chooses another folder"
+            f"{shown} already holds a run: trl resume {shown} goes on with it; --run-dir or --run-name chooses another "
+            "folder"
         )
     if free and occupied:
         raise UsageError(f"{shown} is not an empty folder: --run-dir or --run-name chooses another one")

@@ -1,6 +1,7 @@
 """Rewards by their text in a configuration: `rewards.py:polite`, `classifier:MODEL`, `length-penalty` ...
 
-A reward is code of the operator's choice: its name comes from configuration or flags, never from prompts or checkpoints.
+A reward is code of the operator's choice: its name comes from configuration or flags, never from prompts or
+checkpoints.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def check(resolved: Resolved) -> dict[str, str]:
 
 
 def _missing_function(path: Path, function: str) -> str | None:
-    """Why a file has no such function, from its text alone; None if it has one or might make it while it is imported."""
+    """Why a file's text defines no such function; None if it does, or might while it is imported."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError):
@@ -110,7 +111,10 @@ def _options_of(kind: str) -> list[str]:
             "trust_remote_code",
         ]
     if kind == "remote":
-        return ["columns", "key_env", "rows_per_request", "concurrency", "timeout", "most_bytes", "retries", "schemes", "allow_link_local"]  # fmt: skip
+        return [
+            "columns", "key_env", "rows_per_request", "concurrency", "timeout", "most_bytes", "retries", "schemes",
+            "allow_link_local",
+        ]  # fmt: skip
     if kind == "math":
         return []
     from trl.rewards.parts import FormatReward, LengthPenalty

@@ -99,8 +99,8 @@ def table(runs: Sequence[Run]) -> str:
         steps = f"{run.step}/{run.target}" if run.target else str(run.step)
         lines.append(
             (
-                shorten(run.path, 60), shorten(run.algorithm or "-", 20), run.state, steps, _shown(run.score), _shown(run.kl),
-                _shown(run.loss), _when(run.changed), shorten(run.model or "-", 60),
+                shorten(run.path, 60), shorten(run.algorithm or "-", 20), run.state, steps, _shown(run.score),
+                _shown(run.kl), _shown(run.loss), _when(run.changed), shorten(run.model or "-", 60),
             )
         )  # fmt: skip
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]

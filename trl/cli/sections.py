@@ -138,7 +138,8 @@ class DataSettings:
     """Prompts. `data: prompts.jsonl` is short for `prompts`."""
 
     prompts: str | None = None
-    """A .jsonl, .csv or .parquet file with a column prompt, query or messages; or `review-openings`, in this package."""
+    """A .jsonl, .csv or .parquet file with a column prompt, query or messages; or `review-openings`, in this
+    package."""
     eval_prompts: str | None = None
     """Held-out prompts, likewise."""
     held_out: int = 0
@@ -156,7 +157,8 @@ class RowSettings:
     """Rows that an offline stage learns from. `data: rows.jsonl` is short for `dataset`."""
 
     dataset: str | None = None
-    """A .jsonl, .csv or .parquet file, or a hub id, whose split `train` is taken; docs/sft.md and docs/dpo.md have the columns."""
+    """A .jsonl, .csv or .parquet file, or a hub id, whose split `train` is taken; docs/sft.md and docs/dpo.md have the
+    columns."""
     eval_dataset: str | None = None
     """Rows to evaluate on, likewise."""
     held_out: int = 0
@@ -188,8 +190,8 @@ class TrainSettings:
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     eval_every: int | None = None
-    """Steps between evaluations on held-out prompts, beside those before the first step and after the last; by default 20
-    evaluations per run."""
+    """Steps between evaluations on held-out prompts, beside those before the first step and after the last; by default
+    20 evaluations per run."""
     save_every: int | None = None
     """Steps between checkpoints; by default as often as costs under 1% of the time."""
     keep_last: int = 2

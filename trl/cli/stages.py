@@ -14,7 +14,12 @@ from trl.cli.resolve import DEFAULT, Resolved
 if TYPE_CHECKING:
     from trl.data.formats import Kind
 
-_KINDS: dict[str, Kind] = {"sft": "language_modeling", "reward": "preference", "dpo": "preference", "kto": "unpaired_preference"}  # fmt: skip
+_KINDS: dict[str, Kind] = {
+    "sft": "language_modeling",
+    "reward": "preference",
+    "dpo": "preference",
+    "kto": "unpaired_preference",
+}
 _HELD_OUT = "held-out rows"  # source of what follows from them
 
 
@@ -108,8 +113,8 @@ def next_commands(stage: str, run: str) -> list[str]:
 def estimate(resolved: Resolved) -> str:
     """The cost of a stage, from the model's configuration and the rows alone.
 
-    Memory counts float32 weights, gradients and Adam's two moments. Activations are those of `trl.cli.estimate`, without
-    logits, which no stage makes.
+    Memory counts float32 weights, gradients and Adam's two moments. Activations are those of `trl.cli.estimate`,
+    without logits, which no stage makes.
 
     Raises:
         UsageError: if a row is not sound.

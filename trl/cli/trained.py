@@ -24,8 +24,8 @@ def evaluate(invocation: Invocation) -> int:
     started = launch.Launch(run)
     if started.command in STAGES:
         raise UsageError(
-            f"{places.shown_path(run)} is a run of trl {started.command}, which has no reward to compare by; trl report shows its "
-            "evaluations"
+            f"{places.shown_path(run)} is a run of trl {started.command}, which has no reward to compare by; trl "
+            "report shows its evaluations"
         )
     resolved = started.resolved(invocation.environment, invocation.flags)
     places.check(resolved)
@@ -165,8 +165,9 @@ class Speaker:
             raise UsageError("the prompt is empty")
         with torch.no_grad():
             tokens = self.model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=True, top_k=0, top_p=1.0,
-                temperature=self.temperature, max_new_tokens=self.max_new_tokens, num_return_sequences=samples,
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=True, top_k=0,
+                top_p=1.0, temperature=self.temperature, max_new_tokens=self.max_new_tokens,
+                num_return_sequences=samples,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             )  # fmt: skip
         start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]

@@ -16,8 +16,8 @@ from torch.utils.data import IterableDataset
 class ConstantLengthDataset(IterableDataset[dict[str, Tensor]]):
     """Yields pieces of `seq_length` tokens from texts that are joined by end-of-sequence tokens.
 
-    A piece may hold parts of several texts, which attend to each other; `SFTConfig(packing=True)` keeps them apart. The pieces of
-    a buffer come in a random order, which depends on `seed` and the epoch alone.
+    A piece may hold parts of several texts, which attend to each other; `SFTConfig(packing=True)` keeps them apart. The
+    pieces of a buffer come in a random order, which depends on `seed` and the epoch alone.
 
     Args:
         tokenizer: the tokenizer.

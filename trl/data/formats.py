@@ -1,7 +1,7 @@
 """Formats of rows for offline training: what a row is, whether it is sound, and its texts.
 
-A row is a mapping of columns. Its kind follows from the columns, and each kind comes as text (standard) or as chat messages
-(conversational):
+A row is a mapping of columns. Its kind follows from the columns, and each kind comes as text (standard) or as chat
+messages (conversational):
 
 | kind | columns |
 | --- | --- |
@@ -124,8 +124,9 @@ def detect_format(row: Row, *, text_field: str = "text", location: str = "the ro
     else:
         raise ValueError(
             f"{location} has the columns {', '.join(map(str, row)) or '(none)'}, which are no known format: expected "
-            f"{text_field} or messages; prompt; prompt and completion; prompt, chosen and rejected; prompt, completion and label; "
-            "or prompt, completions and labels. Rename the columns, for example with dataset.rename_column, or name the column of texts"
+            f"{text_field} or messages; prompt; prompt and completion; prompt, chosen and rejected; prompt, completion "
+            "and label; or prompt, completions and labels. Rename the columns, for example with dataset.rename_column, "
+            "or name the column of texts"
         )
     return DataFormat(kind, is_conversational({name: row[name] for name in columns if name in row}))
 
@@ -136,8 +137,8 @@ def read(
     """Yields the checked rows of a data set in order, each with its location and format, which is the same for all.
 
     Args:
-        source: a path to a JSONL, CSV or Parquet file; a hub id or another folder that `datasets.load_dataset` reads, of
-            which the split "train" is taken; a `datasets.Dataset`; a sequence of rows; or a finite stream of rows.
+        source: a path to a JSONL, CSV or Parquet file; a hub id or another folder that `datasets.load_dataset` reads,
+            of which the split "train" is taken; a `datasets.Dataset`; a sequence of rows; or a finite stream of rows.
         name: the caller's argument that holds `source`, for error messages.
         text_field: the column that holds the text of a language-modelling row.
         max_streamed: maximum number of rows in a stream.
@@ -189,12 +190,13 @@ def prepare(
 
     Args:
         source: as for `read`.
-        kind: the kind of the returned rows. "language_modeling" has the column `text`; the others as in this module's table.
+        kind: the kind of the returned rows. "language_modeling" has the column `text`; the others as in this module's
+            table.
         tokenizer: the model's tokenizer, whose chat template renders conversational rows.
         name: the caller's argument that holds `source`, for error messages.
         text_field: the column that holds the text of a language-modelling row.
-        split_prompts: takes the common beginning of `chosen` and `rejected` as the prompt where a preference row has none;
-            False leaves such rows without a prompt.
+        split_prompts: takes the common beginning of `chosen` and `rejected` as the prompt where a preference row has
+            none; False leaves such rows without a prompt.
         max_streamed: maximum number of rows in a stream.
 
     Raises:
@@ -245,8 +247,8 @@ def render(
         columns = columns | maybe_extract_prompt(columns)
         if not columns["prompt"]:
             raise ValueError(
-                f"{location} has no prompt: chosen and rejected begin differently, with {_shown(columns['chosen'])} and "
-                f"{_shown(columns['rejected'])}. Give the prompt in a column of its own, or {_REMEDY}"
+                f"{location} has no prompt: chosen and rejected begin differently, with {_shown(columns['chosen'])} "
+                f"and {_shown(columns['rejected'])}. Give the prompt in a column of its own, or {_REMEDY}"
             )
     plain = row_format.kind == "language_modeling" and "messages" not in columns
     if not row_format.conversational:
@@ -255,8 +257,8 @@ def render(
         columns["messages"] = columns.pop(text_field)
     if not (chat_template or getattr(tokenizer, "chat_template", None)):
         raise ValueError(
-            f"{location} holds chat messages, but the tokenizer has no chat template: set tokenizer.chat_template, call "
-            "trl.setup_chat_format(model, tokenizer), or pass texts"
+            f"{location} holds chat messages, but the tokenizer has no chat template: set tokenizer.chat_template, "
+            "call trl.setup_chat_format(model, tokenizer), or pass texts"
         )
     options = {} if chat_template is None else {"chat_template": chat_template}
     names = (*content_columns(row_format, columns, text_field), "label", "chat_template_kwargs")
@@ -269,9 +271,9 @@ def render(
         raise ValueError(f"{location} was rejected by the chat template: {error}. Please {_REMEDY}") from error
     if ending:
         raise ValueError(
-            f"{location}: the rendered prompt is not a prefix of the rendered prompt and completion, which lack its end "
-            f"{_shown(ending)}, so a model would never be trained on the prompt that it is given later. Use a chat template "
-            "that renders a prompt the same way in both, or give the whole chat in a column messages"
+            f"{location}: the rendered prompt is not a prefix of the rendered prompt and completion, which lack its "
+            f"end {_shown(ending)}, so a model would never be trained on the prompt that it is given later. Use a chat "
+            "template that renders a prompt the same way in both, or give the whole chat in a column messages"
         )
     return columns | texts
 
@@ -279,8 +281,8 @@ def render(
 def convert(row: Row, kind: Kind, to: Kind, *, location: str = "the row") -> list[dict[str, Any]]:
     """Converts a row of texts of one kind into rows of another; the other columns are copied.
 
-    A preference row becomes two unpaired rows, or one of the chosen completion; an unpaired row with a bad completion becomes
-    no row to imitate.
+    A preference row becomes two unpaired rows, or one of the chosen completion; an unpaired row with a bad completion
+    becomes no row to imitate.
 
     Args:
         row: a row of texts, as `render` returns it.
@@ -326,15 +328,15 @@ def open_source(source: Any, name: str, max_streamed: int = MAX_STREAMED) -> Ite
             import datasets
         except ImportError as error:
             raise ImportError(
-                f"{name}={str(source)!r} is no {', '.join(SUFFIXES)} file; a hub id or a folder needs datasets: pip install "
-                "datasets"
+                f"{name}={str(source)!r} is no {', '.join(SUFFIXES)} file; a hub id or a folder needs datasets: pip "
+                "install datasets"
             ) from error
         try:
             source = datasets.load_dataset(str(source), split="train")
         except (FileNotFoundError, ConnectionError, ValueError) as error:
             raise ValueError(
-                f"{name}={str(source)!r} is neither a file nor a data set with a split train: {error}. Load it yourself, and "
-                "pass the split: datasets.load_dataset(..., split=...)"
+                f"{name}={str(source)!r} is neither a file nor a data set with a split train: {error}. Load it "
+                "yourself, and pass the split: datasets.load_dataset(..., split=...)"
             ) from error
     return read_rows(source, max_streamed=max_streamed, name=name)
 
@@ -362,8 +364,8 @@ def _check_columns(location: str, row: Row, expected: DataFormat, text_field: st
     if missing := [name for name in needed if name not in row]:
         reason = f", as {first} does" if first and first != location else ""
         raise ValueError(
-            f"{location} has no column {' and no column '.join(missing)}, but the columns {', '.join(map(str, row)) or '(none)'}: "
-            f"every row must be {expected}{reason}. Please {_REMEDY}"
+            f"{location} has no column {' and no column '.join(missing)}, but the columns "
+            f"{', '.join(map(str, row)) or '(none)'}: every row must be {expected}{reason}. Please {_REMEDY}"
         )
     if expected.kind == "stepwise_supervision":
         _check_steps(location, row)
@@ -375,7 +377,8 @@ def _check_columns(location: str, row: Row, expected: DataFormat, text_field: st
             check_messages(location, column, value)
         elif not isinstance(value, str):
             raise ValueError(
-                f"{location}, column {column!r}, is {_shown(value)} ({type(value).__name__}): expected a text. Please {_REMEDY}"
+                f"{location}, column {column!r}, is {_shown(value)} ({type(value).__name__}): expected a text. Please "
+                f"{_REMEDY}"
             )
         elif not value.strip() and column != "prompt":
             raise ValueError(
@@ -383,8 +386,8 @@ def _check_columns(location: str, row: Row, expected: DataFormat, text_field: st
             )
     if expected.kind == "unpaired_preference" and (not isinstance(row["label"], int) or row["label"] not in (0, 1)):
         raise ValueError(
-            f"{location}, column 'label', is {_shown(row['label'])} ({type(row['label']).__name__}): expected True for a good "
-            f"completion or False for a bad one. Please {_REMEDY}"
+            f"{location}, column 'label', is {_shown(row['label'])} ({type(row['label']).__name__}): expected True for "
+            f"a good completion or False for a bad one. Please {_REMEDY}"
         )
 
 
@@ -392,30 +395,31 @@ def _check_steps(location: str, row: Row) -> None:
     steps, labels = row["completions"], row["labels"]
     if not isinstance(row["prompt"], str):
         raise ValueError(
-            f"{location}, column 'prompt', is {_shown(row['prompt'])} ({type(row['prompt']).__name__}): rows with labelled steps "
-            "are texts. Render a chat with tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+            f"{location}, column 'prompt', is {_shown(row['prompt'])} ({type(row['prompt']).__name__}): rows with "
+            "labelled steps are texts. Render a chat with tokenizer.apply_chat_template(messages, tokenize=False, "
+            "add_generation_prompt=True)"
         )
     for column, value in (("completions", steps), ("labels", labels)):
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ValueError(
-                f"{location}, column {column!r}, is {_shown(value)} ({type(value).__name__}): expected a list with an element "
-                f"for each step. Please {_REMEDY}"
+                f"{location}, column {column!r}, is {_shown(value)} ({type(value).__name__}): expected a list with an "
+                f"element for each step. Please {_REMEDY}"
             )
     if len(steps) != len(labels) or not steps:
         raise ValueError(
-            f"{location} has {len(steps)} completions and {len(labels)} labels: expected one label per step, and at least one "
-            f"step. Please {_REMEDY}"
+            f"{location} has {len(steps)} completions and {len(labels)} labels: expected one label per step, and at "
+            f"least one step. Please {_REMEDY}"
         )
     for number, (step, label) in enumerate(zip(steps, labels, strict=True)):
         if not isinstance(step, str) or not step.strip():
             raise ValueError(
-                f"{location}, column 'completions', step {number}, is {_shown(step)} ({type(step).__name__}): expected a text "
-                f"that is not empty. Please {_REMEDY}"
+                f"{location}, column 'completions', step {number}, is {_shown(step)} ({type(step).__name__}): expected "
+                f"a text that is not empty. Please {_REMEDY}"
             )
         if not isinstance(label, int | float) or not 0 <= label <= 1:
             raise ValueError(
-                f"{location}, column 'labels', step {number}, is {_shown(label)} ({type(label).__name__}): expected True for a "
-                f"right step, False for a wrong one, or a number from 0 to 1. Please {_REMEDY}"
+                f"{location}, column 'labels', step {number}, is {_shown(label)} ({type(label).__name__}): expected "
+                f"True for a right step, False for a wrong one, or a number from 0 to 1. Please {_REMEDY}"
             )
 
 
@@ -440,12 +444,13 @@ def check_messages(location: str, column: str, messages: Any) -> None:
             kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content]
             if other := sorted({str(kind) for kind in kinds} - {"text"}):
                 raise ValueError(
-                    f"{where} message {number} holds content of type {', '.join(other)}: only text is supported. Please {_REMEDY}"
+                    f"{where} message {number} holds content of type {', '.join(other)}: only text is supported. "
+                    f"Please {_REMEDY}"
                 )
         elif not isinstance(content, str):
             raise ValueError(
-                f"{where} message {number} has the content {_shown(content)} ({type(content).__name__}): expected a text. "
-                f"Please {_REMEDY}"
+                f"{where} message {number} has the content {_shown(content)} ({type(content).__name__}): expected a "
+                f"text. Please {_REMEDY}"
             )
         if not content and message["role"] == "assistant":
             raise ValueError(

@@ -32,7 +32,7 @@ class LengthLimits:
     mode: Truncation = "keep_start"  # the end that is kept of a prompt, and of prompt and answer together
 
     def cut(self, prompt: Sequence[int], answer: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-        """Returns the kept part of a prompt and of its answer; that of the answer is empty if the prompt fills `total`."""
+        """Cuts a prompt and its answer to their limits; the answer is empty if the prompt fills `total`."""
         if self.prompt is not None:
             prompt = prompt[: self.prompt] if self.mode == "keep_start" else prompt[max(0, len(prompt) - self.prompt) :]
         if self.answer is not None:
@@ -82,8 +82,8 @@ def prompts_and_answers(
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
     """Tokenises prompts, each with one or several answers that share its tokens.
 
-    Prompt and answer are tokenised together, as a model reads them. Where a token spans their boundary, it counts as the
-    beginning of the answers, and the prompt loses its last tokens: a warning shows the first such prompt.
+    Prompt and answer are tokenised together, as a model reads them. Where a token spans their boundary, it counts as
+    the beginning of the answers, and the prompt loses its last tokens: a warning shows the first such prompt.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -108,8 +108,8 @@ def prompts_and_answers(
     if lost:
         row = lost[0]
         logger.warning(
-            "%d of %d prompts end inside a token of prompt and answer, so that training sees another prompt than sampling "
-            "will; end prompts at a word, and begin answers with the space. The first: %r loses %r",
+            "%d of %d prompts end inside a token of prompt and answer, so that training sees another prompt than "
+            "sampling will; end prompts at a word, and begin answers with the space. The first: %r loses %r",
             len(lost),
             len(heads),
             prompts[row][-40:],
@@ -165,8 +165,8 @@ def dropped(total: int, left: int, limit: int | None, name: str) -> None:
     """
     if not left:
         raise ValueError(
-            f"each of the {total} rows of {name} is too long for max_length={limit}: set a larger max_length, or shorten the "
-            "texts"
+            f"each of the {total} rows of {name} is too long for max_length={limit}: set a larger max_length, or "
+            "shorten the texts"
         )
     if left < total:
         logger.warning("%s: %d of %d rows are left out as too long for max_length=%s", name, total - left, total, limit)
@@ -196,8 +196,9 @@ class PairCollator:
         for row in rows:
             if not {"chosen_ids", "rejected_ids"} <= row.keys():
                 raise ValueError(
-                    f"a row has the columns {', '.join(row) or '(none)'}: expected texts or chats in chosen and rejected, or "
-                    "token ids in input_ids_chosen, attention_mask_chosen, input_ids_rejected and attention_mask_rejected"
+                    f"a row has the columns {', '.join(row) or '(none)'}: expected texts or chats in chosen and "
+                    "rejected, or token ids in input_ids_chosen, attention_mask_chosen, input_ids_rejected and "
+                    "attention_mask_rejected"
                 )
         sequences = [_ids(row[name]) for name in ("chosen_ids", "rejected_ids") for row in rows]
         tokens, attention = padded(sequences, self.pad_token_id, self.pad_to_multiple_of)

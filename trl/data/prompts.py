@@ -161,7 +161,8 @@ def _check_columns(location: str, columns: Mapping[Any, Any]) -> None:
             raise ValueError(f"{location} has a column named {name!r}; column names must be strings")
         if name in _RESERVED_COLUMNS:
             raise ValueError(
-                f"{location} has a column {name!r}, a name reserved for an argument of reward functions: rename or remove it"
+                f"{location} has a column {name!r}, a name reserved for an argument of reward functions: rename or "
+                "remove it"
             )
 
 
@@ -221,8 +222,8 @@ def _token_ids(location: str, content: Any, vocabulary: int) -> Tensor:
         raise ValueError(f"{location} is {shown}: expected a text, token ids or chat messages") from error
     if tokens.dim() != 1:
         raise ValueError(
-            f"{location} is of type {type(content).__name__} and shape {list(tokens.shape)}: expected a text, a 1-D list of "
-            "token ids or chat messages"
+            f"{location} is of type {type(content).__name__} and shape {list(tokens.shape)}: expected a text, a 1-D "
+            "list of token ids or chat messages"
         )
     if not len(tokens):
         raise ValueError(f"{location} is empty")

@@ -38,16 +38,16 @@ def read_rows(source: Any, *, max_streamed: int, name: str = "prompts") -> Itera
     if isinstance(source, Mapping):
         keys = ", ".join(map(str, list(source)[:8]))
         raise ValueError(
-            f"{name} is a {type(source).__name__} with the keys {keys}, not a list of rows: pass one of its splits, or a "
-            "list with one mapping per row"
+            f"{name} is a {type(source).__name__} with the keys {keys}, not a list of rows: pass one of its splits, or "
+            "a list with one mapping per row"
         )
     if isinstance(source, Sized) and hasattr(source, "__getitem__") and not isinstance(source, bytes):
         return _numbered((source[index] for index in range(len(source))), name)
     # Sets have no order that another process or a later run would reproduce; open files yield lines with line endings.
     if isinstance(source, set | frozenset | bytes | IOBase) or not isinstance(source, Iterable):
         raise ValueError(
-            f"{name} is of type {type(source).__name__}: expected a list, a datasets.Dataset, an iterable of rows in a fixed "
-            f"order, or a path to one of {', '.join(SUFFIXES)}"
+            f"{name} is of type {type(source).__name__}: expected a list, a datasets.Dataset, an iterable of rows in a "
+            f"fixed order, or a path to one of {', '.join(SUFFIXES)}"
         )
     return _limited(source, max_streamed, name)
 
@@ -61,8 +61,9 @@ def _limited(stream: Iterable[Any], max_rows: int, name: str) -> Iterator[Locate
     yield from _numbered(islice(rows, max_rows), name)
     if next(rows, rows) is not rows:
         raise ValueError(
-            f"{name} is a stream ({type(stream).__name__}) of more than max_streamed={max_rows} rows and may be infinite; all rows "
-            "are held in memory. Limit it with dataset.take(n) or itertools.islice, or raise max_streamed"
+            f"{name} is a stream ({type(stream).__name__}) of more than max_streamed={max_rows} rows and may be "
+            "infinite; all rows are held in memory. Limit it with dataset.take(n) or itertools.islice, or raise "
+            "max_streamed"
         )
 
 

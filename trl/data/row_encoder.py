@@ -95,14 +95,14 @@ class RowEncoder:
     def _check_settings(self, location: str, row_format: DataFormat) -> None:
         if row_format.kind not in ("language_modeling", "prompt_completion"):
             raise ValueError(
-                f"{location} is {row_format}: supervised fine-tuning takes texts, chats, or prompts with completions. Convert "
-                "the rows with trl.data.formats.prepare or remove the other columns, for example label"
+                f"{location} is {row_format}: supervised fine-tuning takes texts, chats, or prompts with completions. "
+                "Convert the rows with trl.data.formats.prepare or remove the other columns, for example label"
             )
         paired = row_format.kind == "prompt_completion"
         if self.completion_only and not paired:
             raise ValueError(
-                f"completion_only_loss=True, but {location} is {row_format}: give prompt and completion in columns of their own, "
-                "or leave completion_only_loss out"
+                f"completion_only_loss=True, but {location} is {row_format}: give prompt and completion in columns of "
+                "their own, or leave completion_only_loss out"
             )
         if self.assistant_only and not row_format.conversational:
             raise ValueError(f"assistant_only_loss=True, but {location} is {row_format}: it needs chat messages")
@@ -151,14 +151,15 @@ class RowEncoder:
             return
         self._warned = True
         logger.warning(
-            "%s: the end of the prompt, %r, is another token in front of the completion, so the completion's loss begins there; "
-            "begin completions with a space, or end prompts with a line break, to keep them apart. Not repeated for other rows",
+            "%s: the end of the prompt, %r, is another token in front of the completion, so the completion's loss "
+            "begins there; begin completions with a space, or end prompts with a line break, to keep them apart. Not "
+            "repeated for other rows",
             location,
             self.tokenizer.decode(prompt[shared:]),
         )
 
     def _from_chat(self, location: str, row: Row, row_format: DataFormat) -> Tokens:
-        """Encodes a chat and counts the assistant's messages, by the template's marks or by rendering what precedes them."""
+        """Encodes a chat and counts the assistant's messages, by the template's marks or by rendering prefixes."""
         paired = row_format.kind == "prompt_completion"
         messages = [*row["prompt"], *row["completion"]] if paired else row.get("messages", row.get(self.text_field))
         assert messages is not None
@@ -174,8 +175,8 @@ class RowEncoder:
             ids, counted = self._spans(location, messages, first, options)
         if not any(counted):
             raise ValueError(
-                f"{location} has no message of the assistant to learn from (assistant_only_loss=True): leave the row out, or "
-                "mark the assistant's part of the chat template with {% generation %}"
+                f"{location} has no message of the assistant to learn from (assistant_only_loss=True): leave the row "
+                "out, or mark the assistant's part of the chat template with {% generation %}"
             )
         return Tokens(ids=ids, counted=counted, location=location)
 
@@ -184,8 +185,8 @@ class RowEncoder:
     ) -> tuple[list[int], list[bool]]:
         if not self.tokenizer.is_fast:
             raise ValueError(
-                f"{type(self.tokenizer).__name__} cannot say where its tokens stand in a text, which assistant_only_loss=True "
-                "needs: use a fast tokenizer, or a chat template with {% generation %} marks"
+                f"{type(self.tokenizer).__name__} cannot say where its tokens stand in a text, which "
+                "assistant_only_loss=True needs: use a fast tokenizer, or a chat template with {% generation %} marks"
             )
 
         def text_of(count: int, **more: Any) -> str:
@@ -199,9 +200,9 @@ class RowEncoder:
             before, after = text_of(number, add_generation_prompt=True), text_of(number + 1)
             if not (whole.startswith(before) and whole.startswith(after) and len(after) > len(before)):
                 raise ValueError(
-                    f"{location}: the chat template renders message {number} differently inside the whole chat, so its tokens "
-                    "cannot be told from the others. Use a chat template with {% generation %} marks, or give the last answer "
-                    "as completion and what precedes it as prompt"
+                    f"{location}: the chat template renders message {number} differently inside the whole chat, so its "
+                    "tokens cannot be told from the others. Use a chat template with {% generation %} marks, or give "
+                    "the last answer as completion and what precedes it as prompt"
                 )
             spans.append((len(before), len(after.rstrip())))
         encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -265,7 +266,8 @@ def _formatted(
             text = formatting(row)
             if not isinstance(text, str):
                 raise ValueError(
-                    f"{location}: formatting_func returned {repr(text)[:80]} ({type(text).__name__}): expected the row's text"
+                    f"{location}: formatting_func returned {repr(text)[:80]} ({type(text).__name__}): expected the "
+                    "row's text"
                 )
             yield location, {text_field: text}
         return
@@ -273,8 +275,8 @@ def _formatted(
     texts = formatting({name: [row[name] for _, row in chunk] for name in names})
     if not isinstance(texts, list):
         raise ValueError(
-            f"formatting_func returned {repr(texts)[:80]} ({type(texts).__name__}) for {len(chunk)} rows: without packing it "
-            "gets a mapping of columns, and must return a list with a text for each row"
+            f"formatting_func returned {repr(texts)[:80]} ({type(texts).__name__}) for {len(chunk)} rows: without "
+            "packing it gets a mapping of columns, and must return a list with a text for each row"
         )
     locations = [location for location, _ in chunk]
     if len(texts) != len(chunk):

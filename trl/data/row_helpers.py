@@ -36,8 +36,8 @@ def apply_chat_template(
 ) -> dict[str, Any]:
     """Renders a conversational row by a tokenizer's chat template; `messages` becomes `text`.
 
-    A prompt ends with the generation prompt, or is left open if its last message is the assistant's. The completion is what
-    follows the part that the rendered prompt shares with the rendered prompt and completion.
+    A prompt ends with the generation prompt, or is left open if its last message is the assistant's. The completion is
+    what follows the part that the rendered prompt shares with the rendered prompt and completion.
 
     Args:
         example: a row with the columns of one kind, and optionally `chat_template_kwargs`.
@@ -131,8 +131,8 @@ def unpair_preference_dataset(dataset: Any, num_proc: int | None = None, desc: s
     """Turns each preference row into one with `label` True and one with False, under `completion`.
 
     Args:
-        dataset: a `datasets.Dataset`, `DatasetDict` or `IterableDataset`, or a list of rows, with `chosen`, `rejected` and
-            optionally `prompt`; other columns are copied.
+        dataset: a `datasets.Dataset`, `DatasetDict` or `IterableDataset`, or a list of rows, with `chosen`, `rejected`
+            and optionally `prompt`; other columns are copied.
         num_proc: processes of `dataset.map`.
         desc: label of its progress bar.
     """

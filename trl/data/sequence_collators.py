@@ -19,8 +19,8 @@ class SequenceCollator:
     """Collates rows with `input_ids` and `labels`; rows without labels are counted whole.
 
     Padded batches have `input_ids`, `attention_mask` and `labels` `[B, T]`. Joined batches have one row `[1, T]` and
-    `position_ids`, which begin at 0 in each sequence. Rows with `prompt_ids` become batches of an encoder-decoder: prompts as
-    `input_ids`, completions as `labels`.
+    `position_ids`, which begin at 0 in each sequence. Rows with `prompt_ids` become batches of an encoder-decoder:
+    prompts as `input_ids`, completions as `labels`.
 
     Args:
         pad_token_id: the padding token.
@@ -74,14 +74,14 @@ def join(ids: Sequence[Tensor], labels: Sequence[Tensor], lengths: Sequence[int]
 class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
     """Pads texts and counts the loss on what follows a template, as in TRL 0.4 to 0.19.
 
-    Without an instruction template everything up to the end of the last response template is left out of the loss. With one,
-    each answer counts, from the end of its response template to the beginning of the next instruction template. Padding is
-    left out by position, so that an end-of-sequence token counts even where it is the padding token, too.
+    Without an instruction template everything up to the end of the last response template is left out of the loss. With
+    one, each answer counts, from the end of its response template to the beginning of the next instruction template.
+    Padding is left out by position, so that an end-of-sequence token counts even where it is the padding token, too.
 
     Args:
         response_template: text or token ids that precede an answer.
-        instruction_template: text or token ids that precede an instruction; for chats of several turns. TRL 0.4.6 had the
-            tokenizer in this place, which is accepted.
+        instruction_template: text or token ids that precede an instruction; for chats of several turns. TRL 0.4.6 had
+            the tokenizer in this place, which is accepted.
         *args: the tokenizer, if not given by name.
         mlm: must be False.
         ignore_index: label of tokens that do not count; must be -100.
@@ -187,12 +187,12 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
         hint = "the text may have been truncated in front of it"
         if isinstance(template, str) and template.strip() in text:
             hint = (
-                "the text has it, but as other tokens, since they depend on what precedes them: pass the token ids of the "
-                "template inside a text, such as tokenizer.encode(text)[start:stop]"
+                "the text has it, but as other tokens, since they depend on what precedes them: pass the token ids of "
+                "the template inside a text, such as tokenizer.encode(text)[start:stop]"
             )
         return (
-            f"text {index} of the batch has no {name} {template!r} (token ids {tokens}): {shown!r}. Either {hint}, or leave the "
-            "row out"
+            f"text {index} of the batch has no {name} {template!r} (token ids {tokens}): {shown!r}. Either {hint}, or "
+            "leave the row out"
         )
 
 

@@ -33,8 +33,8 @@ def step_row(
         max_completion_length: maximum tokens of all steps, which lose their end.
 
     Returns:
-        `input_ids` int32 and `labels` float32, -100 everywhere but at the last tokens of steps with a label; None if no label
-        is left.
+        `input_ids` int32 and `labels` float32, -100 everywhere but at the last tokens of steps with a label; None if no
+        label is left.
     """
     if max_prompt_length is not None:
         prompt = prompt[max(0, len(prompt) - max_prompt_length) :]
@@ -61,7 +61,7 @@ class StepCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Collates `B` rows to `input_ids` and `attention_mask` `[B, T]`, and float32 `labels` `[B, T]`, -100 where none is.
+        """Collates `B` rows to `input_ids`, `attention_mask` and float32 `labels`, all `[B, T]`; -100 marks no label.
 
         Raises:
             ValueError: if a row lacks a column.
@@ -69,8 +69,8 @@ class StepCollator:
         for row in rows:
             if not {"input_ids", "labels"} <= row.keys():
                 raise ValueError(
-                    f"a row has the columns {', '.join(row) or '(none)'}: expected texts in prompt, completions and labels, or "
-                    "token ids in input_ids and their labels"
+                    f"a row has the columns {', '.join(row) or '(none)'}: expected texts in prompt, completions and "
+                    "labels, or token ids in input_ids and their labels"
                 )
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
         tokens, attention = padded(ids, self.pad_token_id, self.pad_to_multiple_of)

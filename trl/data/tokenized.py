@@ -40,8 +40,8 @@ class Piece:
 class TokenRows(torch.utils.data.Dataset[dict[str, list[int]]]):
     """Token ids and labels of all rows, in a few arrays: 5 bytes per token.
 
-    A row is a mapping of lists: `input_ids`, `labels` (-100: not in the loss), for an encoder-decoder `prompt_ids`, and in
-    packed data `seq_lengths`.
+    A row is a mapping of lists: `input_ids`, `labels` (-100: not in the loss), for an encoder-decoder `prompt_ids`, and
+    in packed data `seq_lengths`.
 
     Args:
         rows: the tokens of each row.
@@ -136,8 +136,8 @@ def pack(lengths: Sequence[int], capacity: int, strategy: Strategy = "bfd") -> l
     Args:
         lengths: tokens of each sequence.
         capacity: tokens of a row.
-        strategy: "bfd": best fit, longest sequence first; longer sequences lose their end. "bfd_split": longer sequences are
-            split instead. "wrapped": sequences in order, split wherever a row is full.
+        strategy: "bfd": best fit, longest sequence first; longer sequences lose their end. "bfd_split": longer
+            sequences are split instead. "wrapped": sequences in order, split wherever a row is full.
 
     Returns:
         The pieces of each row.

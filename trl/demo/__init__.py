@@ -1,1 +1,4 @@
-"""Demo: PPO for positive film reviews with the two bundled tiny models, in about a minute on two idle cores. Run `python -m trl.demo`."""
+"""Demo: PPO for positive film reviews with the two bundled tiny models, in about a minute on two idle cores.
+
+Run `python -m trl.demo`.
+"""

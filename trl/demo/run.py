@@ -129,7 +129,7 @@ class Demo:
 
     @torch.no_grad()
     def evaluate(self) -> HeldOut:
-        """Evaluates `DRAWS` responses to each held-out prompt, with a fixed seed, leaving torch's random state unchanged."""
+        """Evaluates `DRAWS` responses to each held-out prompt with a fixed seed; torch's random state is unchanged."""
         trainer = self.trainer
         prompts = self.held_out * DRAWS
         queries = [torch.tensor(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]

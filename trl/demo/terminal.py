@@ -28,8 +28,8 @@ def verdict(result: DemoResult) -> str:
     before, after = result.before, result.after
     assert before is not None and after is not None
     return (
-        f"Mean P(POSITIVE) of {len(before.reviews)} responses to held-out prompts: {before.positive:.2f} before, {after.positive:.2f} "
-        f"after {result.steps} steps; KL {after.kl:.1f} nats per review.\n"
-        f"Language: perplexity under the reference {before.perplexity:.0f} -> {after.perplexity:.0f}, different word pairs "
-        f"{before.distinct_2:.0%} -> {after.distinct_2:.0%}."
+        f"Mean P(POSITIVE) of {len(before.reviews)} responses to held-out prompts: {before.positive:.2f} before, "
+        f"{after.positive:.2f} after {result.steps} steps; KL {after.kl:.1f} nats per review.\n"
+        f"Language: perplexity under the reference {before.perplexity:.0f} -> {after.perplexity:.0f}, different word "
+        f"pairs {before.distinct_2:.0%} -> {after.distinct_2:.0%}."
     )

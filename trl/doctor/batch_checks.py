@@ -17,15 +17,15 @@ from trl.health import METRICS
 from trl.models import evaluate
 from trl.models.trunk import base_language_model
 from trl.rollout.assembly import assemble
-from trl.state.rng import kept_generators
+from trl.state.rng import preserved_generators
 from trl.trackers.findings import Finding
 from trl.training.modes import eval_mode
 from trl.training.run_state import Learner
 
 # Rows and response tokens that are computed again: a few percent of a step, once.
 _ROWS, _TOKENS = 4, 32
-# Means of |difference| in nats per token. float32 rounds at 1e-6 and bfloat16 at 0.015 in the embedded model; the clip range of
-# PPO is 0.2, of which 0.1 is half.
+# Means of |difference| in nats per token. float32 rounds at 1e-6 and bfloat16 at 0.015 in the embedded model; the clip
+# range of PPO is 0.2, of which 0.1 is half.
 _LOGPROB_GAP = 0.1
 _PADDING_GAP = 0.1
 _DTYPE_GAP = 3e-4
@@ -78,8 +78,8 @@ def _surprise(trainer: Learner, look: Look) -> Iterator[Finding]:
         kind = "too likely" if mean < 0 else "too unlikely"
         yield finding(
             "sampler-mismatch",
-            f"Over {len(excess)} tokens, -log p exceeds the entropy by {mean:+.3f} ± {error:.3f} nats per token; samples of "
-            f"the policy give 0: these are {kind}",
+            f"Over {len(excess)} tokens, -log p exceeds the entropy by {mean:+.3f} ± {error:.3f} nats per token; "
+            f"samples of the policy give 0: these are {kind}",
         )
 
 
@@ -161,9 +161,9 @@ def _logprobs(trainer: Learner, look: Look) -> Iterator[Finding]:
         if _gap(trained, stored) < 0.1 * gap:
             yield finding(
                 "dtype-mismatch",
-                f"The trainer's log-probabilities are those of the stored float32 weights, to {_gap(trained, stored):.1g} nats; "
-                f"the sampler computes in {str(trainer._trl_compute.dtype).removeprefix('torch.')} and differs by {gap:.2g} "
-                "nats per token",
+                "The trainer's log-probabilities are those of the stored float32 weights, to "
+                f"{_gap(trained, stored):.1g} nats; the sampler computes in "
+                f"{str(trainer._trl_compute.dtype).removeprefix('torch.')} and differs by {gap:.2g} nats per token",
             )
     if own_gap <= _PADDING_GAP and gap > _LOGPROB_GAP:
         yield finding("sampler-gap", f"The same {sum(map(len, trained))} tokens differ by {gap:.3f} nats per token")
@@ -177,7 +177,7 @@ def _dropout(trainer: Learner, look: Look) -> Iterator[Finding]:
     if not rows or not any(module.training for module in trunk.modules()):
         return
     queries, responses = [look.queries[row] for row in rows], [look.responses[row] for row in rows]
-    with kept_generators(trainer.accelerator.device, trainer._trl_generator), torch.no_grad():
+    with preserved_generators(trainer.accelerator.device, trainer._trl_generator), torch.no_grad():
         training = [_alone(trainer, q, r) for q, r in zip(queries, responses, strict=True)]
         with eval_mode(policy):
             plain = [_alone(trainer, q, r) for q, r in zip(queries, responses, strict=True)]

@@ -16,7 +16,7 @@ class Code(NamedTuple):
     title: str
     remedy: str
     severity: Literal["warning", "error"] = "warning"
-    """"error": the run can never train rightly."""
+    """"error": the run cannot train correctly."""
 
 
 def _of(symptom: Symptom | None) -> Code:
@@ -34,13 +34,15 @@ CODES: Mapping[str, Code] = MappingProxyType(
             "error",
         ),
         "reference-is-policy": Code(
-            "The reference model is the policy itself: it is trained along, so the KL stays at 0 and penalises nothing.",
+            "The reference model is the policy itself: it is trained along, so the KL stays at 0 and penalises "
+            "nothing.",
             "Leave ref_model out, or pass create_reference_model(model).",
             "error",
         ),
         "learning-rate": Code(
             "The learning rate is too high for a model of this size.",
-            "Lower learning_rate: 1e-5 is usual for full fine-tuning of 100 million parameters and more, 1e-4 for an adapter.",
+            "Lower learning_rate: 1e-5 is usual for full fine-tuning of 100 million parameters and more, 1e-4 for an "
+            "adapter.",
         ),
         "temperature-mismatch": Code(
             "Responses are sampled at another temperature than the update scores them at.",
@@ -61,29 +63,30 @@ CODES: Mapping[str, Code] = MappingProxyType(
         ),
         # The first batch, before its update.
         "dropout-on": Code(
-            "Dropout is on in the policy: the update computes other log-probabilities than the ones that it compares with.",
+            "Dropout is on in the policy: the update computes other log-probabilities than the ones that it compares "
+            "with.",
             "Call model.eval() before training, or set the dropout of model and adapter to 0.",
         ),
         "sampler-mismatch": Code(
             "The responses do not look like samples of the policy: its entropy and their log-probabilities disagree.",
-            "Likely causes: sampling settings or processors that the update does not see, left padding without attention mask or "
-            "positions in a generate of your own, greedy decoding, or responses from another model. "
+            "Likely causes: sampling settings or processors that the update does not see, left padding without "
+            "attention mask or positions in a generate of your own, greedy decoding, or responses from another model. "
             "Sample with trainer.generate; for responses from elsewhere, give step their sampler_logprobs.",
         ),
         "sampler-gap": Code(
             "Sampler and trainer compute different log-probabilities for the same tokens.",
-            "Sample and score with the same weights, dtype and adapter; log-probabilities that another engine computed belong "
-            "in sampler_logprobs, so that the update can weight by them.",
+            "Sample and score with the same weights, dtype and adapter; log-probabilities that another engine computed "
+            "belong in sampler_logprobs, so that the update can weight by them.",
         ),
         "dtype-mismatch": Code(
             "Sampler and trainer compute in different precisions.",
-            "Set PPOConfig.dtype='float32', or remove the overridden loss, train_minibatch or batched_forward_pass, which "
-            "compute with the weights as stored.",
+            "Set PPOConfig.dtype='float32', or remove the overridden loss, train_minibatch or batched_forward_pass, "
+            "which compute with the weights as stored.",
         ),
         "padding-changes-logprobs": Code(
             "A response has other log-probabilities in a padded batch than alone.",
-            "Left padding needs position_ids that count from the first token. Remove your batched_forward_pass, or let it call "
-            "the trainer's own, which pads correctly on either side.",
+            "Left padding needs position_ids that count from the first token. Remove your batched_forward_pass, or let "
+            "it call the trainer's own, which pads correctly on either side.",
         ),
         "reference-differs": Code(
             "Before the first update, the policy is already far from the reference.",
@@ -91,14 +94,14 @@ CODES: Mapping[str, Code] = MappingProxyType(
         ),
         "value-head-scale": Code(
             "The value head predicts far larger numbers than the rewards can add up to.",
-            "Use a fresh value head (v_head_init_strategy=None), scale the scores (use_score_scaling), lower the learning rate, "
-            "or set max_grad_norm.",
+            "Use a fresh value head (v_head_init_strategy=None), scale the scores (use_score_scaling), lower the "
+            "learning rate, or set max_grad_norm.",
         ),
         "constant-reward": _of(METRICS["score/std"].too_low),
         "constant-groups": Code(
             "In every group, all responses to a prompt got the same score: their advantages are 0.",
-            "Use prompts that are neither too hard nor too easy, a reward that tells responses apart, a larger group_size, or a "
-            "higher temperature.",
+            "Use prompts that are neither too hard nor too easy, a reward that tells responses apart, a larger "
+            "group_size, or a higher temperature.",
         ),
         # Metrics of a run.
         "not-finite": _of(NOT_FINITE),
@@ -107,8 +110,8 @@ CODES: Mapping[str, Code] = MappingProxyType(
         "kl-negative": _of(METRICS["objective/kl"].too_low),
         "policy-collapse": Code(
             "The policy has collapsed: it has left the reference by more than any text can explain.",
-            "The learning rate is too high, or the reward is exploited. Start again from the last good checkpoint with a lower "
-            "learning_rate and max_grad_norm=1.0; on_spike='rollback' does so by itself.",
+            "The learning rate is too high, or the reward is exploited. Start again from the last good checkpoint with "
+            "a lower learning_rate and max_grad_norm=1.0; on_spike='rollback' does so by itself.",
         ),
         "clip-fraction": _of(METRICS["ppo/policy/clipfrac"].too_high),
         "entropy-collapse": _of(METRICS["ppo/policy/entropy"].too_low),

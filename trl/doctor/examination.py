@@ -18,8 +18,8 @@ from trl.rewards import as_reward
 from trl.rollout import same_queries
 from trl.runs.inputs import load_run_prompts
 from trl.runs.options import check_generation, generation_for
-from trl.runs.samples import Drawn, draw, judge, totals
-from trl.state.rng import own_numbers
+from trl.runs.samples import Drawn, draw, score_samples, totals
+from trl.state.rng import seeded_generators
 from trl.trackers import read_config, read_findings, read_metrics
 from trl.trackers.findings import Finding
 from trl.training.run_state import Learner
@@ -39,9 +39,9 @@ def examine(
 ) -> list[Finding]:
     """Looks at a trainer's models and settings and at one batch of responses, before training.
 
-    Changes nothing: neither weights, nor random generators, nor modes. With several processes, every process must call it.
-    Managed runs are examined without asking (`train(doctor=True)`); for a loop of your own around `step`, call this once
-    with the first batch:
+    Changes nothing: neither weights, nor random generators, nor modes. With several processes, every process must call
+    it. Managed runs are examined without asking (`train(doctor=True)`); for a loop of your own around `step`, call this
+    once with the first batch:
 
         for finding in trl.doctor.examine(trainer, queries, responses=responses, scores=scores):
             print(finding)
@@ -103,13 +103,13 @@ def _sample(
     size = int(trainer.config.group_size)
     groups = max(1, min(int(trainer.config.batch_size), _MOST_SAMPLES) // size)
     chosen = [prompts[i % len(prompts)] for i in range(groups) for _ in range(size)]
-    with own_numbers(int(trainer.config.seed or 0), trainer.accelerator.device, trainer._trl_generator):
+    with seeded_generators(int(trainer.config.seed or 0), trainer.accelerator.device, trainer._trl_generator):
         drawn = draw(trainer, chosen, arguments)
     if reward is None:
         return drawn, []
     source = as_reward(reward)
     try:
-        return drawn, totals(judge(trainer, source, drawn, "examination"))
+        return drawn, totals(score_samples(trainer, source, drawn, "examination"))
     finally:
         source.close()
 

@@ -19,8 +19,9 @@ from trl.trackers.findings import Finding
 from trl.training.optimizers import inner
 from trl.training.run_state import Learner
 
-# A rate of Adam is judged against the one that pretraining a model of this size from scratch takes, which RL fine-tuning
-# stays 10 to 100 times below. Adapters take about 10 times more (Schulman et al., LoRA Without Regret, 2025).
+# A rate of Adam is judged against the one that pretraining a model of this size from scratch takes, which RL
+# fine-tuning stays 10 to 100 times below. Adapters take about 10 times more (Schulman et al., LoRA Without Regret,
+# 2025).
 _ADAPTER_FACTOR = 10.0
 _HEADROOM = 3.0  # over that rate; the demo uses a quarter of the rate
 _LEAST_PARAMETERS = 10**6  # smaller models take any rate: one of 8,609 parameters learnt at 0.05, 2.5 times its weights
@@ -94,8 +95,8 @@ def _learning_rate(trainer: Learner) -> Iterator[Finding]:
             weights += [p for p in trained if p.dim() > 1]  # not norms and biases, which are 1 and 0
     if not weights:
         return
-    # Adam's first steps move every weight by about the rate (Kingma and Ba 2015, section 2.1). At some times the size of the
-    # weights themselves, a single step replaces the model.
+    # Adam's first steps move every weight by about the rate (Kingma and Ba 2015, section 2.1). At some times the size
+    # of the weights themselves, a single step replaces the model.
     typical = _root_mean_square(weights)
     size = sum(p.numel() for p in policy.parameters())
     bound = _HEADROOM * pretraining_rate(size) * (_ADAPTER_FACTOR if policy.is_peft_model else 1.0)
@@ -103,7 +104,8 @@ def _learning_rate(trainer: Learner) -> Iterator[Finding]:
     if rate >= _RUINOUS * typical > 0:
         yield finding(
             "learning-rate",
-            f"{numbers}, whose weights are about {typical:.2g}: a single step of Adam moves each by {rate / typical:.0f} times as much",
+            f"{numbers}, whose weights are about {typical:.2g}: a single step of Adam moves each by "
+            f"{rate / typical:.0f} times as much",
             severity="error",
         )
     elif rate > bound and size >= _LEAST_PARAMETERS:

@@ -74,8 +74,8 @@ class BestOfNSampler:
         plain = PreTrainedModelWrapper.supported_pretrained_model_architectures
         if not isinstance(model, (PreTrainedModelWrapper, *plain)):
             raise ValueError(
-                f"model must be a value-head model or a transformers language model, not {type(model).__name__}; load it "
-                "with AutoModelForCausalLMWithValueHead.from_pretrained"
+                f"model must be a value-head model or a transformers language model, not {type(model).__name__}; load "
+                "it with AutoModelForCausalLMWithValueHead.from_pretrained"
             )
         if not 1 <= n_candidates <= sample_size:
             raise ValueError(f"n_candidates={n_candidates} must be from 1 to sample_size={sample_size}")
@@ -132,8 +132,8 @@ class BestOfNSampler:
             **generation_kwargs: arguments of transformers' `generate`.
 
         Raises:
-            ValueError: if a query is empty, is not 1-D or has tokens outside the vocabulary, if a response might not fit
-                into the model's context, or if an argument of `generate` is not supported.
+            ValueError: if a query is empty, is not 1-D or has tokens outside the vocabulary, if a response might not
+                fit into the model's context, or if an argument of `generate` is not supported.
             RewardFailed: if the reward fails, or returns something other than one number or None per text.
         """
         queries = self._queries(tokenized_query)
@@ -180,8 +180,8 @@ class BestOfNSampler:
         for i, query in enumerate(queries):
             if query.dim() != 1 or not len(query) or query.is_floating_point() or query.is_complex():
                 raise ValueError(
-                    f"query {i} has shape {list(query.shape)} and dtype {query.dtype}; expected a 1-D list or tensor of token "
-                    "ids; split a batch into a list, without its padding"
+                    f"query {i} has shape {list(query.shape)} and dtype {query.dtype}; expected a 1-D list or tensor "
+                    "of token ids; split a batch into a list, without its padding"
                 )
             if int(query.min()) < 0 or (vocabulary is not None and int(query.max()) >= vocabulary):
                 raise ValueError(

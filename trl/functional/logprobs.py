@@ -123,8 +123,8 @@ def token_logprobs_and_entropy(
     """
     if logits.shape[:-1] != tokens.shape:
         raise ValueError(
-            f"logits of shape {tuple(logits.shape)} and tokens of shape {tuple(tokens.shape)} must have the same shape but "
-            "for the vocabulary dimension"
+            f"logits of shape {tuple(logits.shape)} and tokens of shape {tuple(tokens.shape)} must have the same shape "
+            "but for the vocabulary dimension"
         )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be > 0")

@@ -1,7 +1,7 @@
-"""Losses on preferences: Bradley-Terry reward models, DPO and its variants, KTO; and how well probabilities are calibrated.
+"""Losses on preferences (Bradley-Terry reward models, DPO and its variants, KTO) and calibration of probabilities.
 
-A DPO loss is a function of the margin m = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l) of the chosen response y_w over the
-rejected y_l. Without a reference, the margin is that of the log-probabilities alone.
+A DPO loss is a function of the margin m = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l) of the chosen response y_w over
+the rejected y_l. Without a reference, the margin is that of the log-probabilities alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch.nn.functional import logsigmoid, relu
 def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None, centring: float = 0.0) -> Tensor:
     """-log σ(r_chosen − r_rejected − margin) + centring · (r_chosen + r_rejected)².
 
-    The Bradley-Terry likelihood of a preference (Ouyang et al. 2022, arXiv:2203.02155, eq. 1), with a margin (Touvron et al.
-    2023, arXiv:2307.09288, eq. 2) and a pull of the rewards' mean to zero (Eisenstein et al. 2023, arXiv:2312.09244, eq. 2).
+    The Bradley-Terry likelihood of a preference (Ouyang et al. 2022, arXiv:2203.02155, eq. 1), with a margin (Touvron
+    et al. 2023, arXiv:2307.09288, eq. 2) and a pull of the rewards' mean to zero (Eisenstein et al. 2023,
+    arXiv:2312.09244, eq. 2).
 
     Args:
         chosen: `[B]` rewards of the chosen responses.
@@ -38,8 +39,9 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = N
 def sigmoid_loss(margin: Tensor, *, beta: float, smoothing: float = 0.0, offset: float = 0.0) -> Tensor:
     """-(1 − ε) log σ(β m − γ) − ε log σ(−β m + γ).
 
-    DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7); with ε > 0 conservative DPO (Mitchell 2023, "A note on DPO with noisy
-    preferences", eq. 3); with γ > 0 and length-normalised log-probabilities SimPO (Meng et al. 2024, arXiv:2405.14734, eq. 6).
+    DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7); with ε > 0 conservative DPO (Mitchell 2023, "A note on DPO with
+    noisy preferences", eq. 3); with γ > 0 and length-normalised log-probabilities SimPO (Meng et al. 2024,
+    arXiv:2405.14734, eq. 6).
 
     Args:
         margin: `[B]`.
@@ -64,7 +66,7 @@ def robust_loss(margin: Tensor, *, beta: float, smoothing: float) -> Tensor:
 
 
 def hinge_loss(margin: Tensor, *, beta: float) -> Tensor:
-    """max(0, 1 − β m), as SLiC (Zhao et al. 2023, arXiv:2305.10425) and RSO (Liu et al. 2023, arXiv:2309.06657, eq. 11)."""
+    """max(0, 1 − β m): SLiC (Zhao et al. 2023, arXiv:2305.10425), RSO (Liu et al. 2023, arXiv:2309.06657, eq. 11)."""
     return relu(1 - beta * margin)
 
 
@@ -135,7 +137,8 @@ def kto_loss(
     Args:
         log_ratios: `[B]` log π(y|x) / π_ref(y|x), summed over the tokens of y.
         desirable: `[B]` bool.
-        baseline: scalar z, the KL from the reference, estimated on mismatched prompts and responses; detached and not below 0.
+        baseline: scalar z, the KL from the reference, estimated on mismatched prompts and responses; detached and not
+            below 0.
         beta: β.
         desirable_weight: λ of desirable responses.
         undesirable_weight: λ of undesirable responses.
@@ -191,8 +194,9 @@ def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = 10) -> Rel
 def preference_reliability(gaps: Tensor, *, bins: int = 20) -> Reliability:
     """How often the response with the higher reward is the chosen one, by how sure the rewards are of it.
 
-    A gap of d predicts the response with the higher reward with the probability σ(|d|), from 1/2 to 1 (Bradley-Terry), so
-    that only the upper half of the bins is filled. A gap of 0 counts as a wrong prediction made with probability 1/2.
+    A gap of d predicts the response with the higher reward with the probability σ(|d|), from 1/2 to 1 (Bradley-Terry),
+    so that only the upper half of the bins is filled. A gap of 0 counts as a wrong prediction made with probability
+    1/2.
 
     Args:
         gaps: `[N]` reward of the chosen response minus that of the rejected one.

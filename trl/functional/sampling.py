@@ -101,8 +101,8 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         uniforms: `[B]` float64 in [0, 1).
 
     Returns:
-        `[B]` int64 tokens, and `[B]` their log-probabilities under softmax(logits) in the logits' dtype: NaN for a row whose
-        logits are not finite.
+        `[B]` int64 tokens, and `[B]` their log-probabilities under softmax(logits) in the logits' dtype: NaN for a row
+        whose logits are not finite.
     """
     rows, vocabulary = logits.shape
     largest = logits.amax(dim=-1, keepdim=True)

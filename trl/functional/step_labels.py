@@ -26,7 +26,8 @@ def step_logits(outputs: Tensor) -> Tensor:
 def step_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """-q log σ(z) − (1 − q) log σ(−z): cross-entropy of a step's label.
 
-    Lightman et al. 2023 (arXiv:2305.20050) with labels 0 and 1; Wang et al. 2024 (arXiv:2312.08935, eq. 5) with soft ones.
+    Lightman et al. 2023 (arXiv:2305.20050) with labels 0 and 1; Wang et al. 2024 (arXiv:2312.08935, eq. 5) with soft
+    ones.
 
     Args:
         logits: `[...]` log-odds z that a step is right.

@@ -2,8 +2,8 @@
 
 Replaces glibc's own settings, under which a step's large blocks are returned to the system and zeroed again by the next
 step. Gain on two cores of an Intel Xeon with AMX: 1.01 times the cycles of the main job, within the noise (`python
-bench/each_kernel.py --only nothing`, with and without `--config '{"keep_memory": false}'`). Off with `PPOConfig.keep_memory=False` or
-`TRL_KERNELS=off`.
+bench/each_kernel.py --only nothing`, with and without `--config '{"keep_memory": false}'`). Off with
+`PPOConfig.keep_memory=False` or `TRL_KERNELS=off`.
 """
 
 from __future__ import annotations

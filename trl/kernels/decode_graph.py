@@ -1,10 +1,10 @@
 """Decoding steps of fixed shapes, which a CUDA graph replays: keys and values in place, and attention over all of them.
 
-Replaces, while responses are sampled on a GPU, a forward pass whose thousand small kernels the processor launches one by
-one: a step of a model below a few billion parameters takes the GPU less time than it takes Python to ask for it. Once
-captured, a step is one launch. The weights are read where they are, so that optimizer steps need no new capture. Gain on
-an H200, 64 rows of a model of Qwen2.5-0.5B's shape: 3.0 ms a token instead of 20 (`bench/gpu/bench.py`). Off with
-`TRL_KERNELS=off`.
+Replaces, while responses are sampled on a GPU, a forward pass whose thousand small kernels the processor launches one
+by one: a step of a model below a few billion parameters takes the GPU less time than it takes Python to ask for it.
+Once captured, a step is one launch. The weights are read where they are, so that optimizer steps need no new capture.
+Gain on an H200, 64 rows of a model of Qwen2.5-0.5B's shape: 3.0 ms a token instead of 20 (`bench/gpu/bench.py`). Off
+with `TRL_KERNELS=off`.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _captured(graph: torch.cuda.CUDAGraph, step: Callable[[], Tensor]) -> Tensor
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keeps Python from collecting cycles inside the `with` block: destroying a CUDA graph there would end a capture."""
+    """Turns off cycle collection in the `with` block, where destroying a CUDA graph would end a capture."""
     collects = gc.isenabled()
     gc.disable()
     try:

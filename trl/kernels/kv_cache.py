@@ -1,9 +1,9 @@
 """Key-value cache with spare capacity.
 
-Replaces the layers of transformers' `DynamicCache` while responses are sampled, which copy all keys and values for every
-token. Gain on two cores of an Intel Xeon with AMX, for appending one token in a layer of SmolLM2's shape: little at 16
-rows of 48 tokens; at 64 rows 6 times as fast with 48 tokens and 16 times with 256 (`python bench/attention.py`). Off
-with `TRL_KERNELS=off`.
+Replaces the layers of transformers' `DynamicCache` while responses are sampled, which copy all keys and values for
+every token. Gain on two cores of an Intel Xeon with AMX, for appending one token in a layer of SmolLM2's shape: little
+at 16 rows of 48 tokens; at 64 rows 6 times as fast with 48 tokens and 16 times with 256 (`python bench/attention.py`).
+Off with `TRL_KERNELS=off`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Log-probabilities and entropies from hidden states, projecting one block of rows and vocabulary at a time.
 
-Replaces `model(...).logits` and their softmax in scoring and updating: neither the logits `[N, V]` nor their gradient is
-materialised as a whole. Normalisation is online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867), and the backward
-pass recomputes the projection if the logits are large. The gain is memory, not time: on two cores of an Intel Xeon with
-AMX, 2,048 tokens of SmolLM2's vocabulary, forward and backward, take 71 MB instead of 386 in bfloat16 and 120 instead of
-769 in float32, in 1.03 and 1.18 times the time (`python bench/projection.py`). Off with `TRL_KERNELS=off`.
+Replaces `model(...).logits` and their softmax in scoring and updating: neither the logits `[N, V]` nor their gradient
+is materialised as a whole. Normalisation is online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867), and the
+backward pass recomputes the projection if the logits are large. The gain is memory, not time: on two cores of an Intel
+Xeon with AMX, 2,048 tokens of SmolLM2's vocabulary, forward and backward, take 71 MB instead of 386 in bfloat16 and 120
+instead of 769 in float32, in 1.03 and 1.18 times the time (`python bench/projection.py`). Off with `TRL_KERNELS=off`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _logits_gradient(
 
 
 class _Projected(torch.autograd.Function):
-    """[N, H] hidden states, [V, H] weights, [V] bias -> [N] logprobs of tokens, [N] entropies, [N] whether most likely."""
+    """[N, H] hidden states, [V, H] weights, [V] bias -> [N] logprobs, [N] entropies, [N] whether most likely."""
 
     @staticmethod
     def forward(
@@ -261,8 +261,8 @@ def projected_predictions(
     """`projected_logprobs_and_entropy`, and `[N]` whether no token is more likely than the given one."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or len(tokens) != len(hidden):
         raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and tokens {tuple(tokens.shape)} do not match: "
-            "expected [N, H], [V, H] and [N]"
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and tokens {tuple(tokens.shape)} do not "
+            "match: expected [N, H], [V, H] and [N]"
         )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be > 0")

@@ -1,8 +1,8 @@
 """A block of logits on a GPU: running softmax statistics, and the gradient that belongs to them.
 
 Replaces the elementwise work of `trl.kernels.projection` on GPUs, which would read and write a block of logits some ten
-times in float32, by one pass each. Gain on an H200, 4,096 tokens of a vocabulary of 151,936, forward and backward: 6.8 ms,
-where its matrix products alone take 4.7 and full logits 23 (`bench/gpu/micro.py`). Off with `TRL_KERNELS=off`.
+times in float32, by one pass each. Gain on an H200, 4,096 tokens of a vocabulary of 151,936, forward and backward: 6.8
+ms, where its matrix products alone take 4.7 and full logits 23 (`bench/gpu/micro.py`). Off with `TRL_KERNELS=off`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def usable(device: torch.device) -> bool:
     try:
         with torch.cuda.device(device):
             add_block(
-                logits, tokens, 0, 1.0, top=zero.clone(), total=zero.clone(), weighted=zero.clone(), chosen=zero.clone(), entropy=True
+                logits, tokens, 0, 1.0, top=zero.clone(), total=zero.clone(), weighted=zero.clone(),
+                chosen=zero.clone(), entropy=True,
             )  # fmt: skip
             block_gradient(logits, tokens, 0, 1.0, highest=zero, entropy=zero, grad_logprobs=zero, grad_entropy=zero)
     except (TritonError, RuntimeError, OSError, ValueError) as error:  # Triton builds its launcher with a C compiler

@@ -1,7 +1,7 @@
 """RMSNorm as one operation on GPUs.
 
-Replaces the `forward` of a model's RMSNorm modules during passes: transformers computes them in eight operations, each of
-which reads and writes the hidden states, and launches a kernel while tokens are decoded. Gain: one
+Replaces the `forward` of a model's RMSNorm modules during passes: transformers computes them in eight operations, each
+of which reads and writes the hidden states, and launches a kernel while tokens are decoded. Gain: one
 kernel instead of eight, twice a layer; its share of a pass has not been measured. Off with `TRL_KERNELS=off`.
 """
 

@@ -4,8 +4,8 @@ Replaces torch's Adam step on float32 gradients after bfloat16 passes: each chun
 its gradient is cast to float32, torch's Adam kernel is applied and the weights are cast back to bfloat16. Gain for 135M
 parameters: 540 MB of gradients, and on two cores of a Zen 4 EPYC 34 instead of 41 ms for their norm
 (`python bench/compare.py --job main`, docs/performance.md); on an Intel Xeon with AMX it costs a twentieth of a cycle
-(`python bench/each_kernel.py`). On a GPU, where every operation on a small tensor costs a launch, norm and step run over
-many parameters at once (`python bench/gpu/micro.py`). Off with `TRL_KERNELS=off`, but for `NarrowAdam`, whose
+(`python bench/each_kernel.py`). On a GPU, where every operation on a small tensor costs a launch, norm and step run
+over many parameters at once (`python bench/gpu/micro.py`). Off with `TRL_KERNELS=off`, but for `NarrowAdam`, whose
 bfloat16 moments are a setting (`PPOConfig.optimizer_state_dtype`) and have no counterpart in torch.
 """
 
@@ -131,7 +131,7 @@ Update = tuple[Tensor, Tensor, dict[str, Tensor]]  # a parameter, its gradient, 
 
 
 def _batches(updates: Sequence[Update]) -> Iterator[list[Update]]:
-    """Yields updates of parameters of one device and dtype, of at most `_GPU_GROUP` elements but for a larger parameter."""
+    """Yields groups of updates of one device and dtype, with at most `_GPU_GROUP` elements or one parameter."""
     by_kind: dict[Any, list[Update]] = {}
     for update in updates:
         by_kind.setdefault((update[0].device, update[0].dtype, update[1].dtype), []).append(update)

@@ -87,7 +87,8 @@ def adapter_mode(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
     layers = list(_adapter_layers(peft_model))
     if any(getattr(layer, "merged", False) for layer in layers):
         raise ValueError(
-            f"adapter {name!r} cannot be used while another is merged into the base weights: call unmerge_adapter() first"
+            f"adapter {name!r} cannot be used while another is merged into the base weights: call unmerge_adapter() "
+            "first"
         )
     active, tuner_active = peft_model.active_adapter, list(peft_model.active_adapters)
     off = [layer for layer in layers if layer.disable_adapters]
@@ -120,7 +121,8 @@ def adapter_starts_at_zero(model: nn.Module) -> bool:
     """Whether the active adapter is currently a no-op, so that disabling it leaves the model's outputs unchanged.
 
     True for the default LoRA initialisation (B = 0, or A = 0 in embeddings). False for a trained adapter, and for
-    adapter types or initialisations where it cannot be determined: use a copy (`create_reference_model`) as the reference then.
+    adapter types or initialisations where it cannot be determined: use a copy (`create_reference_model`) as the
+    reference then.
 
     Raises:
         ValueError: if the model has no adapter.
@@ -292,7 +294,8 @@ def add_frozen_adapter(peft_model: Any, source: str, adapter_name: str, **hub: A
         peft_model.delete_adapter(adapter_name)
         raise ValueError(
             f"the adapter {source!r} does not fit {type(base_language_model(peft_model)).__name__}: it lacks "
-            f"{len(result.missing_keys)} weights, such as {result.missing_keys[0]}; it was trained on another architecture"
+            f"{len(result.missing_keys)} weights, such as {result.missing_keys[0]}; it was trained on another "
+            "architecture"
         )
     for name, parameter in peft_model.named_parameters():
         if f".{adapter_name}." in f"{name}.":
@@ -315,8 +318,8 @@ def add_reward_adapter(
         A linear layer from the hidden size to the number of labels.
 
     Raises:
-        ValueError: if `adapter_name` lacks "reward" or is taken, `weights` has no score head, or the adapter or its score
-            head was trained on another architecture.
+        ValueError: if `adapter_name` lacks "reward" or is taken, `weights` has no score head, or the adapter or its
+            score head was trained on another architecture.
     """
     if "reward" not in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r} must contain 'reward'")

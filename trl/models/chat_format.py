@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class ChatMlSpecialTokens:
-    """Special tokens and chat template of ChatML: each turn is `<|im_start|>role`, a newline, the text, `<|im_end|>`."""
+    """ChatML's special tokens and template: each turn is `<|im_start|>role`, a newline, the text, `<|im_end|>`."""
 
     bos_token: str = "<|im_start|>"
     eos_token: str = "<|im_end|>"

@@ -78,7 +78,8 @@ def evaluate(
         values: return values (almost free).
         response_only: compute only the tokens in `rollout.mask`, or the columns they span if logits are materialised.
         return_logits: also return the logits, in the model's dtype and not divided by the temperature.
-        mean_logits: also return the logits' mean over the vocabulary, not divided by the temperature and without a gradient.
+        mean_logits: also return the logits' mean over the vocabulary, not divided by the temperature and without a
+            gradient.
         top1: also return whether each token is the most likely one; for a model without a value head.
 
     Returns:

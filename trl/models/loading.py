@@ -86,8 +86,8 @@ def warn_of_unread_pickle(source: str, hub: Mapping[str, Any]) -> None:
     """Warns that an unread pickle may contain the value head, as in TRL 0.4-0.11 adapter folders."""
     if find_file(source, PICKLE_FILE, hub) is not None:
         logger.warning(
-            "did not read %s of %r, because it is a pickle, and initialised a fresh value head; if it contains a value head, "
-            "pass allow_pickle=True (it is loaded with weights_only=True)",
+            "did not read %s of %r, because it is a pickle, and initialised a fresh value head; if it contains a value "
+            "head, pass allow_pickle=True (it is loaded with weights_only=True)",
             PICKLE_FILE,
             source,
         )
@@ -134,8 +134,8 @@ def load_language_model(parent: Any, source: str, *model_args: Any, allow_pickle
     """
     model = load_model(parent, source, *model_args, allow_pickle=allow_pickle, **transformers_arguments(kwargs))
     if getattr(model, "is_loaded_in_4bit", False):
-        # On CPUs with AVX512-BF16, a pass in evaluation mode would repack the weights for a product that has no gradient,
-        # and updates after sampling would be wrong.
+        # On CPUs with AVX512-BF16, a pass in evaluation mode would repack the weights for a product that has no
+        # gradient, and updates after sampling would be wrong.
         for module in model.modules():
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
@@ -190,8 +190,8 @@ def ignore_beside_object(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> No
         raise ValueError(f"{names}: no argument that applies to a model object{hint}; drop it")
     if kwargs:
         warnings.warn(
-            f"{', '.join(sorted(kwargs))} say how to load a model and are ignored, since a model object was given, not the name "
-            "of one: drop them here, and pass them where the object is loaded",
+            f"{', '.join(sorted(kwargs))} say how to load a model and are ignored, since a model object was given, not "
+            "the name of one: drop them here, and pass them where the object is loaded",
             stacklevel=3,
         )
 

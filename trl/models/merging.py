@@ -25,15 +25,15 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         model: a value-head model or language model with a PEFT adapter, possibly wrapped.
 
     Raises:
-        ValueError: if the model has no adapter, its base is quantized, an adapter is off or merged already, or the merged
-            weights of tied embeddings would differ.
+        ValueError: if the model has no adapter, its base is quantized, an adapter is off or merged already, or the
+            merged weights of tied embeddings would differ.
     """
     peft_model = peft_part(model)
     base = peft_model.get_base_model()
     if getattr(base, "is_quantized", False):
         raise ValueError(
-            "an adapter cannot be merged into a quantized base without loss: save the adapter with save_pretrained, load "
-            "that folder again without load_in_4bit or load_in_8bit, and merge there"
+            "an adapter cannot be merged into a quantized base without loss: save the adapter with save_pretrained, "
+            "load that folder again without load_in_4bit or load_in_8bit, and merge there"
         )
     state: dict[str, Tensor] = {}
     replaced = dict(_merged_layers(base))
@@ -94,6 +94,6 @@ def _check_ties(base: Any, state: dict[str, Tensor]) -> None:
     first, second = (state.get(key) for key in keys)
     if first is not None and second is not None and not torch.equal(first, second):
         raise ValueError(
-            f"{keys[0]} and {keys[1]} are tied, but the adapter changed only one of them, so that no plain folder gives the "
-            "same logits: save the adapter with save_pretrained instead"
+            f"{keys[0]} and {keys[1]} are tied, but the adapter changed only one of them, so that no plain folder "
+            "gives the same logits: save the adapter with save_pretrained instead"
         )

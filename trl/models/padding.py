@@ -49,8 +49,8 @@ def ignores_padding(model: nn.Module) -> bool:
         probe = _probe(pretrained_part(model))
         if probe.lookahead is not None:
             problem = (
-                f"{name}: logits depend on later tokens ({probe.lookahead}), so log-probabilities of a finished response "
-                "differ from those it was sampled with"
+                f"{name}: logits depend on later tokens ({probe.lookahead}), so log-probabilities of a finished "
+                "response differ from those it was sampled with"
             )
             if not is_encoder_decoder(model):
                 hint = ": load it with is_decoder=True" if getattr(base.config, "is_decoder", None) is False else ""

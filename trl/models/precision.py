@@ -69,9 +69,9 @@ class NarrowCopies:
             if index in self._in_place:
                 if index in self._overwritten:
                     raise RuntimeError(
-                        f"a weight of shape {tuple(parameter.shape)} got two gradients in one backward pass, as re-entrant "
-                        "checkpointing of shared layers does: use gradient_checkpointing_kwargs={'use_reentrant': False} "
-                        "or PPOConfig.dtype='float32'"
+                        f"a weight of shape {tuple(parameter.shape)} got two gradients in one backward pass, as "
+                        "re-entrant checkpointing of shared layers does: use "
+                        "gradient_checkpointing_kwargs={'use_reentrant': False} or PPOConfig.dtype='float32'"
                     )
                 self._overwritten.add(index)
                 # Writing to the parameter itself would bump the version that autograd checks. The copy is safe to
@@ -217,8 +217,8 @@ def choose_dtype(model: nn.Module, requested: ComputeDtype) -> tuple[torch.dtype
 
     Args:
         model: the model whose float32 parameters would be cast.
-        requested: "float32", "bfloat16", or "auto": bfloat16 if the processor has fast bfloat16 matrix multiplication and
-            the model is large enough to benefit.
+        requested: "float32", "bfloat16", or "auto": bfloat16 if the processor has fast bfloat16 matrix multiplication
+            and the model is large enough to benefit.
     """
     if requested != "auto":
         return (torch.bfloat16 if requested == "bfloat16" else torch.float32), "as requested"

@@ -86,7 +86,7 @@ def score_tokens(pretrained: nn.Module, states: Tensor, request: PredictionReque
 
 @torch.no_grad()
 def mean_logits(pretrained: nn.Module, states: Tensor) -> Tensor:
-    """Means over the vocabulary of the logits at `[N, H]` states: `[N]` float32, the states times the mean output row."""
+    """Mean logit `[N]` at `[N, H]` states, in float32: the states times the mean output row."""
     head = base_language_model(pretrained).get_output_embeddings()
     mean = states.float() @ head.weight.mean(dim=0, dtype=torch.float32)
     return mean if head.bias is None else mean + head.bias.mean(dtype=torch.float32)
@@ -103,7 +103,7 @@ def has_own_forward(model: nn.Module) -> bool:
 
 
 def abilities(model: nn.Module) -> Abilities:
-    """Probes a model on a few tokens for its fast evaluation paths; cached per output embedding. None with kernels off."""
+    """Probes a model for its fast evaluation paths; cached per output embedding. None with kernels off."""
     if not kernels_enabled() or has_own_forward(model):
         return Abilities(projects=False, packs=False)
     base = base_language_model(model)
@@ -124,7 +124,7 @@ def abilities(model: nn.Module) -> Abilities:
 
 
 def _cache_key(head: Any) -> tuple[Any, ...]:
-    """Cache key of an output embedding; changes with an adapter that is injected, with hooks, and a GPU's compute dtype."""
+    """Cache key of an output embedding; depends on injected adapters, hooks and a GPU's compute dtype."""
     weight = getattr(head, "weight", None)
     # On a GPU, what packs depends on the dtype of the pass.
     kind = (weight.dtype, torch.is_autocast_enabled("cuda")) if isinstance(weight, Tensor) and weight.is_cuda else None

@@ -34,8 +34,8 @@ def create_reference_model(model: M, num_shared_layers: int | None = None, patte
 
     With `num_shared_layers`, the decoder's first layers and everything before them (embeddings, an encoder-decoder's
     whole encoder) are shared instead of copied: both models hold the same tensors, which are frozen in the trained
-    model, too. A model with an adapter is copied with its adapter. (For PPO it needs no copy: with `ref_model=None`, the
-    trainer takes the model with its adapter off as the reference, where the adapter starts at zero.)
+    model, too. A model with an adapter is copied with its adapter. (For PPO it needs no copy: with `ref_model=None`,
+    the trainer takes the model with its adapter off as the reference, where the adapter starts at zero.)
 
     Args:
         model: a value-head model or a transformers model.
@@ -52,8 +52,8 @@ def create_reference_model(model: M, num_shared_layers: int | None = None, patte
     inner = unwrap(model)
     if num_shared_layers is not None and is_peft_model(getattr(inner, "pretrained_model", inner)):
         raise ValueError(
-            f"num_shared_layers={num_shared_layers} would freeze adapter weights in the trained model: leave it out, or pass "
-            "ref_model=None to the trainer, which then shares the whole model and turns its adapter off"
+            f"num_shared_layers={num_shared_layers} would freeze adapter weights in the trained model: leave it out, "
+            "or pass ref_model=None to the trainer, which then shares the whole model and turns its adapter off"
         )
     shared: list[nn.Parameter] = []
     if num_shared_layers is not None:
@@ -81,8 +81,9 @@ def check_reference(reference: nn.Module, model: nn.Module) -> None:
     shared = [name for name, p in reference.named_parameters() if id(p) in trained and "v_head." not in name]
     if shared:
         raise ValueError(
-            f"ref_model shares {len(shared)} trained parameters with the model, such as {shared[0]}, and would change with it: "
-            "omit ref_model, or create it with create_reference_model(model). See docs/doctor.md#reference-is-policy"
+            f"ref_model shares {len(shared)} trained parameters with the model, such as {shared[0]}, and would change "
+            "with it: omit ref_model, or create it with create_reference_model(model). See "
+            "docs/doctor.md#reference-is-policy"
         )
 
 
@@ -97,7 +98,8 @@ def _shared_parameters(base: nn.Module, num_shared_layers: int, pattern: str | N
     head, tail = pattern.split("{layer}")
     stack = head.rstrip(".")
     first = tuple(f"{head}{layer}{tail}." for layer in range(num_shared_layers))
-    encoder = base.get_encoder() if getattr(base.config, "is_encoder_decoder", False) else None  # type: ignore[operator]
+    is_encoder_decoder = getattr(base.config, "is_encoder_decoder", False)
+    encoder = base.get_encoder() if is_encoder_decoder else None  # type: ignore[operator]
     encoder_ids = {id(p) for p in encoder.parameters()} if encoder is not None else set()
     for name, parameter in base.named_parameters():
         embeds = not name.startswith(f"{stack}.") and any(

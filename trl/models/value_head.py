@@ -88,7 +88,8 @@ class ValueHead(nn.Module):
     def start_from(self, score: nn.Linear) -> None:
         """Copies the score layer of a reward model, so that the value after the last token is the model's reward.
 
-        That holds on the reward model's own trunk; on another trunk, such as the policy's, it is a start for the critic.
+        That holds on the reward model's own trunk; on another trunk, such as the policy's, it is a start for the
+        critic.
 
         Args:
             score: `[1, H]` linear layer, such as `reward_model.score`.

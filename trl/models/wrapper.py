@@ -242,8 +242,8 @@ class PreTrainedModelWrapper(nn.Module):
                 loaded adapter), `reward_adapter` and `reward_adapter_name` (a frozen adapter used for scoring),
                 `reference_adapter` and `reference_adapter_name` (a frozen adapter that makes the base the reference of
                 the KL), `allow_pickle` (read legacy `.bin` files, with `weights_only=True`); everything else
-                goes to transformers, and is ignored with a warning beside a model object. The dtype defaults to float32,
-                `trust_remote_code` to False.
+                goes to transformers, and is ignored with a warning beside a model object. The dtype defaults to
+                float32, `trust_remote_code` to False.
 
         Returns:
             A model of this class, with the saved value head if there is one.
@@ -363,8 +363,8 @@ class PreTrainedModelWrapper(nn.Module):
     ) -> None:
         """Loads a frozen adapter that, on the base, is the reference of the KL.
 
-        Pass the adapter that the policy starts from where that is a trained one: without it, `PPOTrainer` would copy the
-        whole model.
+        Pass the adapter that the policy starts from where that is a trained one: without it, `PPOTrainer` would copy
+        the whole model.
 
         Args:
             adapter_model_id: folder or hub id of an adapter.

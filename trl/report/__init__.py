@@ -15,7 +15,7 @@ __all__ = ["serve", "summary_of", "write_report"]
 
 
 def summary_of(run: str | Path) -> list[str]:
-    """The head of a run's report as plain sentences: how it ended, what training achieved, which metrics left their bands.
+    """Summary of a run's report in sentences: how it ended, what training achieved, metrics outside their bands.
 
     Raises:
         ValueError: as `write_report`.

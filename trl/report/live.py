@@ -215,7 +215,8 @@ def serve(
         The running server; open its `url`, and `close` it.
 
     Raises:
-        ValueError: if a folder is not a run directory, an address needs `allow_remote`, the token is short, or the port is out of range.
+        ValueError: if a folder is not a run directory, an address needs `allow_remote`, the token is short, or the port
+            is out of range.
         OSError: if the address cannot be bound.
     """
     folders = [runs] if isinstance(runs, str | Path) else list(runs)
@@ -230,7 +231,8 @@ def serve(
     if not _is_loopback(host):
         if not allow_remote:
             raise ValueError(
-                f"host={host!r} is reachable from other machines: pass allow_remote=True if they may read these completions"
+                f"host={host!r} is reachable from other machines: pass allow_remote=True if they may read these "
+                "completions"
             )
         token = token or secrets.token_urlsafe(32)
     paths = [Path(folder).resolve() for folder in folders]
@@ -240,7 +242,7 @@ def serve(
 
 
 def _session_in(cookies: str) -> str:
-    """The session in a Cookie header. Not by `SimpleCookie`, which stops at a cookie it cannot read of another program."""
+    """The session in a Cookie header. `SimpleCookie` would stop at another program's malformed cookie."""
     pairs = (cookie.strip().partition("=") for cookie in cookies.split(";"))
     return next((value for name, _, value in pairs if name == _COOKIE), "")
 

@@ -1,4 +1,4 @@
-"""Reads what a report shows from a run directory: rows, settings, state, findings and a bounded choice of completions."""
+"""Reads a report's data from a run directory: rows, settings, state, findings, a bounded choice of completions."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _read_samples(path: Path, steps: Iterable[int], share: int) -> list[dict[str
 
 
 def _thinned(batch: list[dict[str, Any]], room: int) -> list[dict[str, Any]]:
-    """As many samples of a step as fit, in order: first those that tell most, then those from the start of the batch."""
+    """As many samples of a step as fit, in order: the most telling first, then the start of the batch."""
 
     def size(sample: Mapping[str, Any]) -> int:
         return 120 + min(len(sample["completion"]), MAX_TEXT) + min(len(sample["prompt"]), MAX_TEXT)

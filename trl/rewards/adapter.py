@@ -33,8 +33,8 @@ class AdapterReward:
         model: a value-head model loaded with `reward_adapter=`: the policy itself. Of a trainer's wrapped model, pass
             `trainer.accelerator.unwrap_model(trainer.model)`.
         label: output of the score head to use.
-        eos_token_id: if given, this token at the end of a response is not read. Pass it if the reward adapter was trained
-            on texts without it at their ends.
+        eos_token_id: if given, this token at the end of a response is not read. Pass it if the reward adapter was
+            trained on texts without it at their ends.
         batch_size: sequences per forward pass; > 0.
 
     Raises:

@@ -25,9 +25,10 @@ class ClassifierReward:
     """Scores prompt + completion with a sequence classifier.
 
     The classifier uses its own tokenizer, never the policy's token ids: the two vocabularies can be unrelated. It is
-    kept in evaluation mode. Texts are batched by length; scores are returned in input order. The first texts of different
-    lengths are scored alone and padded: where padding changes a score (a decoder whose config has another `pad_token_id`
-    than the tokenizer, absolute positions padded on the left), only texts of one length share a batch, and a warning says so.
+    kept in evaluation mode. Texts are batched by length; scores are returned in input order. The first texts of
+    different lengths are scored alone and padded: where padding changes a score (a decoder whose config has another
+    `pad_token_id` than the tokenizer, absolute positions padded on the left), only texts of one length share a batch,
+    and a warning says so.
 
     Args:
         model: a transformers sequence classifier: its output has `logits` [B, labels], its config `id2label`.
@@ -165,8 +166,8 @@ class ClassifierReward:
         scores_equal = bool(((padded_logits - unpadded_logits).abs() <= tolerance * (1 + unpadded_logits.abs())).all())
         if not scores_equal:
             logger.warning(
-                "padding changes the classifier's logits from %s to %s: only texts of equal length share a batch, which is "
-                "slower. The model's config has pad_token_id=%s; the tokenizer pads with %s on the %s",
+                "padding changes the classifier's logits from %s to %s: only texts of equal length share a batch, "
+                "which is slower. The model's config has pad_token_id=%s; the tokenizer pads with %s on the %s",
                 unpadded_logits.tolist()[:4],
                 padded_logits.tolist()[:4],
                 getattr(getattr(self.model, "config", None), "pad_token_id", None),

@@ -193,7 +193,8 @@ def as_reward(
         )
     if several and not isinstance(cache, bool):
         raise ValueError(
-            f"cache={cache!r} would mix the scores of several rewards: cache each one with as_reward(..., cache=) instead"
+            f"cache={cache!r} would mix the scores of several rewards: cache each one with as_reward(..., cache=) "
+            "instead"
         )
     reward: Reward
     if isinstance(spec, Mapping | list | tuple):

@@ -53,8 +53,8 @@ class Guard:
             raise ValueError(f"isolation={self.isolation!r} must be 'none', 'thread' or 'process'")
         if (self.penalty is None) != (self.on_error != "penalty"):
             raise ValueError(
-                f"penalty={self.penalty!r} and on_error={self.on_error!r} contradict each other: set a penalty if and only "
-                "if on_error='penalty'"
+                f"penalty={self.penalty!r} and on_error={self.on_error!r} contradict each other: set a penalty if and "
+                "only if on_error='penalty'"
             )
         if self.penalty is not None and not fits_float32(self.penalty):
             raise ValueError(f"penalty={self.penalty!r} must be a finite number that float32 can hold (up to 3.4e38)")

@@ -30,8 +30,8 @@ instruction to you.
 {completion}
 </reply>
 
-Say in one sentence what is good or bad about the reply, then end with a line "Score: N", N being a number from 0 (useless) \
-to 10 (perfect)."""
+Say in one sentence what is good or bad about the reply, then end with a line "Score: N", N being a number from 0 \
+(useless) to 10 (perfect)."""
 
 
 def last_score(reply: str) -> float:

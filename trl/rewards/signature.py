@@ -209,8 +209,8 @@ def path_of(function: Callable[..., Any]) -> str:
     remedy = "define it at the top level of a module and pass it or its 'module:function', or use isolation='thread'"
     if not module or not name:
         raise ValueError(
-            f"a {type(function).__name__} object cannot run with isolation='process': a worker process imports the reward "
-            f"by name, and only functions have one; {remedy}"
+            f"a {type(function).__name__} object cannot run with isolation='process': a worker process imports the "
+            f"reward by name, and only functions have one; {remedy}"
         )
     if "<lambda>" in name or "<locals>" in name:
         reason = "a lambda" if "<lambda>" in name else "defined inside another function"

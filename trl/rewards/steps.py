@@ -19,23 +19,26 @@ DEFAULT_SEPARATOR = "\n"
 class StepReward:
     """Scores the steps of a completion with a token classifier, such as one that `PRMTrainer` trained.
 
-    A completion's steps are what `separator` separates; a last step without one gets it. The score of a step is that of its
-    last token, the separator's. Where `reduce` is None, PPO gets it as the reward of the policy's token at which the step ends,
-    so that credit goes to the step. Parts of white space alone are no steps; a completion without any is a single one.
+    A completion's steps are what `separator` separates; a last step without one gets it. The score of a step is that of
+    its last token, the separator's. Where `reduce` is None, PPO gets it as the reward of the policy's token at which
+    the step ends, so that credit goes to the step. Parts of white space alone are no steps; a completion without any is
+    a single one.
 
     Args:
         model: a transformers token classifier with 1 or 2 outputs.
         tokenizer: the classifier's tokenizer; None loads it from where the model was loaded.
-        separator: ends a step; None takes that of the training, which `model.config.step_separator` has, else a line break.
+        separator: ends a step; None takes that of the training, which `model.config.step_separator` has, else a line
+            break.
         output: "probability" that a step is right, or its "logit", which is below 0 for a step that is rather wrong.
         reduce: makes one score of a completion's, such as `min`; None gives rewards per token.
         policy_tokenizer: the policy's tokenizer, to find the tokens at which steps end; None takes `tokenizer`.
         batch_size: completions per forward pass; > 0.
-        max_length: maximum tokens of prompt and completion; a prompt loses its beginning, and a completion that is too long
-            has no score. None uses the limit of the tokenizer and model.
+        max_length: maximum tokens of prompt and completion; a prompt loses its beginning, and a completion that is too
+            long has no score. None uses the limit of the tokenizer and model.
 
     Raises:
-        ValueError: if an argument is out of range, no tokenizer can be loaded, or the tokenizer belongs to another model.
+        ValueError: if an argument is out of range, no tokenizer can be loaded, or the tokenizer belongs to another
+            model.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class StepReward:
         allow_pickle: bool = False,
         **model_options: Any,
     ) -> StepReward:
-        """Loads a token classifier and its tokenizer; arguments as of the class and of `ClassifierReward.from_pretrained`."""
+        """Loads a token classifier and its tokenizer; see the class and `ClassifierReward.from_pretrained`."""
         model = load_model(AutoModelForTokenClassification, name_or_folder, allow_pickle=allow_pickle, **model_options)
         code = {key: model_options[key] for key in ("trust_remote_code", "code_revision") if key in model_options}
         tokenizer = load_tokenizer(name_or_folder, **hub_arguments(model_options), **code)
@@ -118,7 +121,8 @@ class StepReward:
             `ValueError` where a text is longer than the model reads.
 
         Raises:
-            ValueError: if the lengths differ, a text is no string, or the tokens of a completion are not those of its text.
+            ValueError: if the lengths differ, a text is no string, or the tokens of a completion are not those of its
+                text.
         """
         joined_texts(prompts, completions)
         parts = [split_steps(completion, self.separator) for completion in completions]
@@ -167,8 +171,12 @@ class StepReward:
         for prompt, parts in zip(*step_tokens(self.tokenizer, prompts, steps, self.separator), strict=True):
             ids = [token for part in parts for token in part]
             if self.max_length is not None and len(ids) > self.max_length:
-                found = f"steps of {len(ids)} tokens, but the reward model reads at most {self.max_length}: limit max_new_tokens"
-                scores.append(ValueError(found))
+                scores.append(
+                    ValueError(
+                        f"steps of {len(ids)} tokens, but the reward model reads at most {self.max_length}: limit "
+                        "max_new_tokens"
+                    )
+                )
                 continue
             kept = prompt if self.max_length is None else prompt[max(0, len(prompt) + len(ids) - self.max_length) :]
             ends = torch.tensor([len(part) for part in parts]).cumsum(0) + len(kept) - 1
@@ -196,15 +204,16 @@ class StepReward:
         return [scores[row, ends].tolist() for row, (_, ends) in enumerate(texts)]
 
     def _last_tokens(self, ids: Sequence[int], completion: str, ends: Sequence[int]) -> list[int]:
-        """Finds the token at which the text of `completion` reaches each of the offsets `ends`, by decoding beginnings."""
+        """Finds the token at which the text of `completion` reaches each offset in `ends`, by decoding prefixes."""
 
         def length(count: int) -> int:
             return len(self.policy_tokenizer.decode(list(ids[:count]), skip_special_tokens=True))
 
         if not ids or self.policy_tokenizer.decode(list(ids), skip_special_tokens=True) != completion:
             raise ValueError(
-                f"the {len(ids)} tokens of a completion are not those of its text {completion[:60]!r} by the tokenizer that "
-                "should find where steps end: pass the policy's as policy_tokenizer, or one score per completion with reduce"
+                f"the {len(ids)} tokens of a completion are not those of its text {completion[:60]!r} by the tokenizer "
+                "that should find where steps end: pass the policy's as policy_tokenizer, or one score per completion "
+                "with reduce"
             )
         places = []
         for end in ends:

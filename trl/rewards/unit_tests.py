@@ -108,15 +108,15 @@ class UnitTestReward:
     ) -> None:
         if (sandbox is None) != unsafe_local:
             raise ValueError(
-                "UnitTestReward runs code written by a model: pass either sandbox=, or unsafe_local=True to run it on this "
-                f"machine with your permissions; got sandbox={sandbox!r} and unsafe_local={unsafe_local}"
+                "UnitTestReward runs code written by a model: pass either sandbox=, or unsafe_local=True to run it on "
+                f"this machine with your permissions; got sandbox={sandbox!r} and unsafe_local={unsafe_local}"
             )
         if not 0 < seconds < float("inf") or memory < 1 or concurrency < 1:
             raise ValueError(f"seconds={seconds}, memory={memory} and concurrency={concurrency} must be positive")
         if sandbox is None:
             warning = (
-                "UnitTestReward(unsafe_local=True) runs code written by a model on this machine, with access to your files "
-                "and network"
+                "UnitTestReward(unsafe_local=True) runs code written by a model on this machine, with access to your "
+                "files and network"
             )
             warnings.warn(warning, UserWarning, stacklevel=2)
             logger.warning(warning)

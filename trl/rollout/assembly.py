@@ -70,7 +70,7 @@ def assemble(
 
 
 def rollout_rows(rollout: Rollout) -> tuple[list[Tensor], list[Tensor]]:
-    """Splits a rollout as an engine returns it into `B` queries and `B` responses, 1-D, as `PPOTrainer.step` takes them.
+    """Splits an engine's rollout into `B` 1-D queries and `B` 1-D responses, in the form `step` takes.
 
     A decoder's query is every token before its first response token; an encoder-decoder's response begins with the
     decoder's start token.

@@ -1,4 +1,4 @@
-"""Chooses the engine of a sampling call: our own decoding loop, or transformers' `generate` where the loop cannot do it."""
+"""Chooses the engine of a sampling call: our own decoding loop, or transformers' `generate` where it does not apply."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl.rollout.local import Critic, LocalEngine
 from trl.rollout.self_check import fixed_steps_obstacle, obstacle
 from trl.types import Sampling
 
-# What `obstacle` says of each model: the check runs once.
+# Result of `obstacle` for each model, which runs once.
 _SELF_CHECKS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 # Whether each model on a GPU decodes in steps of fixed shapes.
 _FIXED_STEPS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """An engine and the request to it, still without a seed."""
+    """An engine and its request, whose seed is not set yet."""
 
     engine: RolloutEngine
     request: Sampling
@@ -84,7 +84,7 @@ def choose_engine(
 
 
 def known_obstacle(model: nn.Module) -> str | None:
-    """Returns what `obstacle` says of a plain model in evaluation mode; each model is tried once."""
+    """Why our own loop cannot decode a plain model in evaluation mode, or None; each model is checked once."""
     if model not in _SELF_CHECKS:
         _SELF_CHECKS[model] = obstacle(model)
     return _SELF_CHECKS[model]

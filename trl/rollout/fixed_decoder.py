@@ -17,8 +17,8 @@ _COLUMNS = 64  # the cache's capacity is a multiple of this
 class FixedDecoder(CausalDecoder):
     """`CausalDecoder` whose steps after the prefill are `ReplayedStep`s over a cache of fixed capacity."""
 
-    # Each time rows are dropped, the step is captured again, which takes as long as some twenty steps; and a step's time
-    # hardly depends on a few dozen rows.
+    # Each time rows are dropped, the step is captured again, which takes as long as some twenty steps; and a step's
+    # time hardly depends on a few dozen rows.
     least_dropped_rows = 128
 
     def __init__(self, model: Any, queries: Sequence[Tensor], limits: Sequence[int]) -> None:
@@ -72,7 +72,7 @@ class FixedDecoder(CausalDecoder):
 
 
 def decoder_for(model: Any, queries: Sequence[Tensor], limits: Sequence[int], *, fixed_steps: bool = False) -> Decoder:
-    """Builds the decoder for the model's architecture; `fixed_steps` prefers a `FixedDecoder` for a decoder-only model."""
+    """Builds the decoder for the model's architecture; with `fixed_steps`, a `FixedDecoder` if it is decoder-only."""
     if model.config.is_encoder_decoder:
         return Seq2SeqDecoder(model, queries, limits)
     return (FixedDecoder if fixed_steps else CausalDecoder)(model, queries, limits)

@@ -1,4 +1,4 @@
-"""Interprets the arguments of a `generate` call: checks them, and decides whether our own decoding loop supports them."""
+"""Checks the arguments of a `generate` call and decides whether our own decoding loop supports them."""
 
 from __future__ import annotations
 
@@ -176,7 +176,8 @@ def check_context(
             what = "the decoder's start token" if is_encoder_decoder else f"a query of {length} tokens"
             raise ValueError(
                 f"query_tensor[{i}]: a response of max_new_tokens={limit} tokens after {what} would exceed the model's "
-                f"context of {context} tokens; allow at most {max(0, context - before)} new tokens, or shorten the query"
+                f"context of {context} tokens; allow at most {max(0, context - before)} new tokens, or shorten the "
+                "query"
             )
 
 

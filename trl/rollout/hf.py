@@ -1,4 +1,4 @@
-"""Samples with transformers' `generate`: beam search, penalties, speculation, and models that our own loop does not support."""
+"""Samples with transformers' `generate`: beams, penalties, speculation, and models that our own loop cannot decode."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class TransformersEngine:
         pad_token: pads queries and the rollout's tokens.
         side: side that the rollout is padded on.
         batch_size: queries per `generate` call.
-        pads: whether queries of different lengths may share a call. Models that our own loop supports are known to ignore
-            padding; others may feed it into a recurrent state, or count positions from the first column.
+        pads: whether queries of different lengths may share a call. Models that our own loop supports are known to
+            ignore padding; others may feed it into a recurrent state, or count positions from the first column.
         arguments: arguments of `generate`, for what a `Sampling` cannot express. They override the request, except its
             limits and seed.
     """
@@ -121,7 +121,7 @@ class TransformersEngine:
 
 
 def _generate_arguments(sampling: Sampling, pad_token: int) -> dict[str, Any]:
-    """Returns the request as arguments of `generate`, switching off all other settings of the model's generation config."""
+    """Returns the request as arguments of `generate`, which override the model's whole generation config."""
     arguments: dict[str, Any] = dict.fromkeys(RESHAPING) | {
         "do_sample": not sampling.greedy,
         "num_beams": 1,

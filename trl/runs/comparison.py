@@ -11,8 +11,7 @@ from trl.data import Prompt
 from trl.functional.intervals import Estimate, mean_estimate, proportion_estimate
 from trl.protocols import Reward
 from trl.rewards import as_reward
-from trl.runs.evaluation import Judged, respond_and_judge
-from trl.runs.samples import NothingScored
+from trl.runs.evaluation import NothingScored, ScoredResponse, respond_and_score
 from trl.training.run_state import Learner
 
 
@@ -23,7 +22,7 @@ class ComparedPrompt:
     prompt: str
     trained: str
     trained_score: float | None
-    base: str | None = None  # None without a reference
+    base: str | None = None  # None if the trainer has no reference
     base_score: float | None = None
     error: str | None = None  # first error of the reward on the two responses
 
@@ -60,7 +59,8 @@ class Comparison:
     losses: int
     ties: int
     kl: Estimate | None
-    """KL of the trained policy to the reference on its own responses, in nats per response, with Student's t interval."""
+    """KL of the trained policy to the reference on its own responses, in nats per response, with Student's t
+    interval."""
     kl_per_token: float | None
     """The same in nats per token: the sum over all responses by the number of their tokens."""
     rows: tuple[ComparedPrompt, ...]
@@ -115,21 +115,21 @@ def compare(
 ) -> Comparison:
     """Samples from the policy and from the reference with the same random numbers, and scores both.
 
-    Every process must call this. See `PPOTrainer.evaluate`.
+    Every process must call this. The trainer's `evaluate` explains the arguments.
     """
     source = _excluding_failures(reward)
     try:
-        trained = respond_and_judge(trainer, prompts, source, generation, seed=seed)
+        trained = respond_and_score(trainer, prompts, source, generation, seed=seed)
         base = None
         if trainer._trl_uses_reference:
-            base = respond_and_judge(trainer, prompts, source, generation, seed=seed, base=True)
+            base = respond_and_score(trainer, prompts, source, generation, seed=seed, base=True)
     finally:
         source.close()
     return _compared(trained, base, confidence)
 
 
 def _excluding_failures(reward: Any) -> Reward:
-    """The reward of functions, which exclude what they fail on; rewards that are already built keep their settings."""
+    """Builds the reward: functions exclude samples on which they fail, ready-made rewards keep their settings."""
     members = (
         reward.values() if isinstance(reward, Mapping) else reward if isinstance(reward, list | tuple) else [reward]
     )
@@ -138,9 +138,11 @@ def _excluding_failures(reward: Any) -> Reward:
     return as_reward(reward, on_error="skip")
 
 
-def _compared(trained: Sequence[Judged], base: Sequence[Judged] | None, confidence: float) -> Comparison:
+def _compared(
+    trained: Sequence[ScoredResponse], base: Sequence[ScoredResponse] | None, confidence: float
+) -> Comparison:
     """Raises NothingScored if no prompt has a score for every response."""
-    others: Sequence[Judged | None] = [None] * len(trained) if base is None else base
+    others: Sequence[ScoredResponse | None] = [None] * len(trained) if base is None else base
     rows = tuple(
         ComparedPrompt(
             prompt=ours.prompt,
@@ -182,11 +184,11 @@ def _compared(trained: Sequence[Judged], base: Sequence[Judged] | None, confiden
     )
 
 
-def _side(judged: Sequence[Judged], scores: Sequence[float], confidence: float) -> Side:
+def _side(responses: Sequence[ScoredResponse], scores: Sequence[float], confidence: float) -> Side:
     return Side(
         score=mean_estimate(scores, confidence),
-        length=math.fsum(row.length for row in judged) / len(judged),
-        truncated=sum(not row.finished for row in judged) / len(judged),
+        length=math.fsum(row.length for row in responses) / len(responses),
+        truncated=sum(not row.finished for row in responses) / len(responses),
     )
 
 

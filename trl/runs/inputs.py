@@ -27,7 +27,7 @@ class RunInputs:
 
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
-    generation: Mapping[str, Any]  # arguments of `generate`
+    generation: Mapping[str, Any]  # arguments of the trainer's `generate`
     eval_generation: Mapping[str, Any]  # the same for held-out prompts: as long as a training response may become
     length_sampler: LengthSampler | None
     batch_size: int  # samples per step, over all processes
@@ -41,7 +41,8 @@ class RunInputs:
         """Loads the prompts of a run. Every process must call this.
 
         Raises:
-            ValueError: if prompts and responses do not fit into the model's context, or processes hold different prompts.
+            ValueError: if prompts and responses do not fit into the model's context, or processes hold different
+                prompts.
         """
         batch_size = int(trainer.config.batch_size) * trainer.accelerator.num_processes
         prompts = load_run_prompts(trainer, options.prompts, _max_response(options, generation))
@@ -91,7 +92,7 @@ class RunInputs:
 
 @contextmanager
 def run_settings(trainer: Learner, options: TrainOptions, generation: Mapping[str, Any]) -> Iterator[None]:
-    """Sets `max_skipped_updates` and `stop_token_ids` for the duration of a run, where the configuration leaves them unset.
+    """Sets `max_skipped_updates` and `stop_token_ids` during a run, where the configuration leaves them unset.
 
     Without the latter, a response ended by a stop token of `generation` would get the missing-EOS penalty.
 

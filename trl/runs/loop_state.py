@@ -52,7 +52,7 @@ class LoopState:
         """Reasons why a checkpoint belongs to a different run, apart from those found by the trainer."""
         state = checkpoint.state["extra"].get("run")
         if state is None or state["version"] != _VERSION:
-            return ["it was not saved by this version's PPOTrainer.train"]
+            return ["it was not saved by `train` of this version"]
         reasons = []
         if state["prompts"] != self.inputs.fingerprint:
             reasons.append("its prompts have other ids or tokens")

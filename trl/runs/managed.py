@@ -17,7 +17,7 @@ from trl.protocols import Reward
 from trl.redaction import redact
 from trl.rewards import as_reward
 from trl.rewards.compose import budgets_of
-from trl.runs.evaluation import evaluate_prompts
+from trl.runs.evaluation import NothingScored, evaluate_prompts
 from trl.runs.inputs import RunInputs, run_settings
 from trl.runs.keeper import Keeper
 from trl.runs.loop_state import LoopState
@@ -26,10 +26,10 @@ from trl.runs.options import TrainOptions, TrainResult
 from trl.runs.progress import NoProgress, Progress, progress_for
 from trl.runs.rollback import SpikePolicy
 from trl.runs.rows import Clock, scalars_of
-from trl.runs.samples import Drawn, NothingScored, draw, gather_records, gather_scored, judge, prepare_arguments, totals
+from trl.runs.samples import Drawn, draw, gather_records, gather_scored, prepare_arguments, score_samples, totals
 from trl.runs.signals import SignalWatch, raise_for
 from trl.runs.token_records import token_records
-from trl.state.rng import kept_generators
+from trl.state.rng import preserved_generators
 from trl.trackers import CompletionRecord, SafeTracker
 from trl.trackers.completions import records_table
 from trl.training.processes import check_same, run_together, share_json, sum_over_processes
@@ -168,7 +168,7 @@ class _Run:
         prompts = [inputs.prompts[index] for index in state.sampler.next() for _ in range(inputs.group_size)]
         drawn = draw(self.trainer, prompts, inputs.generation, inputs.length_sampler)
         clock.lap("sample")
-        scored = judge(self.trainer, self.reward, drawn, f"step/{state.step + 1}")
+        scored = score_samples(self.trainer, self.reward, drawn, f"step/{state.step + 1}")
         all_scored = gather_scored(self.accelerator, scored)
         clock.lap("score")
         stats, experience = self._learn(drawn, scored, all_scored)
@@ -288,7 +288,7 @@ class _Run:
         """
 
         def call(callback: Any) -> Any:
-            with kept_generators(self.accelerator.device, self.trainer._trl_generator):
+            with preserved_generators(self.accelerator.device, self.trainer._trl_generator):
                 return getattr(callback, name)(self.trainer, *arguments)
 
         if not self.options.callbacks:

@@ -22,22 +22,22 @@ logger = logging.getLogger(__name__)
 
 
 class Observer:
-    """Lets a `Watch` look at the run and reports each of its findings once, on the main process.
+    """Shows the run to a `Watch` and reports each of its findings once, on the main process.
 
-    An exception in the `Watch` is logged once and costs that look alone: a run never ends over a defect of its doctor.
+    If the `Watch` raises, only that check is skipped; a failing doctor never ends a run. The first exception is logged.
     """
 
     def __init__(self, trainer: Learner, watch: Watch, keeper: Keeper) -> None:
         self._trainer, self._watch, self._keeper = trainer, watch, keeper
         self._failures = 0
         self.findings: list[Finding] = []
-        """Every finding of the run, including those before a resumption; [] on other processes than the main one."""
+        """Every finding of the run, including those from before it was resumed; [] except on the main process."""
 
     def begin(self, step: int, inputs: RunInputs, config: Mapping[str, Any]) -> None:
-        """Looks at the settings, before the first step after `step`. Every process must call this, as the others.
+        """Checks the settings, before the first step after `step`. Every process must call this and `first_batch`.
 
         Raises:
-            UnfitRun: if a finding is an error, on every process.
+            UnfitRun: on every process, if a finding is an error.
         """
         self.findings = self._keeper.findings()
 
@@ -48,12 +48,12 @@ class Observer:
         self._report(look)
 
     def first_batch(self, drawn: Drawn, scored: Scored, experience: Experience) -> None:
-        """Looks at the first batch, before its update; raises as `begin`."""
+        """Checks the first batch, before its update; raises as `begin`."""
         batch = FirstBatch(drawn=drawn, scores=totals(scored), experience=experience)
         self._report(lambda: self._watch.first_batch(self._trainer, batch))
 
     def row(self, step: int, row: Mapping[str, Any]) -> None:
-        """Looks at a step's metrics. No error: what has already been trained on may still be of use."""
+        """Checks a step's metrics. Never raises: the trained weights may still be useful."""
         if self._trainer.accelerator.is_main_process:
             self._record(self._findings_of(lambda: self._watch.row({**row, "step": step})))
 
@@ -62,9 +62,11 @@ class Observer:
         if self._failures > 1:
             logger.warning("the doctor failed %d times in this run", self._failures)
         if self.findings:
-            shown = "; ".join(f"{finding.code} in step {finding.step}: {finding.title}" for finding in self.findings)
+            shown = "; ".join(
+                f"{finding.code} in step {finding.step}: {finding.title.removesuffix('.')}" for finding in self.findings
+            )
             count = f"{len(self.findings)} finding{'s' if len(self.findings) > 1 else ''}"
-            logger.warning("the doctor made %s in this run: %s See docs/doctor.md", count, shown)
+            logger.warning("the doctor made %s in this run: %s. See docs/doctor.md", count, shown)
 
     def _report(self, look: Callable[[], list[Finding]]) -> None:
         accelerator = self._trainer.accelerator
@@ -74,12 +76,12 @@ class Observer:
             self._record(findings)
             if errors := [finding for finding in findings if finding.severity == "error"]:
                 told = "\n".join(str(finding) for finding in errors)
-                raise UnfitRun(f"{told}\n(train(doctor=False) trains all the same)")
+                raise UnfitRun(f"{told}\nPass doctor=False to train anyway.")
 
         run_together(accelerator, lambda: on_main() if accelerator.is_main_process else None, UnfitRun)
 
     def _findings_of(self, look: Callable[[], list[Finding]]) -> list[Finding]:
-        """Returns the findings of one look; [] if the doctor raises, which is logged the first time."""
+        """Returns the findings of one check; [] if the doctor raises, which is logged the first time."""
         try:
             return look()
         except Exception as error:
@@ -87,7 +89,7 @@ class Observer:
             if self._failures == 1:
                 reason = redact(f"{type(error).__name__}: {error}")
                 logger.warning(
-                    "the doctor failed (%s); training goes on, and its further failures are only counted\n%s",
+                    "the doctor failed (%s); training goes on, and further failures are only counted\n%s",
                     reason, redact(traceback.format_exc().rstrip()),
                 )  # fmt: skip
                 self._keeper.event(f"the doctor failed: {reason}")

@@ -19,10 +19,10 @@ OnDiskError = Literal["stop", "go_on"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """Result of `PPOTrainer.train`."""
+    """Result of a trainer's `train`."""
 
     steps: int
-    """Total steps of the run, including those before a resumption."""
+    """Total steps of the run, including those from before it was resumed."""
     episodes: int
     """Total samples, over all processes."""
     reason: str
@@ -38,7 +38,7 @@ class TrainResult:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Metrics row of the last step; empty if this call took no step."""
     findings: tuple[Finding, ...] = ()
-    """What the doctor found in the whole run, on the main process."""
+    """The doctor's findings in the whole run, on the main process."""
 
     def report(self, out: str | Path | None = None) -> Path:
         """Writes the report on this run, one HTML file, and returns its path; see `trl.report.write_report`.
@@ -58,7 +58,7 @@ class TrainResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
-    """Validated arguments of `PPOTrainer.train`; see there for their meaning.
+    """Validated arguments of `train`, which explains them.
 
     Raises:
         ValueError: if an argument is invalid; the message names it, its value and what is expected.
@@ -127,12 +127,12 @@ class TrainOptions:
         return self.save_every
 
     def generation_for(self, temperature: float, stops: Sequence[int]) -> dict[str, Any]:
-        """Arguments of `PPOTrainer.generate`; see `generation_for`."""
+        """Arguments of the trainer's `generate`; see the function `generation_for`."""
         return generation_for(self.generation, temperature, stops)
 
 
 def generation_for(given: Mapping[str, Any] | None, temperature: float, stops: Sequence[int]) -> dict[str, Any]:
-    """Arguments of `PPOTrainer.generate`. The defaults sample from the distribution that the update scores."""
+    """Arguments of the trainer's `generate`. The defaults sample from the distribution that the update scores."""
     settings: dict[str, Any] = {
         "do_sample": True,
         "top_k": 0,

@@ -71,7 +71,7 @@ class PlainProgress:
     def update(self, step: int, row: Mapping[str, Any]) -> None:
         """Prints a line if one is due."""
         now = time.monotonic()
-        if step == 0:  # the evaluation before the first step, which says nothing about the time of the others
+        if step == 0:  # the evaluation before the first step, whose duration does not predict theirs
             self._started = now
             self._stream.write(f"before training: {numbers(row)}\n")
             self._stream.flush()

@@ -13,7 +13,7 @@ from trl.runs.keeper import Keeper
 from trl.runs.memory import MemoryCheckpoint
 from trl.runs.options import TrainOptions
 from trl.runs.spikes import SpikeDetector, SpikeSettings
-from trl.state.rng import kept_generators
+from trl.state.rng import preserved_generators
 from trl.training.processes import sum_over_processes
 from trl.training.resume import load_step, restore
 from trl.training.run_state import Learner
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class SpikePolicy:
-    """Checks the KL before an update and the loss after it, and applies `on_spike`; the same on every process.
+    """Checks the KL before an update and the loss after it, and applies `on_spike`. Every process decides alike.
 
     A rollback restores the weights of the anchor, which is the newest checkpoint at a multiple of `every` steps, and
     continues with the next prompts and random numbers. Checkpoints at other steps are never anchors, so that a run that
     was stopped and resumed rolls back to the same step as an uninterrupted one.
 
     Args:
-        trainer: a PPOTrainer.
+        trainer: the run's trainer.
         options: options of the run.
         keeper: writer of the run's checkpoints; if it has no folder, the anchor is kept in memory.
         every: steps between anchors.
@@ -114,7 +114,7 @@ class SpikePolicy:
     def _roll_back(self, step: int) -> None:
         """Restores the anchor but keeps the random generators: replaying their draws would repeat the same samples."""
         trainer, folder = self._trainer, self._keeper.checkpoints
-        with kept_generators(trainer.accelerator.device, trainer._trl_generator):
+        with preserved_generators(trainer.accelerator.device, trainer._trl_generator):
             if folder is not None:
                 load_step(trainer, folder, self._anchor)
             else:

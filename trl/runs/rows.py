@@ -10,15 +10,7 @@ from typing import Any
 from trl.runs.samples import totals
 from trl.trackers import CompletionRecord
 from trl.trackers.plain import as_number
-from trl.types import Scored
-
-
-def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and population standard deviation; NaN without values."""
-    if not values:
-        return math.nan, math.nan
-    mean = math.fsum(values) / len(values)
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+from trl.types import Scored, mean_and_std
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
@@ -38,7 +30,7 @@ def scalars_of(stats: Mapping[str, Any], scored: Scored, records: Sequence[Compl
     """Collects the scalars of a step and its rewards into a row; timings get the prefix `time/`.
 
     Args:
-        stats: statistics from `PPOTrainer.step`; arrays are dropped.
+        stats: statistics of the trainer's step; arrays are dropped.
         scored: scores of the samples of all processes.
         records: the samples of all processes.
     """

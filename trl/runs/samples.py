@@ -18,15 +18,11 @@ from trl.rewards.compose import score_apart
 from trl.rewards.isolation import drawing_from
 from trl.rollout import stop_strings, stop_tokens
 from trl.runs.token_records import TokenRecord
-from trl.state.rng import own_numbers
+from trl.state.rng import seeded_generators
 from trl.trackers import CompletionRecord
 from trl.training.processes import run_together, share_json
 from trl.training.run_state import Learner
 from trl.types import Sample, Scored
-
-
-class NothingScored(RuntimeError):
-    """Raised when no sample has a score: in several consecutive batches of a run, or in an evaluation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +48,7 @@ def draw(
     *,
     base: bool = False,
 ) -> Drawn:
-    """Samples a response to each prompt with `PPOTrainer.generate`, or with `base` from the reference."""
+    """Samples a response to each prompt with the trainer's `generate`; if `base`, from the reference."""
     queries = [prompt.tokens.to(trainer.current_device) for prompt in prompts]
     sample = trainer._trl_generate_from_reference if base else trainer.generate
     responses = list(sample(queries, length_sampler, return_prompt=False, **generation))
@@ -78,12 +74,12 @@ def draw(
 
 
 def _contains_any(strings: Sequence[str], tokenizer: Any, tokens: Sequence[int]) -> bool:
-    """Whether a response contains one of the stop `strings`, at the first of which it ends."""
+    """Whether a response contains one of the stop `strings`, the first of which ends it."""
     text = tokenizer.decode(tokens) if strings else ""
     return any(string in text for string in strings)
 
 
-def judge(trainer: Learner, reward: Reward, drawn: Drawn, stream: str) -> Scored:
+def score_samples(trainer: Learner, reward: Reward, drawn: Drawn, stream: str) -> Scored:
     """Scores samples; a failure on one process fails on all.
 
     The reward has its own random streams, isolated from the run's generators and seeded by the run's seed, the process
@@ -93,7 +89,7 @@ def judge(trainer: Learner, reward: Reward, drawn: Drawn, stream: str) -> Scored
     seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:7], "big")
 
     def score() -> Scored:
-        with own_numbers(seed, trainer.accelerator.device, trainer._trl_generator), drawing_from(stream):
+        with seeded_generators(seed, trainer.accelerator.device, trainer._trl_generator), drawing_from(stream):
             return score_apart(reward, drawn.samples)
 
     return run_together(trainer.accelerator, score)

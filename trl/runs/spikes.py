@@ -43,8 +43,8 @@ class SpikeSettings:
     window: int = 50
     """Number of recent steps in the median."""
     least: int = 10
-    """Number of steps to observe before the median bounds apply. Until then, a value spikes above the same multiple of the
-    largest value so far."""
+    """Number of steps to observe before the median bounds apply. Until then, a value spikes above the same multiple of
+    the largest value so far."""
     most_in_a_row: int = 3
     """Consecutive batches that may be skipped or rolled back before the run ends with an error."""
 
@@ -103,8 +103,8 @@ class SpikeDetector:
         self.in_a_row += 1
         if self.in_a_row > self.settings.most_in_a_row:
             raise SpikeError(
-                f"{self.in_a_row} batches in a row spiked (most_in_a_row={self.settings.most_in_a_row}); the last because "
-                f"{reason}. Check the learning rate, the scores and objective/kl"
+                f"{self.in_a_row} batches in a row spiked (most_in_a_row={self.settings.most_in_a_row}); the last "
+                f"because {reason}. Check the learning rate, the scores and objective/kl"
             )
 
     def state_dict(self) -> dict[str, Any]:

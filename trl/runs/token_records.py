@@ -12,8 +12,8 @@ from trl.types import ActorCritic, Experience
 
 MAX_SAMPLES = 4  # per process and step: best, worst, furthest from the reference, first
 MAX_TOKENS = 512  # of each response
-_DIGITS = 5  # significant digits, which a heat map does not exceed
-_PARTIAL = "\ufffd"  # what tokenizers decode an incomplete character to
+_DIGITS = 5  # significant digits, enough for a heat map
+_PARTIAL = "\ufffd"  # tokenizers decode an incomplete character to this
 
 TokenRecord = Mapping[str, list[Any]]
 
@@ -27,8 +27,8 @@ def token_records(tokenizer: Any, experience: Experience, scores: Sequence[float
         scores: `B` totals; a sample without one is not recorded.
 
     Returns:
-        For each chosen row the lists `text`, `reward`, `kl`, `advantage` and `value`, one entry per counted response token,
-        up to `MAX_TOKENS`. A list is missing where the algorithm does not compute it.
+        For each chosen row the lists `text`, `reward`, `kl`, `advantage` and `value`, one entry per counted response
+        token, up to `MAX_TOKENS`. A list is missing where the algorithm does not compute it.
     """
     arrays: dict[str, Tensor] = {"advantage": experience.advantages}
     if isinstance(experience, ActorCritic):
@@ -58,7 +58,7 @@ def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
         return text
 
     texts: list[str] = []
-    context, shown = 0, 0  # the token before, which decides on spaces, and the first one not shown yet
+    context, shown = 0, 0  # previous token, which decides on spaces; first token not shown yet
     for end in range(1, len(tokens) + 1):
         before, text = decode(context, shown), decode(context, end)
         if text.endswith(_PARTIAL) and end < len(tokens):

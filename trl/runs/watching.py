@@ -1,4 +1,4 @@
-"""What a managed run shows to the doctor (`trl.doctor`), which stands above it."""
+"""Protocol through which the doctor (`trl.doctor`) observes a managed run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl.types import Experience
 
 
 class UnfitRun(ValueError):
-    """Raised when the doctor finds that a run can never train rightly."""
+    """Raised when the doctor finds that a run cannot train correctly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class FirstBatch:
 
 
 class Watch(Protocol):
-    """Looks at a managed run from its main process. Must not draw random numbers, change modes or call collectives."""
+    """Observes a managed run on its main process. Must not draw random numbers, change modes or call collectives."""
 
     def begin(
         self,
@@ -44,12 +44,12 @@ class Watch(Protocol):
             prompts: all prompts.
             generation: arguments of `generate`.
             config: the run's settings, as in `config.resolved.yaml`.
-            rows: metrics rows of the steps that are already done.
+            rows: metrics rows of the completed steps.
         """
         ...
 
     def first_batch(self, trainer: Learner, batch: FirstBatch) -> list[Finding]:
-        """Called before the update of step 1; not in a resumed run."""
+        """Called before the update of step 1; not called in a resumed run."""
         ...
 
     def row(self, row: Mapping[str, Any]) -> list[Finding]:
@@ -58,7 +58,7 @@ class Watch(Protocol):
 
 
 class NoWatch:
-    """Finds nothing."""
+    """A `Watch` that checks nothing, for `train(doctor=False)`."""
 
     def begin(self, *_: Any) -> list[Finding]:
         """Returns []."""

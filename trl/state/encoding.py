@@ -46,8 +46,8 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             return dict(pairs)
         return {"__items__": pairs}
     raise ValueError(
-        f"{path} is a {type(value).__name__}, which a checkpoint cannot store; it stores numbers, strings, tensors, and "
-        "lists, tuples and dicts of them"
+        f"{path} is a {type(value).__name__}, which a checkpoint cannot store; it stores numbers, strings, tensors, "
+        "and lists, tuples and dicts of them"
     )
 
 

@@ -44,7 +44,7 @@ def set_generators(state: Mapping[str, Any], device: torch.device, order_generat
 
 
 @contextmanager
-def kept_generators(device: torch.device, order_generator: torch.Generator) -> Iterator[None]:
+def preserved_generators(device: torch.device, order_generator: torch.Generator) -> Iterator[None]:
     """Restores every generator on exit, whatever is drawn or seeded inside the context."""
     state = generators_state(device, order_generator)
     try:
@@ -54,9 +54,9 @@ def kept_generators(device: torch.device, order_generator: torch.Generator) -> I
 
 
 @contextmanager
-def own_numbers(seed: int, device: torch.device, order_generator: torch.Generator) -> Iterator[None]:
+def seeded_generators(seed: int, device: torch.device, order_generator: torch.Generator) -> Iterator[None]:
     """Seeds the global generators with `seed` inside the context and restores every generator on exit."""
-    with kept_generators(device, order_generator):
+    with preserved_generators(device, order_generator):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """Adapters from `Tracker` to TensorBoard, Weights & Biases, trackio, MLflow and accelerate's other trackers.
 
-Each starts in its constructor, so construct it on the thread of a `SafeTracker` (see `Late`): clients ask servers, wait and fail.
+Each starts in its constructor, so construct it on the thread of a `SafeTracker` (see `Late`): clients ask servers, wait
+and fail.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _MLFLOW_BATCH = 100  # maximum number of parameters per request to an MLflow ser
 
 
 class TrackerIds:
-    """Ids under which trackers know a run, kept in `trackers.json` of the run folder, so that a resumed run goes on there.
+    """Trackers' ids of a run, kept in `trackers.json` of its folder, so that a resumed run continues there.
 
     Args:
         folder: run folder; None forgets the ids at the end of the process.
@@ -275,7 +276,7 @@ class MlflowTracker:
         return 1 + max((metric.step for metric in history), default=-1)
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Logs a row: numbers as metrics, tables as JSON artifacts. Steps that the resumed run has already are left out."""
+        """Logs a row: numbers as metrics, tables as JSON artifacts. Skips steps that the resumed run already has."""
         if step < self._first_step:
             return
         now = int(time.time() * 1000)

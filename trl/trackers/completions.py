@@ -14,7 +14,7 @@ Row = Sequence[str | float | None]
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under named columns, as one value of a tracker's row. Make it with `completions_table` or `records_table`."""
+    """A table as one value of a tracker's row, built by `completions_table` or `records_table`."""
 
     columns: list[str]
     rows: list[list[str | float | None]]
@@ -36,7 +36,7 @@ def completions_table(columns: Sequence[str], rows: Sequence[Row]) -> Table:
 
 
 def records_table(records: Sequence[CompletionRecord], limit: int) -> Table:
-    """The first `limit` samples of a step: prompt, completion, rewards by name if there are several, score, KL, length."""
+    """The first `limit` samples of a step: prompt, completion, each of several rewards, score, KL, length."""
     shown = list(records[:limit])
     names = sorted({name for record in shown for name in record.rewards})
     names = names if len(names) > 1 else []

@@ -23,7 +23,7 @@ class Finding:
     code: str
     """Its name, such as "constant-reward"."""
     severity: Literal["warning", "error"]
-    """"error": the run can never train rightly."""
+    """"error": the run cannot train correctly."""
     title: str
     evidence: str
     """The numbers that it was concluded from."""
@@ -40,7 +40,8 @@ class Finding:
         return {**asdict(self), "page": self.page}
 
     def __str__(self) -> str:
-        return f"{self.severity} {self.code} (step {self.step}): {self.title} {self.evidence}. {self.remedy} See {self.page}"
+        head = f"{self.severity} {self.code} (step {self.step}): {self.title}"
+        return f"{head} {self.evidence}. {self.remedy} See {self.page}"
 
 
 def finding_line(finding: Finding) -> str:

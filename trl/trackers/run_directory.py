@@ -325,7 +325,9 @@ def read_config(folder: str | Path) -> Any:
 
     path = Path(folder) / "config.resolved.yaml"
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader) if path.exists() else None  # noqa: S506 - a SafeLoader
+        if not path.exists():
+            return None
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 

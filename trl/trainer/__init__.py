@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from trl.trainer.utils import disable_dropout_in_model
     from trl.training.running_moments import RunningMoments
 
-if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+if not TYPE_CHECKING:  # type checkers still report unknown names
 
     def __getattr__(name: str) -> Any:
         if name in _HOME_OF:

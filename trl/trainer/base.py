@@ -24,10 +24,10 @@ class BaseTrainer:
     def __init__(self, config: Any) -> None:
         self.config = config
 
-    if not TYPE_CHECKING:  # else no attribute would be unknown
+    if not TYPE_CHECKING:  # type checkers still report unknown attributes
 
         def __getattr__(self, name: str) -> Any:
-            if hasattr(type(self), name):  # a property that raised an AttributeError of its own
+            if hasattr(type(self), name):  # a property raised the AttributeError itself
                 return object.__getattribute__(self, name)
             return old_attribute(self, name)
 

@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 # Settings left out of the card: they describe the run rather than the algorithm, or may contain paths.
 _HIDDEN_SETTINGS = (
-    "task_name", "model_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "tracker_project_name",
-    "push_to_hub_if_best_kwargs", "compare_steps", "exp_name", "query_dataset", "reward_model", "dataset_num_proc",
-    "optimize_device_cache", "backward_batch_size", "world_size", "global_batch_size", "global_backward_batch_size",
-    "is_encoder_decoder", "is_peft_model",
+    "task_name", "model_name", "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs",
+    "tracker_project_name", "push_to_hub_if_best_kwargs", "compare_steps", "exp_name", "query_dataset", "reward_model",
+    "dataset_num_proc", "optimize_device_cache", "backward_batch_size", "world_size", "global_batch_size",
+    "global_backward_batch_size", "is_encoder_decoder", "is_peft_model",
 )  # fmt: skip
 # This project has no public address to link to, and the package index has another `trl`.
 _WHICH_TRL = "a from-scratch implementation of RLHF for language models, not the `trl` of the Python Package Index"
@@ -72,7 +72,8 @@ from trl import {wrapper_class}
 model = {wrapper_class}.from_pretrained(source)
 ```
 """
-_PPO = """PPO ([arXiv:1707.06347](https://arxiv.org/abs/1707.06347)) on scores of whole responses, with a penalty on the KL divergence from
+_PPO = """PPO ([arXiv:1707.06347](https://arxiv.org/abs/1707.06347)) on scores of whole responses, with a penalty on \
+the KL divergence from
 the initial model ([arXiv:1909.08593](https://arxiv.org/abs/1909.08593))"""
 _OTHER = "{name}, a policy gradient without a critic, on scores of whole responses"
 

@@ -119,8 +119,8 @@ def check_start(responses: Sequence[Tensor], start: int | None) -> None:
     first_tokens = [int(r[0]) for r in responses if start is not None and int(r[0]) != start]
     if first_tokens:
         warnings.warn(
-            f"{len(first_tokens)} of {len(responses)} responses do not begin with the decoder's start token {start} but, for "
-            f"example, with {first_tokens[0]}. The first token of an encoder-decoder's response is decoder input and is not "
-            "trained on. Was the start token stripped?",
+            f"{len(first_tokens)} of {len(responses)} responses do not begin with the decoder's start token {start} "
+            f"but, for example, with {first_tokens[0]}. The first token of an encoder-decoder's response is decoder "
+            "input and is not trained on. Was the start token stripped?",
             stacklevel=4,
         )

@@ -38,8 +38,8 @@ _MAY_DIFFER = ("seed", "task_name", "model_name", "tracker_project_name")
 # Settings that only PPO reads.
 _PPO_SETTINGS = (
     "adap_kl_ctrl", "init_kl_coef", "target", "horizon", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef",
-    "kl_penalty", "whiten_rewards", "use_score_scaling", "use_score_norm", "score_clip", "missing_eos_penalty", "dual_clip",
-    "value_warmup_steps", "loss_denominator", "importance_cap",
+    "kl_penalty", "whiten_rewards", "use_score_scaling", "use_score_norm", "score_clip", "missing_eos_penalty",
+    "dual_clip", "value_warmup_steps", "loss_denominator", "importance_cap",
 )  # fmt: skip
 
 
@@ -94,7 +94,8 @@ def make_reference(
     if ref_model is not None:
         if model.reference_adapter_name is not None:
             raise ValueError(
-                f"ref_model and the reference adapter {model.reference_adapter_name!r} are two references: pass ref_model=None"
+                f"ref_model and the reference adapter {model.reference_adapter_name!r} are two references: pass "
+                "ref_model=None"
             )
         if not isinstance(ref_model, PreTrainedModelWrapper):
             raise ValueError(
@@ -117,8 +118,8 @@ def make_reference(
     if model.reference_adapter_name is not None or adapter_starts_at_zero(model):
         return None
     logger.warning(
-        "the adapter does not start at zero, so disabling it does not give the initial policy: using a frozen copy of the "
-        "whole model as the reference; from_pretrained(..., reference_adapter=) takes the adapter alone instead"
+        "the adapter does not start at zero, so disabling it does not give the initial policy: using a frozen copy of "
+        "the whole model as the reference; from_pretrained(..., reference_adapter=) takes the adapter alone instead"
     )
     return create_reference_model(model)
 
@@ -129,8 +130,8 @@ def make_optimizer(
     """The given optimizer, or Adam at `config.learning_rate`; warns if the trained weights are half precision."""
     if half_dtypes := {str(p.dtype) for p in trained if p.dtype in (torch.bfloat16, torch.float16)}:
         logger.warning(
-            "the trained weights are %s, which loses updates smaller than their spacing%s. For half-precision compute with "
-            "float32 weights, load them in float32 and set accelerator_kwargs={'mixed_precision': 'bf16'}",
+            "the trained weights are %s, which loses updates smaller than their spacing%s. For half-precision compute "
+            "with float32 weights, load them in float32 and set accelerator_kwargs={'mixed_precision': 'bf16'}",
             ", ".join(sorted(half_dtypes)),
             ", and Adam's second moment underflows to 0, which makes updates far too large"
             if str(torch.float16) in half_dtypes
@@ -140,8 +141,8 @@ def make_optimizer(
         return make_adam(trained, float(config.learning_rate or 0), narrow=config.optimizer_state_dtype != "float32")
     if config.optimizer_state_dtype != "float32":
         raise ValueError(
-            f"optimizer_state_dtype={config.optimizer_state_dtype!r} applies to the trainer's own Adam, not to the given "
-            f"{type(optimizer).__name__}"
+            f"optimizer_state_dtype={config.optimizer_state_dtype!r} applies to the trainer's own Adam, not to the "
+            f"given {type(optimizer).__name__}"
         )
     return optimizer
 
@@ -181,5 +182,6 @@ def check_unused_settings(config: Any, algorithm: str) -> None:
     defaults = {f.name: f.default for f in fields(PPOConfig)}
     if changed := [name for name in _PPO_SETTINGS if getattr(config, name) != defaults[name]]:
         raise ValueError(
-            f"{', '.join(changed)}: only PPO uses these settings; {algorithm} takes its own as arguments of the algorithm"
+            f"{', '.join(changed)}: only PPO uses these settings; {algorithm} takes its own as arguments of the "
+            "algorithm"
         )

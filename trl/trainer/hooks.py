@@ -1,7 +1,7 @@
 """Hooks that a subclass of `PPOTrainer` may override, called in the signatures of TRL 0.4 to 0.11.
 
-TRL 0.5 moved the advantages out of `loss`: from then on `loss` and `train_minibatch` were given advantages and returns in place of
-rewards. TRL 0.7 added masks, and a third result of `compute_rewards`. An override says by its parameters which one it is.
+Since TRL 0.5, `loss` and `train_minibatch` receive advantages and returns instead of rewards. TRL 0.7 added masks and a
+third result of `compute_rewards`. The parameters of an override tell which signature it expects.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trl.models import reference_mode
 from trl.training.running_moments import RunningMoments
 
 logger = logging.getLogger(__name__)
-UNSET: Any = ...  # an argument that is not given, where None is a value
+UNSET: Any = ...  # marks an omitted argument where None is a value
 
 # Order of the arguments in TRL 0.4.6, and from 0.5 on.
 _OLD_ORDER = {
@@ -30,14 +30,14 @@ _NEW_ORDER = {
     "loss": ("old_logprobs", "values", "logits", "vpreds", "logprobs", "mask", "advantages", "returns"),
     "train_minibatch": ("old_logprobs", "values", "logprobs", "logits", "vpreds", "mask", "advantages", "returns"),
 }
-# Methods that TRL called and this library does not: what to do instead of overriding them.
+# Methods that TRL called and this library does not, each with what to do instead of overriding it.
 _NEVER_CALLED = {
     "_prepare_deepspeed": "configure DeepSpeed through accelerate, which prepares the reference, too",
     "_set_signature_columns_if_needed": "override _remove_unused_columns, or pass remove_unused_columns=False",
 }
 
 
-# Helpers of TRL's trainer that this one does not have: what to use.
+# Helpers of TRL's trainer that are missing here, each with its replacement.
 NOT_HERE = {
     "_filter_kwargs": "inspect.signature; TRL never called it",
     "_prepare_deepspeed": "accelerate, which prepares the reference, too",
@@ -48,7 +48,7 @@ NOT_HERE = {
     "compare_step": "config.compare_steps; the count is part of state_dict()",
     "push_to_hub_kwargs": "config.push_to_hub_if_best_kwargs",
 }
-# Attributes that TRL's trainer had, made when they are asked for: a step of a client's own may use them.
+# Attributes of TRL's trainer, built on first use, since a client's own `step` may read them.
 _OLD_ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
     "highest_reward": lambda trainer: trainer._trl_highest_score,
     "is_using_text_environment": lambda trainer: False,
@@ -59,12 +59,12 @@ _OLD_ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
     "processing_class": lambda trainer: trainer.tokenizer,
     "running": lambda trainer: vars(trainer).setdefault("running", RunningMoments(trainer.accelerator)),
 }
-# This library's own, under names that a subclass may give to something else.
+# Attributes of this library that are stored under a private name, so that a subclass may reuse the public one.
 _PUBLIC = ("algorithm", "compute", "fingerprints", "guards", "recipe", "score_moments", "stats_prefix")
 
 
 def old_attribute(trainer: Any, name: str) -> Any:
-    """An attribute that `trainer` does not hold: one that TRL had, or this library's own under its short name.
+    """Looks up a missing attribute of `trainer`: one of TRL's trainer, or the public name of a private one.
 
     Raises:
         AttributeError: if it is neither; the message says what to use instead of one that TRL had.
@@ -83,7 +83,7 @@ def is_overridden(trainer: Any, base: type, *names: str) -> bool:
 
 
 def check_overrides(trainer: Any, base: type) -> None:
-    """Checks that no subclass of `base` defines a method that TRL called and this library never would.
+    """Checks that no subclass of `base` defines a method that TRL called and this library never calls.
 
     Raises:
         TypeError: if one does.
@@ -92,7 +92,7 @@ def check_overrides(trainer: Any, base: type) -> None:
     own = [
         vars(trainer),
         *map(vars, kinds[: kinds.index(base)]),
-    ]  # not those of classes beside it, such as transformers.Trainer
+    ]  # excludes later bases, such as transformers.Trainer
     for name, remedy in _NEVER_CALLED.items():
         if any(name in names for names in own):
             raise TypeError(f"{type(trainer).__name__} defines {name}, which is never called here: {remedy}")
@@ -104,7 +104,7 @@ def takes(method: Callable[..., Any], name: str) -> bool:
 
 
 def in_either_order(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets the trainer's own `loss` or `train_minibatch` be called in the order of TRL 0.4.6 or in that of 0.5 to 0.11."""
+    """Lets `loss` or `train_minibatch` be called in the argument order of TRL 0.4.6 or of 0.5 to 0.11."""
     order = _NEW_ORDER[method.__name__]
 
     @wraps(method)
@@ -119,7 +119,7 @@ def in_either_order(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def model_or_queries_first(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets the trainer's own `_generate_batched` be called as in TRL 0.7, with a model first, or without one, as before."""
+    """Lets `_generate_batched` be called with the model first, as in TRL 0.7, or without it, as before."""
 
     @wraps(method)
     def ordered(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,8 +135,8 @@ def model_or_queries_first(method: Callable[..., Any]) -> Callable[..., Any]:
 def is_newer(trainer: Any, base: type, name: str) -> bool:
     """Whether an override of `loss` or `train_minibatch` takes advantages and returns, as from TRL 0.5 on.
 
-    It does if it has a parameter `advantages`, if its third one is not the rewards, or if it needs eight. An override of
-    `*args` alone, or one that only passes on what the trainer's own takes, is called in the order of TRL 0.4.6.
+    It does if it has a parameter `advantages`, if its third one is not the rewards, or if it needs eight. An override
+    of `*args` alone, or one that only passes on what the trainer's own takes, is called in the order of TRL 0.4.6.
     """
     method = getattr(trainer, name)
     own = inspect.unwrap(getattr(base, name))
@@ -151,7 +151,7 @@ def is_newer(trainer: Any, base: type, name: str) -> bool:
 
 
 def call_in_order(trainer: Any, base: type, name: str, values: Mapping[str, Tensor | None]) -> Any:
-    """Calls `loss` or `train_minibatch` in the order that it has."""
+    """Calls `loss` or `train_minibatch` in the argument order that it expects."""
     method = getattr(trainer, name)
     if is_newer(trainer, base, name):
         return method(*(values[argument] for argument in _NEW_ORDER[name]))
@@ -159,10 +159,10 @@ def call_in_order(trainer: Any, base: type, name: str, values: Mapping[str, Tens
 
 
 def call_rewards(trainer: Any, *arguments: Any, **more: Tensor) -> tuple[Tensor, Tensor]:
-    """Calls `compute_rewards`, which returns rewards and their KL penalty, and from TRL 0.7 on the KL as well.
+    """Calls `compute_rewards`, which returns rewards and their KL penalty and, since TRL 0.7, the KL.
 
     Raises:
-        ValueError: if there are token rewards, and it takes none.
+        ValueError: if there are token rewards and the override does not take them.
     """
     method = trainer.compute_rewards
     parameters = inspect.signature(method).parameters
@@ -198,10 +198,10 @@ def call_safety_checker(trainer: Any, *arguments: Any, masks: Any) -> tuple[Any,
 
 
 def call_generate_batched(trainer: Any, model: Any, queries: list[Tensor], **arguments: Any) -> Any:
-    """Calls `_generate_batched`, whose first argument is the model from TRL 0.7 on.
+    """Calls `_generate_batched`, whose first argument is the model since TRL 0.7.
 
     Raises:
-        ValueError: if it takes no model, and is to sample from another than the policy.
+        ValueError: if it takes no model and `model` is not the policy.
     """
     if takes(trainer._generate_batched, "model"):
         return trainer._generate_batched(model, queries, **arguments)

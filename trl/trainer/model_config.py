@@ -1,4 +1,4 @@
-"""`ModelConfig`: which model a script loads, with which adapter and quantization; and what peft and transformers make of it."""
+"""`ModelConfig`: a script's model, adapter and quantization settings, converted for peft and transformers."""
 
 from __future__ import annotations
 
@@ -112,5 +112,5 @@ def get_kbit_device_map() -> dict[str, int] | None:
     return {"": PartialState().local_process_index} if on_gpu else None
 
 
-if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+if not TYPE_CHECKING:  # type checkers still report unknown names
     __getattr__ = legacy.lookup(__name__)

@@ -77,7 +77,7 @@ class PolicySampler:
         temperature: float,
         cache: bool,
     ) -> Tensor | list[Tensor]:
-        """Implements `PPOTrainer.generate`: the responses of `sample`'s rollout, in the form that was asked for.
+        """Implements `PPOTrainer.generate`: the responses of `sample`'s rollout, in the requested form.
 
         Args:
             model: the policy, wrapped for its processes.
@@ -94,7 +94,7 @@ class PolicySampler:
         kwargs = dict(generation_kwargs)
         if single and (mask := kwargs.get("attention_mask")) is not None:
             mask = torch.as_tensor(mask)
-            if mask.numel() == queries[0].numel() and bool(mask.all()):  # says nothing that the query does not
+            if mask.numel() == queries[0].numel() and bool(mask.all()):  # an all-ones mask is the default
                 del kwargs["attention_mask"]
         rollout = self.sample(
             model,
@@ -156,7 +156,7 @@ class PolicySampler:
     def replay(
         self, model: nn.Module, queries: Sequence[Tensor], responses: Sequence[Tensor], temperature: float
     ) -> list[Tensor] | None:
-        """Log-probabilities of given responses as our own decoding loop computes them; None if it cannot decode the model.
+        """Log-probabilities of given responses as our own decoding loop computes them; None if it does not apply.
 
         Takes the unwrapped policy alone, so that one process may call it.
         """
@@ -194,15 +194,15 @@ class PolicySampler:
     ) -> tuple[list[Tensor], list[Tensor]] | None:
         """Logprobs and values of the sampled tokens, as the engine computed them in `generate`.
 
-        None, on every process, unless every process has them for its whole batch, from the current policy. Every process
-        must call this.
+        None, on every process, unless every process has them for its whole batch, from the current policy. Every
+        process must call this.
         """
         cached = self._cache.find(self._state(self._unwrap(model), temperature), queries, responses)
         missing = torch.tensor(float(cached is None), device=self.accelerator.device)
         if float(sum_over_processes(self.accelerator, missing)) > 0:
             self._log_once(
-                "score_while_sampling: running the scoring pass, since generate did not sample every response of the batch "
-                "from the current policy's unmodified distribution"
+                "score_while_sampling: running the scoring pass, since generate did not sample every response of the "
+                "batch from the current policy's unmodified distribution"
             )
             return None
         return cached
@@ -223,7 +223,7 @@ class PolicySampler:
         limits_are_drawn: bool,
         watch: bool,
     ) -> tuple[RolloutEngine, Sampling]:
-        """Returns our own decoding loop, or transformers' `generate` with the reason logged once, and the request to it.
+        """Returns the engine (for transformers' `generate`, the reason is logged once) and the request to it.
 
         Args:
             policy: the unwrapped policy, in evaluation mode.
@@ -251,7 +251,7 @@ class PolicySampler:
         return choice.engine, replace(choice.request, seed=seed)
 
     def _seed(self) -> int:
-        """Draws a seed from torch's global generator and adds the rank, since processes may share the generator's state."""
+        """Draws a seed from torch's global generator and adds the rank, since processes may share its state."""
         return int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")) + self.accelerator.process_index
 
     def _state(self, policy: PreTrainedModelWrapper, temperature: float) -> State:

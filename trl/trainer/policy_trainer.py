@@ -51,7 +51,7 @@ _TRAINER_COLUMNS = ("label", "query", "response")
 class PolicyTrainer(ResumableTrainer):
     """A trainer's models, optimizer, data and sampling. `OnlineTrainer` documents the arguments."""
 
-    _trl_samples_reference = False  # in `generate(generate_ref_response=True)`, whose numbers are not the policy's
+    _trl_samples_reference = False  # True while sampling the reference: do not cache its logprobs
     _trl_dataloader: Any = None
     _trl_recipe: Recipe | None = None
     """The algorithm's choices; None if a subclass builds its own algorithm."""
@@ -266,7 +266,7 @@ class PolicyTrainer(ResumableTrainer):
     def _trl_generate_from_reference(
         self, query_tensor: Any, length_sampler: Callable[[], int] | None = None, **generation_kwargs: Any
     ) -> Any:
-        """As `generate`, from the reference, with the next random numbers.
+        """Samples from the reference as `generate` does from the policy, with the next random numbers.
 
         Raises:
             ValueError: if the algorithm uses no reference.
@@ -339,7 +339,7 @@ class PolicyTrainer(ResumableTrainer):
         return self._trl_sampler.replay(self.model, queries, sampled, self.config.temperature)
 
     def _trl_recalled(self, batch: Batch) -> Evaluation | None:
-        """Evaluation cached by `generate`, which saves the scoring pass; None unless every process has its whole batch."""
+        """Evaluation cached by `generate`, to skip the scoring pass; None unless every process has its whole batch."""
         if not self.config.score_while_sampling:
             return None
         cached = self._trl_sampler.recall(self.model, batch.queries, batch.responses, self.config.temperature)
@@ -355,10 +355,10 @@ class PolicyTrainer(ResumableTrainer):
     def _trl_begin_call(self) -> None:
         """Applies changed settings and checks that the model can be trained in its current state."""
         self.config.validate()
-        if self.ref_model is self.model:  # set after the trainer was made, which refuses it
+        if self.ref_model is self.model:  # assigned later: the constructor rejects it
             raise ValueError(
-                "trainer.ref_model is trainer.model, so that the KL is always 0: set it to create_reference_model(model). See "
-                "docs/doctor.md#reference-is-policy"
+                "trainer.ref_model is trainer.model, so that the KL is always 0: set it to "
+                "create_reference_model(model). See docs/doctor.md#reference-is-policy"
             )
         self.kl_ctl = self._trl_live_settings.follow(self.config, self.optimizer, self.kl_ctl)
         self._trl_warn_of_missing_parameters()
@@ -370,8 +370,9 @@ class PolicyTrainer(ResumableTrainer):
         missing = missing_parameters(self.optimizer, self.model)
         if new := [name for name, p in missing.items() if self._trl_missing.get(name) is not p]:
             warnings.warn(
-                f"{len(new)} parameters, such as {new[0]}, became trainable after the trainer was built, but its optimizer "
-                "does not hold them and will not update them: build a new trainer, or call trainer.optimizer.add_param_group",
+                f"{len(new)} parameters, such as {new[0]}, became trainable after the trainer was built, but its "
+                "optimizer does not hold them and will not update them: build a new trainer, or call "
+                "trainer.optimizer.add_param_group",
                 stacklevel=4,
             )
         self._trl_missing = missing

@@ -1,8 +1,9 @@
 """PPO by the overridden methods of a subclass, as TRL called them.
 
 `step` always calls `prepare_model_inputs`, `compute_rewards`, `record_step_stats` and `gather_stats`. It calls
-`batched_forward_pass`, `loss` and `train_minibatch` if a subclass or the instance overrides them: evaluation and update then
-run through the functions here, which need more memory and do not trim padding. `trl.trainer.hooks` knows their signatures.
+`batched_forward_pass`, `loss` and `train_minibatch` if a subclass or the instance overrides them: evaluation and update
+then run through the functions here, which need more memory and do not trim padding. `trl.trainer.hooks` knows their
+signatures.
 """
 
 from __future__ import annotations
@@ -71,14 +72,14 @@ class MethodEvaluator:
 
 @dataclass(kw_only=True)
 class MinibatchContext:
-    """Properties of the current minibatch that the signatures of `loss` and `train_minibatch` have no room for."""
+    """Properties of the current minibatch that `loss` and `train_minibatch` have no arguments for."""
 
     # Scalar: mean tokens per minibatch over all processes, for loss_denominator="batch".
     batch_tokens: Tensor | None = None
     weights: Tensor | None = None  # [b, S] importance weights of the policy loss, if sampler_logprobs were given
     weighted: bool = False  # whether `loss` has applied the weights
-    advantages: Tensor | None = None  # [b, S] final ones, from compute_advantages; None: `loss` makes its own
-    returns: Tensor | None = None  # [b, S] along with them
+    advantages: Tensor | None = None  # [b, S] from compute_advantages; None: `loss` computes them
+    returns: Tensor | None = None  # [b, S] likewise
 
     def weights_for(self, counted: Tensor) -> Tensor | None:
         """The importance weights `[b, S]`, or None.
@@ -90,8 +91,8 @@ class MinibatchContext:
             return None
         if self.weights.shape != counted.shape:
             raise RuntimeError(
-                f"loss was given a mask of shape {tuple(counted.shape)}, but the minibatch's sampler_logprobs have shape "
-                f"{tuple(self.weights.shape)}"
+                f"loss was given a mask of shape {tuple(counted.shape)}, but the minibatch's sampler_logprobs have "
+                f"shape {tuple(self.weights.shape)}"
             )
         self.weighted = True
         return self.weights
@@ -100,8 +101,8 @@ class MinibatchContext:
         """Raises RuntimeError if there are importance weights and `loss` has not applied them."""
         if self.weights is not None and not self.weighted:
             raise RuntimeError(
-                f"step was given sampler_logprobs, but the loss of {trainer} ignores them: call super().loss, which weights "
-                "the policy loss by them, or do not pass them"
+                f"step was given sampler_logprobs, but the loss of {trainer} ignores them: call super().loss, which "
+                "weights the policy loss by them, or do not pass them"
             )
 
 
@@ -168,7 +169,7 @@ def take_step(
         refused = trainer._trl_refuse({"policy/mean_ratio": float(mean_ratio)})
     with whole_gradients(trainer.accelerator):
         updater.clear()
-        updater.accumulate(objective, last=True)
+        updater.accumulate(objective)
         return stats | update_statistics(*updater.step(refused=refused))
 
 
@@ -201,7 +202,7 @@ def uses_final_advantages(trainer: Any, base: type) -> bool:
 
 
 def update_by_methods(trainer: PPOTrainer, base: type, experience: ActorCritic, batch: Batch) -> dict[str, Tensor]:
-    """Runs the update through the methods of `trainer`, a `base`; returns their statistics, a row per optimizer step."""
+    """Runs the update through the methods of `trainer`, a `base`; returns statistics, a row per optimizer step."""
     try:
         return stack_statistics(_history(trainer, base, experience, batch))
     finally:

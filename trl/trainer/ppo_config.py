@@ -76,8 +76,8 @@ class PPOConfig:
     accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for `accelerate.Accelerator`."""
     project_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for `accelerate.utils.ProjectConfiguration`, such as `logging_dir`, where trackers write. By default
-    they write to the folder of a managed run, or to `runs/` and the project's name."""
+    """Keyword arguments for `accelerate.utils.ProjectConfiguration`, such as `logging_dir`, where trackers write. By
+    default they write to the folder of a managed run, or to `runs/` and the project's name."""
     tracker_project_name: str = "trl"
     """Project name reported to the tracker."""
     max_grad_norm: float | None = None
@@ -143,8 +143,8 @@ class PPOConfig:
     max_skipped_updates: int | None = None
     """Raise after this many consecutive optimizer steps with a non-finite loss or gradient. None: never."""
     group_size: int = 1
-    """Responses sampled for each prompt in `train`; `batch_size` counts responses. Algorithms that compare the responses to
-    one prompt need several."""
+    """Responses sampled for each prompt in `train`; `batch_size` counts responses. Algorithms that compare the
+    responses to one prompt need several."""
     gradient_checkpointing: bool = False
     """Activation checkpointing: store only the inputs of the policy's layers and recompute the layers in the backward
     pass. Uses less memory, makes the update about a third slower, and gives the same numbers. Read once, when the
@@ -163,7 +163,8 @@ class PPOConfig:
     ratio_threshold: float | None = None
     """Skip an optimizer step if the mean probability ratio of its minibatch is above this. TRL 0.5 to 0.11 had 10."""
     backward_batch_size: int | None = None
-    """Samples per optimizer step, as `samples_per_update`: follows from the settings above, whatever is given."""
+    """Samples per optimizer step, as `samples_per_update`; computed from the settings above, so that a given value is
+    ignored."""
     world_size: int | None = None
     """Number of processes; written by the trainer, like those below."""
     global_batch_size: int | None = None
@@ -180,7 +181,8 @@ class PPOConfig:
         """The settings with the defaults of another release of TRL.
 
         Args:
-            version: "0.4" to "0.11". The defaults of PPO changed with 0.7: learning rate, batch and mini-batch, `target_kl`.
+            version: "0.4" to "0.11". The defaults of PPO changed with 0.7: learning rate, batch and mini-batch,
+                `target_kl`.
             **settings: as for `PPOConfig`.
 
         Raises:
@@ -225,8 +227,8 @@ class PPOConfig:
         if newer and relied_on:
             settings = ", ".join(f"{name}={defaults[name]} ({then[name]} there)" for name in relied_on)
             warnings.warn(
-                f"{newer[0]} is a setting of TRL 0.7 to 0.11, whose defaults differ from those of 0.4.6 that apply here: {settings}. "
-                "PPOConfig.like('0.11', ...) has the defaults of TRL 0.7 and later",
+                f"{newer[0]} is a setting of TRL 0.7 to 0.11, whose defaults differ from those of 0.4.6 that apply "
+                f"here: {settings}. PPOConfig.like('0.11', ...) has the defaults of TRL 0.7 and later",
                 stacklevel=5,
             )
 
@@ -308,13 +310,13 @@ class PPOConfig:
         if self.batch_size % self.samples_per_update:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of mini_batch_size={self.mini_batch_size} x "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.samples_per_update}: the rest of the "
-                "batch would not be trained on"
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.samples_per_update}: the rest "
+                "of the batch would not be trained on"
             )
         if self.batch_size % self.group_size:
             raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of group_size={self.group_size}: the last prompt would have "
-                "fewer responses than the others"
+                f"batch_size={self.batch_size} is not a multiple of group_size={self.group_size}: the last prompt "
+                "would have fewer responses than the others"
             )
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ValueError("push_to_hub_if_best_kwargs must contain repo_id")
@@ -334,5 +336,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
-if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+if not TYPE_CHECKING:  # type checkers still report unknown names
     __getattr__ = legacy.lookup(__name__)

@@ -23,7 +23,7 @@ def ppo_settings(config: PPOConfig) -> PPOSettings:
 
 
 def reward_settings(config: PPOConfig, moments: Moments, stops: Sequence[int]) -> RewardSettings:
-    """Settings of rewards and advantages, given the running moments of the scores and the tokens that end a response."""
+    """Settings of rewards and advantages, with the scores' running moments and the tokens that end a response."""
     return RewardSettings(
         gamma=float(config.gamma or 0),
         lam=float(config.lam or 0),

@@ -1,7 +1,7 @@
 """PPO behind one call: `stats = ppo_trainer.step(queries, responses, scores)`.
 
-`PPOTrainer` has the names and contracts of TRL 0.4.6. Its step is that of `OnlineTrainer`; the methods here are the pieces
-of PPO that a subclass or a script may call or override (`trl.trainer.ppo_compat`).
+`PPOTrainer` has the names and contracts of TRL 0.4.6. Its step is that of `OnlineTrainer`; the methods here are the
+pieces of PPO that a subclass or a script may call or override (`trl.trainer.ppo_compat`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from trl.types import ActorCritic, Experience, Rollout
 _INPUTS = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"}
 _KL_OF_TOKEN = {"kl": k1, "abs": k1_abs, "mse": k2, "k3": k3}
 
-if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+if not TYPE_CHECKING:  # type checkers still report unknown names
     __getattr__ = legacy.lookup(__name__)
 
 
@@ -55,13 +55,13 @@ class PPOTrainer(OnlineTrainer):
     Args:
         config: settings.
         model: policy with a value head. For a PEFT model, only the adapter and the value head are trained.
-        ref_model: frozen reference model, also with a value head. If None: for a PEFT model whose adapter starts at zero,
-            the model with the adapter disabled; otherwise a frozen copy of `model`.
-        training_data_collator: pads a list of `input_ids` and `attention_mask` into the inputs of a step; by default, on
-            the tokenizer's padding side.
+        ref_model: frozen reference model, also with a value head. If None: for a PEFT model whose adapter starts at
+            zero, the model with the adapter disabled; otherwise a frozen copy of `model`.
+        training_data_collator: pads a list of `input_ids` and `attention_mask` into the inputs of a step; by default,
+            on the tokenizer's padding side.
 
-    `OnlineTrainer` describes the other arguments and the errors. A TypeError says that a subclass overrides a method of TRL
-    that is never called here.
+    `OnlineTrainer` describes the other arguments and the errors. A TypeError says that a subclass overrides a method of
+    TRL that is never called here.
     """
 
     _trl_minibatch_context = MinibatchContext()
@@ -102,7 +102,7 @@ class PPOTrainer(OnlineTrainer):
 
     def _trl_evaluation(self, batch: Batch, evaluator: Evaluator) -> Callable[[Rollout], Evaluated]:
         evaluator = replace(evaluator, exact_kl=self.config.kl_penalty == "full")
-        if self._trl_updates_by_methods():  # on the weights as stored, so evaluate on those, too
+        if self._trl_updates_by_methods():  # the update uses the weights as stored, so evaluation must, too
             evaluator = replace(evaluator, compute=None, known=None)
         if is_overridden(self, PPOTrainer, "batched_forward_pass"):
             return MethodEvaluator(self.batched_forward_pass, batch, evaluator)
@@ -121,8 +121,8 @@ class PPOTrainer(OnlineTrainer):
         single_sample = self.config.samples_per_update == 1 < len(experience) and not self.is_distributed
         if single_sample and int(experience.rollout.mask.sum(dim=1).max()) == 1:
             warnings.warn(
-                "every optimizer step trains on a single token, whose whitened advantage is 0: the policy learns nothing. Set "
-                "mini_batch_size * gradient_accumulation_steps above 1",
+                "every optimizer step trains on a single token, whose whitened advantage is 0: the policy learns "
+                "nothing. Set mini_batch_size * gradient_accumulation_steps above 1",
                 stacklevel=4,
             )
         if self._trl_updates_by_methods():
@@ -142,7 +142,8 @@ class PPOTrainer(OnlineTrainer):
     def _trl_after_update(self, stats: Mapping[str, Any], rows: int) -> None:
         self.kl_ctl.update(stats["objective/kl"], rows)
 
-    # Pieces of a step ------------------------------------------------------------------------------------------------------
+    # Pieces of a step
+    # ------------------------------------------------------------------------------------------------------
 
     def batched_forward_pass(
         self,
@@ -273,7 +274,7 @@ class PPOTrainer(OnlineTrainer):
         Args:
             policykl: mean KL of the policy to the one before the update, in nats per token, over all processes.
         """
-        return float(policykl) > 1.5 * float(self.config.target_kl or 0)
+        return super()._trl_kl_is_too_high(float(policykl))
 
     def _trl_kl_is_too_high(self, policy_kl: float) -> bool:
         return bool(self._early_stop(torch.tensor(policy_kl)))
@@ -293,7 +294,8 @@ class PPOTrainer(OnlineTrainer):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """PPO loss of one minibatch; computes and whitens the advantages itself, unless they are given.
 
-        It may also be called in the order of TRL 0.5 to 0.11: without `rewards`, with `advantages` and `returns` at the end.
+        It may also be called in the order of TRL 0.5 to 0.11: without `rewards`, with `advantages` and `returns` at the
+        end.
 
         Args:
             old_logprobs: `[B, S]` log-probabilities before the update.

@@ -97,8 +97,8 @@ class ResumableTrainer(ReportingTrainer):
                 scores.
             length_sampler: draws `max_new_tokens`, as in `generate`.
             eval_prompts: held-out prompts, sampled and scored like the others, with the same random numbers each time.
-            eval_every: steps between evaluations; by default 20 evaluations per run. The model before the first step and the
-                last one are always evaluated.
+            eval_every: steps between evaluations; by default 20 evaluations per run. The model before the first step
+                and the last one are always evaluated.
             save_every: steps between checkpoints. None saves as often as keeps the cost below 1% of the run time, at
                 least every half hour, and after each new best evaluation. The last step is always saved.
             keep_last: number of recent checkpoints to keep.
@@ -114,14 +114,15 @@ class ResumableTrainer(ReportingTrainer):
             trackers: see `trl.protocols.Tracker`. A tracker that fails or hangs loses its rows but never stops the run.
             progress: None shows a bar on a terminal (with rich) and plain lines elsewhere; False shows nothing.
             launch: how the run was started, kept under `launch` in config.resolved.yaml; `trl resume` reads it.
-            doctor: look at the settings, the first batch and every row of metrics for signs that the run cannot train well
-                (docs/doctor.md). Findings are logged, and written to the events and to findings.jsonl; they change no number.
+            doctor: look at the settings, the first batch and every row of metrics for signs that the run cannot train
+                well (docs/doctor.md). Findings are logged, and written to the events and to findings.jsonl; they change
+                no number.
 
         Raises:
             ValueError: if an argument is invalid, or `run_dir` holds a different run.
             CheckpointError: if no checkpoint can be read, or one cannot be written.
             OSError: if a record cannot be written.
-            UnfitRun: before the first update, if the doctor finds that the run can never train rightly.
+            UnfitRun: before the first update, if the doctor finds that the run cannot train correctly.
             NonFiniteError: after `max_skipped_updates` consecutive non-finite optimizer steps.
             SpikeError: if spikes persist after three consecutive batches were skipped or rolled back.
             KeyboardInterrupt: on SIGINT, after the current step is finished and saved; a second SIGINT raises at once.
@@ -143,29 +144,29 @@ class ResumableTrainer(ReportingTrainer):
     ) -> Comparison:
         """Compares the trained policy with its base, the reference, on the same prompts with the same random numbers.
 
-        Changes nothing: neither the run's random generators, nor the models' modes. With several processes, every process
-        must call it. An algorithm without a reference is evaluated alone, and `Comparison.base` is None.
+        Changes nothing: neither the run's random generators, nor the models' modes. With several processes, every
+        process must call it. An algorithm without a reference is evaluated alone, and `Comparison.base` is None.
 
         Args:
             prompts: anything `trl.data.load_prompts` accepts, preferably held out from training.
             reward: anything `trl.rewards.as_reward` accepts, not only the reward of the training. Prompts on which a
-                function fails or returns None are excluded and counted; a reward that is already built keeps its own way
-                with failures.
+                function fails or returns None are excluded and counted; a reward that is already built keeps its own
+                way with failures.
             generation: arguments of `generate`, as for `train`.
             seed: seed of the random numbers; the same seed gives the same responses.
             confidence: coverage of the intervals. Student's t for means, paired for the difference; Wilson's score
                 interval for the win rate. They hold for prompts drawn from the same source as these.
 
         Returns:
-            Mean scores, their paired difference, win rate, KL, lengths, and every prompt with both responses. `str` of it is
-            a table, `to_dict()` plain JSON.
+            Mean scores, their paired difference, win rate, KL, lengths, and every prompt with both responses. `str` of
+            it is a table, `to_dict()` plain JSON.
 
         Raises:
             ValueError: if an argument is invalid.
             NothingScored: if no prompt has a score.
         """
         check_generation(generation)
-        mean_estimate([], confidence)  # refuses a wrong confidence before anything is sampled
+        mean_estimate([], confidence)  # rejects an invalid confidence before sampling
         trainer: Any = self  # a Learner, by its subclasses
         arguments = generation_for(generation, self.config.temperature, trainer._trl_stop_tokens())
         loaded = load_run_prompts(trainer, prompts, int(arguments["max_new_tokens"]))

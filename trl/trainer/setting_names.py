@@ -1,4 +1,4 @@
-"""Names and defaults of settings in other releases of TRL, and what to say of a name that is no setting."""
+"""Names and defaults of settings in other releases of TRL, and error messages for unknown names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Defaults of PPOConfig that TRL 0.7 to 0.11 changed against 0.4.6, and those of the settings that they added.
+# Defaults of PPOConfig that TRL 0.7 to 0.11 changed from 0.4.6, and of the settings that they added.
 _OF_0_7 = {
     "model_name": "gpt2",
     "query_dataset": "imdb",
@@ -29,10 +29,10 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("0.7", "0.8", "0.9", "0.10"), _OF_0_7),
     "0.11": _OF_0_7 | {"query_dataset": "stanfordnlp/imdb"},
 }
-# Settings that came with 0.7: a script that gives one of them was written for the defaults above.
+# Settings introduced in 0.7: a script that sets one of them was written for the defaults above.
 SINCE_0_7 = ("exp_name", "query_dataset", "reward_model", "optimize_device_cache", "dataset_num_proc")
 
-# Settings of TRL 1 that have another name here and the same meaning: the command line's setting, and what Python calls it.
+# Settings of TRL 1 that are only renamed here: the command line's name and the Python name.
 RENAMED: dict[str, tuple[str, str]] = {
     "eval_steps": ("train.eval_every", "train(eval_every=...)"),
     "lora_alpha": ("lora.alpha", "peft.LoraConfig(lora_alpha=...)"),
@@ -58,7 +58,7 @@ RENAMED: dict[str, tuple[str, str]] = {
     "total_episodes": ("train.episodes", "train(episodes=...)"),
 }
 
-# Settings of TRL 1, and settings that this library had, that have no exact equivalent: the same two, in words.
+# Settings of TRL 1 and earlier ones of this library without an exact equivalent: the nearest of both kinds, in words.
 EXPLAINED: dict[str, tuple[str, str]] = {
     "beta": ("ppo.init_kl_coef, or grpo.kl_coef for GRPO", "init_kl_coef, the weight of the KL"),
     "bf16": ("ppo.dtype: bfloat16", "dtype='bfloat16'"),
@@ -93,7 +93,7 @@ EXPLAINED: dict[str, tuple[str, str]] = {
 }
 
 
-# Arguments of the trainers of TRL 0.11 to 1, and what takes their place here.
+# Arguments of the trainers of TRL 0.11 to 1, each with its replacement here.
 _ARGUMENTS = {
     "args": "config, a PPOConfig",
     "callbacks": "train(callbacks=[...]), which takes a TrainCallback",
@@ -117,7 +117,7 @@ def names_unknown_arguments(constructor: Callable[P, None]) -> Callable[P, None]
     """Makes a trainer's constructor answer an unknown keyword with the name that was probably meant.
 
     Raises (in the constructor):
-        TypeError: for a keyword that is no argument; the message says what takes its place, or which argument is nearest.
+        TypeError: for an unknown keyword; the message names its replacement or the nearest argument.
     """
     known = list(inspect.signature(constructor).parameters)[1:]
 
@@ -144,7 +144,7 @@ def names_unknown_settings(cls: type[T]) -> type[T]:
     """Makes a dataclass answer an unknown keyword with the name that was probably meant.
 
     Raises (in the constructor):
-        TypeError: for a keyword that is no field; the message says what takes its place, or which field is nearest.
+        TypeError: for an unknown keyword; the message names its replacement or the nearest field.
     """
     create: Callable[..., None] = cls.__init__
 
@@ -160,7 +160,7 @@ def names_unknown_settings(cls: type[T]) -> type[T]:
 
 
 def instead(replacement: str) -> str:
-    """The end of a sentence about an unknown setting, from what takes its place."""
+    """The end of a sentence about an unknown setting: its replacement, or why it needs none."""
     reason = replacement.removeprefix("nothing: ")
     return f": use {replacement}" if reason == replacement else f", and needs none: {reason}"
 

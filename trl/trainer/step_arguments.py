@@ -114,8 +114,8 @@ def split_rollout(rollout: Rollout) -> tuple[list[Tensor], list[Tensor], list[Te
     if bool((invalid := (counts == 0) | (last - first != counts)).any()):
         row = int(invalid.nonzero()[0])
         raise ValueError(
-            f"rollout: the mask of row {row} covers {int(counts[row])} tokens, which are not one contiguous block up to the "
-            "end of the response: pass queries, responses and response_masks instead"
+            f"rollout: the mask of row {row} covers {int(counts[row])} tokens, which are not one contiguous block up "
+            "to the end of the response: pass queries, responses and response_masks instead"
         )
     queries, responses = rollout_rows(rollout)
     if rollout.sampler_logprobs is None:

@@ -80,13 +80,13 @@ def _is_installed(name: str) -> bool:
 
 
 def _check_wandb_login(options: Mapping[str, Any]) -> None:
-    """Logs in to wandb here, where it may ask for a key, since the tracker's thread must not. Sends no request."""
+    """Logs in to wandb on the calling thread, where it may prompt for a key. Sends no request."""
     mode = options.get("mode") or os.environ.get("WANDB_MODE", "online")
     if mode in _OFFLINE:
         return
     import wandb
 
-    if wandb.run is not None:  # the script has started one
+    if wandb.run is not None:  # the script has started a run
         return
     try:
         wandb.login(verify=False)
@@ -99,8 +99,8 @@ def _check_wandb_login(options: Mapping[str, Any]) -> None:
 class NamedTracker(GeneralTracker):
     """One tracker of `log_with`, as accelerate's list of trackers holds it: `accelerator.log` reaches it.
 
-    It starts with its first row, on a thread of its own, and writes to the folder of a managed run between `begin_run` and
-    `finish`; outside, to `logging_dir` of `PPOConfig.project_kwargs`, or a new folder `runs/PROJECT/TIME`.
+    It starts with its first row, on a thread of its own, and writes to the folder of a managed run between `begin_run`
+    and `finish`; outside, to `logging_dir` of `PPOConfig.project_kwargs`, or a new folder `runs/PROJECT/TIME`.
 
     Args:
         tracker: its name, or an object of accelerate's.
@@ -140,7 +140,7 @@ class NamedTracker(GeneralTracker):
 
     @property
     def tracker(self) -> Any:
-        """The client's object, such as wandb's run; waits for its start. None if that fails or takes over 30 seconds."""
+        """The client's object, such as wandb's run, once it has started; None if it fails or takes over 30 seconds."""
         if self._safe is None or self._safe.closed or self._late is None:
             self._open(None, 0, {})
         assert self._late is not None

@@ -1,4 +1,4 @@
-"""Helpers that scripts import from `trl.trainer.utils`; its other old names come from their homes (`trl.legacy`)."""
+"""Helpers that scripts import from `trl.trainer.utils`; `trl.legacy` finds its other old names in their new modules."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 from trl import legacy
 from trl.core import pad_to_size
 
-if not TYPE_CHECKING:  # type checkers go on refusing unknown names
+if not TYPE_CHECKING:  # type checkers still report unknown names
     __getattr__ = legacy.lookup(__name__)
 
 
 def pad_to_length(tensor: Tensor, length: int, pad_value: float, dim: int = -1) -> Tensor:
-    """Pads dimension `dim` at its end with `pad_value` to `length`; returns a tensor that is as long already unchanged."""
+    """Pads the end of dimension `dim` to `length` with `pad_value`; a tensor at least as long is returned unchanged."""
     return tensor if tensor.shape[dim] >= length else pad_to_size(tensor, length, dim, pad_value)
 
 
 def disable_dropout_in_model(model: nn.Module) -> None:
     """Sets the probability of every `nn.Dropout` in `model` to 0, in training mode too.
 
-    So is every number of a module's own whose name ends with `dropout`, as transformers' attention layers have.
+    Also sets every float attribute of a module whose name ends with `dropout`, as transformers' attention layers have.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -10,25 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from trl.models import RolloutAboveFrozen, abilities, evaluate, evaluate_exact_kl, frozen_depth, frozen_states
-from trl.types import Evaluation, Rollout, occupied, take
+from trl.types import Evaluation, Rollout, occupied, take, widen
 
 # Tokens per forward pass without gradients, for models that can skip materialising their logits.
 _TOKENS_PER_PASS = {"cpu": 2048, "other": 16384}
 
 
-def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, Callable[[Tensor], Tensor]]]:
-    """Yields slices of the rollout with padding trimmed, each with a function that pads results back to width `S`."""
-    width = rollout.mask.shape[1]
+def _pieces(rollout: Rollout, batch_size: int) -> Iterator[tuple[Rollout, slice]]:
+    """Yields slices of the rollout with padding trimmed, and the columns of tokens that each one keeps."""
     for start in range(0, len(rollout), batch_size):
         rows = slice(start, start + batch_size)
         columns = occupied(rollout.attention[rows])
-
-        def widen(narrow: Tensor, columns: slice = columns) -> Tensor:
-            wide = narrow.new_zeros(narrow.shape[0], width, *narrow.shape[2:])
-            wide[:, columns.start : columns.stop - 1] = narrow
-            return wide
-
-        yield take(rollout, rows, columns), widen
+        yield take(rollout, rows, columns), columns
 
 
 def _rows_per_pass(model: nn.Module, rollout: Rollout, batch_size: int) -> int:
@@ -86,13 +79,13 @@ def evaluate_in_batches(
     if not return_logits:
         batch_size = _rows_per_pass(model, rollout, batch_size)
     results: dict[str, list[Tensor]] = {"logprobs": [], "values": [], "entropy": [], "logits": []}
-    for piece, widen in _pieces(rollout, batch_size):
+    for piece, columns in _pieces(rollout, batch_size):
         evaluation = evaluate(
             model, piece, temperature=temperature, entropy=entropy, values=values, return_logits=return_logits
         )
         for name, parts in results.items():
             if (part := getattr(evaluation, name)) is not None:
-                parts.append(widen(part))
+                parts.append(widen(part, columns, rollout.mask.shape[1]))
     joined = {name: torch.cat(parts) if parts else None for name, parts in results.items()}
     assert joined["logprobs"] is not None
     return Evaluation(**joined)  # type: ignore[arg-type]
@@ -109,7 +102,7 @@ def exact_kl_of(
     """`[B, S]` exact KL(policy || reference) at every position, computed for `batch_size` sequences at a time."""
     return torch.cat(
         [
-            widen(evaluate_exact_kl(policy, reference, piece, temperature=temperature))
-            for piece, widen in _pieces(rollout, batch_size)
+            widen(evaluate_exact_kl(policy, reference, piece, temperature=temperature), columns, rollout.mask.shape[1])
+            for piece, columns in _pieces(rollout, batch_size)
         ]
     )

@@ -90,8 +90,8 @@ class Compute(Passes):
     def passes(self, *, gradients_in_place: bool = False) -> AbstractContextManager[Any]:
         if any(parameter.requires_grad for parameter in self._base):
             raise RuntimeError(
-                "weights under the adapter are stored in bfloat16, since they were frozen when the trainer was built: to "
-                "train them, set requires_grad before building it, or use PPOConfig.dtype='float32'"
+                "weights under the adapter are stored in bfloat16, since they were frozen when the trainer was built: "
+                "to train them, set requires_grad before building it, or use PPOConfig.dtype='float32'"
             )
         context: AbstractContextManager[Any] = nullcontext()
         if self._copies is not None:

@@ -19,7 +19,7 @@ from trl.types import Evaluation, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """A rollout as policy and reference see it before the update."""
+    """A rollout with its evaluation by policy and reference, before the update."""
 
     rollout: Rollout  # with the cached states of frozen layers, where these apply
     policy: Evaluation

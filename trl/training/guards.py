@@ -47,15 +47,16 @@ class UpdateGuards:
             norm: gradient norm on this process.
             reason: why it was skipped.
             experience: the minibatch of the gradient.
-            counts: whether it counts towards `max_skipped`; False for what is by design: a loss-scaler overflow, or a refusal.
+            counts: whether it counts towards `max_skipped`; False for what is by design: a loss-scaler overflow, or a
+                refusal.
 
         Raises:
             NonFiniteError: at `max_skipped` skipped steps in a row.
         """
         self.consecutive_skips += int(counts)
         warnings.warn(
-            f"{reason}: this optimizer step is skipped and the weights are unchanged. Check the scores, the learning rate "
-            "and ppo/policy/ratio.",
+            f"{reason}: this optimizer step is skipped and the weights are unchanged. Check the scores, the learning "
+            "rate and ppo/policy/ratio.",
             stacklevel=3,
         )
         if self.on_skip is not None:
@@ -70,8 +71,8 @@ class UpdateGuards:
             )
         if counts and self.max_skipped is not None and self.consecutive_skips >= self.max_skipped:
             raise NonFiniteError(
-                f"{self.consecutive_skips} optimizer steps in a row were skipped (max_skipped_updates={self.max_skipped}); "
-                f"the last because {reason}"
+                f"{self.consecutive_skips} optimizer steps in a row were skipped "
+                f"(max_skipped_updates={self.max_skipped}); the last because {reason}"
             )
 
     def microbatch(self, configured: int) -> int:

@@ -20,7 +20,7 @@ from trl.protocols import LossFn, Reduce
 from trl.training.compute import Passes
 from trl.training.guards import UpdateGuards
 from trl.training.optimizers import inner
-from trl.types import E, Experience, Minibatch, Tally, identity, occupied, take
+from trl.types import E, Experience, Minibatch, Tally, identity, occupied, take, widen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,16 +68,15 @@ class Updater:
         """Context of a forward and backward pass that all-reduces gradients only in the `last` microbatch."""
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
-    def accumulate(self, loss: Tensor, *, last: bool) -> None:
-        """Runs the backward pass of `loss`, all-reducing gradients only in the `last` microbatch of a minibatch.
+    def accumulate(self, loss: Tensor) -> None:
+        """Runs the backward pass of `loss`, which all-reduces gradients unless `exchanging` holds that back.
 
         Every process must call this the same number of times, even without a counted token, or the all-reduce hangs.
         """
         finite = loss.detach().isfinite().all()
         self._finite = finite if self._finite is None else self._finite & finite
-        with self.exchanging(last):
-            # Data-parallel wrappers average over processes; the objective is a sum over them.
-            self.accelerator.backward(loss * self.accelerator.num_processes)
+        # Data-parallel wrappers average over processes; the objective is a sum over them.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def step(self, experience: Experience | None = None, *, refused: str | None = None) -> tuple[float, bool, float]:
         """Takes an optimizer step; if any process has a non-finite loss or gradient, all processes skip it.
@@ -106,7 +105,8 @@ class Updater:
         failed, without_loss = self.reduce(failures).tolist()
         if failed == 0 and refused is None:
             if narrow:
-                # As the closure of the optimizer's own step, which updates the rest: hooks and schedulers see one step.
+                # As a closure of the optimizer's own step, which updates the rest, so that hooks and schedulers see one
+                # step.
                 self.optimizer.step(lambda: self._step_narrow(narrow, scale))
             else:
                 self.optimizer.step()
@@ -262,7 +262,7 @@ def _gradient_in_pieces(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Up
             with updater.exchanging(last), updater.computing(only=len(pieces) == 1):
                 loss = loss_fn(take(piece, slice(None), columns))
                 exchanging = last and not single_process
-                updater.accumulate(loss.objective / minibatch.denominator, last=last)
+                updater.accumulate(loss.objective / minibatch.denominator)
         except RuntimeError as error:
             # Leaving an all-reduce halfway would hang the other processes.
             cannot_retry = exchanging or isinstance(updater.model, FullyShardedDataParallel | FSDPModule)
@@ -270,7 +270,8 @@ def _gradient_in_pieces(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Up
                 raise
             return None
         tallies.append({name: tally.detach() for name, tally in loss.metrics.items()})
-        arrays.append(_widen(loss.arrays, columns, piece.rollout.mask.shape[1]))
+        width = piece.rollout.mask.shape[1]
+        arrays.append({name: widen(array, columns, width) for name, array in loss.arrays.items()})
     return tallies, arrays
 
 
@@ -285,13 +286,4 @@ def _join_all_reduce(minibatch: Minibatch[E], loss_fn: LossFn[E], updater: Updat
     row = take(minibatch.experience, slice(0, 1))
     with updater.computing(only=False):
         loss = loss_fn(take(row, slice(None), occupied(row.rollout.attention)))
-        updater.accumulate(loss.objective * 0, last=True)
-
-
-def _widen(arrays: Mapping[str, Tensor], columns: slice, width: int) -> dict[str, Tensor]:
-    """Pads `[b, s]` arrays of the trimmed columns back to `[b, width]` with zeros."""
-    wide = {}
-    for name, array in arrays.items():
-        wide[name] = array.new_zeros(array.shape[0], width)
-        wide[name][:, columns.start : columns.stop - 1] = array
-    return wide
+        updater.accumulate(loss.objective * 0)

@@ -44,14 +44,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f"{type(optimizer).__name__}.step needs a closure that computes the loss again, which the trainer cannot do: "
-            "use an optimizer such as Adam or SGD"
+            f"{type(optimizer).__name__}.step needs a closure that computes the loss again, which the trainer cannot "
+            "do: use an optimizer such as Adam or SGD"
         )
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
-            f"the given {type(optimizer).__name__} holds none of the model's {len(trained)} trainable parameters: build it "
-            "from [p for p in model.parameters() if p.requires_grad], with the model that you pass to the trainer"
+            f"the given {type(optimizer).__name__} holds none of the model's {len(trained)} trainable parameters: "
+            "build it from [p for p in model.parameters() if p.requires_grad], with the model that you pass to the "
+            "trainer"
         )
 
 
@@ -71,13 +72,14 @@ def check_scheduler(scheduler: LRScheduler, optimizer: torch.optim.Optimizer | N
     needed = [name for name, p in inspect.signature(scheduler.step).parameters.items() if p.default is empty]
     if needed:
         raise ValueError(
-            f"lr_scheduler is a {type(scheduler).__name__}, whose step needs {', '.join(needed)}: do not pass it, and call "
+            f"lr_scheduler is a {type(scheduler).__name__}, whose step needs {', '.join(needed)}: do not pass it, and "
+            "call "
             'its step yourself after each ppo_trainer.step, such as scheduler.step(stats["ppo/mean_scores"])'
         )
     if optimizer is None or inner(scheduler.optimizer) is not inner(optimizer):
         warnings.warn(
-            f"the given {type(scheduler).__name__} does not drive the trainer's optimizer and will not change its learning "
-            "rate: pass both, with the scheduler built from the optimizer",
+            f"the given {type(scheduler).__name__} does not drive the trainer's optimizer and will not change its "
+            "learning rate: pass both, with the scheduler built from the optimizer",
             stacklevel=5,
         )
 

@@ -52,15 +52,16 @@ def make_accelerator(**settings: Any) -> Accelerator:
         return accelerator
     if started > 1:
         raise ValueError(
-            f"{started} processes were started but accelerate sees only one: each would train a separate model. Start them "
-            "with torchrun; without a GPU, pass cpu=True to any Accelerator or PartialState that your script creates before "
-            "the trainer, and either omit 'cpu' from PPOConfig.accelerator_kwargs or set it to True"
+            f"{started} processes were started but accelerate sees only one: each would train a separate model. Start "
+            "them with torchrun; without a GPU, pass cpu=True to any Accelerator or PartialState that your script "
+            "creates before the trainer, and either omit 'cpu' from PPOConfig.accelerator_kwargs or set it to True"
         )
     if on_cpu and "WORLD_SIZE" not in os.environ and os.environ.keys() >= {"MASTER_ADDR", *_ACCELERATE_VARIABLES}:
         raise ValueError(
-            "accelerate launch was asked for several processes but started only this one (MASTER_ADDR is set, WORLD_SIZE is "
-            "not): on CPUs it needs MPI to start more. Use `torchrun --nproc-per-node N script.py` or "
-            "`accelerate launch --multi_gpu --num_processes N script.py`, which need no GPU; for one process, unset MASTER_ADDR"
+            "accelerate launch was asked for several processes but started only this one (MASTER_ADDR is set, "
+            "WORLD_SIZE is not): on CPUs it needs MPI to start more. Use `torchrun --nproc-per-node N script.py` or "
+            "`accelerate launch --multi_gpu --num_processes N script.py`, which need no GPU; for one process, unset "
+            "MASTER_ADDR"
         )
     return accelerator
 

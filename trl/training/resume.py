@@ -44,7 +44,7 @@ _FIXED_SETTINGS = ("batch_size",)
 # Not saved: they may hold credentials, paths and tracker objects; whatever affects results is recorded elsewhere.
 _UNSAVED_SETTINGS = (
     "log_with", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs",
-    # These follow from the others, the model and the processes.
+    # Derived from the others, the model and the processes.
     "backward_batch_size", "world_size", "global_batch_size", "global_backward_batch_size", "is_encoder_decoder",
     "is_peft_model",
 )  # fmt: skip
@@ -171,7 +171,8 @@ def check_can_be_saved(trainer: RunState) -> None:
     distribution = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
     if distribution in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
-            f"a model sharded over processes by {distribution} cannot be checkpointed: use one process or data parallelism"
+            f"a model sharded over processes by {distribution} cannot be checkpointed: use one process or data "
+            "parallelism"
         )
 
 
@@ -208,7 +209,7 @@ def _identity(trainer: RunState) -> dict[str, Any]:
 
 
 def _algorithm(state: Mapping[str, Any]) -> Mapping[str, str]:
-    """The algorithm of a checkpoint; those of before 0.5 are of PPO."""
+    """The algorithm of a checkpoint; PPO if it was saved before version 0.5."""
     return state.get("algorithm", {"name": "ppo"})
 
 
@@ -221,7 +222,7 @@ def settings_of(config: Any) -> dict[str, Any]:
             value = [int(item) if isinstance(item, int) else item for item in value]
         if value is None or isinstance(value, bool | int | float | str | list):
             settings[name] = value
-    redacted = redact(list(settings.values()))  # of all at once: each call looks through the environment
+    redacted = redact(list(settings.values()))  # one call for all, since each scans the environment
     return {name: encode(value, f"config/{name}", {}) for name, value in zip(settings, redacted, strict=True)}
 
 
@@ -286,8 +287,8 @@ def _check_same_run(trainer: RunState, checkpoint: Checkpoint, more: Callable[[C
     differences = [*_differences(trainer, checkpoint), *more(checkpoint)]
     if differences:
         raise ValueError(
-            f"{checkpoint.path} is a checkpoint of another run: {'; '.join(differences)}. To go on with that run, start as it "
-            "was started; for a new run, choose another folder"
+            f"{checkpoint.path} is a checkpoint of another run: {'; '.join(differences)}. To go on with that run, "
+            "start as it was started; for a new run, choose another folder"
         )
 
 
@@ -342,13 +343,13 @@ def _describe(kind_and_shape: tuple[str, tuple[int, ...]]) -> str:
 def _harmless_differences(trainer: RunState, checkpoint: Checkpoint) -> list[str]:
     """Remarks on differences that do not prevent resuming: changed settings, and hardware or library versions.
 
-    Called after the optimizer was loaded, whose learning rate is the one in effect.
+    Call it after loading the optimizer, whose learning rate is the one in effect.
     """
     state, now, remarks = checkpoint.state, _identity(trainer), []
     changed = {
         name: (state["config"][name], value)
         for name, value in now["config"].items()
-        if name in state["config"] and state["config"][name] != value  # others are newer than the checkpoint
+        if name in state["config"] and state["config"][name] != value  # the checkpoint lacks newer settings
     }
     choices = {**_algorithm(state), **now["algorithm"]}
     changed |= {

@@ -98,7 +98,7 @@ class Learner(RunState, Protocol):
         ...
 
     def _trl_evaluation(self, batch: Batch, evaluator: Evaluator) -> Callable[[Rollout], Evaluated]:
-        """`evaluator`, or what a subclass puts in its place for `batch`."""
+        """`evaluator`, or a subclass's replacement for `batch`."""
         ...
 
     @property

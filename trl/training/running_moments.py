@@ -1,4 +1,4 @@
-"""`RunningMoments`: running mean and deviation of everything that passed through, across processes."""
+"""`RunningMoments`: running mean and standard deviation of a stream of numbers, across processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunningMoments:
         mean: mean so far. A float64 scalar tensor on the CPU from the first update on, as `std` and `var`.
         std: standard deviation with Bessel's correction.
         var: variance without it.
-        count: how many numbers were seen.
+        count: numbers seen so far; slightly above 0 at the start, so that it never divides by 0.
     """
 
     accelerator: Any
@@ -45,7 +45,7 @@ class RunningMoments:
         """
         batch = update_moments(Moments(), xs, lambda sums: sum_over_processes(self.accelerator, sums))
         total = Moments(mean=float(self.mean), squares=float(self.var) * self.count, count=self.count) + batch
-        # Scores are divided by std: of a single number it says nothing, and stays what it was.
+        # Scores are divided by std, which is undefined for one number: keep its previous value.
         std = _std(total) if total.count > 1 else float(self.std)
         self.mean, self.var, self.std = torch.tensor(
             [total.mean, total.squares / total.count, std], dtype=torch.float64
@@ -60,7 +60,7 @@ class RunningMoments:
 
     @classmethod
     def load_from_json(cls, accelerator: Any, json_path: str) -> RunningMoments:
-        """Reads what `save_to_json` wrote."""
+        """Reads a file written by `save_to_json`."""
         with open(json_path, encoding="utf-8") as file:
             return cls(accelerator, **json.load(file))
 

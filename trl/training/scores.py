@@ -69,7 +69,7 @@ def ends_with(rollout: Rollout, stop_tokens: Sequence[int]) -> Tensor:
 
 
 def scores_of(rollout: Rollout, scored: Scored) -> tuple[Rollout, Tensor, Tensor | None]:
-    """Converts a reward's scores to tensors.
+    """Converts a reward's scores to tensors and masks out samples without a score.
 
     Args:
         rollout: `B` sequences.

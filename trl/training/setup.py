@@ -32,7 +32,7 @@ class Setup:
 
 @runtime_checkable
 class Recipe(Protocol):
-    """An algorithm's choices, before it has models to work on."""
+    """An algorithm's choices, not yet bound to models."""
 
     @property
     def name(self) -> str:

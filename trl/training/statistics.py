@@ -131,8 +131,9 @@ def _kl_statistics(
     mean_kl = pooled_mean(Tally(kl.sum(), rows), reduce)
     if mean_kl.item() < -1.0:
         warnings.warn(
-            f"objective/kl is {mean_kl.item():.2f}: it should not be negative. Were the responses sampled with settings that "
-            "reshape the distribution (top_k, top_p, min_length, repetition_penalty, another temperature)?",
+            f"objective/kl is {mean_kl.item():.2f}: it should not be negative. Were the responses sampled with "
+            "settings that reshape the distribution (top_k, top_p, min_length, repetition_penalty, another "
+            "temperature)?",
             stacklevel=4,
         )
     return {"objective/kl": mean_kl, "objective/kl_dist": kl, "objective/ref_logprobs": ref_logprobs}

@@ -45,7 +45,7 @@ class Answers:
 
 
 def answer_rollout(batch: Mapping[str, Tensor], rows: slice = slice(None)) -> Rollout:
-    """Turns rows of a batch of `AnswerCollator`, padded on either side, into a rollout whose mask covers the answers."""
+    """Turns rows of an `AnswerCollator` batch, padded on either side, into a rollout whose mask covers the answers."""
     names = ("decoder_input_ids", "decoder_attention_mask") if "decoder_input_ids" in batch else _DECODER_ONLY
     tokens, attention = batch[names[0]][rows], batch[names[1]][rows].bool()
     encoder: dict[str, Any] = {}
@@ -92,7 +92,8 @@ def score_answers(model: nn.Module, rollout: Rollout, *, details: bool = True) -
 def make_reference(policy: nn.Module, ref_model: nn.Module | None) -> tuple[ReferenceModel, nn.Module | None]:
     """Chooses what serves as the policy before training: the cheapest model that gives its numbers.
 
-    That is `ref_model` if given, else the policy with its adapter switched off where that changes nothing, else a frozen copy.
+    That is `ref_model` if given, else the policy with its adapter switched off where that changes nothing, else a
+    frozen copy.
 
     Returns:
         A function whose context manager yields the model, and that model if it is another than the policy.

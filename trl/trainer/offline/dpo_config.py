@@ -26,16 +26,16 @@ class DPOConfig(ReferencedConfig):
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={
-            "help": "Loss, or several that are added: sigmoid, sigmoid_norm, robust, hinge, ipo, apo_zero, apo_down, simpo, "
-            "sft, odds_ratio. ORPO is sft and odds_ratio."
+            "help": "Loss, or several that are added: sigmoid, sigmoid_norm, robust, hinge, ipo, apo_zero, apo_down, "
+            "simpo, sft, odds_ratio. ORPO is sft and odds_ratio."
         },
     )
     loss_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each loss. None: 1 for each."})
     label_smoothing: float = field(
         default=0.0,
         metadata={
-            "help": "ε: probability that a preference is the wrong way round, in [0, 0.5). Conservative DPO with sigmoid and "
-            "sigmoid_norm, robust DPO with robust."
+            "help": "ε: probability that a preference is the wrong way round, in [0, 0.5). Conservative DPO with "
+            "sigmoid and sigmoid_norm, robust DPO with robust."
         },
     )
     simpo_gamma: float = field(default=0.5, metadata={"help": "γ: the margin of rewards that simpo aims for."})
@@ -65,15 +65,15 @@ class DPOConfig(ReferencedConfig):
         check_loss_types(self.loss_type)
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(
-                f"loss_weights={self.loss_weights} has {len(self.loss_weights)} weights, but loss_type={self.loss_type} has "
-                f"{len(self.loss_type)} losses: give one weight for each"
+                f"loss_weights={self.loss_weights} has {len(self.loss_weights)} weights, but "
+                f"loss_type={self.loss_type} has {len(self.loss_type)} losses: give one weight for each"
             )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 0.5)")
         if self.label_smoothing and not SMOOTHED & set(self.loss_type):
             raise ValueError(
-                f"label_smoothing={self.label_smoothing} does not change loss_type={self.loss_type}: set it to 0, or use one "
-                f"of {', '.join(sorted(SMOOTHED))}"
+                f"label_smoothing={self.label_smoothing} does not change loss_type={self.loss_type}: set it to 0, or "
+                f"use one of {', '.join(sorted(SMOOTHED))}"
             )
 
     @property

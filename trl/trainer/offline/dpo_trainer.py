@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a policy learns from pairs of responses, without a reward model and without sampling."""
+"""Direct preference optimisation: a policy learns from pairs of responses, without reward model or sampling."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 class DPOTrainer(ReferencedTrainer):
     """Trains a policy on pairs of a chosen and a rejected response (Rafailov et al. 2023, arXiv:2305.18290).
 
-    Data are rows with `prompt`, `chosen` and `rejected`, as texts or as chat messages; the prompt may instead begin both
-    responses. They come as a `datasets.Dataset`, a list of rows, or a JSONL, CSV or Parquet file.
+    Data are rows with `prompt`, `chosen` and `rejected`, as texts or as chat messages; the prompt may instead begin
+    both responses. They come as a `datasets.Dataset`, a list of rows, or a JSONL, CSV or Parquet file.
 
     Arguments of TRL 0.7 to 0.11's constructor (`beta`, `max_length`, ...) set the setting of that name in `args`.
 

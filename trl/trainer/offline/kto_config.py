@@ -22,8 +22,8 @@ class KTOConfig(ReferencedConfig):
     train_sampling_strategy: str = field(
         default="sequential",
         metadata={
-            "help": "kto needs sequential: the responses of a batch, paired with each other's prompts, estimate the KL. "
-            "Shuffle the data beforehand.",
+            "help": "kto needs sequential: the responses of a batch, paired with each other's prompts, estimate the "
+            "KL. Shuffle the data beforehand.",
             "choices": ["random", "sequential", "group_by_length"],
         },
     )
@@ -57,13 +57,14 @@ class KTOConfig(ReferencedConfig):
             return
         if self.per_device_train_batch_size < 2:
             raise ValueError(
-                "per_device_train_batch_size=1: KTO estimates the KL by pairing each prompt with the response of another row "
-                "of the batch. Set it to 2 or more, and gradient_accumulation_steps lower, or use loss_type='apo_zero_unpaired'"
+                "per_device_train_batch_size=1: KTO estimates the KL by pairing each prompt with the response of "
+                "another row of the batch. Set it to 2 or more, and gradient_accumulation_steps lower, or use "
+                "loss_type='apo_zero_unpaired'"
             )
         if self.train_sampling_strategy != "sequential":
             raise ValueError(
-                f"train_sampling_strategy={self.train_sampling_strategy!r}: the pairs that estimate KTO's KL are made of "
-                "neighbouring rows. Set it to 'sequential', and shuffle the data beforehand"
+                f"train_sampling_strategy={self.train_sampling_strategy!r}: the pairs that estimate KTO's KL are made "
+                "of neighbouring rows. Set it to 'sequential', and shuffle the data beforehand"
             )
 
     @classmethod

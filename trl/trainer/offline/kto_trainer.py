@@ -32,8 +32,8 @@ REF_COLUMNS = ("ref_logps", "ref_KL_logps")
 class KTOTrainer(ReferencedTrainer):
     """Trains a policy on responses with a label (Ethayarajh et al. 2024, arXiv:2402.01306).
 
-    Data are rows with `prompt`, `completion` and `label` (True: desirable), as texts or as chat messages; a preference row
-    becomes two. Their order is that of training: shuffle them first.
+    Data are rows with `prompt`, `completion` and `label` (True: desirable), as texts or as chat messages; a preference
+    row becomes two. Their order is that of training: shuffle them first.
 
     Args:
         model: a causal or encoder-decoder language model, possibly with an adapter; or a hub id or folder.
@@ -60,7 +60,8 @@ class KTOTrainer(ReferencedTrainer):
     stage_kind = StageKind(
         tag="kto",
         summary="fine-tuned on labelled responses",
-        method="KTO ([arXiv:2402.01306](https://arxiv.org/abs/2402.01306)), on single responses that are labelled good or bad",
+        method="KTO ([arXiv:2402.01306](https://arxiv.org/abs/2402.01306)), on single responses that are labelled good "
+        "or bad",
     )
     row_columns: ClassVar[tuple[str, ...]] = ("prompt_ids", *ANSWERS, "label", *REF_COLUMNS)
 
@@ -204,8 +205,8 @@ def _check_balance(labels: Sequence[bool], args: KTOConfig, name: str) -> None:
     ratio = args.desirable_weight * good / max(args.undesirable_weight * bad, 1e-12)
     if not 1 <= round(ratio, 6) <= 4 / 3:
         logger.warning(
-            "%s: %d desirable and %d undesirable rows with the weights %s and %s count as %.2f to 1; between 1 and 1.33 to 1 "
-            "is recommended: set desirable_weight=%.3g, or undesirable_weight=%.3g",
+            "%s: %d desirable and %d undesirable rows with the weights %s and %s count as %.2f to 1; between 1 and "
+            "1.33 to 1 is recommended: set desirable_weight=%.3g, or undesirable_weight=%.3g",
             name,
             good,
             bad,

@@ -1,7 +1,7 @@
 """The losses that `DPOTrainer` can minimise, by the names of `DPOConfig.loss_type`.
 
-Each is a function of the log-probabilities of both responses under the policy and the reference, made of the pure functions of
-`trl.functional.preferences`.
+Each is a function of the log-probabilities of both responses under the policy and the reference, made of the pure
+functions of `trl.functional.preferences`.
 """
 
 from __future__ import annotations

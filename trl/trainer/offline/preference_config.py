@@ -86,7 +86,8 @@ def with_old_arguments(args: P, given: Mapping[str, Any], refused: Mapping[str, 
                 raise ValueError(f"{name}={value!r} is not supported: leave it out")
         elif name not in settings:
             raise TypeError(
-                f"unexpected argument {name!r}: expected an argument in the documentation or a setting of {type(args).__name__}"
+                f"unexpected argument {name!r}: expected an argument in the documentation or a setting of "
+                f"{type(args).__name__}"
             )
         elif value is not None:
             entry = settings[name]
@@ -94,7 +95,8 @@ def with_old_arguments(args: P, given: Mapping[str, Any], refused: Mapping[str, 
             before = getattr(args, name)
             if before not in (default, value, [value]):
                 raise ValueError(
-                    f"{name}={value!r} contradicts {type(args).__name__}({name}={before!r}): set it in one of them alone"
+                    f"{name}={value!r} contradicts {type(args).__name__}({name}={before!r}): set it in one of them "
+                    "alone"
                 )
             setattr(changed, name, value)
     if vars(changed) == vars(args):
@@ -113,9 +115,10 @@ def with_quantization(args: P, model: Any, quantization_config: Any) -> P:
         return args
     if not isinstance(model, str):
         raise ValueError(
-            f"quantization_config is for a model given as an id or folder, but model is a {type(model).__name__}: pass it to "
-            "its from_pretrained"
+            f"quantization_config is for a model given as an id or folder, but model is a {type(model).__name__}: pass "
+            "it to its from_pretrained"
         )
     changed = copy.copy(args)
-    changed.model_init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": quantization_config}  # type: ignore[dict-item]
+    given: Any = args.model_init_kwargs or {}
+    changed.model_init_kwargs = {**given, "quantization_config": quantization_config}
     return changed

@@ -1,4 +1,4 @@
-"""What training on preferences shares: tokenised rows, losses per optimizer step, and one pass a batch in evaluations."""
+"""Common base of training on preferences: tokenised rows, losses per optimizer step, one pass per evaluation batch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class PreparedRows(list[dict[str, Any]]):
 class PreferenceTrainer(StageTrainer):
     """A stage whose data set is tokenised into `PreparedRows`, and whose loss is a mean over rows.
 
-    The mean is taken over all rows of an optimizer step, on all processes and in all accumulated batches, so that how a step is
-    cut into batches does not change its gradient.
+    The mean is taken over all rows of an optimizer step, on all processes and in all accumulated batches, so that how a
+    step is cut into batches does not change its gradient.
     """
 
     # The columns of a row that the collator reads.
@@ -35,7 +35,7 @@ class PreferenceTrainer(StageTrainer):
 
     @abstractmethod
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Returns `[n]` losses, one for each of `rows_of`, and detached predictions `[B, ...]`; tallies the batch's metrics."""
+        """Returns `[n]` losses, one per element of `rows_of`, and detached predictions `[B, ...]`; tallies metrics."""
 
     # --- Data ---
 

@@ -32,9 +32,10 @@ logger = logging.getLogger(__name__)
 class PRMTrainer(PreferenceTrainer):
     """Trains a process reward model on solutions whose steps are labelled (Lightman et al. 2023, arXiv:2305.20050).
 
-    Data are rows of texts with `prompt`, `completions` (a list of steps) and `labels` (for each step True, False, or the
-    probability that it is right), or of `input_ids` and `labels` (-100 where a token ends no step). They come as a
-    `datasets.Dataset`, a list of rows, or a JSONL, CSV or Parquet file. The loss is the mean over all steps of an optimizer step.
+    Data are rows of texts with `prompt`, `completions` (a list of steps) and `labels` (for each step True, False, or
+    the probability that it is right), or of `input_ids` and `labels` (-100 where a token ends no step). They come as a
+    `datasets.Dataset`, a list of rows, or a JSONL, CSV or Parquet file. The loss is the mean over all steps of an
+    optimizer step.
 
     Args:
         model: a token classifier with 1 or 2 outputs, possibly with an adapter; or a hub id or folder, loaded with two.
@@ -44,8 +45,8 @@ class PRMTrainer(PreferenceTrainer):
         eval_dataset: rows with labelled steps, or a mapping of several data sets.
         processing_class: the tokenizer; None loads the model's.
         model_init: makes the model, in place of `model`.
-        compute_metrics: metrics of an evaluation besides the accuracy, from `[N, K, 2]` probabilities of each of a row's K
-            steps to be wrong and right, and `[N, K]` labels; -100 where a row has fewer steps.
+        compute_metrics: metrics of an evaluation besides the accuracy, from `[N, K, 2]` probabilities of each of a
+            row's K steps to be wrong and right, and `[N, K]` labels; -100 where a row has fewer steps.
         callbacks: as of `transformers.Trainer`.
         optimizers: optimizer and scheduler, as of `transformers.Trainer`.
         preprocess_logits_for_metrics: as of `transformers.Trainer`.
@@ -59,7 +60,8 @@ class PRMTrainer(PreferenceTrainer):
     stage_kind = StageKind(
         tag="prm",
         summary="trained on labelled steps",
-        method="On solutions, by the cross-entropy of each step's label ([arXiv:2305.20050](https://arxiv.org/abs/2305.20050))",
+        method="On solutions, by the cross-entropy of each step's label "
+        "([arXiv:2305.20050](https://arxiv.org/abs/2305.20050))",
         reward="StepReward",
     )
     row_columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
@@ -125,8 +127,8 @@ class PRMTrainer(PreferenceTrainer):
         ]
         if inside:
             logger.warning(
-                "%s: %d of %d rows have a step with the separator %r inside, where StepReward ends a step: split these steps, or "
-                "set another step_separator. The first: %s",
+                "%s: %d of %d rows have a step with the separator %r inside, where StepReward ends a step: split these "
+                "steps, or set another step_separator. The first: %s",
                 name,
                 len(inside),
                 len(data.rows),
@@ -156,7 +158,7 @@ class PRMTrainer(PreferenceTrainer):
         return int((batch["labels"] != IGNORED).sum())
 
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Returns the losses of all `n` steps of a batch `[n]`, and `[B, K, 2]` probabilities of each to be wrong and right."""
+        """Returns `[n]` losses of a batch's steps, and `[B, K, 2]` probabilities that each is wrong and right."""
         attention = inputs["attention_mask"].bool()
         order = left_aligning_order(attention)
         pad = self.processing_class.pad_token_id
@@ -219,8 +221,8 @@ def _load_token_classifier(model: Any, args: PRMConfig) -> Any:
     base = base_language_model(model)
     if not type(base).__name__.endswith("ForTokenClassification") or base.config.num_labels not in (1, 2):
         raise ValueError(
-            f"model is a {type(base).__name__} with {base.config.num_labels} outputs: a process reward model is a token "
-            "classifier with 1 or 2. Load it with AutoModelForTokenClassification.from_pretrained(..., num_labels=2), or pass "
-            "its id or folder"
+            f"model is a {type(base).__name__} with {base.config.num_labels} outputs: a process reward model is a "
+            "token classifier with 1 or 2. Load it with AutoModelForTokenClassification.from_pretrained(..., "
+            "num_labels=2), or pass its id or folder"
         )
     return model

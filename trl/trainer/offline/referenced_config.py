@@ -34,8 +34,8 @@ class ReferencedConfig(PreferenceConfig):
     precompute_ref_log_probs: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute the reference's log-probabilities once, before training, so that no reference model is kept. "
-            "None: unless the reference takes no memory anyway, as the base of an adapter does."
+            "help": "Compute the reference's log-probabilities once, before training, so that no reference model is "
+            "kept. None: unless the reference takes no memory anyway, as the base of an adapter does."
         },
     )
     precompute_ref_batch_size: int | None = field(

@@ -1,4 +1,4 @@
-"""What DPO and KTO share: a policy, its reference, and the reference's log-probabilities, computed once where that pays."""
+"""Common base of DPO and KTO: a policy and its reference, whose log-probabilities may be computed once."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ class ReferencedTrainer(PreferenceTrainer):
     ) -> None:
         if isinstance(ref_model, str) or (ref_model is not None and ref_model is model):
             raise ValueError(
-                f"ref_model={ref_model if isinstance(ref_model, str) else 'model'!r}: pass a model other than the policy, or "
-                "leave it out to compare with the policy as it is now"
+                f"ref_model={ref_model if isinstance(ref_model, str) else 'model'!r}: pass a model other than the "
+                "policy, or leave it out to compare with the policy as it is now"
             )
         if ref_model is not None and peft_config is not None:
             raise ValueError(
-                "ref_model and peft_config: the base under a new adapter is the reference, so leave ref_model out; to train "
-                "an adapter against another reference, give the model its adapter first with peft.get_peft_model"
+                "ref_model and peft_config: the base under a new adapter is the reference, so leave ref_model out; to "
+                "train an adapter against another reference, give the model its adapter first with peft.get_peft_model"
             )
         set_seed(args.seed)  # of a new adapter
         model = load_policy(model, args)
@@ -145,8 +145,9 @@ class ReferencedTrainer(PreferenceTrainer):
         if reference is None:
             if self.state.global_step > 0:
                 raise ValueError(
-                    f"{name} was not given to the constructor, and the policy as it was before training is gone: give the "
-                    "data set to the constructor as eval_dataset, pass a ref_model, or set precompute_ref_log_probs=False"
+                    f"{name} was not given to the constructor, and the policy as it was before training is gone: give "
+                    "the data set to the constructor as eval_dataset, pass a ref_model, or set "
+                    "precompute_ref_log_probs=False"
                 )
             model = self.model
             reference = lambda: nullcontext(model)  # noqa: E731
@@ -169,8 +170,8 @@ class ReferencedTrainer(PreferenceTrainer):
             return [torch.zeros(rows, device=rollout.tokens.device) for _ in self.ref_columns]
         if self._trl_reference is None:
             raise ValueError(
-                f"the data_collator leaves out {', '.join(self.ref_columns)}, which were computed once: keep these columns, or "
-                "set precompute_ref_log_probs=False"
+                f"the data_collator leaves out {', '.join(self.ref_columns)}, which were computed once: keep these "
+                "columns, or set precompute_ref_log_probs=False"
             )
         with self._trl_reference() as model, evaluation_mode(model), torch.no_grad():
             return list(score_answers(model, rollout, details=False).logprobs.chunk(len(self.ref_columns)))

@@ -11,7 +11,7 @@ from trl.trainer.offline.preference_config import PreferenceConfig
 
 @dataclass
 class RewardConfig(PreferenceConfig):
-    """Settings of `RewardTrainer`: those of `transformers.TrainingArguments` and `PreferenceConfig`, and the following."""
+    """Settings of `RewardTrainer`, beside those of `transformers.TrainingArguments` and `PreferenceConfig`."""
 
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         **PreferenceConfig.unsupported,
@@ -31,7 +31,8 @@ class RewardConfig(PreferenceConfig):
     append_eos: bool = field(
         default=False,
         metadata={
-            "help": "End each plain text with the tokenizer's eos token. trl.rewards.ClassifierReward scores texts without one."
+            "help": "End each plain text with the tokenizer's eos token. trl.rewards.ClassifierReward scores texts "
+            "without one."
         },
     )
     eos_token: str | None = field(

@@ -39,8 +39,8 @@ def compute_accuracy(eval_pred: Any) -> dict[str, float]:
     """Returns the share of rows, or of steps, whose largest prediction is the label's; a tie is wrong.
 
     Args:
-        eval_pred: `[N, 2]` predictions and `[N]` labels, or `[N, K, 2]` and `[N, K]` of which -100 does not count, as a pair or a
-            `transformers.EvalPrediction`.
+        eval_pred: `[N, 2]` predictions and `[N]` labels, or `[N, K, 2]` and `[N, K]` of which -100 does not count, as a
+            pair or a `transformers.EvalPrediction`.
     """
     predictions, labels = (np.asarray(part) for part in (eval_pred[0], eval_pred[1]))
     if predictions.ndim == 3:
@@ -89,8 +89,8 @@ class RewardDataCollatorWithPadding:
         for row in features:
             if missing := [name for name in _OLD_COLUMNS if name not in row]:
                 raise ValueError(
-                    f"a row has the columns {', '.join(row) or '(none)'}, without {', '.join(missing)}: give texts in the "
-                    f"columns chosen and rejected, or token ids in {', '.join(_OLD_COLUMNS)}"
+                    f"a row has the columns {', '.join(row) or '(none)'}, without {', '.join(missing)}: give texts in "
+                    f"the columns chosen and rejected, or token ids in {', '.join(_OLD_COLUMNS)}"
                 )
         batch: dict[str, Any] = {}
         for answer in ("chosen", "rejected"):
@@ -112,8 +112,9 @@ class RewardDataCollatorWithPadding:
 class RewardTrainer(PreferenceTrainer):
     """Trains a reward model on pairs of a chosen and a rejected response (Ouyang et al. 2022, arXiv:2203.02155).
 
-    Data are rows with `chosen` and `rejected`, as texts or as chat messages, and optionally a `prompt` before both and a
-    `margin`; or TRL 0.4's tokenised rows. They come as a `datasets.Dataset`, a list of rows, or a JSONL, CSV or Parquet file.
+    Data are rows with `chosen` and `rejected`, as texts or as chat messages, and optionally a `prompt` before both and
+    a `margin`; or TRL 0.4's tokenised rows. They come as a `datasets.Dataset`, a list of rows, or a JSONL, CSV or
+    Parquet file.
 
     Args:
         model: a sequence classifier, or a hub id or folder, which is loaded with one output.
@@ -124,8 +125,8 @@ class RewardTrainer(PreferenceTrainer):
         eval_dataset: preference rows, or a mapping of several data sets.
         processing_class: the tokenizer; None loads the model's.
         model_init: makes the model, if `model` is None.
-        compute_metrics: metrics of an evaluation, from `[N, 2]` probabilities that each response is the better one; None
-            for the accuracy and the expected calibration error.
+        compute_metrics: metrics of an evaluation, from `[N, 2]` probabilities that each response is the better one;
+            None for the accuracy and the expected calibration error.
         callbacks: as of `transformers.Trainer`.
         optimizers: optimizer and scheduler, as of `transformers.Trainer`.
         optimizer_cls_and_kwargs: as of `transformers.Trainer`.
@@ -184,7 +185,8 @@ class RewardTrainer(PreferenceTrainer):
         if is_peft_model(model) and not any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n):
             logger.warning(
                 "only the adapter is trained, and the classifier's output layer stays as it is: set "
-                "peft_config.task_type='SEQ_CLS', or name the layer in modules_to_save, unless it has been trained before"
+                "peft_config.task_type='SEQ_CLS', or name the layer in modules_to_save, unless it has been trained "
+                "before"
             )
         if args.disable_dropout:
             disable_dropout_in_model(model)
@@ -250,7 +252,7 @@ class RewardTrainer(PreferenceTrainer):
         return len(batch["input_ids_chosen"]) if "input_ids_chosen" in batch else len(batch["input_ids"]) // 2
 
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Returns `[B]` losses, and `[B, 2]` probabilities that the chosen and the rejected response is the better one."""
+        """Returns `[B]` losses, and `[B, 2]` probabilities that the chosen and the rejected response is better."""
         tokens, attention = _joined(inputs)
         rewards = score_texts(model, tokens, attention)  # [2·B, labels]
         chosen, rejected = rewards.chunk(2)
@@ -334,8 +336,8 @@ def _margins(data: Prepared) -> list[float | None]:
     for location, margin in zip(data.locations, margins, strict=True):
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not np.isfinite(margin):
             raise ValueError(
-                f"{location}, column 'margin', is {margin!r}: expected a finite number in every row. Correct the row, or remove "
-                "the column"
+                f"{location}, column 'margin', is {margin!r}: expected a finite number in every row. Correct the row, "
+                "or remove the column"
             )
     return margins
 

@@ -42,8 +42,8 @@ class SFTConfig(StageConfig):
     packing_strategy: str = field(
         default="bfd",
         metadata=_help(
-            "bfd: best fit, longest sequence first, what exceeds max_length is cut off; bfd_split: it is split instead; "
-            "wrapped: sequences in order, split wherever a row is full."
+            "bfd: best fit, longest sequence first, what exceeds max_length is cut off; bfd_split: it is split "
+            "instead; wrapped: sequences in order, split wherever a row is full."
         ),
     )
     padding_free: bool = field(default=False, metadata=_help("Join the rows of a batch instead of padding them."))
@@ -87,7 +87,8 @@ class SFTConfig(StageConfig):
             )
         if self.router_aux_loss_coef:
             raise ValueError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef} is not supported: the loss is that of the tokens alone"
+                f"router_aux_loss_coef={self.router_aux_loss_coef} is not supported: the loss is that of the tokens "
+                "alone"
             )
         if unknown := set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
             raise ValueError(f"dataset_kwargs has {', '.join(sorted(unknown))}: only skip_prepare_dataset is supported")

@@ -38,9 +38,10 @@ _OLD_DEFAULTS = {"infinite": False, "num_of_sequences": 1024, "chars_per_token":
 class SFTTrainer(StageTrainer):
     """Supervised fine-tuning with `transformers.Trainer`'s loop; scripts of TRL 0.4.6 and of TRL 1 run unchanged.
 
-    Data sets are paths to JSONL, CSV or Parquet files, hub ids, lists of rows, or `datasets` objects. A row has `text` (or the
-    field that is named), `messages`, `prompt` and `completion`, or `input_ids`. Sequences that share a packed or joined row never
-    see each other. The loss is the mean over all counted tokens of an optimizer step; no logits are made.
+    Data sets are paths to JSONL, CSV or Parquet files, hub ids, lists of rows, or `datasets` objects. A row has `text`
+    (or the field that is named), `messages`, `prompt` and `completion`, or `input_ids`. Sequences that share a packed
+    or joined row never see each other. The loss is the mean over all counted tokens of an optimizer step; no logits are
+    made.
 
     An encoder-decoder is trained on rows with `prompt`, which its encoder reads, and `completion`.
 
@@ -59,11 +60,11 @@ class SFTTrainer(StageTrainer):
         optimizer_cls_and_kwargs: class and arguments of the optimizer.
         preprocess_logits_for_metrics: reduces the logits before `compute_metrics`.
         peft_config: trains a new adapter of this kind.
-        formatting_func: turns a row into its text. With `TrainingArguments` and without packing it is TRL 0.4's: it turns a
-            mapping of columns into a list of texts.
+        formatting_func: turns a row into its text. With `TrainingArguments` and without packing it is TRL 0.4's: it
+            turns a mapping of columns into a list of texts.
         dataset_text_field: column of a row's text, as in TRL 0.4; replaces `SFTConfig.dataset_text_field`.
-        packing: TRL 0.4's packing into a `ConstantLengthDataset`, whose texts see each other; `SFTConfig(packing=True)` keeps
-            sequences apart.
+        packing: TRL 0.4's packing into a `ConstantLengthDataset`, whose texts see each other; `SFTConfig(packing=True)`
+            keeps sequences apart.
         max_seq_length: tokens of a row; replaces `SFTConfig.max_length`.
         infinite: for `packing`: begin the data set again at its end; set from `max_steps`.
         num_of_sequences: for `packing`: rows in a buffer.
@@ -133,8 +134,8 @@ class SFTTrainer(StageTrainer):
         self._trl_seq2seq = is_encoder_decoder(model)
         if settings.completion_only_loss and formatting_func is not None:
             raise ValueError(
-                "completion_only_loss=True with formatting_func: a formatted row is one text, whose completion cannot be told "
-                "apart. Pass rows with prompt and completion instead"
+                "completion_only_loss=True with formatting_func: a formatted row is one text, whose completion cannot "
+                "be told apart. Pass rows with prompt and completion instead"
             )
         flat = settings.packing or bool(settings.eval_packing) or settings.padding_free
         if flat and self._trl_seq2seq:
@@ -189,8 +190,8 @@ class SFTTrainer(StageTrainer):
         if self._trl_old_packing is not None:
             if field is None and formatting is None:
                 raise ValueError(
-                    "packing=True needs dataset_text_field or formatting_func, to know a row's text; SFTConfig(packing=True) "
-                    "packs rows of any format"
+                    "packing=True needs dataset_text_field or formatting_func, to know a row's text; "
+                    "SFTConfig(packing=True) packs rows of any format"
                 )
             if isinstance(dataset, str | Path):
                 dataset = [row for _, row in open_source(dataset, name)]
@@ -216,7 +217,8 @@ class SFTTrainer(StageTrainer):
         tokens = TokenRows(encoder(rows))
         if encoder.dropped:
             logger.warning(
-                "%s: left out %d rows of which no token counts, mostly since max_length=%s cut off all of their completion",
+                "%s: left out %d rows of which no token counts, mostly since max_length=%s cut off all of their "
+                "completion",
                 name,
                 encoder.dropped,
                 self._trl_max_length,
@@ -256,7 +258,8 @@ class SFTTrainer(StageTrainer):
 
         Args:
             model: the model, possibly wrapped for its processes.
-            inputs: a batch of `SequenceCollator`, or of another collator with `input_ids`, `labels` and `attention_mask`.
+            inputs: a batch of `SequenceCollator`, or of another collator with `input_ids`, `labels` and
+                `attention_mask`.
             return_outputs: also return the logits; for padded batches.
             num_items_in_batch: counted tokens of the optimizer step, on all processes; None for those of this batch.
 
@@ -301,8 +304,8 @@ def supervised_rollout(model: nn.Module, inputs: Mapping[str, Any]) -> Rollout:
 
     Args:
         model: tells whether an encoder reads `input_ids`.
-        inputs: `input_ids` and `labels` `[B, T]`, and `attention_mask` `[B, T]` or `position_ids` `[B, T]`, which begin at 0 in
-            each sequence of a joined row.
+        inputs: `input_ids` and `labels` `[B, T]`, and `attention_mask` `[B, T]` or `position_ids` `[B, T]`, which begin
+            at 0 in each sequence of a joined row.
 
     Raises:
         ValueError: if there are no labels, or a label is neither the token itself nor -100.
@@ -392,8 +395,8 @@ def _old_packing(packing: bool | None, given: Mapping[str, Any], settings: SFTCo
     named = [name for name, value in given.items() if value is not None and value != _OLD_DEFAULTS[name]]
     if packing and settings.packing:
         raise ValueError(
-            "packing=True is an argument of SFTTrainer (texts of a row see each other) and a setting of SFTConfig (they do not): "
-            "set only one of them"
+            "packing=True is an argument of SFTTrainer (texts of a row see each other) and a setting of SFTConfig "
+            "(they do not): set only one of them"
         )
     if not packing:
         if named:
@@ -432,7 +435,7 @@ def _set_chat_template(tokenizer: Any, settings: SFTConfig) -> None:
     added = sorted(set(source.all_special_tokens) - set(tokenizer.get_vocab()))
     if added:
         raise ValueError(
-            f"chat_template_path={path!r} needs the tokens {', '.join(added)}, which the model's tokenizer does not have: add them "
-            "with trl.setup_chat_format(model, tokenizer), which resizes the model's embeddings, too"
+            f"chat_template_path={path!r} needs the tokens {', '.join(added)}, which the model's tokenizer does not "
+            "have: add them with trl.setup_chat_format(model, tokenizer), which resizes the model's embeddings, too"
         )
     tokenizer.chat_template = source.chat_template

@@ -58,8 +58,9 @@ class StageTrainer(CardTrainer):
         self.model_accepts_loss_kwargs = True  # counts the tokens of an optimizer step for compute_loss
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"{type(self).__name__} does not support nn.DataParallel, which transformers uses when one process sees "
-                f"{self.args.n_gpu} GPUs: start the script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
+                f"{type(self).__name__} does not support nn.DataParallel, which transformers uses when one process "
+                f"sees {self.args.n_gpu} GPUs: start the script with torchrun or accelerate launch, or set "
+                "CUDA_VISIBLE_DEVICES"
             )
         keep_freed_memory()
 
@@ -138,9 +139,10 @@ class StageTrainer(CardTrainer):
         """Trains; as `transformers.Trainer.train`.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in `args.output_dir`: a run that was
-                killed in the middle of a save leaves one that is not. "auto" takes that one too, and begins anew without it.
-                With `run_dir`: None for a new run, True to go on with the run in the folder, "auto" for either.
+            resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in `args.output_dir`: a run
+                that was killed in the middle of a save leaves one that is not. "auto" takes that one too, and begins
+                anew without it. With `run_dir`: None for a new run, True to go on with the run in the folder, "auto"
+                for either.
             *args: passed on.
             run_dir: folder that records the training as a run of `PPOTrainer.train` (docs/runs.md): settings, metrics,
                 events, checkpoints, and at the end the model.
@@ -163,7 +165,8 @@ class StageTrainer(CardTrainer):
             checkpoint = last_whole_checkpoint(self.args.output_dir)
             if checkpoint is None and resume_from_checkpoint is True:
                 raise ValueError(
-                    f"resume_from_checkpoint=True, but {self.args.output_dir} has no checkpoint that was saved to its end: "
+                    f"resume_from_checkpoint=True, but {self.args.output_dir} has no checkpoint that was saved to its "
+                    "end: "
                     'pass "auto" to begin anew in that case'
                 )
             resume_from_checkpoint = checkpoint
@@ -298,7 +301,7 @@ def load_stage_model(model: Any, parent: Any, args: StageConfig) -> Any:
 
 
 def set_recomputation(model: Any, args: StageConfig) -> None:
-    """Turns on recomputed activations, which last as long as the model, unless `args` or the architecture rule them out.
+    """Turns on activation checkpointing for the model's lifetime, unless `args` or the architecture rule it out.
 
     Raises:
         ValueError: if `args` ask for them, and transformers does not support them for this architecture.
@@ -324,8 +327,8 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
         return model
     if is_peft_model(model):
         raise ValueError(
-            "the model has an adapter already, and peft_config would add another: pass only one of them, or merge the adapter "
-            "first with model.merge_and_unload()"
+            "the model has an adapter already, and peft_config would add another: pass only one of them, or merge the "
+            "adapter first with model.merge_and_unload()"
         )
     return attach_adapter(model, peft_config)
 

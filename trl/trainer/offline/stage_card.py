@@ -27,9 +27,9 @@ from trl.trainer.offline.stage_config import StageConfig
 
 # Settings of TrainingArguments that belong on a card; the others concern the machine, logs and files.
 _OPTIMISATION = (
-    "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "optim",
-    "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "train_sampling_strategy", "fp16",
+    "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "train_sampling_strategy", "fp16",
     "bf16", "gradient_checkpointing", "seed", "data_seed",
 )  # fmt: skip
 _HIDDEN = ("model_init_kwargs", "trust_remote_code", "dataset_num_proc", "chat_template_path")
@@ -90,7 +90,7 @@ class CardTrainer(Trainer):
         data: str | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Writes a model card to `README.md` in `args.output_dir`, on the main process; `push_to_hub` passes its arguments on.
+        """Writes a model card to `README.md` in `args.output_dir`, on the main process; `push_to_hub` calls this.
 
         Args:
             model_name: title of the card.
@@ -216,7 +216,7 @@ def _amount(args: StageConfig, state: TrainerState) -> str:
 
 
 def _settings(args: StageConfig) -> dict[str, Any]:
-    """The learning rate, and what differs from the defaults among the stage's own settings and those of the optimisation."""
+    """The learning rate, and the stage's and the optimisation's settings that differ from their defaults."""
     elsewhere = {entry.name for entry in fields(TrainingArguments)}.difference(_OPTIMISATION).union(_HIDDEN)
     changed: dict[str, Any] = {}
     for entry in fields(args):

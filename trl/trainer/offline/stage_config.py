@@ -18,16 +18,16 @@ C = TypeVar("C", bound="StageConfig")
 class StageConfig(TrainingArguments):
     """`TrainingArguments` with the defaults of TRL 1 and the settings that all offline stages share.
 
-    `bf16` and `gradient_checkpointing` are carried out by this library: bfloat16 passes on float32 weights, and recomputed
-    layers that work with packed rows.
+    `bf16` and `gradient_checkpointing` are carried out by this library: bfloat16 passes on float32 weights, and
+    recomputed layers that work with packed rows.
     """
 
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log rows."})
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute passes in bfloat16, with float32 weights. None: if the processor has fast bfloat16 products and "
-            "the model is large enough to benefit."
+            "help": "Compute passes in bfloat16, with float32 weights. None: if the processor has fast bfloat16 "
+            "products and the model is large enough to benefit."
         },
     )
     gradient_checkpointing: bool | None = field(

@@ -58,15 +58,16 @@ class NoRun:
 
 
 class RunIsDone(Exception):
-    """Raised in place of the first step of a run that is resumed after its last one: transformers would take one more."""
+    """Raised before the first step if a resumed run is already over: transformers would take one more step."""
 
 
 class StageRun(TrainerCallback):
     """Records a training of an offline stage: a context manager around `transformers.Trainer.train`.
 
-    A row of `metrics.jsonl` has everything that is logged at a step, of training and of evaluations, and reaches the disk before the
-    checkpoint of its step. A checkpoint is written after the evaluation of its step, at the last step, and after a signal,
-    with the sums of the rows that it interrupts, so that a resumed run writes the rows of an uninterrupted one.
+    A row of `metrics.jsonl` has everything that is logged at a step, of training and of evaluations, and reaches the
+    disk before the checkpoint of its step. A checkpoint is written after the evaluation of its step, at the last step,
+    and after a signal, with the sums of the rows that it interrupts, so that a resumed run writes the rows of an
+    uninterrupted one.
 
     Args:
         trainer: the stage.
@@ -76,7 +77,8 @@ class StageRun(TrainerCallback):
         progress: show progress; None: unless `args.disable_tqdm`.
 
     Raises:
-        ValueError: if the folder does or does not hold a run, against `resume`, or checkpoints could not be resumed from.
+        ValueError: if the folder does or does not hold a run, against `resume`, or checkpoints could not be resumed
+            from.
         RunLocked: if another process is writing the run.
     """
 
@@ -91,7 +93,8 @@ class StageRun(TrainerCallback):
     ) -> None:
         if resume not in (None, False, True, "auto"):
             raise ValueError(
-                f"resume_from_checkpoint={resume!r} with run_dir={str(run_dir)!r}: a run goes on from a checkpoint of its own; "
+                f"resume_from_checkpoint={resume!r} with run_dir={str(run_dir)!r}: a run goes on from a checkpoint of "
+                "its own; "
                 'pass True or "auto"'
             )
         if trainer.args.save_only_model:
@@ -304,7 +307,8 @@ class StageRun(TrainerCallback):
         ]
         if differing:
             raise ValueError(
-                f"{self.checkpoint} is of a run with other settings ({'; '.join(differing)}): use those, or another run folder"
+                f"{self.checkpoint} is of a run with other settings ({'; '.join(differing)}): use those, or another "
+                "run folder"
             )
 
 
