@@ -85,7 +85,7 @@ def test_a_model_that_the_engine_cannot_sample_from_says_why(monkeypatch: pytest
     assert "AttributeError: no such name in this config" in (obstacle(tiny_gpt2()) or "")
 
 
-@pytest.mark.parametrize("check", [known_obstacle, fixed_steps_obstacle])
+@pytest.mark.parametrize("check", [known_obstacle, pytest.param(fixed_steps_obstacle, marks=pytest.mark.kernel)])
 def test_running_out_of_memory_says_nothing_about_the_model(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_gpt2()
 
