@@ -9,6 +9,8 @@ written to that file and not run. An HTML comment on the line above a block may 
     <!-- snippet: needs trainer, prompts -->      names from SETUPS, as if the page had defined them
     <!-- snippet: raises ValueError -->           the block ends in this error
     <!-- snippet: fresh -->                       a new namespace
+    <!-- snippet: shared -->                      each later block runs in a folder of its own, with only this block's names
+    <!-- snippet: after Train with LoRA -->       and with the names and runs of the block under that heading
     <!-- snippet: slow -->                        run by `make slow` alone, with the rest of its page
     <!-- snippet: not run: needs a GPU -->        compiled only; the reason is required
 """
@@ -17,7 +19,9 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +54,7 @@ class Snippet:
     line: int  # of the first line of code
     code: str
     marks: tuple[str, ...]
+    heading: str = ""  # the nearest one above
 
     @property
     def where(self) -> str:
@@ -75,6 +80,10 @@ class Snippet:
         return [name.strip() for m in self.marks if m.startswith("needs ") for name in m[6:].split(",")]
 
     @property
+    def after(self) -> list[str]:
+        return [m[6:] for m in self.marks if m.startswith("after ")]
+
+    @property
     def raises(self) -> type[BaseException] | None:
         names = [m.split()[1] for m in self.marks if m.startswith("raises ")]
         return getattr(builtins, names[0]) if names else None
@@ -91,7 +100,9 @@ class Snippet:
                     code, count = re.subn(rf"""(\b{name}['"]?(?:=|: ))[\d.e-]+""", rf"\g<1>{value}", code)
                     assert count, f"{self.where}: no {name}= to change"
             else:
-                known = mark in ("slow", "fresh") or mark.startswith(("needs ", "raises ", "not run: "))
+                known = mark in ("slow", "fresh", "shared") or mark.startswith(
+                    ("needs ", "after ", "raises ", "not run: ")
+                )
                 assert known, f"{self.where}: {mark!r} is no mark"
         return code
 
@@ -106,18 +117,20 @@ def snippets(page: Path) -> list[Snippet]:
             if cell["cell_type"] == "code"
         ]
     lines = page.read_text(encoding="utf-8").splitlines()
-    found, marks, start = [], [], None
+    found, marks, start, heading = [], [], None, ""
     for number, line in enumerate(lines, 1):
         if start is None and line.strip() == "```python":
             start = number + 1
         elif start is not None and line.strip() == "```":
             code = "\n".join(lines[start - 1 : number - 1]) + "\n"
-            found.append(Snippet(page, start, code, tuple(marks)))
+            found.append(Snippet(page, start, code, tuple(marks), heading))
             marks, start = [], None
         elif start is None and line.startswith(MARK):
             marks.append(line.removeprefix(MARK).removesuffix("-->").strip())
         elif start is None:
             assert not marks, f"{page.name}:{number}: a mark without a ```python block below it"
+            if line.startswith("#"):
+                heading = line.lstrip("#").strip()
     return found
 
 
@@ -131,6 +144,8 @@ def run_page(page: Path, folder: Path, *, slow: bool = False) -> dict[str, Any]:
     """
     make_stand_ins(folder)
     names: dict[str, Any] = {"__name__": "page"}
+    shared: dict[str, Any] | None = None
+    done: dict[str, tuple[dict[str, Any], Path]] = {}  # the names and folder of each block after a shared one
     for snippet in snippets(page):
         code = snippet.changed()
         compiled = compile(code, snippet.where, "exec")
@@ -138,13 +153,28 @@ def run_page(page: Path, folder: Path, *, slow: bool = False) -> dict[str, Any]:
             continue
         if "fresh" in snippet.marks:
             names = {"__name__": "page"}
+        if shared is not None:
+            names, place = dict(shared), folder / f"block-{snippet.line}"
+            _start_alone(names, place, [done[heading] for heading in snippet.after])
+            done[snippet.heading] = (names, place)
         if snippet.file is not None:
             (folder / snippet.file).write_text(code, encoding="utf-8")
             continue
         for name in snippet.needs:
             names[name] = SETUPS[name](names)
         _execute(compiled, names, snippet)
+        if "shared" in snippet.marks:
+            shared = names
     return names
+
+
+def _start_alone(names: dict[str, Any], place: Path, earlier: list[tuple[dict[str, Any], Path]]) -> None:
+    """Makes `place` the current directory, with the names and the runs of earlier blocks alone."""
+    make_stand_ins(place)
+    for their_names, their_place in earlier:
+        names.update(their_names)
+        shutil.copytree(their_place / "runs", place / "runs", dirs_exist_ok=True)
+    os.chdir(place)
 
 
 def _execute(compiled: Any, names: dict[str, Any], snippet: Snippet) -> None:

@@ -28,16 +28,14 @@ def test_every_command_on_the_page(
 ) -> None:
     for name, text in SMALL.items():
         monkeypatch.setenv(name, text)
-    (tmp_path / "rewards.py").write_text(blocks("python")[0])
-    (tmp_path / "short.yaml").write_text(blocks("yaml")[0])
-    (tmp_path / "faster.yaml").write_text("ppo: {ppo_epochs: 2}\n")
+    for block in blocks("python") + blocks("yaml"):
+        if named := re.match(r"# (\S+\.(?:py|yaml))\n", block):
+            (tmp_path / named[1]).write_text(block)
     monkeypatch.setattr("sys.stdin", io.StringIO("quit\n"))
     commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) >= 18 and all(line.startswith("trl ") for line in commands)
+    assert len(commands) >= 17 and all(line.startswith("trl ") for line in commands)
     for line in commands:
         words = shlex.split(line)[1:]
-        if words[0] == "demo":
-            continue  # tests/demo
         if words[:3] == ["config", "init", "sft"]:
             monkeypatch.delenv("TRL_TRAIN__STEPS")  # a setting of PPO's: refused from here on
         if words[0] == "resume" and "--steps" in words:
@@ -59,12 +57,26 @@ def test_every_command_on_the_page_of_a_stage(page: str, capsys: pytest.CaptureF
         assert main(shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
 
 
+def test_every_command_on_the_page_of_rlhf(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (PAGE.parents[1] / "rlhf.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 8
+    for line in commands:
+        words = shlex.split(line, comments=True)[1:]
+        if words[0] == "ppo":
+            words += ["--steps", "1", "--batch-size", "4", "--mini-batch-size", "2", "--max-new-tokens", "4"]
+            words += ["--held-out", "4"]
+        elif words[0] != "config":
+            words += ["--max-steps", "1"]
+        assert main(words) == 0, f"{line}\n{capsys.readouterr().err}"
+
+
 def test_the_second_configuration_is_valid(tmp_path: Path) -> None:
     from trl.cli import reward_sources
     from trl.cli.resolve import resolve
 
     (tmp_path / "rewards.py").write_text(blocks("python")[0])
-    (tmp_path / "c.yaml").write_text(blocks("yaml")[1])
+    (tmp_path / "c.yaml").write_text(blocks("yaml")[2])
     found = resolve("ppo", files=["c.yaml"], environment={})
     reward_sources.check(found)
     assert found["reward.weights"] == {"positive": 2.0}
