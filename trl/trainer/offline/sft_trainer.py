@@ -264,7 +264,7 @@ class SFTTrainer(StageTrainer):
             num_items_in_batch: counted tokens of the optimizer step, on all processes; None for those of this batch.
 
         Returns:
-            The loss, or the loss and `{"logits": [B, T, V]}`.
+            The loss, or a pair of the loss and a dictionary with the logits `[B, T, V]`.
         """
         rollout = supervised_rollout(self.model, inputs)
         result = evaluate(model, rollout, entropy=True, values=False, response_only=True, top1=True)
