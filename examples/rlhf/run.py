@@ -5,7 +5,7 @@
 
 The judge of the result is a classifier that was not the reward. Every stage has a folder of its own under `--out`, with a
 `result.json` once it is done; `--resume` skips stages that are done, and goes on with the one that was interrupted from its
-last checkpoint. docs/rlhf.md explains the stages, docs/results/rlhf.md has results.
+last checkpoint. docs/examples.md explains the stages, docs/results/rlhf.md has results.
 """
 
 from __future__ import annotations
