@@ -54,7 +54,8 @@ def busy_note() -> str | None:
     used = cores_in_use()
     if used < 0.25 * available:
         return None
-    return f"Other programs use {used:.1f} of this machine's {available} cores: this may take up to {1 + used / available:.1f} times as long."
+    factor = 1 + used / available
+    return f"Other programs use {used:.1f} of this machine's {available} cores: this may take up to {factor:.1f} times as long."
 
 
 def spinning_note(threads: int) -> str | None:

@@ -111,8 +111,9 @@ class ReportingTrainer(BaseTrainer):
     ) -> None:
         """Logs statistics, score moments and a table of completions to the trackers, on the main process.
 
-        The trackers run on threads of their own: a slow or failing one loses rows, but never stops or delays a script. If `rewards` are the scores passed to the last `step`, `env/reward_*` cover all processes. The table shows only
-        the main process's completions.
+        The trackers run on threads of their own: a slow or failing one loses rows, but never stops or delays a
+        script. If `rewards` are the scores passed to the last `step`, `env/reward_*` cover all processes. The table
+        shows only the main process's completions.
 
         Args:
             stats: statistics returned by `step`.
