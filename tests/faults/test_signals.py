@@ -14,7 +14,7 @@ from tests.faults.orders import FULL, LORA, SEQ2SEQ, Undisturbed, at, checkpoint
 
 TERMINATED, INTERRUPTED = 143, -signal.SIGINT  # the second is 130 in a shell
 
-# Four samples, microbatches and optimizer steps in each of the six steps; evaluations after steps 2, 4 and 6.
+# Four samples, microbatches and optimizer steps in each of the six steps; evaluations before the first and after steps 2, 4 and 6.
 DURING_STEP_3 = [("sampling", 10), ("scoring", 2 * BATCH + 2), ("before backward", 10), ("after step", 11)]
 MORE = [("after backward", 9), ("before step", 12), ("scoring", 2 * BATCH + 1), ("sampling", 12)]
 
@@ -66,7 +66,7 @@ def test_a_signal_during_an_evaluation(
     server: Server, undisturbed: Undisturbed, tmp_path: Path, case: dict[str, Any]
 ) -> None:
     wanted = undisturbed({**case, "save_every": 100})
-    middle = wanted["counts"]["evaluation"] // 2  # of three evaluations
+    middle = 5 * wanted["counts"]["evaluation"] // 8  # of four evaluations, the third of which follows step 4
     assert stopped(server, tmp_path, case, "SIGTERM", ("evaluation", middle)) == 4
     goes_on(server, tmp_path, case, wanted)
 
